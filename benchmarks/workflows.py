@@ -1,0 +1,85 @@
+"""Builders of API-format prompts made of stock nodes, for the checkpoints of tiny_models.py.
+
+Node ids are words ("unet", "sampler", ...), so that errors read well and a caller can edit a prompt.
+model_nodes are (class_type, inputs without "model") pairs, put in order between the loader, with its LoRA,
+and the sampler; their ids are "model_1", "model_2", ... A unet that is not a file name is such a pair too, and
+stands in for the stock loader.
+"""
+
+from collections.abc import Sequence
+
+Node = tuple[str, dict]
+
+
+def flux_prompt(
+    *,
+    width: int = 256,
+    height: int = 256,
+    batch: int = 1,
+    steps: int = 4,
+    seed: int = 1,
+    cfg: float = 1.0,
+    text: str = "a red fox",
+    lora: tuple[str, float] | None = None,
+    model_nodes: Sequence[Node] = (),
+    prefix: str = "flux",
+    image: bool = False,
+    unet: str | Node = "tiny_flux.safetensors",
+) -> dict:
+    """Text to image: saves a latent [batch, 16, height/8, width/8] and, with image, one PNG per picture."""
+    latent = ("EmptySD3LatentImage", {"width": width, "height": height, "batch_size": batch})
+    prompt = _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix)
+    if image:
+        prompt["vae"] = _node("VAELoader", vae_name="taef1")
+        prompt["decode"] = _node("VAEDecode", samples=["sampler", 0], vae=["vae", 0])
+        prompt["save_image"] = _node("SaveImage", images=["decode", 0], filename_prefix=prefix)
+    return prompt
+
+
+def wan_prompt(
+    *,
+    width: int = 64,
+    height: int = 64,
+    frames: int = 5,
+    batch: int = 1,
+    steps: int = 4,
+    seed: int = 1,
+    cfg: float = 3.0,
+    text: str = "a red fox",
+    lora: tuple[str, float] | None = None,
+    model_nodes: Sequence[Node] = (),
+    prefix: str = "wan",
+    unet: str | Node = "tiny_wan.safetensors",
+) -> dict:
+    """Text to video: saves a latent [batch, 16, (frames - 1)/4 + 1, height/8, width/8]. frames is 4n + 1."""
+    latent = ("EmptyHunyuanLatentVideo", {"width": width, "height": height, "length": frames, "batch_size": batch})
+    return _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix)
+
+
+def _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix) -> dict:
+    if isinstance(unet, str):
+        unet = ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})
+    prompt = {
+        "unet": _node(unet[0], **unet[1]),
+        "clip": _node("CLIPLoader", clip_name="tiny_clip_l.safetensors", type="sd3"),
+        "positive": _node("CLIPTextEncode", text=text, clip=["clip", 0]),
+        "negative": _node("CLIPTextEncode", text="", clip=["clip", 0]),
+        "latent": _node(latent[0], **latent[1]),
+    }
+    chain = [(f"model_{n}", node) for n, node in enumerate(model_nodes, 1)]
+    if lora:
+        chain.insert(0, ("lora", ("LoraLoaderModelOnly", {"lora_name": lora[0], "strength_model": lora[1]})))
+    model = "unet"
+    for node_id, (class_type, inputs) in chain:
+        prompt[node_id] = _node(class_type, model=[model, 0], **inputs)
+        model = node_id
+    prompt["sampler"] = _node(
+        "KSampler", model=[model, 0], positive=["positive", 0], negative=["negative", 0], latent_image=["latent", 0],
+        seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple", denoise=1.0,
+    )
+    prompt["save_latent"] = _node("SaveLatent", samples=["sampler", 0], filename_prefix=prefix)
+    return prompt
+
+
+def _node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}

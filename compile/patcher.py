@@ -1,0 +1,144 @@
+"""Compile in ComfyUI: an APPLY_MODEL wrapper on a clone, which compiles at the first sampling call.
+
+Only there are device, LoRA, hooks, object patches and real shapes final (comfy.model_base.BaseModel.apply_model).
+"""
+from __future__ import annotations
+
+import difflib
+import logging
+import uuid
+import weakref
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..int8.comfy_ops import pristine_parameter
+from .engine import CompiledModule
+from .options import CompileOptions
+
+logger = logging.getLogger(__name__)
+
+KEY = "int8_compile"
+# core's TorchCompileModel and KJNodes put their wrapper under this key.
+CORE_KEY = "torch.compile"
+# transformer_options of patches that run inside blocks and may read anything there.
+PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
+# BaseModel -> {(target, options, device): CompiledModule}: branches of one model (two LoRAs) share what was compiled.
+_COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+class LazyCompile:
+    """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
+    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first."""
+
+    def __init__(self, target: str, options: CompileOptions):
+        self.target = target
+        self.options = options
+
+    def __call__(self, executor, x, *args, **kwargs):
+        model = executor.class_obj
+        root = comfy.utils.get_attr(model, self.target) if self.target else model.diffusion_model
+        # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
+        transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        patched = any(transformer_options.get(key) for key in PATCH_KEYS)
+        return self.compiled(model, x.device).run(root, lambda: executor(x, *args, **kwargs), filter_guards=not patched,
+                                                  passthrough=_is_passthrough)
+
+    def compiled(self, model: torch.nn.Module, device: torch.device) -> CompiledModule:
+        """The compiled code of a BaseModel on a device, made when first asked for."""
+        states = _COMPILED.setdefault(model, {})
+        key = (self.target, self.options, device)
+        if key not in states:
+            states[key] = CompiledModule(self.options)
+        return states[key]
+
+
+def _is_passthrough(error: Exception) -> bool:
+    """Out of memory and interrupts are ComfyUI's to handle, not failures of compile."""
+    if isinstance(error, (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def check_target(patcher, target: str) -> torch.nn.Module:
+    """The module at a dotted path of the patched model. Raises ValueError with the nearest path that exists."""
+    if not target:
+        return patcher.model
+    try:
+        module = patcher.get_model_object(target)
+    except AttributeError:
+        module = None
+    if not isinstance(module, torch.nn.Module):
+        names = [name for name, _ in patcher.model.named_modules() if name]
+        near = difflib.get_close_matches(target, names, n=1, cutoff=0.0)
+        what = "does not exist in this model" if module is None else "is not a module that can be compiled"
+        raise ValueError(f"object_to_patch: '{target}' {what}. The nearest path is '{near[0]}'; "
+                         "'diffusion_model' is the whole diffusion model.")
+    return module
+
+
+def add_compile(patcher, target: str, options: CompileOptions) -> None:
+    """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
+    are taken off: compiling compiled code gains nothing."""
+    wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    for key in list(wrappers):
+        if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
+            patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options))
+
+
+def _overlap(a: str, b: str) -> bool:
+    a, b = (f"{path}." if path else "" for path in (a, b))
+    return a.startswith(b) or b.startswith(a)
+
+
+def reports(patcher) -> list:
+    """The CompileReport of every compile node in front of this patcher, for the devices it has run on."""
+    wrappers = [w for group in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values() for w in group if isinstance(w, LazyCompile)]
+    states = _COMPILED.get(patcher.model, {})
+    return [state.report for w in wrappers for (target, options, _), state in states.items()
+            if (target, options) == (w.target, w.options)]
+
+
+def non_dynamic_clone(patcher, title: str):
+    """A clone without dynamic VRAM, whose weights are plain tensors that compiled code can read.
+
+    Raises RuntimeError where this ComfyUI, or the loader of this model, cannot make one.
+    """
+    is_dynamic = getattr(patcher, "is_dynamic", None)  # cores before 0.15 have no dynamic VRAM
+    if is_dynamic is None or not is_dynamic():
+        return patcher.clone()
+    refusal = f"{title}: this ComfyUI version does not support disable_dynamic clone."
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except TypeError:
+        raise RuntimeError(f"{refusal} Update ComfyUI, or set disable_dynamic_vram to false.") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"{refusal} The loader of this model cannot load it a second time ({error}). Use a stock loader, "
+                           "set disable_dynamic_vram to false, or start ComfyUI with --disable-dynamic-vram.") from error
+
+
+def set_memory_format(patcher, target: str, memory_format: torch.memory_format) -> int:
+    """Gives patcher (a clone) copies of target's 4-D weights (channels_last), 5-D weights (channels_last_3d) or both
+    (contiguous_format) in that layout, as object patches: the upstream model keeps its own. Returns how many.
+
+    Weights that have that layout already are left alone.
+    """
+    dims = {torch.channels_last: (4,), torch.channels_last_3d: (5,), torch.contiguous_format: (4, 5)}[memory_format]
+    root = f"{target}." if target else ""
+    count = 0
+    for name, parameter in check_target(patcher, target).named_parameters():
+        if parameter.dim() not in dims:
+            continue
+        weight = pristine_parameter(patcher, root + name)
+        if not weight.is_contiguous(memory_format=memory_format):
+            copy = weight.detach().contiguous(memory_format=memory_format)
+            patcher.add_object_patch(root + name, torch.nn.Parameter(copy, requires_grad=False))
+            count += 1
+    if count:
+        # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
+        patcher.patches_uuid = uuid.uuid4()
+    return count

@@ -1,0 +1,44 @@
+"""Regular Hadamard matrices, the rotation of ConvRot (arXiv 2512.03673).
+
+The regular matrix has equal row sums, so a constant offset of a token does not pile up in one channel as it does
+with Sylvester's. Same matrix as comfy_kitchen's int8_tensorwise layout: H is symmetric and orthonormal.
+"""
+from __future__ import annotations
+
+import functools
+
+import torch
+
+GROUP_SIZES = (256, 64, 16)
+_H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+def group_size(in_features: int) -> int:
+    """The largest rotation group that divides in_features, 0 where none does."""
+    return next((size for size in GROUP_SIZES if in_features % size == 0), 0)
+
+
+@functools.cache
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    # Cached across prompts: made outside inference mode so that any later mode can use it.
+    with torch.inference_mode(False):
+        h4 = torch.tensor(_H4, dtype=torch.float64) / 2
+        h = h4
+        while h.shape[0] < size:
+            h = torch.kron(h, h4)
+        if h.shape[0] != size:
+            raise ValueError(f"A Hadamard group must be a power of 4, not {size}.")
+        return h.to(device=device, dtype=dtype)
+
+
+def hadamard(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The orthonormal regular Hadamard matrix [size, size], size a power of 4."""
+    return _hadamard(size, torch.device(device), dtype)
+
+
+def rotate(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x [..., K] with every run of ``group`` channels multiplied by H; its own inverse. K % group must be 0."""
+    if not group:
+        return x
+    h = hadamard(group, x.device, x.dtype)
+    return (x.reshape(-1, group) @ h).reshape(x.shape)

@@ -1,0 +1,1 @@
+"""The two INT8 operations and their implementations. Plain torch and Triton; nothing of ComfyUI."""

@@ -1,0 +1,53 @@
+"""Which layers to quantize, and their weights in INT8. Works on any nn.Module."""
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+
+from .hadamard import group_size
+from .kernels import reference
+from .structure import is_linear, repeated_blocks
+
+# Below this a layer is too small for INT8 to save time or memory.
+MIN_FEATURES = 64
+
+
+def eligible_linears(model: torch.nn.Module) -> list[str]:
+    """Names of the Linear layers of the repeated blocks; of the whole model where nothing repeats."""
+    roots = [(f"{name}.", container.get_submodule(key)) for name, container, key in repeated_blocks(model)] or [("", model)]
+    return [prefix + name for prefix, root in roots for name, m in root.named_modules()
+            if is_linear(m) and min(m.weight.shape) >= MIN_FEATURES]
+
+
+def drop_kept(names: Iterable[str], keep_layers: Iterable[str]) -> list[str]:
+    """names without those that a glob of keep_layers matches from start to end.
+
+    Raises ValueError for a glob that matches no layer, with the nearest name: a typo must not quantize what the user
+    wanted to protect.
+    """
+    names = list(names)
+    kept = set()
+    for glob in keep_layers:
+        pattern = glob.removeprefix("diffusion_model.")
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            raise ValueError(f"keep_layers: '{glob}' matches no layer that would be quantized. "
+                             f"Names are matched whole; the nearest is '{near[0] if near else 'none'}'.")
+        kept.update(matched)
+    return [name for name in names if name not in kept]
+
+
+def quantize_weight(weight: torch.Tensor, rotate: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """weight [N, K] float -> (int8 [N, K], scale [N, 1] fp32, ConvRot group or 0), math in fp32.
+
+    rotate: with ConvRot, in the largest group that divides K. Raises ValueError for NaN or infinity.
+    """
+    group = group_size(weight.shape[1]) if rotate else 0
+    q, s = reference.quant_rows(weight, group)
+    if not torch.isfinite(s).all():
+        raise ValueError("the weight has NaN or infinite values")
+    return q, s[:, None], group

@@ -1,0 +1,45 @@
+"""What repeats in a model: the blocks of a transformer or UNet, found by structure, not by name."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+# A repeated activation or norm is not worth a region of its own.
+MIN_LINEARS = 2
+
+
+def signature(module: torch.nn.Module) -> tuple:
+    """What two blocks must share to run the same program: the class of every submodule, and the shape and dtype of every
+    parameter and buffer. Never a value."""
+    modules = tuple((name, type(m)) for name, m in module.named_modules())
+    tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in (*module.named_parameters(), *module.named_buffers()))
+    return modules, tensors
+
+
+def _is_block(module: torch.nn.Module) -> bool:
+    linears = sum(is_linear(m) or isinstance(m, torch.nn.modules.conv._ConvNd) for m in module.modules())
+    return not isinstance(module, CONTAINERS) and linears >= MIN_LINEARS
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """torch.nn.Linear, or a class in its place such as ComfyUI's mixed-precision Linear."""
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def repeated_blocks(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """The outermost children of ModuleLists, ModuleDicts and Sequentials, at any depth, whose class occurs there more than
+    once: the blocks.
+
+    Yields (name of the block below the root, its container, its key there). A block inside a block is not listed.
+    """
+    is_container = isinstance(module, CONTAINERS)
+    classes = [type(m) for m in module.children() if _is_block(m)] if is_container else []
+    for key, child in module.named_children():
+        name = f"{path}.{key}" if path else key
+        if is_container and _is_block(child) and classes.count(type(child)) > 1:
+            yield name, module, key
+        else:
+            yield from repeated_blocks(child, name)

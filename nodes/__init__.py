@@ -1,0 +1,61 @@
+"""The nodes, one file per family."""
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import ComfyExtension, io
+
+from .compile_model import CompileModel
+from .lazy_compile import INT8LazyTorchCompile
+from .quantize import INT8QuantizeModel
+
+logger = logging.getLogger(__name__)
+
+NODES: list[type[io.ComfyNode]] = [CompileModel, INT8LazyTorchCompile, INT8QuantizeModel]
+# Ids that packs in the field use as well; the one that loads last wins, silently.
+SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")
+
+
+class Int8CompileExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer
+
+        import nodes  # ComfyUI's registry and server are complete only while packs load, not at import
+
+        _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
+        if hasattr(PromptServer, "instance"):
+            async def look_again(app):
+                _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
+            PromptServer.instance.app.on_startup.append(look_again)
+            await _register_replacements()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+def _report_id_clashes(registry: dict) -> None:
+    for node in NODES:
+        node_id = node.define_schema().node_id
+        other = registry.get(node_id)
+        if other is not None and other is not node and node_id in SHARED_IDS:
+            logger.warning("INT8 Compile: the node id %s is also registered by %s. ComfyUI uses the pack that loads last; "
+                           "disable one of the two.", node_id, getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__))
+
+
+async def _register_replacements() -> None:
+    """Workflows made with Velocator's node open with ours where Velocator is absent (ComfyUI 0.13 or later)."""
+    if not hasattr(io, "NodeReplace"):
+        return
+    from comfy_api.latest import ComfyAPI
+
+    kept = ("model", "is_patcher", "object_to_patch", "memory_format", "fullgraph", "dynamic", "disable")
+    # Velocator's modes, options and backend name things that only its own compiler knows.
+    reset = {"mode": "default", "options": "", "backend": "inductor"}
+    await ComfyAPI().node_replacement.register(io.NodeReplace(
+        new_node_id="CompileModel",
+        old_node_id="VelocatorCompileModel",
+        old_widget_ids=["is_patcher", "object_to_patch", "memory_format", "fullgraph", "dynamic", "mode", "options", "disable", "backend"],
+        input_mapping=[{"new_id": name, "old_id": name} for name in kept]
+        + [{"new_id": name, "set_value": value} for name, value in reset.items()],
+        output_mapping=[{"new_idx": 0, "old_idx": 0}],
+    ))

@@ -1,0 +1,121 @@
+"""Compile Model: torch.compile for an object of a model, with every option of it."""
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..compile import options as compile_options
+from ..compile.options import CompileOptions
+from ..compile.patcher import add_compile, check_target, non_dynamic_clone, set_memory_format
+
+logger = logging.getLogger(__name__)
+
+TITLE = "Compile Model"
+MEMORY_FORMATS = ("preserve_format", "contiguous_format", "channels_last", "channels_last_3d")
+
+
+class BackendCombo(io.Combo.Input):
+    """The backends are asked of torch when the node is described, not when the pack is imported: that would load dynamo."""
+
+    def as_dict(self):
+        self.options = compile_options.list_backends()
+        return super().as_dict()
+
+
+def _any_patchable(input_id: str, tooltip: str) -> tuple[io.Input, io.Output]:
+    types = [io.Model, io.Clip, io.Vae, io.ControlNet]
+    if not hasattr(io, "MatchType"):  # ComfyUI before MatchType: the output is of any type
+        return io.MultiType.Input(input_id, types=types, tooltip=tooltip), io.AnyType.Output(display_name="model")
+    template = io.MatchType.Template("patchable", allowed_types=types)
+    return (io.MatchType.Input(input_id, template=template, tooltip=tooltip),
+            io.MatchType.Output(template=template, display_name="model"))
+
+
+class CompileModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        model_in, model_out = _any_patchable("model", "The model to compile. The model that comes in is not changed.")
+        return io.Schema(
+            node_id="CompileModel",
+            display_name=TITLE,
+            category="INT8 Compile",
+            description="Compiles a model with torch.compile when it first samples. Repeated blocks are compiled once and shared, "
+                        "so a big model costs about what one of its blocks costs.",
+            inputs=[
+                model_in,
+                io.Boolean.Input("is_patcher", default=True, tooltip="True for a MODEL, which is itself a patcher. "
+                                 "False for a CLIP or VAE, which hold one."),
+                io.String.Input("object_to_patch", default="diffusion_model", tooltip="Dotted path of the object to compile, such as "
+                                "diffusion_model or diffusion_model.single_blocks. Empty: the whole model."),
+                io.Combo.Input("memory_format", options=list(MEMORY_FORMATS), default="preserve_format", tooltip="Memory layout of the "
+                               "object's convolution weights. channels_last speeds up UNets, channels_last_3d video convolutions; "
+                               "transformers have few convolutions and gain nothing."),
+                io.Boolean.Input("fullgraph", default=False, tooltip="Demand that each block is one graph. Off, code that cannot be "
+                                 "compiled runs as it is between graphs."),
+                io.Boolean.Input("dynamic", default=False, tooltip="Compile for any size at once. Off, every new resolution, batch size "
+                                 "or prompt length compiles again, and each is a little faster."),
+                io.Combo.Input("mode", options=list(compile_options.MODES), default="default", tooltip="default: short compile. "
+                               "max-autotune(-no-cudagraphs): searches faster kernels for minutes. reduce-overhead: CUDA graphs, "
+                               "for small models."),
+                io.String.Input("options", default="", multiline=True, tooltip='Inductor options as a JSON object, such as '
+                                '{"epilogue_fusion": true}, on top of the mode. Empty: none.'),
+                io.Boolean.Input("disable", default=False, tooltip="Pass the model on uncompiled, to compare."),
+                BackendCombo("backend", default="inductor", tooltip="The compiler. inductor unless you know why; eager and aot_eager "
+                             "find out which stage fails; velocator and xelerate need their package."),
+            ],
+            outputs=[model_out],
+        )
+
+    @classmethod
+    def validate_inputs(cls, memory_format, options, backend="inductor") -> bool | str:
+        try:
+            _memory_format(memory_format)
+            # The backend as linked input is not known yet; execute checks again.
+            compile_options.parse_options(options or "", backend or "inductor")
+            if backend not in (None, *compile_options.list_backends()):
+                return f"Unknown backend '{backend}'. Choose one of: {', '.join(compile_options.list_backends())}."
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, is_patcher, object_to_patch, memory_format, fullgraph, dynamic, mode, options, disable,
+                backend) -> io.NodeOutput:
+        layout = _memory_format(memory_format)
+        settings = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=dynamic, mode=mode,
+                                  options=compile_options.parse_options(options, backend), title=TITLE)
+        compile_options.require_backend(backend)
+        _require_model(model, is_patcher)
+        object_to_patch = object_to_patch.strip()
+        check_target(model, object_to_patch)
+        try:
+            patched = model.clone() if disable else non_dynamic_clone(model, TITLE)
+        except RuntimeError as error:
+            logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
+            patched = model.clone()
+        if layout is not torch.preserve_format:
+            changed = set_memory_format(patched, object_to_patch, layout)
+            logger.info("%s: %d weights in %s", TITLE, changed, memory_format)
+        if not disable:
+            add_compile(patched, object_to_patch, settings)
+        return io.NodeOutput(patched)
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    if name not in MEMORY_FORMATS:
+        raise ValueError(f"Invalid memory format '{name}'. Choose one of: {', '.join(MEMORY_FORMATS)}.")
+    return getattr(torch, name)
+
+
+def _require_model(model, is_patcher: bool) -> None:
+    if isinstance(model, ModelPatcher):
+        if not is_patcher:
+            raise ValueError("This input is a MODEL, which is itself a patcher: set is_patcher to true.")
+    else:
+        kind = type(model).__name__
+        known = hasattr(model, "patcher") or hasattr(model, "control_model")
+        raise ValueError(f"Compile Model cannot compile a {kind} yet, only a MODEL. "
+                         + ("Connect it without this node." if known else "Connect the output of a diffusion model loader."))

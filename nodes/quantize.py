@@ -1,0 +1,38 @@
+"""INT8 Quantize Model: the Linear layers of a loaded model in INT8."""
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..int8.comfy_ops import quantize_model
+from ..int8.options import KERNELS, METHODS, Int8Options
+
+
+class INT8QuantizeModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="INT8QuantizeModel",
+            display_name="INT8 Quantize Model",
+            category="INT8 Compile",
+            description="Quantizes the Linear layers of a model's blocks to INT8 (W8A8): about half the memory, and faster on cards with "
+                        "INT8 tensor cores and CPUs with VNNI. Remove the node and the model is as before.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model loaded in bf16, fp16 or fp32. The model that comes in is not changed."),
+                io.Combo.Input("method", options=list(METHODS), default="auto", tooltip="convrot: rotates channels so that outliers do not "
+                               "cost precision. rowwise: no rotation, a little faster. auto: convrot in this version. smoothquant: not "
+                               "in this version."),
+                io.String.Input("keep_layers", default="", multiline=True, tooltip="Layers to leave in high precision: a glob a line, "
+                                "matched against the whole name below the diffusion model, such as double_blocks.0.*"),
+                io.Float.Input("min_sqnr_db", default=0.0, min=0.0, max=100.0, step=0.5, tooltip="Leave layers in high precision whose "
+                               "output would be noisier than this. 0: off. Not in this version."),
+                io.Combo.Input("kernel", options=list(KERNELS), default="auto", tooltip="What multiplies. auto: the best for this device. "
+                               "triton: this pack's GPU kernel. comfy_kitchen: ComfyUI's own. torch: torch._int_mm."),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model with INT8 layers.")],
+        )
+
+    @classmethod
+    def execute(cls, model, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
+        options = Int8Options(method=method, keep_layers=Int8Options.parse_keep_layers(keep_layers), min_sqnr_db=min_sqnr_db,
+                              kernel=kernel)
+        return io.NodeOutput(quantize_model(model, options))
