@@ -1,0 +1,85 @@
+"""Finds ComfyUI, offers the pack as the package int8_compile, and says at the end what ran against what."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on CPU tensors; must be set before they are imported
+
+from benchmarks.comfy_server import find_comfyui  # noqa: E402
+
+COMFYUI = find_comfyui()
+NO_COMFYUI = "ComfyUI was not found: set COMFYUI_PATH to its folder"
+_ran: dict[str, int] = {"e2e": 0, "comfy": 0}
+
+
+def _load_pack() -> None:
+    spec = importlib.util.spec_from_file_location("int8_compile", REPO / "__init__.py", submodule_search_locations=[str(REPO)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["int8_compile"] = module
+    spec.loader.exec_module(module)
+
+
+_load_pack()
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in ("comfy", "e2e"):
+            if item.get_closest_marker(marker) and COMFYUI is None:
+                item.add_marker(pytest.mark.skip(reason=NO_COMFYUI))
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.outcome in ("passed", "failed"):
+        for marker in _ran:
+            _ran[marker] += marker in report.keywords
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COMFYUI is None:
+        terminalreporter.write_line(f"end-to-end: NONE ran. {NO_COMFYUI}.", red=True, bold=True)
+    else:
+        version = comfyui_version(COMFYUI)
+        terminalreporter.write_line(f"end-to-end: {_ran['e2e']} tests ran against a ComfyUI {version} server, "
+                                    f"{_ran['comfy']} more inside its Python code")
+
+
+def comfyui_version(comfyui: Path) -> str:
+    scope: dict = {}
+    exec((comfyui / "comfyui_version.py").read_text(), scope)  # noqa: S102
+    return scope["__version__"]
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """A ComfyUI base directory with small random checkpoints of ComfyUI's own classes; kept between runs."""
+    from benchmarks.tiny_models import make_models
+
+    return make_models(COMFYUI, cache_dir())
+
+
+@pytest.fixture(scope="session")
+def comfy(models_dir):
+    """ComfyUI imported into this process, on CPU, with the attention that GPUs use."""
+    sys.path.insert(0, str(COMFYUI))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    import comfy.sample
+    import comfy.sd
+    import comfy.utils
+    return comfy
