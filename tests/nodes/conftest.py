@@ -1,0 +1,80 @@
+"""Real checkpoints through ComfyUI's own loader, sampler and ModelPatcher, in this process."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """ComfyUI runs nodes so."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def load(comfy, models_dir):
+    def load(name="tiny_flux"):
+        return comfy.sd.load_diffusion_model(str(models_dir / "models" / "diffusion_models" / f"{name}.safetensors"))
+    return load
+
+
+@pytest.fixture
+def flux(load):
+    return load("tiny_flux")
+
+
+@pytest.fixture
+def wan(load):
+    return load("tiny_wan")
+
+
+@pytest.fixture(scope="session")
+def lora(comfy, models_dir):
+    def lora(model, name="tiny_flux_a", strength=1.0):
+        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / f"{name}.safetensors"))
+        return comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
+    return lora
+
+
+@pytest.fixture(scope="session")
+def sample(comfy):
+    """Two steps with a stock sampler: -> latent."""
+    def sample(model, seed=1, batch=1, height=16, width=16, tokens=20, cfg=1.0):
+        video = type(model.model.diffusion_model).__name__ == "WanModel"
+        generator = torch.Generator().manual_seed(7)
+        conds = [[[torch.randn(1, tokens, 4096, generator=generator), {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
+                 for _ in range(2)]
+        latent = torch.zeros(batch, 16, 2, height // 2, width // 2) if video else torch.zeros(batch, 16, height, width)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", *conds, latent, disable_pbar=True, seed=seed)
+    return sample
+
+
+@pytest.fixture
+def graphs():
+    start = counters["stats"]["unique_graphs"]
+    return lambda: counters["stats"]["unique_graphs"] - start
+
+
+def difference(a, b) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture(scope="session")
+def nodes(comfy):
+    """The node classes, with the contract's defaults filled in: nodes.CompileModel(model, backend="aot_eager") -> model."""
+    from int8_compile import nodes
+
+    class Nodes:
+        pass
+
+    for cls in nodes.NODES:
+        schema = cls.define_schema()
+        defaults = {i.id: i.default for i in schema.inputs if i.id != "model"}
+
+        def run(model, _cls=cls, _defaults=defaults, **inputs):
+            return _cls.execute(model=model, **{**_defaults, **inputs})[0]
+        setattr(Nodes, schema.node_id, staticmethod(run))
+    return Nodes

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+CHEAP = {"backend": "aot_eager"}
+
+
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+def test_compiled_models_sample_the_same(load, nodes, sample, graphs, family):
+    model = load(family)
+    eager = sample(model)
+    assert difference(sample(nodes.CompileModel(model, **CHEAP)), eager) < 1e-3
+    assert graphs() > 0
+
+
+def test_nothing_is_compiled_before_the_first_sampling_call(flux, nodes, sample, graphs, lora):
+    quantized = nodes.INT8QuantizeModel(flux)
+    lazy = nodes.INT8LazyTorchCompile(lora(quantized))
+    compiled = nodes.CompileModel(flux, **CHEAP)
+    assert graphs() == 0
+    sample(compiled)
+    after = graphs()
+    assert after >= 1
+    lazy.wrappers["apply_model"] = {k: [_cheap(w) for w in v] for k, v in lazy.wrappers["apply_model"].items()}
+    sample(lazy)
+    assert graphs() > after
+
+
+def _cheap(wrapper):
+    """The same wrapper with a backend that compiles fast."""
+    import dataclasses
+    return type(wrapper)(wrapper.target, dataclasses.replace(wrapper.options, backend="aot_eager"))
+
+
+def test_int8_layers_and_lora_are_in_place_when_it_compiles(flux, nodes, sample, lora, graphs):
+    model = lora(nodes.INT8QuantizeModel(flux))
+    eager = sample(model)
+    compiled = nodes.CompileModel(model, dynamic=True, **CHEAP)
+    assert torch.allclose(sample(compiled), eager, rtol=1e-4, atol=1e-4)
+    assert graphs() == 2
+
+
+def test_another_lora_or_strength_compiles_nothing_new(flux, nodes, sample, lora, graphs):
+    quantized = nodes.INT8QuantizeModel(flux)
+    for name, strength in (("tiny_flux_a", 1.0), ("tiny_flux_b", 0.5), ("tiny_flux_a", 0.3)):
+        branch = lora(quantized, name, strength)
+        assert difference(sample(nodes.CompileModel(branch, **CHEAP)), sample(branch)) < 1e-3
+    assert graphs() == 2
+
+
+def test_the_upstream_model_is_untouched_and_gets_its_bits_back(flux, nodes, sample):
+    before = sample(flux)
+    wrappers, uuid = {k: dict(v) for k, v in flux.wrappers.items()}, flux.patches_uuid
+    for compiled in (nodes.CompileModel(flux, **CHEAP), nodes.INT8LazyTorchCompile(flux)):
+        assert compiled is not flux
+    sample(nodes.CompileModel(flux, **CHEAP))
+    assert (flux.wrappers, flux.patches_uuid) == (wrappers, uuid)
+    assert all(m._compiled_call_impl is None for m in flux.model.modules())
+    assert torch.equal(sample(flux), before)
+
+
+def test_disable_passes_the_model_on_uncompiled(flux, nodes, sample, graphs):
+    model = nodes.CompileModel(flux, disable=True)
+    assert torch.equal(sample(model), sample(flux)) and graphs() == 0 and model is not flux
+
+
+@pytest.mark.parametrize("path, regions", [
+    ("diffusion_model", [("DoubleStreamBlock", 2), ("SingleStreamBlock", 3)]),
+    ("", [("DoubleStreamBlock", 2), ("SingleStreamBlock", 3)]),
+    ("diffusion_model.single_blocks", [("SingleStreamBlock", 3)]),
+    ("diffusion_model.single_blocks.1", [("SingleStreamBlock", 1)]),
+    ("diffusion_model.final_layer", [("LastLayer", 1)]),
+])
+def test_object_to_patch_chooses_what_is_compiled(load, nodes, sample, path, regions):
+    from int8_compile.compile.patcher import reports
+
+    model = load()
+    compiled = nodes.CompileModel(model, object_to_patch=path, **CHEAP)
+    assert difference(sample(compiled), sample(model)) < 1e-3
+    (report,) = reports(compiled)
+    assert report.regions == regions and report.graphs >= 1 and not report.failure
+
+
+def test_blocks_only_off_compiles_the_model_as_one(flux, nodes, sample):
+    from int8_compile.compile.patcher import reports
+
+    lazy = nodes.INT8LazyTorchCompile(flux, compile_transformer_blocks_only=False)
+    lazy.wrappers["apply_model"] = {k: [_cheap(w) for w in v] for k, v in lazy.wrappers["apply_model"].items()}
+    assert difference(sample(lazy), sample(flux)) < 1e-3
+    assert reports(lazy)[0].regions == [("Flux", 1)]
+
+
+def test_a_path_that_does_not_exist_names_the_nearest(flux, nodes):
+    with pytest.raises(ValueError, match=r"'diffusion_model\.double_block' does not exist.*nearest path is 'diffusion_model\.double_blocks'"):
+        nodes.CompileModel(flux, object_to_patch="diffusion_model.double_block", **CHEAP)
+    with pytest.raises(ValueError, match="'model_type' is not a module"):
+        nodes.CompileModel(flux, object_to_patch="model_type", **CHEAP)
+
+
+def test_chained_nodes_on_the_same_object_do_not_compile_twice(flux, nodes):
+    twice = nodes.CompileModel(nodes.INT8LazyTorchCompile(flux), **CHEAP)
+    assert list(twice.wrappers["apply_model"]) == ["int8_compile.diffusion_model"]
+    parts = nodes.CompileModel(flux, object_to_patch="diffusion_model.double_blocks", **CHEAP)
+    parts = nodes.CompileModel(parts, object_to_patch="diffusion_model.single_blocks", **CHEAP)
+    assert len(parts.wrappers["apply_model"]) == 2
+    assert len(nodes.CompileModel(parts, **CHEAP).wrappers["apply_model"]) == 1
+
+
+def test_memory_format_changes_only_weights_of_its_rank_on_the_clone(wan, nodes, sample):
+    conv = wan.model.diffusion_model.patch_embedding.weight
+    assert conv.dim() == 5 and conv.is_contiguous()
+    eager = sample(wan)
+    patched = nodes.CompileModel(wan, memory_format="channels_last_3d", disable=True)
+    assert set(patched.object_patches) == {"diffusion_model.patch_embedding.weight"}
+    weight = patched.object_patches["diffusion_model.patch_embedding.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and torch.equal(weight, conv)
+    assert difference(sample(patched), eager) < 1e-5
+    assert wan.model.diffusion_model.patch_embedding.weight is conv or torch.equal(sample(wan), eager)
+    assert torch.equal(sample(wan), eager)
+    assert wan.model.diffusion_model.patch_embedding.weight.is_contiguous()
+    assert not nodes.CompileModel(wan, memory_format="channels_last", disable=True).object_patches
+    assert not nodes.CompileModel(wan, memory_format="contiguous_format", disable=True).object_patches
+
+
+@pytest.mark.parametrize("inputs, message", [
+    ({"memory_format": "channels_first"}, "^Invalid memory format"),
+    ({"options": "{"}, "^Compilation failed due to invalid options"),
+    ({"options": '{"max_autotun": true}'}, "^Compilation failed due to invalid options.*max_autotune"),
+    ({"backend": "velocator"}, "^velocator is not installed"),
+    ({"backend": "xelerate"}, "^xelerate is not installed"),
+    ({"backend": "nonsense"}, "^Unknown backend 'nonsense'"),
+    ({"is_patcher": False}, "set is_patcher to true"),
+])
+def test_bad_input_is_refused_before_anything_runs(flux, nodes, inputs, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        nodes.CompileModel(flux, **inputs)
+
+
+def test_clip_and_vae_say_that_they_come_later(comfy, models_dir, nodes):
+    clip = comfy.sd.load_clip([str(models_dir / "models" / "text_encoders" / "tiny_clip_l.safetensors")], clip_type=comfy.sd.CLIPType.SD3)
+    with pytest.raises(ValueError, match="cannot compile a CLIP yet"):
+        nodes.CompileModel(clip, is_patcher=False)
+    with pytest.raises(ValueError, match="cannot compile a int yet"):
+        nodes.CompileModel(3)
+
+
+def test_a_failed_compile_gives_the_eager_image_and_one_warning(flux, nodes, sample, monkeypatch, caplog):
+    """openxla is listed by torch, and torch_xla is not installed: it fails at the first call."""
+    eager = sample(flux)
+    compiled = nodes.CompileModel(flux, backend="openxla")
+    assert torch.equal(sample(compiled), eager) and torch.equal(sample(compiled), eager)
+    assert caplog.text.count("compile failed; running uncompiled") == 1
+
+
+def test_patches_that_read_transformer_options_are_respected(flux, nodes, sample):
+    """An attention override that depends on the block: baking the first block's number in would change the image."""
+    def override(attention, *args, transformer_options=None, **kwargs):
+        return attention(*args, transformer_options=transformer_options, **kwargs) * (1 + 0.2 * transformer_options["block_index"])
+
+    patched = flux.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    eager = sample(patched)
+    assert difference(eager, sample(flux)) > 0.01
+    assert difference(sample(nodes.CompileModel(patched, **CHEAP)), eager) < 1e-3
+
+
+def test_two_models_at_once_keep_their_own_weights(load, nodes, sample):
+    high, low = load("tiny_wan"), load("tiny_wan")
+    for p in low.model.diffusion_model.parameters():
+        p.mul_(0.9)
+    want = sample(high), sample(low)
+    compiled = nodes.CompileModel(high, **CHEAP), nodes.CompileModel(low, **CHEAP)
+    assert difference(*want) > 0.01
+    for _ in range(2):
+        for model, image in zip(compiled, want):
+            assert difference(sample(model), image) < 1e-3
+
+
+def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sample):
+    """DualModelGuider hands the first model's options to the second: core's own compile wrapper then runs wrong weights."""
+    a, b = load("tiny_wan"), load("tiny_wan")
+    for p in b.model.diffusion_model.parameters():
+        p.mul_(0.9)
+    want = sample(b)
+    compiled = nodes.CompileModel(a, **CHEAP)
+    stranger = b.clone()
+    stranger.wrappers["apply_model"] = compiled.wrappers["apply_model"]
+    assert difference(sample(stranger), want) < 1e-3
+
+
+def test_lazy_compile_without_dynamic_vram_needs_a_core_that_can(flux, nodes, monkeypatch):
+    """The CPU loader is never dynamic; a dynamic patcher's refusals must come in the contract's words."""
+    from comfy.model_patcher import ModelPatcher
+
+    class Dynamic(ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    flux.__class__ = Dynamic
+    flux.cached_patcher_init = None
+    refusal = "^INT8 Lazy Torch Compile: this ComfyUI version does not support disable_dynamic clone."
+    with pytest.raises(RuntimeError, match=refusal):
+        nodes.INT8LazyTorchCompile(flux)
+    monkeypatch.setattr(Dynamic, "clone", lambda self: None, raising=False)
+    with pytest.raises(RuntimeError, match=refusal):
+        nodes.INT8LazyTorchCompile(flux)
+    monkeypatch.undo()
+    assert nodes.INT8LazyTorchCompile(flux, disable_dynamic_vram=False).wrappers["apply_model"]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.mark.parametrize("method", ["rowwise", "convrot", "auto"])
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+def test_a_quantized_model_samples_almost_the_same(load, nodes, sample, family, method):
+    model = load(family)
+    eager = sample(model)
+    assert 1e-6 < difference(sample(nodes.INT8QuantizeModel(model, method=method)), eager) < 0.05
+
+
+def test_the_upstream_model_is_untouched_and_gets_its_bits_back(flux, nodes, sample):
+    weights = {k: v.clone() for k, v in flux.model.state_dict().items()}
+    before = sample(flux)
+    uuid, patches = flux.patches_uuid, dict(flux.object_patches)
+    quantized = nodes.INT8QuantizeModel(flux)
+    assert (flux.patches_uuid, flux.object_patches) == (uuid, patches)
+    first = sample(quantized)
+    assert torch.equal(sample(flux), before)
+    assert torch.equal(sample(quantized), first)
+    assert torch.equal(sample(flux.clone()), before)
+    after = flux.model.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[k], v) for k, v in weights.items())
+
+
+def test_weights_are_comfyuis_own_int8_format(comfy, flux, nodes, sample):
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+    layer = quantized.get_model_object("diffusion_model.double_blocks.0.img_attn.qkv")
+    original = flux.get_model_object("diffusion_model.double_blocks.0.img_attn.qkv").weight
+    weight = layer.weight
+    assert isinstance(weight, comfy.ops.QuantizedTensor) and weight._layout_cls == "TensorWiseINT8Layout"
+    assert weight._qdata.dtype == torch.int8 and weight._params.scale.shape == (original.shape[0], 1)
+    assert weight._params.convrot and weight._params.convrot_groupsize == 256
+    # comfy_kitchen undoes our rotation and scales.
+    assert difference(weight.dequantize(), original) < 0.01
+    sd = layer.state_dict(prefix="x.")
+    assert {"x.weight", "x.weight_scale", "x.comfy_quant", "x.bias"} == set(sd)
+
+
+def test_our_kernels_agree_with_comfy_kitchens(flux, nodes, sample):
+    ours = sample(nodes.INT8QuantizeModel(flux, method="convrot"))
+    theirs = sample(nodes.INT8QuantizeModel(flux, method="convrot", kernel="comfy_kitchen"))
+    assert difference(ours, theirs) < 0.02
+
+
+def test_memory_is_about_halved(flux, nodes):
+    quantized = nodes.INT8QuantizeModel(flux)
+    blocks = sum(p.nbytes for p in flux.model.diffusion_model.double_blocks.parameters())
+    assert quantized.model_size() < flux.model_size() - 0.4 * blocks
+
+
+def test_kept_layers_stay_in_high_precision(flux, nodes):
+    quantized = nodes.INT8QuantizeModel(flux, keep_layers="double_blocks.0.*\nsingle_blocks.*.linear2")
+    names = [name.removeprefix("diffusion_model.") for name in quantized.object_patches]
+    assert names and not any(n.startswith("double_blocks.0.") or n.endswith("linear2") for n in names)
+    assert any(n.startswith("double_blocks.1.") for n in names)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_applies_before_or_after_quantizing(flux, nodes, sample, lora, order):
+    with_lora = sample(lora(flux))
+    model = nodes.INT8QuantizeModel(lora(flux)) if order == "before" else lora(nodes.INT8QuantizeModel(flux))
+    got = sample(model)
+    assert difference(got, with_lora) < 0.05
+    assert difference(got, with_lora) < difference(got, sample(flux)) / 2
+
+
+def test_two_lora_branches_do_not_disturb_each_other(flux, nodes, sample, lora):
+    quantized = nodes.INT8QuantizeModel(flux)
+    plain = sample(quantized)
+    a, b = lora(quantized, "tiny_flux_a"), lora(quantized, "tiny_flux_b")
+    first_a, first_b = sample(a), sample(b)
+    assert difference(first_a, first_b) > 0.01
+    assert torch.equal(sample(a), first_a) and torch.equal(sample(b), first_b) and torch.equal(sample(quantized), plain)
+
+
+def test_quantizing_while_a_lora_is_loaded_reads_the_files_weights(flux, nodes, sample, lora):
+    want = sample(nodes.INT8QuantizeModel(flux))
+    gc.collect()
+    sample(lora(flux, strength=3.0))  # the shared model now holds patched weights
+    assert torch.equal(sample(nodes.INT8QuantizeModel(flux)), want)
+
+
+def test_running_again_reuses_the_layers(flux, nodes):
+    a, b = nodes.INT8QuantizeModel(flux), nodes.INT8QuantizeModel(flux)
+    assert all(a.object_patches[k] is b.object_patches[k] for k in a.object_patches)
+    other = nodes.INT8QuantizeModel(flux, method="rowwise")
+    assert not any(a.object_patches[k] is other.object_patches[k] for k in a.object_patches)
+
+
+def test_layers_go_with_the_model(load, nodes):
+    from int8_compile.int8 import comfy_ops
+
+    model = load()
+    quantized = nodes.INT8QuantizeModel(model)
+    before = len(comfy_ops._LAYERS)
+    assert len(comfy_ops._LAYERS[model.model]) == len(quantized.object_patches)
+    layers = comfy_ops._LAYERS[model.model]
+    del quantized
+    gc.collect()
+    assert len(layers) == 0
+    del model
+    gc.collect()
+    assert len(comfy_ops._LAYERS) < before
+
+
+def test_quantizing_twice_says_that_nothing_is_left(flux, nodes):
+    with pytest.raises(ValueError, match="no Linear layers to quantize"):
+        nodes.INT8QuantizeModel(nodes.INT8QuantizeModel(flux))
+
+
+def test_a_model_without_linear_layers_is_refused(flux, nodes):
+    model = flux.clone()
+    model.model = type("BaseModel", (torch.nn.Module,), {})()
+    model.model.diffusion_model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match="no Linear layers to quantize"):
+        nodes.INT8QuantizeModel(model)
+
+
+def test_bad_weights_are_named_and_the_model_still_samples(load, nodes, sample):
+    model = load()
+    before = sample(model)
+    weight = model.model.diffusion_model.single_blocks[1].linear1.weight
+    value = weight[0, 0].item()
+    weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer 'single_blocks\.1\.linear1'.*NaN"):
+        nodes.INT8QuantizeModel(model)
+    weight[0, 0] = value
+    assert torch.equal(sample(model), before)
+
+
+def test_fp8_weights_are_refused(comfy, models_dir, nodes):
+    path = models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors"
+    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float8_e4m3fn})
+    with pytest.raises(ValueError, match=r"already quantized \(torch\.float8_e4m3fn\)"):
+        nodes.INT8QuantizeModel(model)
+
+
+def test_the_triton_kernel_needs_a_gpu(flux, nodes):
+    if flux.load_device.type == "cuda":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="triton kernel needs a CUDA device.*Set kernel to auto"):
+        nodes.INT8QuantizeModel(flux, kernel="triton")
+
+
+def test_offloaded_layers_with_lora_give_the_same_result(flux, nodes, lora):
+    """Low VRAM: weights stay on the offload device, and core adds the LoRA to the dequantized weight in each call."""
+    model = lora(nodes.INT8QuantizeModel(flux))
+    x, context = torch.randn(1, 16, 8, 8), torch.randn(1, 20, 4096)
+
+    def forward():
+        return model.model.diffusion_model(x, torch.tensor([0.5]), context=context, y=torch.randn(1, 2048, generator=torch.Generator().manual_seed(1)))
+
+    model.patch_model(torch.device("cpu"))
+    want = forward()
+    model.unpatch_model(torch.device("cpu"))
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+    try:
+        assert any(getattr(m, "weight_function", None) for m in model.model.modules())
+        assert 0 < difference(forward(), want) < 0.05
+    finally:
+        model.unpatch_model(torch.device("cpu"))
