@@ -12,6 +12,7 @@ from .quantize import INT8QuantizeModel
 logger = logging.getLogger(__name__)
 
 NODES: list[type[io.ComfyNode]] = [CompileModel, INT8LazyTorchCompile, INT8QuantizeModel]
+CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.
 SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")
 
@@ -25,7 +26,9 @@ class Int8CompileExtension(ComfyExtension):
         _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
         if hasattr(PromptServer, "instance"):
             async def look_again(app):
-                _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
+                # A second copy of this pack has reported the clash when it was loaded.
+                others = {node_id: node for node_id, node in nodes.NODE_CLASS_MAPPINGS.items() if node.CATEGORY != CATEGORY}
+                _report_id_clashes(others)
             PromptServer.instance.app.on_startup.append(look_again)
             await _register_replacements()
 

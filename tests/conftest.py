@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def comfyui_version(comfyui: Path) -> str:
     scope: dict = {}
-    exec((comfyui / "comfyui_version.py").read_text(), scope)  # noqa: S102
+    exec((comfyui / "comfyui_version.py").read_text(), scope)
     return scope["__version__"]
 
 

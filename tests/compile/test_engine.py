@@ -91,7 +91,7 @@ def test_a_block_of_another_shape_is_a_region_of_its_own():
 def test_without_repeats_the_whole_module_is_the_region(graphs):
     net, x = Block(), torch.randn(2, 64)
     assert [r.modules for r in find_regions(net)] == [[net]]
-    assert [r.modules for r in find_regions(Net(), blocks_only=False)][0][0].__class__ is Net
+    assert type(find_regions(Net(), blocks_only=False)[0].modules[0]) is Net
     compiled = CompiledModule(CompileOptions(backend="aot_eager"))
     torch.testing.assert_close(run(compiled, net, x), net(x))
     assert graphs() == 1
@@ -106,7 +106,7 @@ def test_the_modules_are_as_before_after_every_call():
     with pytest.raises(KeyError):
         run(compiled, net, torch.randn(3, 64))
     net.error = None
-    assert {name: {k: v for k, v in m.__dict__.items()} for name, m in net.named_modules()} == before
+    assert {name: dict(m.__dict__) for name, m in net.named_modules()} == before
     assert all(m._compiled_call_impl is None for m in net.modules())
 
 

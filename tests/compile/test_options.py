@@ -57,7 +57,7 @@ def test_invalid_options_are_named_before_anything_runs(text, message):
 
 
 def test_options_for_a_backend_that_takes_none_are_refused():
-    with pytest.raises(ValueError, match="^Compilation failed due to invalid options: backend 'eager' takes no options"):
+    with pytest.raises(ValueError, match=r"^Compilation failed due to invalid options: backend 'eager' takes no options"):
         parse_options('{"max_autotune": true}', "eager")
 
 

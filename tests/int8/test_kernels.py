@@ -14,7 +14,8 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     IMPLEMENTATIONS.append(triton_kernels)  # in Triton's interpreter
 
 # (M, K, N, ConvRot group)
-SHAPES = [(1, 64, 64, 64), (5, 256, 33, 256), (70, 320, 100, 64), (3, 48, 16, 16), (129, 1000, 72, 0), (33, 768, 130, 256), (2, 5120, 24, 256)]
+SHAPES = [(1, 64, 64, 64), (5, 256, 33, 256), (70, 320, 100, 64), (3, 48, 16, 16), (129, 1000, 72, 0), (33, 768, 130, 256),
+          (2, 5120, 24, 256)]
 
 
 @pytest.fixture(params=["gaussian", "outliers", "zero row"])

@@ -95,7 +95,8 @@ def test_blocks_only_off_compiles_the_model_as_one(flux, nodes, sample):
 
 
 def test_a_path_that_does_not_exist_names_the_nearest(flux, nodes):
-    with pytest.raises(ValueError, match=r"'diffusion_model\.double_block' does not exist.*nearest path is 'diffusion_model\.double_blocks'"):
+    message = r"'diffusion_model\.double_block' does not exist.*nearest path is 'diffusion_model\.double_blocks'"
+    with pytest.raises(ValueError, match=message):
         nodes.CompileModel(flux, object_to_patch="diffusion_model.double_block", **CHEAP)
     with pytest.raises(ValueError, match="'model_type' is not a module"):
         nodes.CompileModel(flux, object_to_patch="model_type", **CHEAP)

@@ -1,0 +1,44 @@
+"""Real ComfyUI servers: started with the pack, driven over HTTP, stopped afterwards."""
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference
+
+# Inductor compiles one graph a block with the attention that GPUs use; CPU's default breaks graphs and takes longer.
+GPU_ATTENTION = ("--use-pytorch-cross-attention",)
+
+
+@pytest.fixture(scope="session")
+def serve(models_dir, tmp_path_factory):
+    """serve(**ComfyServer arguments) -> a context manager: a server with the small models and a base directory of its own."""
+    def serve(**arguments):
+        return ComfyServer(find_comfyui(), tmp_path_factory.mktemp("comfyui"), models=models_dir, **arguments)
+    return serve
+
+
+@pytest.fixture(scope="session")
+def server(serve):
+    with serve(extra_args=GPU_ATTENTION) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def defaults(server):
+    """The contract's defaults of a node, as /object_info tells them: what the frontend fills in."""
+    def defaults(node_id, **inputs):
+        required = server.object_info(node_id)["input"]["required"]
+        values = {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
+        return node_id, {**values, **inputs}
+    return defaults
+
+
+def latent(server, result):
+    """The saved latent of a finished prompt; fails with ComfyUI's own error where it did not succeed."""
+    assert result.status == "success", f"{result.error}\n{server.log_text()[-3000:]}"
+    (path,) = (p for p in result.files(server) if p.suffix == ".latent")
+    return load_latent(path)
+
+
+def difference(a, b) -> float:
+    return relative_difference(a, b)

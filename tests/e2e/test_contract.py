@@ -1,0 +1,144 @@
+"""What ComfyUI tells the world about the pack, and what bad input gets back."""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.comfy_server import PromptRejected
+from benchmarks.workflows import flux_prompt
+
+from .conftest import difference, latent
+
+pytestmark = pytest.mark.e2e
+REPO = Path(__file__).resolve().parents[2]
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+# id -> (display name, [(input, type or options, default)]), from the design.
+CONTRACT = {
+    "CompileModel": ("Compile Model", [
+        ("model", None, None), ("is_patcher", "BOOLEAN", True), ("object_to_patch", "STRING", "diffusion_model"),
+        ("memory_format", ["preserve_format", "contiguous_format", "channels_last", "channels_last_3d"], "preserve_format"),
+        ("fullgraph", "BOOLEAN", False), ("dynamic", "BOOLEAN", False), ("mode", MODES, "default"), ("options", "STRING", ""),
+        ("disable", "BOOLEAN", False), ("backend", None, "inductor")]),
+    "INT8LazyTorchCompile": ("INT8 Lazy Torch Compile", [
+        ("model", "MODEL", None), ("backend", ["inductor", "cudagraphs"], "inductor"), ("fullgraph", "BOOLEAN", False),
+        ("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"], "default"),
+        ("dynamic", ["auto", "true", "false"], "true"), ("compile_transformer_blocks_only", "BOOLEAN", True),
+        ("dynamo_cache_size_limit", "INT", 640), ("use_guard_filter", "BOOLEAN", True), ("disable_dynamic_vram", "BOOLEAN", True),
+        ("log_compile", "BOOLEAN", False)]),
+    "INT8QuantizeModel": ("INT8 Quantize Model", [
+        ("model", "MODEL", None), ("method", ["auto", "rowwise", "convrot", "smoothquant"], "auto"), ("keep_layers", "STRING", ""),
+        ("min_sqnr_db", "FLOAT", 0.0), ("kernel", ["auto", "triton", "comfy_kitchen", "torch"], "auto")]),
+}
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_object_info_matches_the_contract(server, node_id):
+    display_name, inputs = CONTRACT[node_id]
+    info = server.object_info(node_id)
+    assert (info["display_name"], info["category"], info["name"]) == (display_name, "INT8 Compile", node_id)
+    required = info["input"]["required"]
+    assert list(required) == [name for name, _, _ in inputs]
+    for name, kind, default in inputs:
+        spec = required[name]
+        got = spec[1]["options"] if spec[0] == "COMBO" else spec[0]
+        assert kind is None or got == kind, name
+        assert spec[1].get("default") == default, name
+        assert len(spec[1]["tooltip"]) > 10, name
+    assert len(info["output"]) == 1
+
+
+def test_compile_model_takes_four_types_and_gives_back_its_inputs(server):
+    info = server.object_info("CompileModel")
+    template = info["input"]["required"]["model"][1]["template"]
+    assert template["allowed_types"] == "MODEL,CLIP,VAE,CONTROL_NET"
+    assert info["output_matchtypes"][0] == template["template_id"]
+
+
+def test_backends_are_those_of_torch_and_the_optional_ones(server):
+    options = server.object_info("CompileModel")["input"]["required"]["backend"][1]["options"]
+    assert {*torch.compiler.list_backends(), "velocator", "xelerate"} <= set(options)
+
+
+def test_cache_size_limit_has_the_contracts_range(server):
+    spec = server.object_info("INT8LazyTorchCompile")["input"]["required"]["dynamo_cache_size_limit"][1]
+    assert (spec["min"], spec["max"]) == (0, 2048)
+
+
+def errors_of(server, prompt) -> str:
+    """What ComfyUI answers to a prompt that cannot work: HTTP 400, or an execution error."""
+    try:
+        result = server.run(prompt)
+    except PromptRejected as error:
+        assert error.status == 400
+        return str(error)
+    assert result.status == "error"
+    return result.error["exception_message"]
+
+
+@pytest.mark.parametrize("inputs, message", [
+    ({"memory_format": "channels_first"}, "Invalid memory format 'channels_first'"),
+    ({"options": "not json"}, "Compilation failed due to invalid options: not JSON"),
+    ({"options": '{"epilog_fusion": true}'}, "Compilation failed due to invalid options: inductor has no option 'epilog_fusion'. "
+                                             "Did you mean epilogue_fusion"),
+    ({"backend": "velocator"}, "velocator is not installed"),
+    ({"backend": "nonsense"}, "Unknown backend 'nonsense'"),
+    ({"object_to_patch": "diffusion_model.doubleblocks"}, "The nearest path is 'diffusion_model.double_blocks'"),
+    ({"is_patcher": False}, "set is_patcher to true"),
+])
+def test_bad_input_of_compile_model_is_explained_and_the_next_prompt_works(server, defaults, inputs, message):
+    assert message in errors_of(server, flux_prompt(model_nodes=[defaults("CompileModel", **inputs)]))
+    latent(server, server.run(flux_prompt(steps=1, seed=hash(message) % 10**6)))
+
+
+@pytest.mark.parametrize("inputs, message", [
+    ({"method": "smoothquant"}, "does not have yet"),
+    ({"min_sqnr_db": 20.0}, "min_sqnr_db"),
+    ({"keep_layers": "double_blocks"}, "'double_blocks' matches no layer"),
+    ({"kernel": "cutlass"}, "not in list"),
+    ({"kernel": "triton"}, "needs a CUDA device"),
+])
+def test_bad_input_of_quantize_is_explained_and_the_next_prompt_works(server, defaults, inputs, message):
+    assert message.lower() in errors_of(server, flux_prompt(model_nodes=[defaults("INT8QuantizeModel", **inputs)])).lower()
+    latent(server, server.run(flux_prompt(steps=1, seed=hash(message) % 10**6)))
+
+
+def test_a_clip_is_refused_with_a_clear_error(server, defaults):
+    prompt = flux_prompt()
+    node_id, inputs = defaults("CompileModel", is_patcher=False)
+    prompt["compile_clip"] = {"class_type": node_id, "inputs": {**inputs, "model": ["clip", 0]}}
+    prompt["positive"]["inputs"]["clip"] = ["compile_clip", 0]
+    assert "cannot compile a CLIP yet" in errors_of(server, prompt)
+
+
+def test_help_pages_are_served(server):
+    import urllib.request
+
+    for node_id in CONTRACT:
+        page = urllib.request.urlopen(f"{server.url}/extensions/int8-compile/docs/{node_id}.md").read().decode()
+        assert all(f"`{name}`" in page for name, _, _ in CONTRACT[node_id][1])
+
+
+def test_any_folder_name_and_a_sibling_copy_work(serve, defaults, tmp_path):
+    """ComfyUI-Manager uses the registry's name, git the repository's; some people have both, and dots and spaces."""
+    sibling = tmp_path / "sibling"
+    shutil.copytree(REPO, sibling, ignore=shutil.ignore_patterns(".git", ".nox", "tests", "benchmarks", "__pycache__"))
+    with serve(pack_folder="ComfyUI INT8-compile v0.1", extra_packs={"int8_compile-main": sibling}) as server:
+        log = server.log_text()
+        assert "IMPORT FAILED" not in log and "Error while calling comfy_entrypoint" not in log
+        assert log.count("the node id CompileModel is also registered by") == 1
+        nodes = [defaults("INT8QuantizeModel", method="convrot"), defaults("CompileModel", backend="aot_eager")]
+        eager = latent(server, server.run(flux_prompt()))
+        assert 1e-6 < difference(latent(server, server.run(flux_prompt(model_nodes=nodes))), eager) < 0.05
+
+
+def test_velocators_node_is_replaced_where_velocator_is_absent(server):
+    inputs = {"is_patcher": True, "object_to_patch": "diffusion_model", "memory_format": "channels_last", "fullgraph": False,
+              "dynamic": False, "mode": "cache-all:max-autotune:low-precision", "options": "", "disable": True, "backend": "velocator"}
+    prompt = flux_prompt(model_nodes=[("VelocatorCompileModel", inputs)])
+    for node in prompt.values():
+        node["_meta"] = {"title": node["class_type"]}
+    latent(server, server.run(prompt))
