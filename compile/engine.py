@@ -32,14 +32,16 @@ def _without_transformer_options(entries) -> list[bool]:
 
 
 @contextlib.contextmanager
-def _recompile_limit(limit: int):
-    """torch's recompile limits raised to at least limit for one call, and put back."""
+def _compile_settings(limit: int):
+    """torch's settings for one call, put back afterwards: recompile limits of at least limit (0: torch's own), and sizes that
+    happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would compile again at the next one."""
     import torch._dynamo  # compile machinery: at the first compile, not at import
+    import torch.fx.experimental._config as shape_config
 
     config = torch._dynamo.config
     names = [n for n in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, n)] or ["cache_size_limit"]
-    values = {name: max(limit, getattr(config, name)) for name in names} if limit else {}
-    with config.patch(**values) if values else contextlib.nullcontext():
+    values = {name: max(limit, getattr(config, name)) for name in names}
+    with config.patch(**values), shape_config.patch(use_duck_shape=False):
         yield
 
 
@@ -96,7 +98,7 @@ class CompiledModule:
                 for module in region.modules:
                     attached.append((module, module.__dict__.get("_compiled_call_impl")))
                     module.__dict__["_compiled_call_impl"] = functools.partial(compiled, module)
-            with _recompile_limit(self.options.cache_size_limit):
+            with _compile_settings(self.options.cache_size_limit):
                 return call()
         finally:
             for module, previous in attached:

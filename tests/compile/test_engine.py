@@ -68,10 +68,11 @@ def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs):
     assert compiled.report.graphs == 2 and compiled.report.seconds > 0
 
 
-def test_new_sizes_compile_nothing_new(graphs):
+@pytest.mark.parametrize("first", [3, 64], ids=["odd", "as long as the hidden size"])
+def test_new_sizes_compile_nothing_new(graphs, first):
     net = Net()
     compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True))
-    for rows in (3, 5, 64, 1000):
+    for rows in (first, 5, 128, 1000):
         run(compiled, net, torch.randn(rows, 64))
     assert graphs() == 2
 
@@ -165,15 +166,18 @@ def test_out_of_memory_and_interrupts_pass_through_without_a_second_try():
 
 
 def test_process_wide_settings_are_as_before():
+    import torch.fx.experimental._config as shape_config
+
     config = torch._dynamo.config
-    before = config.recompile_limit, config.accumulated_recompile_limit
-    seen = []
-    net = Net()
+
+    def settings():
+        return config.recompile_limit, config.accumulated_recompile_limit, shape_config.use_duck_shape
+
+    before, seen = settings(), []
     compiled = CompiledModule(CompileOptions(backend="aot_eager", cache_size_limit=640))
-    compiled.run(net, lambda: seen.append((config.recompile_limit, config.accumulated_recompile_limit)), filter_guards=True,
-                 passthrough=lambda e: False)
-    assert seen[0][0] == 640 and seen[0][1] >= 640
-    assert (config.recompile_limit, config.accumulated_recompile_limit) == before
+    compiled.run(Net(), lambda: seen.append(settings()), filter_guards=True, passthrough=lambda e: False)
+    assert seen[0][0] == 640 and seen[0][1] >= 640 and not seen[0][2]
+    assert settings() == before
 
 
 def test_compiled_code_does_not_keep_a_model_alive():
