@@ -1,6 +1,7 @@
 """What repeats in a model: the blocks of a transformer or UNet, found by structure, not by name."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -29,17 +30,21 @@ def is_linear(module: torch.nn.Module) -> bool:
     return hasattr(module, "in_features") and isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
-def repeated_blocks(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """The outermost children of ModuleLists, ModuleDicts and Sequentials, at any depth, whose class occurs there more than
-    once: the blocks.
+def repeated_blocks(root: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    """The outermost children of ModuleLists, ModuleDicts and Sequentials, at any depth, whose class occurs as such a child more
+    than once in root: its blocks. (A UNet repeats its blocks over many short lists.)
 
-    Yields (name of the block below the root, its container, its key there). A block inside a block is not listed.
+    Gives (name of the block below root, its container, its key there). A block inside a block is not listed.
     """
-    is_container = isinstance(module, CONTAINERS)
-    classes = [type(m) for m in module.children() if _is_block(m)] if is_container else []
+    counts = Counter(type(child) for module in root.modules() if isinstance(module, CONTAINERS)
+                     for child in module.children() if _is_block(child))
+    return list(_outermost(root, "", counts))
+
+
+def _outermost(module: torch.nn.Module, path: str, counts: Counter) -> Iterator[tuple[str, torch.nn.Module, str]]:
     for key, child in module.named_children():
         name = f"{path}.{key}" if path else key
-        if is_container and _is_block(child) and classes.count(type(child)) > 1:
+        if isinstance(module, CONTAINERS) and _is_block(child) and counts[type(child)] > 1:
             yield name, module, key
         else:
-            yield from repeated_blocks(child, name)
+            yield from _outermost(child, name, counts)
