@@ -12,13 +12,17 @@ import weakref
 
 import comfy.model_management
 import comfy.ops
-import comfy.quant_ops
 import comfy.utils
 import torch
 
 from .kernels import ops
 from .options import Int8Options
 from .quantize import drop_kept, eligible_linears, quantize_weight
+
+try:
+    from comfy import quant_ops
+except ImportError:  # cores without native quantization: the compile nodes work there, quantizing says what it needs
+    quant_ops = None
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary]
 
 
 def _require_native_int8():
-    if FORMAT not in getattr(comfy.ops, "QUANT_ALGOS", {}):
+    if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
         raise RuntimeError("INT8 Quantize Model needs ComfyUI 0.26.0 or later (native INT8 support). "
                            "Update ComfyUI; the compile nodes work on this version too.")
 
@@ -43,7 +47,7 @@ class _Int8Forward:
 
     def _forward(self, input, weight, bias):
         # A float weight comes back from the cast when a LoRA is added on the fly (offloaded layer).
-        if not isinstance(weight, comfy.ops.QuantizedTensor) or self.kernel == "comfy_kitchen":
+        if not isinstance(weight, quant_ops.QuantizedTensor) or self.kernel == "comfy_kitchen":
             return super()._forward(input, weight, bias)
         # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
         if torch.compiler.is_compiling():
@@ -58,7 +62,7 @@ def _linear_of_quantized(x, weight, bias, kernel):
 
 @functools.cache
 def _register_layout_op():
-    comfy.quant_ops.register_layout_op(ops.linear.default, comfy.ops.TensorWiseINT8Layout)(
+    quant_ops.register_layout_op(ops.linear.default, quant_ops.TensorWiseINT8Layout)(
         lambda _, args, kwargs: _linear_of_quantized(*args, **kwargs))
 
 
@@ -87,11 +91,11 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, options: Int8Op
     n, k = weight.shape
     qweight, scale, group = quantize_weight(weight.to(device), options.rotate)
     home = weight.device
-    layout = comfy.ops.get_layout_class(LAYOUT)
+    layout = quant_ops.TensorWiseINT8Layout
     params = layout.Params(scale=scale.to(home), orig_dtype=weight.dtype, orig_shape=(n, k), convrot=bool(group),
                            convrot_groupsize=group or layout.Params.convrot_groupsize)
     layer = _linear_class(compute_dtype)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
-    layer.weight = torch.nn.Parameter(comfy.ops.QuantizedTensor(qweight.to(home), LAYOUT, params), requires_grad=False)
+    layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), LAYOUT, params), requires_grad=False)
     if bias is not None:
         # Its own copy: the two layers are loaded, patched and moved at different times.
         layer.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -167,4 +171,4 @@ def quantize_model(patcher, options: Int8Options):
 
 
 def _is_int8(weight) -> bool:
-    return isinstance(weight, comfy.ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+    return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT

@@ -1,0 +1,63 @@
+"""The pack as ComfyUI and its registry see it."""
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def test_the_root_has_the_v3_entry_point_only():
+    pack = sys.modules["int8_compile"]
+    assert asyncio.iscoroutinefunction(pack.comfy_entrypoint)
+    assert (REPO / pack.WEB_DIRECTORY).is_dir()
+    # ComfyUI ignores the entry point of a pack that also has these.
+    assert not hasattr(pack, "NODE_CLASS_MAPPINGS")
+
+
+def test_node_ids_are_literals_that_comfyui_managers_scanner_reads():
+    found = set()
+    for path in (REPO / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Schema":
+                found |= {k.value.value for k in node.keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)}
+    assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel"}
+
+
+@pytest.mark.comfy
+def test_comfyuis_own_parser_accepts_the_project_file(comfy):
+    from comfy_config import config_parser
+
+    config = config_parser.extract_node_configuration(str(REPO))
+    assert config.project.name == "int8-compile" and config.tool_comfy.display_name == "INT8 Compile"
+    assert config.tool_comfy.publisher_id and not config.tool_comfy.web
+    assert config.project.supported_os == ["OS Independent"]
+    assert not any("torch" in dependency for dependency in config.project.dependencies)
+
+
+def test_nothing_below_imports_anything_above_it():
+    """nodes -> compile -> int8 -> int8/kernels; ComfyUI is known in few files, named for it."""
+    allowed = {"int8/kernels": ("..hadamard",), "int8": (".", "..int8"), "compile": ("..int8",)}
+    for path in (*(REPO / "int8").rglob("*.py"), *(REPO / "compile").glob("*.py")):
+        relative = path.relative_to(REPO)
+        tree = ast.parse(path.read_text())
+        imports = [("." * n.level + (n.module or "")) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        imports += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        if relative.name not in ("comfy_ops.py", "patcher.py"):
+            assert not [i for i in imports if i.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes", "server")], relative
+        folder = "int8/kernels" if "kernels" in relative.parts else relative.parts[0]
+        for name in imports:
+            if name.startswith(".."):
+                assert name.startswith(allowed[folder]), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(path):
+    workflow = json.loads(path.read_text())
+    assert {"nodes", "links", "version"} <= set(workflow)
+    assert path.with_suffix(".jpg").stat().st_size < 200_000
