@@ -165,7 +165,7 @@ def quantize_model(patcher, options: Int8Options):
     # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
     clone.patches_uuid = uuid.uuid4()
     clone.size = patcher.model_size() - saved
-    logger.info("INT8: %d of %d layers quantized (%s), weights %.0f -> %.0f MB", len(names),
+    logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(names),
                 len(eligible_linears(model.diffusion_model)), options.method, patcher.model_size() / 2**20, clone.size / 2**20)
     return clone
 

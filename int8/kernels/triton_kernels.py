@@ -128,7 +128,8 @@ def quant_rows(x: torch.Tensor, group: int = 0) -> tuple[torch.Tensor, torch.Ten
     # bf16 and fp16 values are exact in tf32; fp32 activations keep full precision.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     h = hadamard(16 if group == 256 else group, x.device) if group else s
-    quant_rows_kernel[(m,)](x, h, q, s, x.stride(0), MIN_SCALE, K=k, GROUP=group, BLOCK=block, PRECISION=precision, num_warps=4)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        quant_rows_kernel[(m,)](x, h, q, s, x.stride(0), MIN_SCALE, K=k, GROUP=group, BLOCK=block, PRECISION=precision, num_warps=4)
     return q, s
 
 
@@ -141,6 +142,7 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
     config = gemm_config(m, k, n)
     grid = (triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)
-    int8_gemm_kernel[grid](q, qweight, s, weight_scale, s if bias is None else bias, y, m, n, K=k,
-                           SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None, GROUP_M=GROUP_M, **config)
+    with torch.cuda.device_of(q):
+        int8_gemm_kernel[grid](q, qweight, s, weight_scale, s if bias is None else bias, y, m, n, K=k,
+                               SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None, GROUP_M=GROUP_M, **config)
     return y

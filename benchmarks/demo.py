@@ -1,0 +1,153 @@
+"""The pack's main job on this machine: eager, compiled and INT8 + compiled, side by side.
+
+Starts a real ComfyUI server, queues a real workflow over HTTP, prints a table and writes pictures and demo.json. Without ComfyUI it
+runs the same engine on a small diffusion transformer of this repository (embedded.py). Exits 1 if any part failed.
+
+    python benchmarks/demo.py [--out demo_output] [--comfyui PATH] [--embedded] [--steps N]
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.comfy_server import (  # noqa: E402
+    ComfyServer,
+    PromptRejected,
+    find_comfyui,
+    find_python,
+    load_latent,
+    relative_difference,
+)
+from benchmarks.demo_report import TITLES, Variant, comparison, cpu_name, limits, table, write_json  # noqa: E402
+from benchmarks.tiny_models import make_models  # noqa: E402
+from benchmarks.workflows import flux_prompt  # noqa: E402
+
+SIZE = 512  # pixels
+SAME_SEED, WARM_SEED = 1, 2
+NODES = {
+    "eager": (),
+    "compiled": ("CompileModel",),
+    "int8_compiled": ("INT8QuantizeModel", "INT8LazyTorchCompile"),
+}
+CHOSEN = {"INT8QuantizeModel": {"method": "convrot"}}
+FACTS = """
+import json, torch
+cuda = torch.cuda.is_available()
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name() if cuda else None}))
+"""
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
+
+
+def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Variant]:
+    """The three variants through a ComfyUI server; pictures and server.log in out."""
+    python = find_python(comfyui)
+    models = make_models(comfyui, cache_dir(), python=python)
+    device = "cuda" if facts["cuda_device"] else "cpu"
+    # CPU's default attention is sub-quadratic: it breaks graphs in every block. This is what GPUs use.
+    with ComfyServer(comfyui, out / "comfyui", models=models, device=device, python=python,
+                     extra_args=("--use-pytorch-cross-attention",)) as server:
+        facts["comfyui"] = server.comfyui_version
+        try:
+            variants = []
+            for name in TITLES:
+                print(f"{TITLES[name]} ..." + (" compiling takes a minute or two on a CPU" if NODES[name] else ""), flush=True)
+                variants.append(_variant(server, name, out, steps))
+            for variant in variants:
+                variant.weights_mb = _weights_mb(server.log_text(), variant.name == "int8_compiled")
+        finally:
+            shutil.copy(server.log_path, out / "server.log")
+    _differences(variants, out, "bfloat16" if device == "cuda" else "float32")
+    return variants
+
+
+def _variant(server: ComfyServer, name: str, out: Path, steps: int) -> Variant:
+    variant = Variant(name)
+    nodes = [(node, {**_defaults(server, node), **CHOSEN.get(node, {})}) for node in NODES[name]]
+    prompt = dict(width=SIZE, height=SIZE, steps=steps, image=True, model_nodes=nodes, prefix=name)
+    try:
+        first = server.run(flux_prompt(seed=SAME_SEED, **prompt))
+        warm = server.run(flux_prompt(seed=WARM_SEED, **prompt)) if first.status == "success" else first
+    except PromptRejected as error:
+        variant.error = str(error)
+        return variant
+    if warm.status != "success":
+        variant.error = warm.error["exception_message"] if warm.error else warm.status
+        return variant
+    log = server.log_text()
+    if "compile failed" in log:
+        variant.error = next(line for line in log.splitlines() if "compile failed" in line)
+    for result, kind in ((first, "same"), (warm, "warm")):
+        for path in result.files(server):
+            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" and kind == "same" else f"{name}_{kind}{path.suffix}"))
+    variant.first_image_seconds = first.seconds
+    # Of the warm prompt only the sampler and what follows it ran; the sampler is nearly all of it.
+    variant.seconds_per_step = warm.seconds / steps
+    return variant
+
+
+def _weights_mb(log: str, int8: bool) -> float | None:
+    """As ComfyUI has them in memory (a bf16 file is fp32 there on a CPU), from the line that INT8 Quantize Model logs."""
+    sizes = re.findall(r"weights ([\d.]+) -> ([\d.]+) MB", log)
+    return float(sizes[-1][int8]) if sizes else None
+
+
+def _defaults(server: ComfyServer, node: str) -> dict:
+    required = server.object_info(node)["input"]["required"]
+    return {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
+
+
+def _differences(variants: list[Variant], out: Path, dtype: str) -> None:
+    """From eager, the worse of the two seeds."""
+    for variant in variants:
+        variant.limits = limits(variant.name, dtype)
+        files = [(out / f"{variant.name}_{kind}.latent", out / f"eager_{kind}.latent") for kind in ("same", "warm")]
+        if all(path.exists() for pair in files for path in pair):
+            variant.difference = max(relative_difference(load_latent(a), load_latent(b)) for a, b in files)
+        elif not variant.error:
+            variant.error = "no latent to compare with eager's"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "demo_output")
+    parser.add_argument("--comfyui", type=Path)
+    parser.add_argument("--embedded", action="store_true", help="do not use ComfyUI")
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    out = arguments.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("*.png"), *out.glob("*.latent"), out / "demo.json"):
+        stale.unlink(missing_ok=True)
+
+    comfyui = None if arguments.embedded else arguments.comfyui or find_comfyui()
+    python = find_python(comfyui) if comfyui else sys.executable
+    seen = json.loads(subprocess.run([python, "-c", FACTS], capture_output=True, text=True, check=True).stdout)
+    facts = {"mode": "comfyui" if comfyui else "embedded", "date": datetime.date.today().isoformat(), "torch": seen["torch"],
+             "device": seen["device"] or cpu_name(), "cuda_device": seen["device"]}
+    if comfyui:
+        variants = with_comfyui(comfyui, out, arguments.steps, facts)
+    else:
+        print("No ComfyUI: running the embedded model. Set COMFYUI_PATH to the folder of ComfyUI's main.py for the real thing.", flush=True)
+        from benchmarks import embedded  # imports torch, which the other branch leaves to the server
+        variants = embedded.run(out, arguments.steps)
+    comparison(variants, out)
+    write_json(out / "demo.json", variants, **facts)
+    host = f"ComfyUI {facts['comfyui']}, Flux of 5 blocks, {SIZE}x{SIZE}" if comfyui else "embedded diffusion transformer, 6 blocks"
+    print(f"\n{host}; torch {facts['torch']} on {facts['device']}\n\n{table(variants)}\n\nPictures and demo.json: {out}")
+    return 0 if all(v.passed for v in variants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What the two demos share: the variants, their table, pictures and machine-readable results. Standard library and Pillow."""
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TITLES = {"eager": "eager", "compiled": "compiled", "int8_compiled": "INT8 + compiled"}
+# Relative difference from eager of the same seed. INT8 that does not differ at all has not run.
+INT8_LIMITS = (1e-6, 0.05)
+COMPILED_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}  # fused kernels round to bfloat16 less often than eager's
+CAPTION_HEIGHT = 44
+GAP = 8
+
+
+@dataclass
+class Variant:
+    """One way of running the model. difference: from eager, same seed (the worst of the seeds). error: why it did not run, or not as
+    it should; empty if all went well."""
+
+    name: str
+    seconds_per_step: float | None = None
+    first_image_seconds: float | None = None
+    weights_mb: float | None = None
+    difference: float | None = None
+    limits: tuple[float, float] | None = None
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.error or self.seconds_per_step is None:
+            return False
+        return self.limits is None or self.limits[0] <= self.difference < self.limits[1]
+
+    def verdict(self) -> str:
+        if self.error:
+            return "FAIL (see below)"
+        if self.limits is None:
+            return "reference"
+        low, high = self.limits
+        return f"{'PASS' if self.passed else 'FAIL'} ({f'{low:g} to ' if low else '< '}{high:g})"
+
+
+def limits(name: str, dtype: str) -> tuple[float, float] | None:
+    """The differences from eager that a variant may have when the model computes in dtype (float32 or bfloat16)."""
+    return {"eager": None, "compiled": (0.0, COMPILED_LIMIT[dtype]), "int8_compiled": INT8_LIMITS}[name]
+
+
+def table(variants: Sequence[Variant]) -> str:
+    """The results as text; below it, what failed."""
+    rows = [("", "seconds a step", "speed", "first image s", "weights MB", "difference", "verdict")]
+    base = variants[0].seconds_per_step
+    for v in variants:
+        speed = base / v.seconds_per_step if base and v.seconds_per_step else None
+        rows.append((TITLES[v.name], _number(v.seconds_per_step, ".4f"), _number(speed, ".2f", "x"),
+                     _number(v.first_image_seconds, ".1f"), _number(v.weights_mb, ".1f"), _number(v.difference, ".1e"), v.verdict()))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines.insert(1, "-" * sum(widths, 2 * (len(widths) - 1)))
+    lines += [f"\n{TITLES[v.name]}: {v.error}" for v in variants if v.error]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def comparison(variants: Sequence[Variant], out: Path) -> Path:
+    """comparison.png: the variants' pictures (<name>.png in out) side by side, captioned."""
+    from PIL import Image, ImageDraw
+
+    shown = [v for v in variants if (out / f"{v.name}.png").exists()]
+    images = [Image.open(out / f"{v.name}.png").convert("RGB") for v in shown]
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    sheet = Image.new("RGB", (len(images) * (width + GAP) - GAP, height + CAPTION_HEIGHT), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (v, image) in enumerate(zip(shown, images)):
+        sheet.paste(image, (n * (width + GAP), CAPTION_HEIGHT))
+        caption = f"{TITLES[v.name]}\n{_number(v.seconds_per_step, '.4f')} s/step, {_number(v.weights_mb, '.1f')} MB"
+        draw.multiline_text((n * (width + GAP) + 4, 6), caption, fill="black", spacing=6)
+    path = out / "comparison.png"
+    sheet.save(path)
+    return path
+
+
+def write_json(path: Path, variants: Sequence[Variant], **facts) -> None:
+    """demo.json: facts about the run, and every variant."""
+    results = [{**asdict(v), "passed": v.passed} for v in variants]
+    path.write_text(json.dumps({**facts, "passed": all(v.passed for v in variants), "variants": results}, indent=2) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor as people call it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,228 @@
+"""The demo without ComfyUI: a small diffusion transformer of this repository, run through the pack's engine.
+
+The model learns within a minute to draw a shape in a colour, so that its pictures can be judged by eye. Needs torch,
+numpy and Pillow.
+"""
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).absolute().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.demo_report import TITLES, Variant, limits  # noqa: E402
+
+SIZE = 32
+PATCH = 4
+SHAPES = ("circle", "square", "triangle", "ring")
+COLOURS = ((0.9, 0.2, 0.2), (0.2, 0.75, 0.3), (0.25, 0.4, 0.95), (0.95, 0.8, 0.2))
+CLASSES = len(SHAPES) * len(COLOURS)
+SECONDS_OF_TRAINING = 75.0
+MAX_TRAINING_STEPS = 1500
+BATCH = 32
+ZOOM = 4
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero of DiT, arXiv 2212.09748)."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(hidden, 6 * hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        self.up = nn.Linear(hidden, 4 * hidden)
+        self.down = nn.Linear(4 * hidden, hidden)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
+        return x + gate2 * self.down(F.gelu(self.up(h), approximate="tanh"))
+
+
+class DiT(nn.Module):
+    """images [B, 3, SIZE, SIZE] in -1..1, times [B] in 0..1, labels [B] -> velocity from image to noise, of images' shape."""
+
+    def __init__(self, hidden: int = 256, depth: int = 6, heads: int = 4):
+        super().__init__()
+        tokens = (SIZE // PATCH) ** 2
+        self.embed = nn.Linear(3 * PATCH**2, hidden)
+        self.position = nn.Parameter(torch.randn(tokens, hidden) * 0.5)
+        self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.label = nn.Embedding(CLASSES, hidden)
+        self.blocks = nn.ModuleList(Block(hidden, heads) for _ in range(depth))
+        self.out = nn.Linear(hidden, 3 * PATCH**2)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, images, times, labels):
+        frequencies = torch.exp(-math.log(1000) * torch.arange(32, device=times.device) / 32)
+        angles = 100 * times[:, None] * frequencies
+        c = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(images.dtype)) + self.label(labels)
+        x = self.embed(F.pixel_unshuffle(images, PATCH).flatten(2).transpose(1, 2)) + self.position
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.out(F.layer_norm(x, x.shape[-1:])).transpose(1, 2)
+        return F.pixel_shuffle(x.unflatten(-1, (SIZE // PATCH, SIZE // PATCH)), PATCH)
+
+
+class Int8Linear(nn.Module):
+    """A Linear in INT8 through the pack's operations."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        from int8_compile.int8.quantize import quantize_weight
+
+        qweight, scale, self.group = quantize_weight(linear.weight.detach(), rotate=True)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def forward(self, x):
+        from int8_compile.int8.kernels.ops import int8_linear
+
+        return int8_linear(x, self.qweight, self.scale, self.bias, self.group)
+
+
+def import_pack():
+    """The pack as the package int8_compile: its folder may have any name, and its nodes need ComfyUI, so that it is no installed one."""
+    if "int8_compile" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("int8_compile", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        sys.modules["int8_compile"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def shapes(labels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Pictures [B, 3, SIZE, SIZE] in -1..1 of a shape a label, of varied place and size, with soft edges, on dark blue."""
+    draw = torch.rand(3, len(labels), 1, 1, generator=rng)
+    radius, cx, cy = 0.5 + 0.12 * draw[0], 0.3 * (draw[1] - 0.5), 0.3 * (draw[2] - 0.5)
+    line = torch.linspace(-1, 1, SIZE)
+    x, y = line[None, None, :] - cx, line[None, :, None] - cy
+    distance = (x**2 + y**2).sqrt()
+    signed = torch.stack([  # negative inside
+        distance - radius,
+        torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
+        torch.maximum(1.9 * x.abs() + y - radius, -y - radius) / 1.5,
+        (distance - 0.85 * radius).abs() - 0.3 * radius,
+    ])
+    inside = torch.sigmoid(-signed[labels // len(COLOURS), torch.arange(len(labels))] * SIZE)[:, None]
+    colour = torch.tensor(COLOURS)[labels % len(COLOURS)][:, :, None, None]
+    background = torch.tensor((0.08, 0.09, 0.16))[:, None, None]
+    return (inside * colour + (1 - inside) * background) * 2 - 1
+
+
+def train(device: torch.device, seconds: float = SECONDS_OF_TRAINING) -> DiT:
+    """A model trained on shapes() by flow matching for so long, or MAX_TRAINING_STEPS."""
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    model = DiT().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    start = time.perf_counter()
+    done = 0.0
+    steps = 0
+    while done < 1:
+        done = max((time.perf_counter() - start) / seconds, steps / MAX_TRAINING_STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, steps / 20) * max(0.02, 1 - done)
+        labels = torch.randint(CLASSES, (BATCH,), generator=rng)
+        clean = shapes(labels, rng)
+        noise = torch.randn(clean.shape, generator=rng)
+        times = torch.sigmoid(torch.randn(BATCH, generator=rng))
+        mixed = torch.lerp(clean, noise, times[:, None, None, None])
+        loss = F.mse_loss(model(mixed.to(device), times.to(device), labels.to(device)), (noise - clean).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+    print(f"  {steps} steps, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def sample(model: nn.Module, call: Callable, seed: int, steps: int, device: torch.device) -> tuple[torch.Tensor, float]:
+    """One image of every class by Euler steps from noise at time 1 to time 0: ([CLASSES, 3, SIZE, SIZE], seconds a step)."""
+    x = torch.randn(CLASSES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
+    labels = torch.arange(CLASSES, device=device)
+    start = time.perf_counter()
+    for step in range(steps):
+        x = x - call(lambda x=x, t=1 - step / steps: model(x, torch.full((CLASSES,), t, device=device), labels)) / steps
+    x = x.cpu()
+    return x, (time.perf_counter() - start) / steps
+
+
+def quantized(model: DiT) -> DiT:
+    """A copy of model whose eligible Linear layers are INT8."""
+    from int8_compile.int8.quantize import eligible_linears
+
+    copied = copy.deepcopy(model)
+    for name in eligible_linears(copied):
+        parent, _, key = name.rpartition(".")
+        setattr(copied.get_submodule(parent), key, Int8Linear(copied.get_submodule(name)))
+    return copied
+
+
+def megabytes(model: nn.Module) -> float:
+    return sum(t.nbytes for t in model.state_dict().values()) / 2**20
+
+
+def picture(images: torch.Tensor, path: Path) -> None:
+    """A grid of images [CLASSES, 3, SIZE, SIZE], a row a shape."""
+    from PIL import Image
+
+    grid = images.clamp(-1, 1).unflatten(0, (len(SHAPES), len(COLOURS))).permute(0, 3, 1, 4, 2)
+    grid = ((grid + 1) * 127.5).byte().reshape(len(SHAPES) * SIZE, len(COLOURS) * SIZE, 3)
+    Image.fromarray(grid.numpy()).resize((len(COLOURS) * SIZE * ZOOM, len(SHAPES) * SIZE * ZOOM), Image.Resampling.NEAREST).save(path)
+
+
+def run(out: Path, steps: int) -> list[Variant]:
+    """The three variants through the pack's engine; pictures in out."""
+    import_pack()
+    from int8_compile.compile.engine import CompiledModule
+    from int8_compile.compile.options import CompileOptions
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = out / "embedded_model.pt"
+    if weights.exists():
+        model = DiT().to(device).eval()
+        model.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+    else:
+        print(f"Training the embedded model for {SECONDS_OF_TRAINING:.0f} s ...", flush=True)
+        model = train(device)
+        torch.save(model.state_dict(), weights)
+
+    images, variants = {}, []
+    for name in TITLES:
+        network = quantized(model) if name == "int8_compiled" else model
+        compiled = CompiledModule(CompileOptions(dynamic=True, title=TITLES[name]))
+        root = network
+
+        def call(step, compiled=compiled, root=root, name=name):
+            if name == "eager":
+                return step()
+            return compiled.run(root, step, filter_guards=True, passthrough=lambda error: False)
+
+        print(f"{TITLES[name]} ...", flush=True)
+        start = time.perf_counter()
+        images[name], _ = sample(network, call, 1, steps, device)
+        first = time.perf_counter() - start
+        _, seconds = sample(network, call, 2, steps, device)
+        picture(images[name], out / f"{name}.png")
+        difference = ((images[name] - images["eager"]).double().norm() / images["eager"].double().norm()).item()
+        variants.append(Variant(name, seconds, first, megabytes(network), difference, limits(name, "float32"),
+                                error=compiled.report.failure))
+    return variants

@@ -1,0 +1,156 @@
+"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s lint`.
+
+Needs Python 3.10 or later, pip and nox; everything else is installed here. Environment variables:
+COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
+COMFYUI_PYTHON    a Python that can run that ComfyUI; otherwise ComfyUI's own, or one made under .nox
+INT8_COMPILE_TORCH       what pip installs for the one under .nox, such as "torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1"
+INT8_COMPILE_NO_INSTALL  set: do not try to install ComfyUI where there is none (also under CI)
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.comfy_server import find_comfyui, find_python  # noqa: E402
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests"]
+
+TORCH = "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
+# What the demo and the tests use besides; all three are in ComfyUI's requirements too.
+WITHOUT_COMFYUI = ("numpy", "Pillow", "safetensors")
+TEST_TOOLS = ("pytest>=8",)
+# torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
+RUN_PYTEST = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"
+
+
+@nox.session(venv_backend="virtualenv")  # for its pip
+def demo(session: nox.Session):
+    """Eager, compiled and INT8 + compiled, side by side: pictures, times and differences in demo_output."""
+    python, env = environment(session)
+    session.run(python, "benchmarks/demo.py", *session.posargs, env=env, external=True)
+
+
+@nox.session(venv_backend="virtualenv")
+def tests(session: nox.Session):
+    """All tests; further arguments go to pytest: nox -s tests -- -k cache"""
+    python, env = environment(session)
+    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
+    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    session.run(python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests", "tests", *session.posargs,
+                env=env, external=True)
+
+
+@nox.session
+def lint(session: nox.Session):
+    """ruff; further arguments go to it."""
+    session.install("ruff")
+    session.run("ruff", "check", ".", *session.posargs)
+
+
+def environment(session: nox.Session) -> tuple[str, dict]:
+    """(a Python that can run ComfyUI and import torch, the variables that tell the rest of the repository about both)."""
+    try:
+        comfyui = find_comfyui()
+    except FileNotFoundError as error:
+        session.error(str(error))
+    if comfyui is None and install_comfyui(session):
+        comfyui = find_comfyui()
+    python = own_python(session, comfyui) if comfyui else None
+    if python is None:
+        python = make_python(session, comfyui)
+    session.log(f"ComfyUI: {comfyui or 'none'}, run by {python}")
+    env = {"COMFYUI_PYTHON": python}
+    if comfyui:
+        env["COMFYUI_PATH"] = str(comfyui)
+    return python, env
+
+
+def own_python(session: nox.Session, comfyui: Path) -> str | None:
+    """The Python that ComfyUI comes with, where it has torch."""
+    python = find_python(comfyui)
+    named = bool(os.environ.get("COMFYUI_PYTHON"))
+    if not named and python == sys.executable:  # find_python's last resort
+        return None
+    if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0:
+        return python
+    if named:
+        session.error(f"COMFYUI_PYTHON={python} cannot import torch: set it to the Python that runs ComfyUI, or unset it.")
+    session.warn(f"{python} cannot import torch; making another environment.")
+    return None
+
+
+def make_python(session: nox.Session, comfyui: Path | None) -> str:
+    """The Python of an environment under .nox with torch and what ComfyUI requires."""
+    folder = ROOT / ".nox" / f"comfyui-{version_of(sys.executable)}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        # --clear: what is left of an environment whose base Python has gone is of no use.
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+    wanted = shlex.split(os.environ.get("INT8_COMPILE_TORCH") or TORCH)
+    wanted += ["-r", str(comfyui / "requirements.txt")] if comfyui else WITHOUT_COMFYUI
+    install(session, str(python), wanted, folder)
+    return str(python)
+
+
+def install(session: nox.Session, python: str, wanted: list[str], folder: Path):
+    """pip install, unless the same was installed into folder before."""
+    texts = [Path(after).read_text() for option, after in itertools.pairwise(wanted) if option == "-r"]
+    key = hashlib.sha256("\n".join([*wanted, *texts]).encode()).hexdigest()
+    marker = folder / "installed.sha256"
+    if marker.exists() and marker.read_text() == key:
+        return
+    session.log(f"Installing into {folder}: {shlex.join(wanted)}")
+    # The session's pip works on that Python: environments that uv made have none of their own.
+    session.run("python", "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet", *wanted)
+    marker.write_text(key)
+
+
+def version_of(python: str) -> str:
+    """Such as 3.12."""
+    command = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.run([python, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def install_comfyui(session: nox.Session) -> bool:
+    """Whether comfy-cli could put ComfyUI, with a Python of its own, into its default workspace."""
+    if os.environ.get("CI") or os.environ.get("INT8_COMPILE_NO_INSTALL"):
+        warn_without_comfyui(session, "not installed, as CI or INT8_COMPILE_NO_INSTALL is set")
+        return False
+    session.log("There is no ComfyUI here: installing it with comfy-cli into its default workspace.")
+    try:
+        folder = ROOT / ".nox" / "comfy-cli"
+        if not (folder / "installed.sha256").exists():
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+        scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+        install(session, str(scripts / "python"), ["comfy-cli"], folder)
+        # comfy-cli installs into an activated environment; without one it makes .venv in the workspace.
+        apart = {"VIRTUAL_ENV": None, "CONDA_PREFIX": None, "GIT_TERMINAL_PROMPT": "0", "DO_NOT_TRACK": "1"}
+        session.run(str(scripts / "comfy"), "--skip-prompt", "install", hardware(), env=apart, external=True)
+    except nox.command.CommandFailed:
+        warn_without_comfyui(session, "and installing it failed: see above")
+        return False
+    return find_comfyui() is not None
+
+
+def hardware() -> str:
+    """comfy-cli's flag for the torch that this machine needs."""
+    if sys.platform == "darwin":
+        return "--m-series"
+    return "--nvidia" if shutil.which("nvidia-smi") else "--cpu"
+
+
+def warn_without_comfyui(session: nox.Session, why: str):
+    line = "=" * 100
+    session.warn(f"\n{line}\nComfyUI WAS NOT FOUND ({why}).\nSet COMFYUI_PATH to the folder of its main.py. Until then the demo runs "
+                 f"the repository's own small model, and the tests leave out\nall that needs ComfyUI.\n{line}")
