@@ -1,0 +1,75 @@
+"""The example workflows: the files users open and queue."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comfy_server import find_comfyui
+
+pytestmark = pytest.mark.e2e
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLES = REPO / "example_workflows"
+# Real model files -> the small ones.
+SMALL = {
+    "UNETLoader": {"unet_name": "tiny_flux.safetensors"},
+    "EmptySD3LatentImage": {"width": 128, "height": 128},
+    "KSampler": {"steps": 2},
+    "VAELoader": {"vae_name": "taef1"},
+}
+
+
+def frontend_only(node):
+    return node["type"] in ("Note", "MarkdownNote")
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "api").glob("*.json")), ids=lambda p: p.stem)
+def test_api_workflows_run_with_small_models_in_place_of_real_ones(server, path):
+    prompt = json.loads(path.read_text())
+    for node in prompt.values():
+        node["inputs"].update(SMALL.get(node["class_type"], {}))
+        if node["class_type"] == "DualCLIPLoader":
+            node.update(class_type="CLIPLoader", inputs={"clip_name": "tiny_clip_l.safetensors", "type": "sd3"})
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    assert [p.suffix for p in result.files(server)] == [".png"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda p: p.stem)
+def test_ui_workflows_use_nodes_and_values_that_exist(server, path):
+    workflow = json.loads(path.read_text())
+    links = {link[0] for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        if frontend_only(node):
+            continue
+        required = server.object_info(node["type"])["input"]["required"]
+        widgets = [(name, spec) for name, spec in required.items() if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+                   or isinstance(spec[0], list)]
+        values = [v for v in node.get("widgets_values", []) if v not in ("randomize", "fixed")]
+        assert len(values) >= len(widgets), node["type"]
+        if "INT8" in node["type"] or node["type"] == "CompileModel":
+            for (name, spec), value in zip(widgets, values):
+                expected = {"method": "convrot"}.get(name, spec[1].get("default"))
+                assert value == expected, (node["type"], name)
+        assert all(i["link"] is None or i["link"] in links for i in node.get("inputs", []))
+
+
+def test_comfyui_lists_them_as_templates(server):
+    import urllib.request
+
+    templates = json.loads(urllib.request.urlopen(f"{server.url}/api/workflow_templates").read())
+    assert sorted(templates["int8-compile"]) == ["Compile Model", "INT8 and Lazy Compile"]
+
+
+def test_the_demo_runs_and_judges_itself(tmp_path):
+    run = subprocess.run([sys.executable, str(REPO / "benchmarks" / "demo.py"), "--out", str(tmp_path), "--steps", "2",
+                          "--comfyui", str(find_comfyui())], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert result["mode"] == "comfyui" and result["passed"]
+    assert [v["name"] for v in result["variants"]] == ["eager", "compiled", "int8_compiled"]
+    assert all((tmp_path / f"{v['name']}.png").exists() for v in result["variants"])
+    assert (tmp_path / "comparison.png").exists() and "PASS" in run.stdout
