@@ -41,6 +41,8 @@ def test_xelerate_is_used_when_importable(tmp_path, monkeypatch):
         result, kwargs = compile_optional(abs, backend, "max-autotune", {"a": 1}, fullgraph=True, dynamic=None)(-3)
         assert result == 3
         assert kwargs == {"backend": "xelerate", "mode": "max-autotune", "options": {"a": 1}, "fullgraph": True, "dynamic": None}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xelerate"]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("text, message", [
