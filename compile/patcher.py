@@ -15,6 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..int8.comfy_ops import pristine_parameter
+from ..int8.structure import repeated_blocks
 from .engine import CompiledModule
 from .options import CompileOptions
 
@@ -25,8 +26,19 @@ KEY = "int8_compile"
 CORE_KEY = "torch.compile"
 # transformer_options of patches that run inside blocks and may read anything there.
 PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
-# BaseModel -> {(target, options, device): CompiledModule}: branches of one model (two LoRAs) share what was compiled.
+# What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP).
+METHODS = ("encode", "decode", "encode_token_weights")
+# BaseModel, VAE or text encoder -> {(target, options, device): CompiledModule}: branches of one model (two LoRAs) share what was compiled.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device) -> CompiledModule:
+    """The compiled code of a model on a device, made when first asked for."""
+    states = _COMPILED.setdefault(model, {})
+    key = (target, options, device)
+    if key not in states:
+        states[key] = CompiledModule(options)
+    return states[key]
 
 
 class LazyCompile:
@@ -43,16 +55,25 @@ class LazyCompile:
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         patched = any(transformer_options.get(key) for key in PATCH_KEYS)
-        return self.compiled(model, x.device).run(root, lambda: executor(x, *args, **kwargs), filter_guards=not patched,
-                                                  passthrough=_is_passthrough)
+        state = _compiled(model, self.target, self.options, x.device)
+        return state.run(root, lambda: executor(x, *args, **kwargs), filter_guards=not patched, passthrough=_is_passthrough)
 
-    def compiled(self, model: torch.nn.Module, device: torch.device) -> CompiledModule:
-        """The compiled code of a BaseModel on a device, made when first asked for."""
-        states = _COMPILED.setdefault(model, {})
-        key = (self.target, self.options, device)
-        if key not in states:
-            states[key] = CompiledModule(self.options)
-        return states[key]
+
+class CompiledMethod:
+    """In the place of a method of a VAE's or text encoder's module while the patcher is loaded: the same call with target compiled.
+    original: the bound method."""
+
+    def __init__(self, original, target: str, options: CompileOptions, device: torch.device):
+        self.original = original
+        self.target = target
+        self.options = options
+        self.device = device
+
+    def __call__(self, *args, **kwargs):
+        model = self.original.__self__
+        root = comfy.utils.get_attr(model, self.target) if self.target else model
+        state = _compiled(model, self.target, self.options, self.device)
+        return state.run(root, lambda: self.original(*args, **kwargs), filter_guards=True, passthrough=_is_passthrough)
 
 
 def _is_passthrough(error: Exception) -> bool:
@@ -90,6 +111,23 @@ def add_compile(patcher, target: str, options: CompileOptions) -> None:
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options))
 
 
+def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
+    """Makes patcher (a clone, of a VAE or CLIP) compile target when its encode or decode is first called, by object patches: on
+    while this patcher is loaded, off when another clone is.
+
+    Raises ValueError where nothing in target repeats: a whole VAE is not called as a module, and its parts are too many to compile.
+    """
+    module = check_target(patcher, target)
+    if not repeated_blocks(module):
+        raise ValueError(f"{options.title}: no repeated blocks to compile in {type(module).__name__}. Connect it without this node.")
+    for name in METHODS:
+        if hasattr(patcher.model, name):
+            original = patcher.get_model_object(name)
+            if isinstance(original, CompiledMethod):
+                original = original.original
+            patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device))
+
+
 def _overlap(a: str, b: str) -> bool:
     a, b = (f"{path}." if path else "" for path in (a, b))
     return a.startswith(b) or b.startswith(a)
@@ -98,6 +136,7 @@ def _overlap(a: str, b: str) -> bool:
 def reports(patcher) -> list:
     """The CompileReport of every compile node in front of this patcher, for the devices it has run on."""
     wrappers = [w for group in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values() for w in group if isinstance(w, LazyCompile)]
+    wrappers += {(m.target, m.options): m for m in patcher.object_patches.values() if isinstance(m, CompiledMethod)}.values()
     states = _COMPILED.get(patcher.model, {})
     return [state.report for w in wrappers for (target, options, _), state in states.items()
             if (target, options) == (w.target, w.options)]

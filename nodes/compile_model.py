@@ -1,15 +1,17 @@
 """Compile Model: torch.compile for an object of a model, with every option of it."""
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..compile import options as compile_options
 from ..compile.options import CompileOptions
-from ..compile.patcher import add_compile, check_target, non_dynamic_clone, set_memory_format
+from ..compile.patcher import add_compile, add_method_compile, check_target, non_dynamic_clone, set_memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,9 @@ class CompileModel(io.ComfyNode):
             inputs=[
                 model_in,
                 io.Boolean.Input("is_patcher", default=True, tooltip="True for a MODEL, which is itself a patcher. "
-                                 "False for a CLIP or VAE, which hold one."),
+                                 "False for a CLIP or VAE, which hold one and compile when they first encode or decode."),
                 io.String.Input("object_to_patch", default="diffusion_model", tooltip="Dotted path of the object to compile, such as "
-                                "diffusion_model or diffusion_model.single_blocks. Empty: the whole model."),
+                                "diffusion_model or diffusion_model.single_blocks. Empty, or the default with a CLIP or VAE: all of it."),
                 io.Combo.Input("memory_format", options=list(MEMORY_FORMATS), default="preserve_format", tooltip="Memory layout of the "
                                "object's convolution weights. channels_last speeds up UNets, channels_last_3d video convolutions; "
                                "transformers have few convolutions and gain nothing."),
@@ -88,20 +90,34 @@ class CompileModel(io.ComfyNode):
         settings = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=dynamic, mode=mode,
                                   options=compile_options.parse_options(options, backend), title=TITLE)
         compile_options.require_backend(backend)
-        _require_model(model, is_patcher)
+        _check_type(model, is_patcher)
         object_to_patch = object_to_patch.strip()
-        check_target(model, object_to_patch)
-        try:
-            patched = model.clone() if disable else non_dynamic_clone(model, TITLE)
-        except RuntimeError as error:
-            logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
-            patched = model.clone()
+        if not is_patcher and object_to_patch == "diffusion_model":
+            object_to_patch = ""  # the default of a MODEL means all of a CLIP or VAE
+        patched = _clone(model, disable)
+        patcher = patched if is_patcher else patched.patcher
+        check_target(patcher, object_to_patch)
         if layout is not torch.preserve_format:
-            changed = set_memory_format(patched, object_to_patch, layout)
+            changed = set_memory_format(patcher, object_to_patch, layout)
             logger.info("%s: %d weights in %s", TITLE, changed, memory_format)
         if not disable:
-            add_compile(patched, object_to_patch, settings)
+            (add_compile if is_patcher else add_method_compile)(patcher, object_to_patch, settings)
         return io.NodeOutput(patched)
+
+
+def _clone(model, disable: bool):
+    """A clone to patch: of a MODEL or CLIP with its own method, of a VAE around a clone of its patcher."""
+    if isinstance(model, VAE):
+        patched = copy.copy(model)
+        patched.patcher = model.patcher.clone()
+        return patched
+    if disable or not isinstance(model, ModelPatcher):
+        return model.clone()
+    try:
+        return non_dynamic_clone(model, TITLE)
+    except RuntimeError as error:
+        logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
+        return model.clone()
 
 
 def _memory_format(name: str) -> torch.memory_format:
@@ -110,12 +126,11 @@ def _memory_format(name: str) -> torch.memory_format:
     return getattr(torch, name)
 
 
-def _require_model(model, is_patcher: bool) -> None:
-    if isinstance(model, ModelPatcher):
-        if not is_patcher:
-            raise ValueError("This input is a MODEL, which is itself a patcher: set is_patcher to true.")
-    else:
-        kind = type(model).__name__
-        known = hasattr(model, "patcher") or hasattr(model, "control_model")
-        raise ValueError(f"Compile Model cannot compile a {kind} yet, only a MODEL. "
-                         + ("Connect it without this node." if known else "Connect the output of a diffusion model loader."))
+def _check_type(model, is_patcher: bool) -> None:
+    if isinstance(model, ModelPatcher) and not is_patcher:
+        raise ValueError("This input is a MODEL, which is itself a patcher: set is_patcher to true.")
+    if isinstance(model, (CLIP, VAE)) and is_patcher:
+        raise ValueError(f"This input is a {type(model).__name__}, which holds a patcher: set is_patcher to false.")
+    if not isinstance(model, (ModelPatcher, CLIP, VAE)):
+        raise ValueError(f"Compile Model cannot compile a {type(model).__name__} yet, only a MODEL, CLIP or VAE. "
+                         "Connect it without this node.")

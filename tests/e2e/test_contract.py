@@ -106,12 +106,18 @@ def test_bad_input_of_quantize_is_explained_and_the_next_prompt_works(server, de
     latent(server, server.run(flux_prompt(steps=1, seed=hash(message) % 10**6)))
 
 
-def test_a_clip_is_refused_with_a_clear_error(server, defaults):
-    prompt = flux_prompt()
-    node_id, inputs = defaults("CompileModel", is_patcher=False)
+def with_compiled_clip(prompt, node_id, inputs):
     prompt["compile_clip"] = {"class_type": node_id, "inputs": {**inputs, "model": ["clip", 0]}}
     prompt["positive"]["inputs"]["clip"] = ["compile_clip", 0]
-    assert "cannot compile a CLIP yet" in errors_of(server, prompt)
+    return prompt
+
+
+def test_a_clip_needs_is_patcher_off_and_then_encodes_the_same(server, defaults):
+    assert "set is_patcher to false" in errors_of(server, with_compiled_clip(flux_prompt(), *defaults("CompileModel")))
+    eager = latent(server, server.run(flux_prompt()))
+    compiled = with_compiled_clip(flux_prompt(), *defaults("CompileModel", is_patcher=False, backend="aot_eager"))
+    assert difference(latent(server, server.run(compiled)), eager) < 1e-3
+    assert "compiled CLIPLayer x12" in server.log_text()
 
 
 def test_help_pages_are_served(server):

@@ -141,10 +141,56 @@ def test_bad_input_is_refused_before_anything_runs(flux, nodes, inputs, message)
         nodes.CompileModel(flux, **inputs)
 
 
-def test_clip_and_vae_say_that_they_come_later(comfy, models_dir, nodes):
-    clip = comfy.sd.load_clip([str(models_dir / "models" / "text_encoders" / "tiny_clip_l.safetensors")], clip_type=comfy.sd.CLIPType.SD3)
-    with pytest.raises(ValueError, match="cannot compile a CLIP yet"):
-        nodes.CompileModel(clip, is_patcher=False)
+@pytest.fixture
+def clip(comfy, models_dir):
+    path = models_dir / "models" / "text_encoders" / "tiny_clip_l.safetensors"
+    return comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.SD3)
+
+
+@pytest.fixture
+def vae(comfy, models_dir):
+    sd = {}
+    for part in ("encoder", "decoder"):
+        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "vae_approx" / f"taef1_{part}.safetensors"))
+        sd.update({f"taesd_{part}.{name}": w for name, w in weights.items()})
+    sd["vae_scale"], sd["vae_shift"] = torch.tensor(0.3611), torch.tensor(0.1159)
+    return comfy.sd.VAE(sd=sd)
+
+
+def test_a_text_encoder_compiles_on_a_clone_and_encodes_the_same(clip, nodes, graphs):
+    from int8_compile.compile.patcher import reports
+
+    def encode(clip):
+        return clip.encode_from_tokens(clip.tokenize("a red fox"))
+
+    eager = encode(clip)
+    compiled = nodes.CompileModel(clip, is_patcher=False, **CHEAP)
+    assert graphs() == 0 and "encode_token_weights" not in clip.patcher.object_patches
+    assert difference(encode(compiled), eager) < 1e-3
+    assert graphs() >= 1 and reports(compiled.patcher)[0].regions == [("CLIPLayer", 12)]
+    after = graphs()
+    assert torch.equal(encode(clip), eager) and graphs() == after
+    assert difference(encode(compiled), eager) < 1e-3 and graphs() == after
+
+
+def test_a_vae_compiles_on_a_clone_and_codes_the_same(vae, nodes, graphs):
+    latent, pixels = torch.randn(1, 16, 8, 8), torch.rand(1, 64, 64, 3)
+    eager = vae.decode(latent), vae.encode(pixels)
+    compiled = nodes.CompileModel(vae, is_patcher=False, dynamic=True, **CHEAP)
+    assert graphs() == 0 and not vae.patcher.object_patches
+    for got, want in zip((compiled.decode(latent), compiled.encode(pixels)), eager):
+        assert difference(got, want) < 1e-3
+    assert graphs() >= 1
+    after = graphs()
+    assert torch.equal(vae.decode(latent), eager[0]) and graphs() == after
+    again = nodes.CompileModel(compiled, is_patcher=False, **CHEAP)
+    assert all(not isinstance(m.original, type(m)) for m in again.patcher.object_patches.values())
+
+
+def test_types_that_cannot_be_compiled_are_refused_by_name(clip, vae, nodes):
+    for model, kind in ((clip, "CLIP"), (vae, "VAE")):
+        with pytest.raises(ValueError, match=f"This input is a {kind}.*set is_patcher to false"):
+            nodes.CompileModel(model)
     with pytest.raises(ValueError, match="cannot compile a int yet"):
         nodes.CompileModel(3)
 
