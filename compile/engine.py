@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from .guards import without_bookkeeping
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
@@ -25,10 +26,6 @@ def _entry(name: str) -> Callable:
     def call(module, *args, **kwargs):
         return module._call_impl(*args, **kwargs)
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
-
-
-def _without_transformer_options(entries) -> list[bool]:
-    return ["transformer_options" not in entry.name for entry in entries]
 
 
 @contextlib.contextmanager
@@ -67,7 +64,7 @@ class CompiledModule:
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool]):
         """call() with root's regions compiled.
 
-        filter_guards: nothing that root reads through transformer_options may change its result. passthrough: whether an
+        filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
         made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on.
         """
@@ -130,7 +127,7 @@ def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -
     if options.backend in OPTIONAL_BACKENDS:
         return compile_optional(fn, mode=options.mode, options=torch_options, **arguments)
     if filter_guards:
-        torch_options["guard_filter_fn"] = _without_transformer_options
+        torch_options["guard_filter_fn"] = without_bookkeeping
     return torch.compile(fn, **arguments, options=torch_options or None)
 
 

@@ -24,8 +24,8 @@ class CompileOptions:
     backend: a name torch.compile takes, or one of OPTIONAL_BACKENDS. dynamic: as in torch.compile (None: torch decides).
     mode: one of MODES. options: a JSON object of inductor options, on top of the mode's own. blocks_only: compile the
     repeated blocks, not the whole object. cache_size_limit: recompiles allowed for a block class, 0 for torch's own limit.
-    guard_filter: drop guards on transformer_options where nothing reads it. log: a line for every compile. title: the node's
-    name, in front of every message.
+    guard_filter: drop guards on the bookkeeping in transformer_options while no patch may read it. log: a line for every
+    compile, not only the first. title: the node's name, in front of every message.
     """
 
     backend: str = "inductor"

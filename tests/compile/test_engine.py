@@ -213,9 +213,35 @@ def test_without_the_guard_filter_values_in_transformer_options_are_respected():
     torch.testing.assert_close(got, call())
 
 
-def test_the_guard_filter_drops_guards_on_transformer_options(graphs):
-    net, x = Net(), torch.randn(3, 64)
+def test_the_guard_filter_drops_guards_on_bookkeeping(graphs):
+    blocks = torch.nn.ModuleList([OptionsReader() for _ in range(3)])
+    x = torch.randn(2, 64)
+
+    def call():
+        return [block(x, transformer_options={"block_index": i + 1, f"other_{i}": i}) for i, block in enumerate(blocks)]
+
+    CompiledModule(CompileOptions(backend="aot_eager")).run(blocks, call, filter_guards=True, passthrough=lambda e: False)
+    assert graphs() == 1
+
+
+class FlagReader(torch.nn.Module):
+    """A block with a switch in transformer_options, as LTXV's have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x, transformer_options):
+        x = self.a(x)
+        return self.b(x) if transformer_options.get("run_vx", True) else x
+
+
+def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
+    blocks = torch.nn.ModuleList([FlagReader() for _ in range(3)])
+    x = torch.randn(2, 64)
     compiled = CompiledModule(CompileOptions(backend="aot_eager"))
-    for step in range(3):
-        run(compiled, net, x, transformer_options={"sigmas": step, "uuids": [step]})
-    assert graphs() == 2
+    for options in ({}, {"run_vx": False}, {"run_vx": True}, {}):
+        def call(options=options):
+            return [block(x, transformer_options=options) for block in blocks]
+        got = compiled.run(blocks, call, filter_guards=True, passthrough=lambda e: False)
+        torch.testing.assert_close(got, call())

@@ -1,0 +1,28 @@
+"""Which guards on ComfyUI's transformer_options a compiled block can do without."""
+from __future__ import annotations
+
+import re
+
+# What ComfyUI writes there for patches to read, anew for every block, step or prompt. Blocks themselves read it for nothing else
+# (comfy/ldm, 0.33), so that without patches it cannot change a result; guards on it would compile again for each block.
+BOOKKEEPING = {
+    "block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
+    "activations_shape", "cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars",
+}
+_KEY = re.compile(r"transformer_options'\]\['(\w+)'")
+
+
+def needed(name: str, guard_type: str) -> bool:
+    """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``.
+
+    A flag or number that a block reads, and whether a key is there at all, can change the result: their guards stay.
+    """
+    if "transformer_options" not in name:
+        return True
+    key = _KEY.search(name)
+    return key[1] not in BOOKKEEPING if key else guard_type == "DICT_CONTAINS"
+
+
+def without_bookkeeping(entries) -> list[bool]:
+    """A guard_filter_fn for torch.compile."""
+    return [needed(entry.name, entry.guard_type) for entry in entries]
