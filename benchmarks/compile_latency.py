@@ -1,0 +1,100 @@
+"""How long people wait for a compile: first image, new resolutions, another LoRA, and the first image after a restart.
+
+Every contender gets a server of its own and an empty compiler cache; seconds include loading and sampling, which eager shows alone.
+Prints a table and, with --json, writes the numbers with torch, ComfyUI and processor.
+
+    python benchmarks/compile_latency.py [--model tiny_flux | flux_57] [--default-attention] [--json FILE]
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference  # noqa: E402
+from benchmarks.demo_report import cpu_name  # noqa: E402
+from benchmarks.tiny_models import DEFAULT_NAMES, make_models  # noqa: E402
+from benchmarks.workflows import flux_prompt  # noqa: E402
+
+CONTENDERS = {
+    "eager": [],
+    "core TorchCompileModel": [("TorchCompileModel", {"backend": "inductor"})],
+    "Compile Model": ["CompileModel"],
+    "INT8 Lazy Torch Compile": ["INT8LazyTorchCompile"],
+}
+CHANGES = {
+    "first image": {},
+    "384x256": dict(width=384, height=256),
+    "256x384": dict(width=256, height=384),
+    "320x320": dict(width=320, height=320),
+    "448x320": dict(width=448, height=320),
+    "LoRA": dict(lora=("tiny_flux_a.safetensors", 1.0)),
+    "batch 2": dict(batch=2),
+}
+
+
+def measure(name: str, nodes: list, unet: str, arguments: dict) -> tuple[dict, dict]:
+    """({step: seconds}, {step: saved latent}) of one contender, the restart included."""
+    seconds, latents = {}, {}
+    with tempfile.TemporaryDirectory() as cache:
+        env = {"TORCHINDUCTOR_CACHE_DIR": cache}
+        for changes in (CHANGES, {"restart": {}}):
+            with tempfile.TemporaryDirectory() as base, ComfyServer(base_dir=Path(base), env=env, **arguments) as server:
+                chain = [(node, defaults(server, node)) if isinstance(node, str) else node for node in nodes]
+                for step, change in changes.items():
+                    result = server.run(flux_prompt(unet=unet, model_nodes=chain, **change), timeout=1800)
+                    if result.status != "success":
+                        raise RuntimeError(f"{name}, {step}: {result.error}")
+                    seconds[step] = result.seconds
+                    latents[step] = load_latent(next(p for p in result.files(server) if p.suffix == ".latent"))
+                    print(f"{name}, {step}: {result.seconds:.1f} s", file=sys.stderr, flush=True)
+                if "compile failed" in server.log_text():
+                    raise RuntimeError(f"{name}: compile failed, see {server.log_path}")
+    return seconds, latents
+
+
+def defaults(server: ComfyServer, node: str) -> dict:
+    required = server.object_info(node)["input"]["required"]
+    return {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("tiny_flux", "flux_57"), default="tiny_flux")
+    parser.add_argument("--default-attention", action="store_true", help="ComfyUI's default on a CPU, which breaks graphs")
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    comfyui = find_comfyui()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
+    names = (*DEFAULT_NAMES, "flux_57") if options.model == "flux_57" else DEFAULT_NAMES
+    attention = () if options.default_attention else ("--use-pytorch-cross-attention",)
+    arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache, names), extra_args=attention)
+
+    results, reference = {}, None
+    for name in options.only:
+        seconds, latents = measure(name, CONTENDERS[name], f"{options.model}.safetensors", arguments)
+        reference = reference or latents
+        worst = max(relative_difference(latents[step], reference[step]) for step in latents)
+        results[name] = {"seconds": seconds, "difference": worst}
+
+    steps = [*CHANGES, "restart"]
+    print(f"{options.model}, {'default' if options.default_attention else 'pytorch'} attention, {cpu_name()}: seconds\n")
+    print("".ljust(26) + "".join(step.rjust(12) for step in steps) + "difference".rjust(12))
+    for name, result in results.items():
+        print(name.ljust(26) + "".join(f"{result['seconds'][step]:12.1f}" for step in steps) + f"{result['difference']:12.1e}")
+    if options.json:
+        facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "cores": os.cpu_count(), "model": options.model,
+                 "attention": attention[0] if attention else "default"}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
