@@ -30,6 +30,7 @@ TORCH = "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
 # What the demo and the tests use besides; all three are in ComfyUI's requirements too.
 WITHOUT_COMFYUI = ("numpy", "Pillow", "safetensors")
 TEST_TOOLS = ("pytest>=8",)
+COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
 # torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
 RUN_PYTEST = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"
 
@@ -64,8 +65,8 @@ def environment(session: nox.Session) -> tuple[str, dict]:
         comfyui = find_comfyui()
     except FileNotFoundError as error:
         session.error(str(error))
-    if comfyui is None and install_comfyui(session):
-        comfyui = find_comfyui()
+    if comfyui is None:
+        comfyui = install_comfyui(session)
     python = own_python(session, comfyui) if comfyui else None
     if python is None:
         python = make_python(session, comfyui)
@@ -122,11 +123,15 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def install_comfyui(session: nox.Session) -> bool:
-    """Whether comfy-cli could put ComfyUI, with a Python of its own, into its default workspace."""
+def install_comfyui(session: nox.Session) -> Path | None:
+    """ComfyUI, put with a Python of its own into comfy-cli's default workspace; None, and why, where that cannot be done."""
     if os.environ.get("CI") or os.environ.get("INT8_COMPILE_NO_INSTALL"):
         warn_without_comfyui(session, "not installed, as CI or INT8_COMPILE_NO_INSTALL is set")
-        return False
+        return None
+    # Asked first: comfy-cli answers what goes wrong here with a page of traceback.
+    if reason := unreachable(COMFYUI_GIT):
+        warn_without_comfyui(session, f"and it cannot be installed: {reason}")
+        return None
     session.log("There is no ComfyUI here: installing it with comfy-cli into its default workspace.")
     try:
         folder = ROOT / ".nox" / "comfy-cli"
@@ -138,9 +143,21 @@ def install_comfyui(session: nox.Session) -> bool:
         apart = {"VIRTUAL_ENV": None, "CONDA_PREFIX": None, "GIT_TERMINAL_PROMPT": "0", "DO_NOT_TRACK": "1"}
         session.run(str(scripts / "comfy"), "--skip-prompt", "install", hardware(), env=apart, external=True)
     except nox.command.CommandFailed:
-        warn_without_comfyui(session, "and installing it failed: see above")
-        return False
-    return find_comfyui() is not None
+        if find_comfyui() is None:  # it may be there, and only its packages missing, which the caller then installs
+            warn_without_comfyui(session, "and installing it failed: see above")
+    return find_comfyui()
+
+
+def unreachable(repository: str) -> str:
+    """Why git cannot clone this repository; empty if it can."""
+    if shutil.which("git") is None:
+        return "there is no git"
+    command = ["git", "ls-remote", repository, "HEAD"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+    except subprocess.TimeoutExpired:
+        return f"{repository} does not answer"
+    return asked.stderr.strip() if asked.returncode else ""
 
 
 def hardware() -> str:

@@ -68,11 +68,13 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def comparison(variants: Sequence[Variant], out: Path) -> Path:
-    """comparison.png: the variants' pictures (<name>.png in out) side by side, captioned."""
+def comparison(variants: Sequence[Variant], out: Path) -> None:
+    """comparison.png: the variants' pictures (<name>.png in out) side by side, captioned. None where no variant made one."""
     from PIL import Image, ImageDraw
 
     shown = [v for v in variants if (out / f"{v.name}.png").exists()]
+    if not shown:
+        return
     images = [Image.open(out / f"{v.name}.png").convert("RGB") for v in shown]
     width, height = max(i.width for i in images), max(i.height for i in images)
     sheet = Image.new("RGB", (len(images) * (width + GAP) - GAP, height + CAPTION_HEIGHT), "white")
@@ -81,9 +83,7 @@ def comparison(variants: Sequence[Variant], out: Path) -> Path:
         sheet.paste(image, (n * (width + GAP), CAPTION_HEIGHT))
         caption = f"{TITLES[v.name]}\n{_number(v.seconds_per_step, '.4f')} s/step, {_number(v.weights_mb, '.1f')} MB"
         draw.multiline_text((n * (width + GAP) + 4, 6), caption, fill="black", spacing=6)
-    path = out / "comparison.png"
-    sheet.save(path)
-    return path
+    sheet.save(out / "comparison.png")
 
 
 def write_json(path: Path, variants: Sequence[Variant], **facts) -> None:
