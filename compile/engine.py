@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -30,14 +31,16 @@ def _entry(name: str) -> Callable:
 
 @contextlib.contextmanager
 def _compile_settings(limit: int):
-    """torch's settings for one call, put back afterwards: recompile limits of at least limit (0: torch's own), and sizes that
+    """torch's settings for one call, put back afterwards: limit recompiles of a block class (0: torch's own limit), and sizes that
     happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would compile again at the next one."""
     import torch._dynamo  # compile machinery: at the first compile, not at import
     import torch.fx.experimental._config as shape_config
 
     config = torch._dynamo.config
-    names = [n for n in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, n)] or ["cache_size_limit"]
-    values = {name: max(limit, getattr(config, name)) for name in names}
+    # torch before 2.6 calls them cache_size_limit.
+    name, total = (n if hasattr(config, n) else n.replace("recompile", "cache_size")
+                   for n in ("recompile_limit", "accumulated_recompile_limit"))
+    values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
     with config.patch(**values), shape_config.patch(use_duck_shape=False):
         yield
 
@@ -57,6 +60,7 @@ class CompiledModule:
     def __init__(self, options: CompileOptions):
         self.options = options
         self.report = CompileReport(title=options.title)
+        self._root: weakref.ref | None = None
         self._regions: list[Region] = []
         self._compiled: dict[tuple[str, int, bool], Callable] = {}
         self._lock = threading.RLock()
@@ -84,7 +88,8 @@ class CompiledModule:
             return result
 
     def _run_compiled(self, root, call, filter_guards):
-        if not self._regions or not all(region.is_current() for region in self._regions):
+        if self._root is None or self._root() is not root or not all(region.is_current() for region in self._regions):
+            self._root = weakref.ref(root)
             self._regions = find_regions(root, self.options.blocks_only)
             self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
         graphs, start = _graphs(), time.perf_counter()

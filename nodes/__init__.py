@@ -27,8 +27,8 @@ class Int8CompileExtension(ComfyExtension):
         if hasattr(PromptServer, "instance"):
             async def look_again(app):
                 # A second copy of this pack has reported the clash when it was loaded.
-                others = {node_id: node for node_id, node in nodes.NODE_CLASS_MAPPINGS.items() if node.CATEGORY != CATEGORY}
-                _report_id_clashes(others)
+                others = {node_id: nodes.NODE_CLASS_MAPPINGS[node_id] for node_id in SHARED_IDS}
+                _report_id_clashes({k: v for k, v in others.items() if getattr(v, "CATEGORY", None) != CATEGORY})
             PromptServer.instance.app.on_startup.append(look_again)
             await _register_replacements()
 
@@ -37,10 +37,9 @@ class Int8CompileExtension(ComfyExtension):
 
 
 def _report_id_clashes(registry: dict) -> None:
-    for node in NODES:
-        node_id = node.define_schema().node_id
+    for node_id in SHARED_IDS:
         other = registry.get(node_id)
-        if other is not None and other is not node and node_id in SHARED_IDS:
+        if other is not None and other not in NODES:
             logger.warning("INT8 Compile: the node id %s is also registered by %s. ComfyUI uses the pack that loads last; "
                            "disable one of the two.", node_id, getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__))
 

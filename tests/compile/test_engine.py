@@ -119,6 +119,25 @@ def test_a_replaced_block_is_found():
     torch.testing.assert_close(run(compiled, net, x), net(x))
 
 
+def test_a_replaced_root_is_found(graphs):
+    compiled = CompiledModule(CompileOptions(backend="aot_eager"))
+    first, second, x = Net(), Net(), torch.randn(3, 64)
+    run(compiled, first, x)
+    second.up = torch.nn.Linear(64, 64)
+    second.forward = lambda x: second.up(Net.forward(second, x))
+    torch.testing.assert_close(run(compiled, second, x), second(x))
+    assert all(region.modules[0] in list(second.modules()) for region in compiled._regions)
+
+
+def test_past_the_recompile_limit_it_goes_on_uncompiled(graphs):
+    net = Net()
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=False, cache_size_limit=2))
+    for rows in (3, 4, 5, 6):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(run(compiled, net, x), net(x))
+    assert graphs() == 2 * 2 and not compiled.report.failure
+
+
 def _broken_backend(gm, inputs):
     raise RuntimeError("this backend cannot compile")
 

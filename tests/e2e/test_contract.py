@@ -148,3 +148,17 @@ def test_velocators_node_is_replaced_where_velocator_is_absent(server):
     for node in prompt.values():
         node["_meta"] = {"title": node["class_type"]}
     latent(server, server.run(prompt))
+
+
+def test_another_packs_node_of_the_same_id_is_named_once(serve, tmp_path):
+    """Whichever of the two ComfyUI loads last."""
+    (tmp_path / "__init__.py").write_text("""
+class Theirs:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES, FUNCTION = ("MODEL",), "run"
+
+NODE_CLASS_MAPPINGS = {"CompileModel": Theirs}
+""")
+    with serve(extra_packs={"zz_teacache": tmp_path}) as server:
+        lines = [line for line in server.log_text().splitlines() if "is also registered by" in line]
+    assert len(lines) == 1 and "the node id CompileModel is also registered by custom_nodes.zz_teacache" in lines[0]
