@@ -52,6 +52,28 @@ def test_our_kernels_agree_with_comfy_kitchens(flux, nodes, sample):
     assert difference(ours, theirs) < 0.02
 
 
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+def test_every_quantized_layer_runs_through_our_two_operations(load, nodes, sample, family):
+    """Wan's FFN reaches its INT8 weight past the layer's forward, through core's linear_input_act."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    quantized = nodes.INT8QuantizeModel(load(family))
+    with Count() as count:
+        sample(quantized)
+    steps = 2
+    assert count.calls["int8_compile::quant_rows"] == count.calls["int8_compile::int8_gemm"] == steps * len(quantized.object_patches)
+    assert not any(name.startswith("comfy_kitchen::int8_linear") for name in count.calls)
+
+
 def test_memory_is_about_halved(flux, nodes):
     quantized = nodes.INT8QuantizeModel(flux)
     blocks = sum(p.nbytes for p in flux.model.diffusion_model.double_blocks.parameters())
