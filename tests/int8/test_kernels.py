@@ -47,7 +47,8 @@ def test_reference_quantizes_to_within_half_a_step(make, shape, dtype):
     exact = rotate(x.double(), group)
     assert q.dtype == torch.int8 and s.dtype == torch.float32
     assert q.abs().max() <= 127
-    assert ((q.double() * s.double()[:, None] - exact).abs() <= 0.5001 * s.double()[:, None] + 1e-30).all()
+    # Half a step, and the rounding of a rotation in fp32.
+    assert ((q.double() * s.double()[:, None] - exact).abs() <= 0.501 * s.double()[:, None] + 1e-30).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
@@ -60,7 +61,7 @@ def test_quantizers_agree_with_reference(make, implementation, shape):
     torch.testing.assert_close(s, want_s, rtol=1e-5, atol=0)
     # A value on a rounding boundary may fall to either side, where sums are taken in another order.
     assert (q.int() - want_q.int()).abs().max() <= 1
-    assert (q != want_q).float().mean() < 1e-3
+    assert (q != want_q).sum() <= max(2, 1e-3 * q.numel())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
