@@ -232,6 +232,11 @@ class ComfyServer:
             return self._get("/object_info")
         return self._get(f"/object_info/{node_id}")[node_id]
 
+    def defaults(self, node_id: str) -> dict:
+        """The default of every required input of a node that has one: what the frontend fills in."""
+        required = self.object_info(node_id)["input"]["required"]
+        return {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
+
     def queue(self, prompt: dict) -> str:
         """Queue an API-format prompt and return its id.
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).absolute().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference  # noqa: E402
 from benchmarks.demo_report import cpu_name  # noqa: E402
-from benchmarks.tiny_models import DEFAULT_NAMES, make_models  # noqa: E402
+from benchmarks.tiny_models import DEFAULT_NAMES, cache_dir, make_models  # noqa: E402
 from benchmarks.workflows import flux_prompt  # noqa: E402
 
 CONTENDERS = {
@@ -46,7 +46,7 @@ def measure(name: str, nodes: list, unet: str, arguments: dict) -> tuple[dict, d
         env = {"TORCHINDUCTOR_CACHE_DIR": cache}
         for changes in (CHANGES, {"restart": {}}):
             with tempfile.TemporaryDirectory() as base, ComfyServer(base_dir=Path(base), env=env, **arguments) as server:
-                chain = [(node, defaults(server, node)) if isinstance(node, str) else node for node in nodes]
+                chain = [(node, server.defaults(node)) if isinstance(node, str) else node for node in nodes]
                 for step, change in changes.items():
                     result = server.run(flux_prompt(unet=unet, model_nodes=chain, **change), timeout=1800)
                     if result.status != "success":
@@ -59,11 +59,6 @@ def measure(name: str, nodes: list, unet: str, arguments: dict) -> tuple[dict, d
     return seconds, latents
 
 
-def defaults(server: ComfyServer, node: str) -> dict:
-    required = server.object_info(node)["input"]["required"]
-    return {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("tiny_flux", "flux_57"), default="tiny_flux")
@@ -72,10 +67,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     comfyui = find_comfyui()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
     names = (*DEFAULT_NAMES, "flux_57") if options.model == "flux_57" else DEFAULT_NAMES
     attention = () if options.default_attention else ("--use-pytorch-cross-attention",)
-    arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache, names), extra_args=attention)
+    arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache_dir(), names), extra_args=attention)
 
     results, reference = {}, None
     for name in options.only:

@@ -29,7 +29,7 @@ from benchmarks.comfy_server import (  # noqa: E402
     relative_difference,
 )
 from benchmarks.demo_report import TITLES, Variant, comparison, cpu_name, limits, table, write_json  # noqa: E402
-from benchmarks.tiny_models import make_models  # noqa: E402
+from benchmarks.tiny_models import cache_dir, make_models  # noqa: E402
 from benchmarks.workflows import flux_prompt  # noqa: E402
 
 SIZE = 512  # pixels
@@ -47,10 +47,6 @@ import json, torch
 cuda = torch.cuda.is_available()
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name() if cuda else None}))
 """
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
 
 
 def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Variant]:
@@ -77,7 +73,7 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
 
 def _variant(server: ComfyServer, name: str, out: Path, steps: int) -> Variant:
     variant = Variant(name)
-    nodes = [(node, {**_defaults(server, node), **CHOSEN.get(node, {})}) for node in NODES[name]]
+    nodes = [(node, {**server.defaults(node), **CHOSEN.get(node, {})}) for node in NODES[name]]
     prompt = dict(width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
     before = len(server.log_text())
     try:
@@ -113,11 +109,6 @@ def _weights_mb(log: str, int8: bool) -> float | None:
     """As ComfyUI has them in memory (a bf16 file is fp32 there on a CPU), from the line that INT8 Quantize Model logs."""
     sizes = re.findall(r"weights ([\d.]+) -> ([\d.]+) MB", log)
     return float(sizes[-1][int8]) if sizes else None
-
-
-def _defaults(server: ComfyServer, node: str) -> dict:
-    required = server.object_info(node)["input"]["required"]
-    return {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
 
 
 def _differences(variants: list[Variant], out: Path, dtype: str) -> None:

@@ -24,6 +24,11 @@ FLUX_LORA_LAYERS = ("_attn.qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", "
 WAN_LORA_LAYERS = ("_attn.q", "_attn.k", "_attn.v", "_attn.o", ".ffn.0", ".ffn.2")
 
 
+def cache_dir() -> Path:
+    """Where benchmarks and tests keep the checkpoints between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
+
+
 def make_models(
     comfyui: Path, base_dir: Path, names: Sequence[str] = DEFAULT_NAMES, python: str | None = None
 ) -> Path:

@@ -31,10 +31,6 @@ def _load_pack() -> None:
 _load_pack()
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile"
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         for marker in ("comfy", "e2e"):
@@ -66,7 +62,7 @@ def comfyui_version(comfyui: Path) -> str:
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """A ComfyUI base directory with small random checkpoints of ComfyUI's own classes; kept between runs."""
-    from benchmarks.tiny_models import make_models
+    from benchmarks.tiny_models import cache_dir, make_models
 
     return make_models(COMFYUI, cache_dir())
 

@@ -27,9 +27,7 @@ def server(serve):
 def defaults(server):
     """The contract's defaults of a node, as /object_info tells them: what the frontend fills in."""
     def defaults(node_id, **inputs):
-        required = server.object_info(node_id)["input"]["required"]
-        values = {name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]}
-        return node_id, {**values, **inputs}
+        return node_id, {**server.defaults(node_id), **inputs}
     return defaults
 
 
