@@ -1,8 +1,6 @@
 """Runs a call with its regions compiled. Plain torch: works on any nn.Module."""
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import threading
 import time
@@ -11,17 +9,23 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from . import warmup
 from .guards import without_bookkeeping
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
-from .report import CompileReport, remedy
+from .report import CompileReport, Counters, remedy
+from .settings import compile_settings, recompile_limit
 
 logger = logging.getLogger(__name__)
 
+# Tensor.dim() -> the dims that may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels].
+_VARYING = {n: set(range(n - 1 if n in (2, 3) else n)) for n in range(8)}
 
-def _entry(name: str) -> Callable:
+
+def _entry(name: str) -> types.FunctionType:
     """A function with a code object of its own. Dynamo keeps what it compiled on the code object: so one region never uses up
     the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
@@ -29,25 +33,40 @@ def _entry(name: str) -> Callable:
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 
 
-@contextlib.contextmanager
-def _compile_settings(limit: int):
-    """torch's settings for one call, put back afterwards: limit recompiles of a block class (0: torch's own limit), and sizes that
-    happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would compile again at the next one."""
-    import torch._dynamo  # compile machinery: at the first compile, not at import
-    import torch.fx.experimental._config as shape_config
-
-    config = torch._dynamo.config
-    # torch before 2.6 calls them cache_size_limit.
-    name, total = (n if hasattr(config, n) else n.replace("recompile", "cache_size")
-                   for n in ("recompile_limit", "accumulated_recompile_limit"))
-    values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
-    with config.patch(**values), shape_config.patch(use_duck_shape=False):
-        yield
+def _strided(value) -> bool:
+    """Whether value is a tensor in a layout that only some of the blocks get: not dense, and not one of the formats that a model
+    keeps on purpose. An expanded tensor stays: to write it out would cost its memory."""
+    return (isinstance(value, torch.Tensor) and not value.is_contiguous() and 0 not in value.stride()
+            and not (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+            and not (value.dim() == 5 and value.is_contiguous(memory_format=torch.channels_last_3d)))
 
 
-def _graphs() -> int:
-    from torch._dynamo.utils import counters
-    return counters["stats"]["unique_graphs"]
+class _Block:
+    """The call of one block, in its ``_compiled_call_impl``."""
+
+    __slots__ = ("compiled", "mark", "module")
+
+    def __init__(self, module: torch.nn.Module, compiled: Callable, mark: bool):
+        self.module = module
+        self.compiled = compiled
+        self.mark = mark
+
+    def __call__(self, *args, **kwargs):
+        values = (*args, *kwargs.values())
+        if self.mark:
+            for value in values:
+                if isinstance(value, torch.Tensor):
+                    # What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost.
+                    value._dynamo_weak_dynamic_indices = _VARYING[value.dim()]
+        copies = {id(value): (value, value.contiguous()) for value in values if _strided(value)}
+        if not copies:
+            return self.compiled(self.module, *args, **kwargs)
+        # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: copies[id(t)][1] if id(t) in copies else t, (args, kwargs))
+        result = self.compiled(self.module, *args, **kwargs)
+        for value, copy in copies.values():
+            value.copy_(copy)  # a block may have written into its input
+        return result
 
 
 class CompiledModule:
@@ -57,26 +76,36 @@ class CompiledModule:
     the modules themselves stay as they are, and everything is put back afterwards.
     """
 
-    def __init__(self, options: CompileOptions):
-        self.options = options
+    def __init__(self, options: CompileOptions, device: torch.device | None = None):
         self.report = CompileReport(title=options.title)
+        self.options, refusal = options.on_device(device or torch.device("cpu"))
+        if refusal:
+            self._fall_back(refusal)
+        self._cuda_graphs = self.options.cuda_graphs
         self._root: weakref.ref | None = None
         self._regions: list[Region] = []
-        self._compiled: dict[tuple[str, int, bool], Callable] = {}
+        # (class, region's index, guards filtered) -> the entry function and the compiled one. Kept when an object patch changes the
+        # blocks: the same branch may be back at the next prompt.
+        self._compiled: dict[tuple[str, int, bool], tuple[types.FunctionType, Callable]] = {}
+        self._blocks: dict[bool, list[_Block]] = {}
         self._lock = threading.RLock()
 
-    def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool]):
+    def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
+            around_block: Callable | None = None):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
-        made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on.
+        made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on. around_block: wraps
+        the call of each block, as around_block(call) -> call.
         """
         with self._lock:
             if self.report.failure:
                 return call()
             try:
-                return self._run_compiled(root, call, filter_guards)
+                result = self._run_compiled(root, call, filter_guards, around_block)
+                # The memory of a CUDA graph's outputs is written again at the next step.
+                return tree_map_only(torch.Tensor, torch.clone, result) if self._cuda_graphs else result
             except Exception as error:
                 if passthrough(error):
                     raise
@@ -87,48 +116,66 @@ class CompiledModule:
             logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), _first_lines(cause))
             return result
 
-    def _run_compiled(self, root, call, filter_guards):
+    def _run_compiled(self, root, call, filter_guards, around_block):
         if self._root is None or self._root() is not root or not all(region.is_current() for region in self._regions):
             self._root = weakref.ref(root)
             self._regions = find_regions(root, self.options.blocks_only)
+            self._blocks.clear()
             self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
-        graphs, start = _graphs(), time.perf_counter()
-        attached = []
+            warmup.wait()
+        if self._cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        blocks = self._attachable(filter_guards and self.options.guard_filter)
+        counters, start = Counters(), time.perf_counter()
+        before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
         try:
-            for index, region in enumerate(self._regions):
-                compiled = self._callable(region, index, filter_guards and self.options.guard_filter)
-                for module in region.modules:
-                    attached.append((module, module.__dict__.get("_compiled_call_impl")))
-                    module.__dict__["_compiled_call_impl"] = functools.partial(compiled, module)
-            with _compile_settings(self.options.cache_size_limit):
+            for block in blocks:
+                block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
+            with compile_settings(self.options.cache_size_limit):
                 return call()
         finally:
-            for module, previous in attached:
+            for block, previous in zip(blocks, before):
                 if previous is None:
-                    del module.__dict__["_compiled_call_impl"]
+                    block.module.__dict__.pop("_compiled_call_impl", None)
                 else:
-                    module.__dict__["_compiled_call_impl"] = previous
-            self._record(_graphs() - graphs, time.perf_counter() - start)
+                    block.module.__dict__["_compiled_call_impl"] = previous
+            if counters.new_frames():
+                self._record(counters, time.perf_counter() - start)
 
-    def _callable(self, region: Region, index: int, filter_guards: bool) -> Callable:
-        key = (region.name, index, filter_guards)
-        if key not in self._compiled:
-            self._compiled[key] = _torch_compile(_entry(f"{region.name}_{index}"), self.options, filter_guards)
-        return self._compiled[key]
+    def _attachable(self, filter_guards: bool) -> list[_Block]:
+        if filter_guards not in self._blocks:
+            blocks = self._blocks[filter_guards] = []
+            for index, region in enumerate(self._regions):
+                key = (region.name, index, filter_guards)
+                if key not in self._compiled:
+                    entry = _entry(f"{region.name}_{index}")
+                    self._compiled[key] = entry, _torch_compile(entry, self.options, filter_guards)
+                blocks += [_Block(module, self._compiled[key][1], self.options.mark_sizes) for module in region.modules]
+        return self._blocks[filter_guards]
 
-    def _record(self, graphs: int, seconds: float):
-        if not graphs:
-            return
+    def _record(self, counters: Counters, seconds: float):
         first = not self.report.graphs
-        self.report.graphs += graphs
+        counters.add_to(self.report)
         self.report.seconds += seconds
         if first or self.options.log:
             logger.info("%s: %s", self.options.title, self.report.summary())
+        with compile_settings(self.options.cache_size_limit):
+            limit = recompile_limit()
+        for (name, _, _), (entry, _) in self._compiled.items():
+            if len(torch._dynamo.eval_frame._debug_get_cache_entry_list(entry.__code__)) >= limit:
+                self._fall_back(f"{name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
+                                "it runs uncompiled wherever it would need another compile.")
+
+    def _fall_back(self, message: str):
+        if message not in self.report.fallbacks:
+            self.report.fallbacks.append(message)
+            logger.warning("%s: %s", self.options.title, message)
 
 
 def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -> Callable:
     torch_options = options.torch_options()
-    arguments = dict(backend=options.backend, fullgraph=options.fullgraph, dynamic=options.dynamic)
+    # With its sizes marked, what else varies is torch's to find out.
+    arguments = dict(backend=options.backend, fullgraph=options.fullgraph, dynamic=None if options.mark_sizes else options.dynamic)
     if options.backend in OPTIONAL_BACKENDS:
         return compile_optional(fn, mode=options.mode, options=torch_options, **arguments)
     if filter_guards:

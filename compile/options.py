@@ -1,6 +1,7 @@
 """Options of the compile nodes, made once at the node's edge and passed down whole."""
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import json
@@ -22,6 +23,7 @@ class CompileOptions:
     """How to compile.
 
     backend: a name torch.compile takes, or one of OPTIONAL_BACKENDS. dynamic: as in torch.compile (None: torch decides).
+    mark_sizes: the sizes of a block's inputs that may vary (batch, tokens, height, width) are dynamic from the first compile on.
     mode: one of MODES. options: a JSON object of inductor options, on top of the mode's own. blocks_only: compile the
     repeated blocks, not the whole object. cache_size_limit: recompiles allowed for a block class, 0 for torch's own limit.
     guard_filter: drop guards on the bookkeeping in transformer_options while no patch may read it. log: a line for every
@@ -31,6 +33,7 @@ class CompileOptions:
     backend: str = "inductor"
     fullgraph: bool = False
     dynamic: bool | None = None
+    mark_sizes: bool = False
     mode: str = "default"
     options: str = "{}"
     blocks_only: bool = True
@@ -46,6 +49,28 @@ class CompileOptions:
             from torch._inductor import list_mode_options  # compile machinery: at the first compile, not at import
             options = {**list_mode_options(self.mode), **options}
         return options
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether CUDA graphs are asked for, by the backend, the mode or an option."""
+        return self.backend == "cudagraphs" or bool(self.torch_options().get("triton.cudagraphs"))
+
+    def on_device(self, device: torch.device) -> tuple[CompileOptions, str]:
+        """These options as they can be had on device, and why something is left out, if it is."""
+        if not self.cuda_graphs:
+            return self, ""
+        if device.type != "cuda":
+            reason = f"CUDA graphs do not exist on {device.type}"
+        elif torch.cuda.get_allocator_backend() != "native":
+            # torch/_inductor/cudagraph_trees.py walks the native allocator's pools.
+            reason = ("CUDA graphs need PyTorch's own memory allocator; ComfyUI runs with cudaMallocAsync (start it with "
+                      "--disable-cuda-malloc)")
+        else:
+            return self, ""
+        changes = {"options": json.dumps({**self.torch_options(), "triton.cudagraphs": False}, sort_keys=True), "mode": "default"}
+        if self.backend == "cudagraphs":
+            changes = {"backend": "eager"}
+        return dataclasses.replace(self, **changes), f"{reason}: compiling without them."
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def _compiled(model: torch.nn.Module, target: str, options: CompileOptions, devi
     states = _COMPILED.setdefault(model, {})
     key = (target, options, device)
     if key not in states:
-        states[key] = CompiledModule(options)
+        states[key] = CompiledModule(options, device)
     return states[key]
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import logging
 
+import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
+from ..compile import warmup
 from .compile_model import CompileModel
 from .lazy_compile import INT8LazyTorchCompile
 from .quantize import INT8QuantizeModel
@@ -30,6 +32,7 @@ class Int8CompileExtension(ComfyExtension):
                 others = {node_id: nodes.NODE_CLASS_MAPPINGS[node_id] for node_id in SHARED_IDS}
                 _report_id_clashes({k: v for k, v in others.items() if getattr(v, "CATEGORY", None) != CATEGORY})
             PromptServer.instance.app.on_startup.append(look_again)
+            PromptServer.instance.add_on_prompt_handler(_warm_up)
             await _register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -42,6 +45,15 @@ def _report_id_clashes(registry: dict) -> None:
         if other is not None and other not in NODES:
             logger.warning("INT8 Compile: the node id %s is also registered by %s. ComfyUI uses the pack that loads last; "
                            "disable one of the two.", node_id, getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__))
+
+
+def _warm_up(json_data: dict) -> dict:
+    """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads."""
+    prompt = json_data.get("prompt")
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    if any(isinstance(node, dict) and node.get("class_type") in SHARED_IDS for node in nodes):
+        warmup.start(comfy.model_management.get_torch_device().type)
+    return json_data
 
 
 async def _register_replacements() -> None:

@@ -57,8 +57,9 @@ class CompileModel(io.ComfyNode):
                                "transformers have few convolutions and gain nothing."),
                 io.Boolean.Input("fullgraph", default=False, tooltip="Demand that each block is one graph. Off, code that cannot be "
                                  "compiled runs as it is between graphs."),
-                io.Boolean.Input("dynamic", default=False, tooltip="Compile for any size at once. Off, every new resolution, batch size "
-                                 "or prompt length compiles again, and each is a little faster."),
+                io.Boolean.Input("dynamic", default=False, tooltip="Off: the sizes that change between images (resolution, prompt length, "
+                                 "batch) are compiled for any value, all else as it is. On: torch.compile(dynamic=True), where every size "
+                                 "and number may change."),
                 io.Combo.Input("mode", options=list(compile_options.MODES), default="default", tooltip="default: short compile. "
                                "max-autotune(-no-cudagraphs): searches faster kernels for minutes. reduce-overhead: CUDA graphs, "
                                "for small models."),
@@ -87,7 +88,7 @@ class CompileModel(io.ComfyNode):
     def execute(cls, model, is_patcher, object_to_patch, memory_format, fullgraph, dynamic, mode, options, disable,
                 backend) -> io.NodeOutput:
         layout = _memory_format(memory_format)
-        settings = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=dynamic, mode=mode,
+        settings = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=dynamic, mark_sizes=not dynamic, mode=mode,
                                   options=compile_options.parse_options(options, backend), title=TITLE)
         compile_options.require_backend(backend)
         _check_type(model, is_patcher)

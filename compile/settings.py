@@ -1,0 +1,65 @@
+"""torch's process-wide settings, set for the time of a call and put back afterwards."""
+from __future__ import annotations
+
+import contextlib
+import threading
+
+
+class _Scope:
+    """The settings of all calls under way: the first sets them, a later one raises the limit where it needs more, the last puts
+    back what was there. A scope for each call would put back another's values when two threads (two GPUs) leave out of order."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._limit = 0
+        self._stack: contextlib.ExitStack | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, limit: int):
+        with self._lock:
+            if not self._depth:
+                self._stack, self._limit = contextlib.ExitStack(), -1
+            if limit > self._limit:
+                self._stack.enter_context(_patch(limit))
+                self._limit = limit
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    self._stack.close()
+                    self._stack = None
+
+
+@contextlib.contextmanager
+def _patch(limit: int):
+    import torch._dynamo  # compile machinery: at the first compile, not at import
+    import torch.fx.experimental._config as shape_config
+
+    config = torch._dynamo.config
+    name, total = _limit_names(config)
+    values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
+    with config.patch(**values), shape_config.patch(use_duck_shape=False):
+        yield
+
+
+def _limit_names(config) -> tuple[str, str]:
+    # torch before 2.6 calls them cache_size_limit.
+    return tuple(n if hasattr(config, n) else n.replace("recompile", "cache_size")
+                 for n in ("recompile_limit", "accumulated_recompile_limit"))
+
+
+def recompile_limit() -> int:
+    """The limit in force, of torch or of the call under way."""
+    import torch._dynamo
+
+    return getattr(torch._dynamo.config, _limit_names(torch._dynamo.config)[0])
+
+
+compile_settings = _Scope()
+compile_settings.__doc__ = """compile_settings(limit): a context in which a block class may be compiled limit times (0: torch's own
+limit), and in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
+compile again at the next one."""

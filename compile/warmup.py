@@ -1,0 +1,90 @@
+"""What every compile needs first, done in the background while the checkpoint loads: the compiler's imports (2 s), and on a CPU the
+probe of its vector instructions (12 s as torch does it) and the precompiled header of its kernels (5 s, once a machine)."""
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from unittest import mock
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* x) { x[0] = 1.0f; }
+"""
+_lock = threading.Lock()
+# device type -> set when a compile can begin
+_ready: dict[str, threading.Event] = {}
+
+
+def start(device_type: str) -> None:
+    """Begins, once a process and device type. Whatever fails here fails again, and is reported, when a model compiles."""
+    with _lock:
+        if device_type in _ready:
+            return
+        ready = _ready[device_type] = threading.Event()
+    threading.Thread(target=_run, args=(device_type, ready), name="int8-compile warm-up", daemon=True).start()
+
+
+def wait() -> None:
+    """Until what was begun can be used: a compile in its midst would do the same work a second time. The header is not waited for:
+    tracing goes on beside the C++ compiler."""
+    for ready in list(_ready.values()):
+        ready.wait()
+
+
+def _run(device_type: str, ready: threading.Event):
+    try:
+        import torch._inductor.compile_fx
+
+        if device_type == "cpu":
+            _probe_vector_instructions()
+            ready.set()
+            _build_header()
+        else:
+            import torch._inductor.runtime.triton_heuristics  # noqa: F401
+    except Exception as error:
+        logger.debug("warm-up: %s: %s", type(error).__name__, error)
+    finally:
+        ready.set()
+
+
+def _probe_vector_instructions():
+    """Answers torch._inductor.cpu_vec_isa's question, cached in this process, without its five new Python processes.
+
+    torch compiles a test kernel for each instruction set, to see that compiler, processor and libtorch all know it. The two latter are
+    known: libtorch chose the set by itself. The smaller tests of the compiler remain, loaded into this process.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" or (capability == "AVX2" and not torch.cpu._is_avx512_supported()):
+        with config.patch({"cpp.vec_isa_ok": True}), mock.patch.object(cpu_vec_isa.VecISA, "check_build", _builds):
+            cpu_vec_isa.valid_vec_isa_list()
+
+
+def _builds(isa, code: str) -> bool:
+    from torch._inductor.codecache import write
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    key, source = write(code, "cpp", extra=f"{torch.__version__} {isa._arch_flags}")
+    builder = CppBuilder(key, [source], CppTorchOptions(vec_isa=isa, warning_all=False), os.path.dirname(source))
+    try:
+        builder.build()
+        ctypes.CDLL(builder.get_target_file_path())
+    except Exception:
+        return False
+    return True
+
+
+def _build_header():
+    """By a kernel of no use: every real one then finds its header compiled."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    kernel = AsyncCompile().cpp_pybinding(["float*"], _KERNEL)
+    if hasattr(kernel, "result"):
+        kernel.result()
