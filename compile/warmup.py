@@ -2,9 +2,8 @@
 probe of its vector instructions (12 s as torch does it) and the precompiled header of its kernels (5 s, once a machine)."""
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
+import subprocess
 import threading
 from unittest import mock
 
@@ -57,28 +56,21 @@ def _probe_vector_instructions():
     """Answers torch._inductor.cpu_vec_isa's question, cached in this process, without its five new Python processes.
 
     torch compiles a test kernel for each instruction set, to see that compiler, processor and libtorch all know it. The two latter are
-    known: libtorch chose the set by itself. The smaller tests of the compiler remain, loaded into this process.
+    known: libtorch chose the set by itself. The compiler is asked without linking and loading.
     """
     from torch._inductor import config, cpu_vec_isa
 
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" or (capability == "AVX2" and not torch.cpu._is_avx512_supported()):
-        with config.patch({"cpp.vec_isa_ok": True}), mock.patch.object(cpu_vec_isa.VecISA, "check_build", _builds):
+        with config.patch({"cpp.vec_isa_ok": True}), mock.patch.object(cpu_vec_isa.VecISA, "check_build", _compiles):
             cpu_vec_isa.valid_vec_isa_list()
 
 
-def _builds(isa, code: str) -> bool:
-    from torch._inductor.codecache import write
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+def _compiles(isa, code: str) -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
-    key, source = write(code, "cpp", extra=f"{torch.__version__} {isa._arch_flags}")
-    builder = CppBuilder(key, [source], CppTorchOptions(vec_isa=isa, warning_all=False), os.path.dirname(source))
-    try:
-        builder.build()
-        ctypes.CDLL(builder.get_target_file_path())
-    except Exception:
-        return False
-    return True
+    command = [get_cpp_compiler(), *isa._arch_flags.split(), "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=code.encode(), capture_output=True).returncode == 0
 
 
 def _build_header():

@@ -47,7 +47,7 @@ class INT8LazyTorchCompile(io.ComfyNode):
     @classmethod
     def execute(cls, model, backend, fullgraph, mode, dynamic, compile_transformer_blocks_only, dynamo_cache_size_limit,
                 use_guard_filter, disable_dynamic_vram, log_compile) -> io.NodeOutput:
-        options = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=DYNAMIC[dynamic], mode=mode,
+        options = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=DYNAMIC[dynamic], mark_sizes=dynamic == "true", mode=mode,
                                  blocks_only=compile_transformer_blocks_only, cache_size_limit=dynamo_cache_size_limit,
                                  guard_filter=use_guard_filter, log=log_compile, title=TITLE)
         patched = non_dynamic_clone(model, TITLE) if disable_dynamic_vram else model.clone()
