@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import threading
 import uuid
 import weakref
+from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.utils
@@ -16,7 +18,9 @@ from comfy.patcher_extension import WrappersMP
 
 from ..int8.comfy_ops import pristine_parameter
 from ..int8.structure import repeated_blocks
+from . import warmup
 from .engine import CompiledModule
+from .offload import around_block, is_offloaded
 from .options import CompileOptions
 
 logger = logging.getLogger(__name__)
@@ -28,17 +32,33 @@ CORE_KEY = "torch.compile"
 PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP).
 METHODS = ("encode", "decode", "encode_token_weights")
-# BaseModel, VAE or text encoder -> {(target, options, device): CompiledModule}: branches of one model (two LoRAs) share what was compiled.
+# BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+# BaseModel with dynamic VRAM -> its copy without, as ModelPatcher.clone takes it (ModelPatcher.get_non_dynamic_delegate keeps it so too).
+_NON_DYNAMIC: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
-def _compiled(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device) -> CompiledModule:
-    """The compiled code of a model on a device, made when first asked for."""
-    states = _COMPILED.setdefault(model, {})
-    key = (target, options, device)
-    if key not in states:
-        states[key] = CompiledModule(options, device)
-    return states[key]
+@dataclass
+class _State:
+    """The compiled code of a model on a device. offloaded: its layers have been changed by an offload, now or before."""
+
+    compiled: CompiledModule
+    offloaded: bool = False
+
+
+def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
+         filter_guards: bool):
+    """call() with what is repeated in root compiled."""
+    with _LOCK:
+        states = _COMPILED.setdefault(model, {})
+        key = (target, options, device)
+        if key not in states:
+            states[key] = _State(CompiledModule(options, device))
+    state = states[key]
+    state.offloaded = state.offloaded or is_offloaded(model)
+    return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough,
+                              around_block=around_block if state.offloaded else None)
 
 
 class LazyCompile:
@@ -55,8 +75,7 @@ class LazyCompile:
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         patched = any(transformer_options.get(key) for key in PATCH_KEYS)
-        state = _compiled(model, self.target, self.options, x.device)
-        return state.run(root, lambda: executor(x, *args, **kwargs), filter_guards=not patched, passthrough=_is_passthrough)
+        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), filter_guards=not patched)
 
 
 class CompiledMethod:
@@ -72,8 +91,7 @@ class CompiledMethod:
     def __call__(self, *args, **kwargs):
         model = self.original.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model
-        state = _compiled(model, self.target, self.options, self.device)
-        return state.run(root, lambda: self.original(*args, **kwargs), filter_guards=True, passthrough=_is_passthrough)
+        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), filter_guards=True)
 
 
 def _is_passthrough(error: Exception) -> bool:
@@ -104,6 +122,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
 def add_compile(patcher, target: str, options: CompileOptions) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing."""
+    warmup.start(patcher.load_device.type)
     wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
@@ -138,12 +157,13 @@ def reports(patcher) -> list:
     wrappers = [w for group in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values() for w in group if isinstance(w, LazyCompile)]
     wrappers += {(m.target, m.options): m for m in patcher.object_patches.values() if isinstance(m, CompiledMethod)}.values()
     states = _COMPILED.get(patcher.model, {})
-    return [state.report for w in wrappers for (target, options, _), state in states.items()
+    return [state.compiled.report for w in wrappers for (target, options, _), state in states.items()
             if (target, options) == (w.target, w.options)]
 
 
 def non_dynamic_clone(patcher, title: str):
-    """A clone without dynamic VRAM, whose weights are plain tensors that compiled code can read.
+    """A clone without dynamic VRAM, whose weights are plain tensors that compiled code can read. The checkpoint is read once for a
+    model: later clones share that copy, with the object patches (INT8 layers) and LoRA of the patcher that they are made of.
 
     Raises RuntimeError where this ComfyUI, or the loader of this model, cannot make one.
     """
@@ -151,13 +171,17 @@ def non_dynamic_clone(patcher, title: str):
     if is_dynamic is None or not is_dynamic():
         return patcher.clone()
     refusal = f"{title}: this ComfyUI version does not support disable_dynamic clone."
+    copy = _NON_DYNAMIC.get(patcher.model)
     try:
-        return patcher.clone(disable_dynamic=True)
+        clone = patcher.clone(disable_dynamic=True, model_override=copy) if copy else patcher.clone(disable_dynamic=True)
     except TypeError:
         raise RuntimeError(f"{refusal} Update ComfyUI, or set disable_dynamic_vram to false.") from None
     except RuntimeError as error:
         raise RuntimeError(f"{refusal} The loader of this model cannot load it a second time ({error}). Use a stock loader, "
                            "set disable_dynamic_vram to false, or start ComfyUI with --disable-dynamic-vram.") from error
+    if hasattr(clone, "get_clone_model_override"):
+        _NON_DYNAMIC[patcher.model] = clone.get_clone_model_override()
+    return clone
 
 
 def set_memory_format(patcher, target: str, memory_format: torch.memory_format) -> int:

@@ -1,0 +1,122 @@
+"""The model families of families.py as small random models on the CPU, called as ComfyUI's sampler calls them."""
+from __future__ import annotations
+
+import importlib
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.tiny_models import fill
+
+from .families import FAMILIES
+
+CONTEXT = 48  # width of the text embedding
+POOLED = 40  # and of the pooled one
+REFERENCE = (24, 28)  # height and width of a reference image's latent
+
+
+@dataclass(frozen=True)
+class SmallFamily:
+    """arguments: on top of those in families.py. latent: channels, and frames of a video. timestep: as model_sampling gives it.
+    extra: (a function that draws a tensor, batch, tokens, height, width) -> what else comfy.model_base passes to the model."""
+
+    name: str
+    arguments: dict
+    latent: tuple[int, ...] = (16,)
+    timestep: float = 700.0
+    extra: Callable[..., dict] = lambda draw, batch, tokens, height, width: {}
+
+    def build(self) -> torch.nn.Module:
+        import comfy.ops
+
+        path, arguments, _ = FAMILIES[self.name]
+        module, _, cls = path.rpartition(".")
+        model = getattr(importlib.import_module(f"comfy.ldm.{module}"), cls)(
+            **{**arguments, **self.arguments}, device=torch.device("cpu"), dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        fill(model.requires_grad_(False).eval(), seed=1)
+        random = torch.Generator().manual_seed(2)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            # Tables of positions and tokens, which fill takes for the weight of a wide layer or, being a buffer, leaves empty.
+            if name.endswith(("pos_embed", "positional_encoding", "_tokens", "_token")):
+                tensor.copy_(torch.randn(tensor.shape, generator=random) / 4)
+        return model
+
+    def call(self, model: torch.nn.Module, batch=1, height=36, width=40, tokens=20) -> torch.Tensor:
+        random = torch.Generator().manual_seed(3)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=random)
+
+        timestep = torch.full((batch,), self.timestep)
+        options = {"wrappers": {}, "callbacks": {}, "sample_sigmas": torch.linspace(1, 0, 5), "sigmas": timestep[:1],
+                   "cond_or_uncond": list(range(batch)), "uuids": [uuid.uuid4() for _ in range(batch)], "prefetch_dynamic_vbars": False}
+        return model(draw(batch, *self.latent, height, width), timestep, context=draw(batch, tokens, CONTEXT), control=None,
+                     transformer_options=options, **self.extra(draw, batch, tokens, height, width))
+
+
+def _pooled(draw, batch, *_):
+    return {"y": draw(batch, POOLED)}
+
+
+def _pooled_and_guidance(draw, batch, *_):
+    return {**_pooled(draw, batch), "guidance": torch.full((batch,), 3.5)}
+
+
+def _guidance_and_reference(draw, batch, *_):
+    return {"guidance": torch.full((batch,), 3.5), "ref_latents": [draw(batch, 32, *REFERENCE)]}
+
+
+def _mask_and_frame_rate(draw, batch, tokens, *_):
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[:, tokens // 2:] = 0
+    return {"attention_mask": mask, "frame_rate": 25}
+
+
+_FLUX = dict(hidden_size=128, num_heads=2, axes_dim=[16, 24, 24], context_in_dim=CONTEXT, vec_in_dim=POOLED, depth=2,
+             depth_single_blocks=3)
+_WAN = dict(dim=128, ffn_dim=320, num_heads=2, text_dim=CONTEXT)
+_LUMINA = dict(in_channels=16, n_layers=3, multiple_of=32, cap_feat_dim=CONTEXT)
+_COSMOS = dict(model_channels=128, num_heads=2, crossattn_emb_channels=CONTEXT, use_adaln_lora=True, adaln_lora_dim=32)
+# Three levels, the lowest without attention (SD1.5) or with deeper transformers (SDXL). Each new width is five more ResBlocks to compile.
+_UNET = dict(model_channels=32, num_res_blocks=[1, 1, 1], context_dim=CONTEXT)
+
+SMALL = {family.name: family for family in (
+    SmallFamily("Flux", _FLUX, timestep=0.7, extra=_pooled_and_guidance),
+    SmallFamily("Flux2", {**_FLUX, "vec_in_dim": None, "axes_dim": [16] * 4, "in_channels": 32, "out_channels": 32, "txt_ids_dims": [3]},
+                (32,), 0.7, _guidance_and_reference),
+    SmallFamily("Chroma", {**_FLUX, "out_dim": 128, "hidden_dim": 160, "n_layers": 3}, timestep=0.7,
+                extra=lambda draw, batch, *_: {"guidance": torch.zeros(batch)}),
+    SmallFamily("Wan", {**_WAN, "num_layers": 3}, (16, 2)),
+    SmallFamily("Wan VACE", {**_WAN, "num_layers": 3, "vace_layers": 3}, (16, 2), extra=lambda draw, batch, tokens, height, width: {
+        "vace_context": draw(batch, 1, 96, 2, height, width), "vace_strength": [0.8]}),
+    SmallFamily("Qwen-Image", dict(attention_head_dim=64, num_attention_heads=2, axes_dims_rope=(16, 24, 24), joint_attention_dim=CONTEXT),
+                (16, 1), 0.7, lambda draw, batch, *_: {"ref_latents": [draw(batch, 16, 1, *REFERENCE)]}),
+    SmallFamily("Lumina2", {**_LUMINA, "dim": 128, "n_heads": 4, "n_kv_heads": 2, "axes_dims": [8, 12, 12]}, timestep=0.7,
+                extra=lambda draw, batch, tokens, *_: {"num_tokens": tokens}),
+    # Its modulation is 256 wide, and the model not narrower.
+    SmallFamily("Z-Image", {**_LUMINA, "dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24], "pad_tokens_multiple": 32,
+                            "time_scale": 1000.0, "rope_theta": 256.0}, timestep=0.7,
+                extra=lambda draw, batch, tokens, *_: {"num_tokens": tokens}),
+    SmallFamily("HunyuanVideo", _FLUX, (16, 2), extra=_pooled_and_guidance),
+    SmallFamily("LTXV", dict(in_channels=16, cross_attention_dim=128, attention_head_dim=64, num_attention_heads=2,
+                             caption_channels=CONTEXT), (16, 2), 0.7, _mask_and_frame_rate),
+    SmallFamily("SD3", dict(adm_in_channels=POOLED, pos_embed_max_size=32, num_patches=32 * 32, context_embedder_config={
+        "target": "torch.nn.Linear", "params": {"in_features": CONTEXT, "out_features": 256}}), extra=_pooled),
+    SmallFamily("HiDream", dict(attention_head_dim=64, num_attention_heads=2, axes_dims_rope=(32, 16, 16), text_emb_dim=POOLED,
+                                caption_channels=[CONTEXT, CONTEXT]),
+                extra=lambda draw, batch, tokens, *_: {**_pooled(draw, batch),
+                                                       "encoder_hidden_states_llama3": draw(batch, 5, tokens, CONTEXT)}),
+    SmallFamily("AuraFlow", dict(dim=128, n_heads=2, n_layers=4, global_conddim=128, cond_seq_dim=CONTEXT), (4,), 0.7),
+    SmallFamily("Cosmos", {**_COSMOS, "block_x_format": "THWBD", "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
+                           "extra_per_block_abs_pos_emb_type": "learnable"}, (16, 2), 0.25, lambda *_: {"fps": None}),
+    SmallFamily("Cosmos Predict2", {**_COSMOS, "pos_emb_learnable": True, "rope_enable_fps_modulation": False}, (16, 2), 0.7,
+                lambda *_: {"fps": None}),
+    SmallFamily("PixArt", dict(hidden_size=192, num_heads=4, caption_channels=CONTEXT), (4,)),
+    SmallFamily("SD1.5", {**_UNET, "channel_mult": [1, 2, 2], "num_heads": 2, "transformer_depth": [1, 1, 0],
+                          "transformer_depth_output": [1, 1, 1, 1, 0, 0]}, (4,)),
+    SmallFamily("SDXL", {**_UNET, "channel_mult": [1, 1, 1], "num_head_channels": 16, "adm_in_channels": POOLED,
+                         "transformer_depth": [0, 1, 2], "transformer_depth_output": [0, 0, 1, 1, 2, 2],
+                         "transformer_depth_middle": 2}, (4,), extra=_pooled),
+)}

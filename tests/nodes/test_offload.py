@@ -1,0 +1,90 @@
+"""Weights that are not where the block runs: ComfyUI's own partial load, on a real ModelPatcher."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import difference
+from .test_compile import CHEAP
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def apply():
+    """One step of a model of which about `share` of the weights is loaded; the rest is offloaded, as --lowvram does it."""
+    def apply(model, share, tokens=20):
+        model.unpatch_model(model.offload_device)
+        model.patch_model(model.load_device, lowvram_model_memory=max(1, int(share * model.model_size())))
+        generator = torch.Generator().manual_seed(3)
+        x, context, y = (torch.randn(*shape, generator=generator) for shape in ((1, 16, 16, 16), (1, tokens, 4096), (1, 2048)))
+        try:
+            return model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=context, y=y, guidance=torch.tensor([3.5]),
+                                           transformer_options={"wrappers": model.wrappers})
+        finally:
+            assert all("weight_function" not in m.__dict__ or isinstance(m.weight_function, list) for m in model.model.modules())
+    return apply
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
+def test_offloaded_weights_give_the_same_result_and_a_bounded_number_of_graphs(flux, nodes, lora, apply, graphs, quantized, with_lora):
+    model = nodes.INT8QuantizeModel(flux) if quantized else flux
+    model = lora(model) if with_lora else model
+    compiled = nodes.CompileModel(model, **CHEAP)
+    shares = (1e-6, 0.3, 0.5, 0.8)
+    for share in shares:
+        want = apply(model, share)
+        assert model.model.model_lowvram
+        assert difference(apply(compiled, share), want) < 1e-3
+    # A layer that gets its LoRA on the fly multiplies in float, a loaded one in INT8: a block on the border has both.
+    assert graphs() <= (2 * len(shares) if quantized and with_lora else 2)
+
+
+def test_the_split_may_move_without_a_new_graph(flux, nodes, lora, apply, graphs, sample):
+    model = lora(flux)
+    compiled = nodes.CompileModel(model, **CHEAP)
+    apply(compiled, 0.5)
+    before = graphs()
+    for share in (0.2, 0.9, 1e-6):
+        apply(compiled, share)
+    assert graphs() == before
+
+
+def test_offloaded_layers_are_as_they_were_after_the_step(flux, nodes, lora, apply):
+    compiled = nodes.CompileModel(lora(flux), **CHEAP)
+
+    def state():
+        return {name: (m.comfy_cast_weights, len(m.weight_function), len(m.bias_function), id(m.weight))
+                for name, m in flux.model.named_modules() if hasattr(m, "weight_function") and getattr(m, "weight", None) is not None}
+
+    apply(lora(flux), 0.5)
+    apply(compiled, 0.5)
+    after = state()
+    assert any(functions for _, functions, _, _ in after.values()) and any(cast for cast, *_ in after.values())
+    compiled.unpatch_model(compiled.offload_device)
+    assert not any(functions for _, functions, _, _ in state().values())
+
+
+def test_a_model_with_dynamic_vram_is_read_from_its_file_once(load, nodes, monkeypatch):
+    """The CPU loader is never dynamic: a patcher that says it is, with the loader's own way to load a second time."""
+    from comfy.model_patcher import ModelPatcher
+
+    class Dynamic(ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    model, reads = load(), []
+
+    def reload(disable_dynamic):
+        reads.append(disable_dynamic)
+        return load()
+
+    model.__class__ = Dynamic
+    model.cached_patcher_init = (reload, ())
+    first = nodes.INT8LazyTorchCompile(model)
+    quantized = nodes.INT8QuantizeModel(model)
+    second = nodes.INT8LazyTorchCompile(quantized)
+    assert reads == [True]
+    assert first.model is second.model is not model.model and type(second) is ModelPatcher
+    assert second.object_patches == quantized.object_patches != {}
