@@ -41,6 +41,15 @@ def _strided(value) -> bool:
             and not (value.dim() == 5 and value.is_contiguous(memory_format=torch.channels_last_3d)))
 
 
+def _mark(value):
+    """What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost."""
+    if isinstance(value, torch.Tensor):
+        value._dynamo_weak_dynamic_indices = _VARYING[value.dim()]
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _mark(item)
+
+
 class _Block:
     """The call of one block, in its ``_compiled_call_impl``."""
 
@@ -53,20 +62,20 @@ class _Block:
 
     def __call__(self, *args, **kwargs):
         values = (*args, *kwargs.values())
-        if self.mark:
-            for value in values:
-                if isinstance(value, torch.Tensor):
-                    # What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost.
-                    value._dynamo_weak_dynamic_indices = _VARYING[value.dim()]
         copies = {id(value): (value, value.contiguous()) for value in values if _strided(value)}
+        if self.mark:
+            for value in (*values, *(copy for _, copy in copies.values())):
+                _mark(value)
         if not copies:
             return self.compiled(self.module, *args, **kwargs)
         # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
         args, kwargs = tree_map_only(torch.Tensor, lambda t: copies[id(t)][1] if id(t) in copies else t, (args, kwargs))
         result = self.compiled(self.module, *args, **kwargs)
+        originals = {}
         for value, copy in copies.values():
-            value.copy_(copy)  # a block may have written into its input
-        return result
+            value.copy_(copy)  # a block may have written into its input, or return it
+            originals[id(copy)] = value
+        return tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result)
 
 
 class CompiledModule:

@@ -9,20 +9,25 @@ BOOKKEEPING = {
     "block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
     "activations_shape", "cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars",
 }
-_KEY = re.compile(r"transformer_options'\]\['(\w+)'")
+# The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
+_OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
+_DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
+_KEY = re.compile(r"\['(\w+)'")
 
 
-def needed(name: str, guard_type: str) -> bool:
-    """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``.
+def needed(name: str, guard_type: str, value=None) -> bool:
+    """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``;
+    value: what it is about, where dynamo tells.
 
     A flag or number that a block reads, and whether a key is there at all, can change the result: their guards stay.
     """
-    if "transformer_options" not in name:
+    options = _OPTIONS.search(name)
+    if not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name)):
         return True
-    key = _KEY.search(name)
+    key = _KEY.match(name, options.end()) if options else None
     return key[1] not in BOOKKEEPING if key else guard_type == "DICT_CONTAINS"
 
 
 def without_bookkeeping(entries) -> list[bool]:
     """A guard_filter_fn for torch.compile."""
-    return [needed(entry.name, entry.guard_type) for entry in entries]
+    return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None) for entry in entries]

@@ -264,3 +264,122 @@ def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
             return [block(x, transformer_options=options) for block in blocks]
         got = compiled.run(blocks, call, filter_guards=True, passthrough=lambda e: False)
         torch.testing.assert_close(got, call())
+
+
+@pytest.mark.parametrize("name, guard_type, value, stays", [
+    ("kwargs['transformer_options']['block_index']", "EQUALS_MATCH", 3, False),
+    ("kwargs['transformer_options']['run_vx']", "CONSTANT_MATCH", True, True),
+    ("kwargs['transformer_options']", "DICT_CONTAINS", {}, True),
+    ("kwargs['transformer_options']", "DICT_LENGTH", {}, False),
+    ("args[2]['block'][1]", "EQUALS_MATCH", 4, False),
+    ("args[2]['run_vx']", "CONSTANT_MATCH", True, True),
+    ("args[2]", "DICT_LENGTH", {}, False),
+    ("args[2]", "SEQUENCE_LENGTH", (1, 2), True),
+    ("args[0]", "TENSOR_MATCH", None, True),
+    ("module._modules['up'].weight", "TENSOR_MATCH", None, True),
+])
+def test_guards_are_dropped_on_bookkeeping_only_wherever_the_options_stand(name, guard_type, value, stays):
+    from int8_compile.compile.guards import needed
+
+    assert needed(name, guard_type, value) is stays
+
+
+def test_a_block_that_gets_its_options_by_position_is_one_graph(graphs):
+    class Positional(Net):
+        def forward(self, x, transformer_options):
+            for index, block in enumerate(self.blocks):
+                transformer_options["block_index"] = index
+                x = block(x, transformer_options)
+            return x
+
+    class Reader(Block):
+        def forward(self, x, transformer_options):
+            if transformer_options["block_index"] < 0:
+                return x
+            return super().forward(x)
+
+    net = Positional()
+    net.blocks = torch.nn.ModuleList([Reader() for _ in range(4)])
+    net.others = torch.nn.ModuleList()
+    run(CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True)), net, torch.randn(2, 8, 64), transformer_options={})
+    assert graphs() == 1
+
+
+def test_a_transposed_input_costs_no_graph_and_is_written_back(graphs):
+    class InPlace(Block):
+        def forward(self, x, transformer_options=None):
+            x += self.down(torch.nn.functional.gelu(self.up(x)))
+            return x
+
+    net = Net()
+    net.blocks = torch.nn.ModuleList([InPlace() for _ in range(4)])
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
+    for tokens in (8, 12, 20):
+        loose = torch.randn(2, 64, tokens).transpose(1, 2)
+        changed = loose.clone()
+        want = net(changed)
+        assert torch.allclose(run(compiled, net, loose), want, atol=1e-5)
+        assert torch.allclose(loose, changed, atol=1e-5)
+    assert graphs() == 2
+
+
+def test_sizes_inside_tuples_are_marked_too(graphs):
+    class Pair(Block):
+        def forward(self, x, pe):
+            return super().forward(x * pe[0] + pe[1])
+
+    class PairNet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Pair() for _ in range(3)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, (torch.ones(x.shape[1], 64), torch.zeros(x.shape[1], 64)))
+            return x
+
+    compiled, net = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True)), PairNet()
+    for tokens in (8, 12, 64):
+        run(compiled, net, torch.randn(2, tokens, 64))
+    assert graphs() == 1
+
+
+def test_settings_of_two_threads_that_leave_out_of_order_are_put_back():
+    import torch.fx.experimental._config as shape_config
+    from int8_compile.compile.settings import compile_settings
+
+    config = torch._dynamo.config
+    before = config.recompile_limit, config.accumulated_recompile_limit, shape_config.use_duck_shape
+    first, second = compile_settings(640), compile_settings(900)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert config.recompile_limit == 900 and not shape_config.use_duck_shape
+    second.__exit__(None, None, None)
+    assert (config.recompile_limit, config.accumulated_recompile_limit, shape_config.use_duck_shape) == before
+
+
+def test_the_report_names_recompiles_and_breaks_with_their_cause():
+    class Breaks(Block):
+        def forward(self, x, transformer_options=None):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    net = Net()
+    net.others = torch.nn.ModuleList([Breaks(), Breaks()])
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=False))
+    run(compiled, net, torch.randn(2, 8, 64))
+    run(compiled, net, torch.randn(2, 9, 64))
+    assert any(cause.startswith("Block: tensor") and "expected 8, actual 9" in cause for cause in compiled.report.recompiles)
+    assert any("graph_break" in reason for reason in compiled.report.breaks)
+    assert "graph breaks" in compiled.report.summary() and compiled.report.to_dict()["recompiles"]
+
+
+def test_cuda_graphs_are_left_out_with_the_reason_where_they_cannot_be(caplog):
+    compiled = CompiledModule(CompileOptions(mode="reduce-overhead"))
+    assert compiled.report.fallbacks == ["CUDA graphs do not exist on cpu: compiling without them."]
+    assert not compiled.options.cuda_graphs and caplog.text.count("CUDA graphs") == 1
+    net = Net()
+    x = torch.randn(2, 8, 64)
+    compiled = CompiledModule(CompileOptions(backend="cudagraphs"))
+    assert torch.allclose(run(compiled, net, x), net(x)) and not compiled.report.failure
