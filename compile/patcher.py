@@ -30,7 +30,7 @@ KEY = "int8_compile"
 CORE_KEY = "torch.compile"
 # transformer_options of patches that run inside blocks and may read anything there.
 PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
-# What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP).
+# What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
 METHODS = ("encode", "decode", "encode_token_weights")
 # BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
@@ -79,7 +79,8 @@ class LazyCompile:
 
 
 class CompiledMethod:
-    """In the place of a method of a VAE's or text encoder's module while the patcher is loaded: the same call with target compiled.
+    """In the place of a method of the module of a VAE, text encoder or ControlNet while the patcher is loaded: the same call with
+    target compiled.
     original: the bound method."""
 
     def __init__(self, original, target: str, options: CompileOptions, device: torch.device):
@@ -131,7 +132,7 @@ def add_compile(patcher, target: str, options: CompileOptions) -> None:
 
 
 def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
-    """Makes patcher (a clone, of a VAE or CLIP) compile target when its encode or decode is first called, by object patches: on
+    """Makes patcher (a clone, of a VAE, CLIP or ControlNet) compile target when it is first used, by object patches: on
     while this patcher is loaded, off when another clone is.
 
     Raises ValueError where nothing in target repeats: a whole VAE is not called as a module, and its parts are too many to compile.
@@ -139,12 +140,13 @@ def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
     module = check_target(patcher, target)
     if not repeated_blocks(module):
         raise ValueError(f"{options.title}: no repeated blocks to compile in {type(module).__name__}. Connect it without this node.")
-    for name in METHODS:
-        if hasattr(patcher.model, name):
-            original = patcher.get_model_object(name)
-            if isinstance(original, CompiledMethod):
-                original = original.original
-            patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device))
+    warmup.start(patcher.load_device.type)
+    methods = [name for name in METHODS if hasattr(patcher.model, name)]
+    for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
+        original = patcher.get_model_object(name)
+        if isinstance(original, CompiledMethod):
+            original = original.original
+        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device))
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -5,6 +5,7 @@ import copy
 import logging
 
 import torch
+from comfy.controlnet import ControlNet
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
@@ -49,9 +50,9 @@ class CompileModel(io.ComfyNode):
             inputs=[
                 model_in,
                 io.Boolean.Input("is_patcher", default=True, tooltip="True for a MODEL, which is itself a patcher. "
-                                 "False for a CLIP or VAE, which hold one and compile when they first encode or decode."),
+                                 "False for a CLIP, VAE or ControlNet, which hold one and compile when they are first used."),
                 io.String.Input("object_to_patch", default="diffusion_model", tooltip="Dotted path of the object to compile, such as "
-                                "diffusion_model or diffusion_model.single_blocks. Empty, or the default with a CLIP or VAE: all of it."),
+                                "diffusion_model or diffusion_model.single_blocks. Empty, or the default with another type: all of it."),
                 io.Combo.Input("memory_format", options=list(MEMORY_FORMATS), default="preserve_format", tooltip="Memory layout of the "
                                "object's convolution weights. channels_last speeds up UNets, channels_last_3d video convolutions; "
                                "transformers have few convolutions and gain nothing."),
@@ -94,9 +95,9 @@ class CompileModel(io.ComfyNode):
         _check_type(model, is_patcher)
         object_to_patch = object_to_patch.strip()
         if not is_patcher and object_to_patch == "diffusion_model":
-            object_to_patch = ""  # the default of a MODEL means all of a CLIP or VAE
+            object_to_patch = ""  # the default of a MODEL means all of a CLIP, VAE or ControlNet
         patched = _clone(model, disable)
-        patcher = patched if is_patcher else patched.patcher
+        patcher = patched if is_patcher else patched.control_model_wrapped if isinstance(patched, ControlNet) else patched.patcher
         check_target(patcher, object_to_patch)
         if layout is not torch.preserve_format:
             changed = set_memory_format(patcher, object_to_patch, layout)
@@ -107,10 +108,15 @@ class CompileModel(io.ComfyNode):
 
 
 def _clone(model, disable: bool):
-    """A clone to patch: of a MODEL or CLIP with its own method, of a VAE around a clone of its patcher."""
+    """A clone to patch: of a MODEL or CLIP with its own method, of a VAE or ControlNet around a clone of its patcher."""
     if isinstance(model, VAE):
         patched = copy.copy(model)
         patched.patcher = model.patcher.clone()
+        return patched
+    if isinstance(model, ControlNet):
+        patched = model.copy()
+        patched.previous_controlnet = model.previous_controlnet
+        patched.control_model_wrapped = model.control_model_wrapped.clone()
         return patched
     if disable or not isinstance(model, ModelPatcher):
         return model.clone()
@@ -130,8 +136,8 @@ def _memory_format(name: str) -> torch.memory_format:
 def _check_type(model, is_patcher: bool) -> None:
     if isinstance(model, ModelPatcher) and not is_patcher:
         raise ValueError("This input is a MODEL, which is itself a patcher: set is_patcher to true.")
-    if isinstance(model, (CLIP, VAE)) and is_patcher:
+    if isinstance(model, (CLIP, VAE, ControlNet)) and is_patcher:
         raise ValueError(f"This input is a {type(model).__name__}, which holds a patcher: set is_patcher to false.")
-    if not isinstance(model, (ModelPatcher, CLIP, VAE)):
-        raise ValueError(f"Compile Model cannot compile a {type(model).__name__} yet, only a MODEL, CLIP or VAE. "
+    if not isinstance(model, (ModelPatcher, CLIP, VAE, ControlNet)):
+        raise ValueError(f"Compile Model cannot compile a {type(model).__name__}, only a MODEL, CLIP, VAE or ControlNet. "
                          "Connect it without this node.")

@@ -12,16 +12,17 @@ pytestmark = pytest.mark.comfy
 
 TOLERANCE = 1e-3  # of the largest value
 CALLS = {"base": {}, "resolution": dict(height=44, width=36), "tokens": dict(tokens=33), "batch": dict(batch=2)}
-# Off until the engine compiles each region once, whatever the sizes of a call.
-ONE_GRAPH_PER_REGION = False
-# HiDream's blocks pick the tokens of each expert by a mask: only the values tell how many there are, and the graph breaks there.
-MORE_GRAPHS = {"HiDream"}
+# Graphs beyond one per region: VACE's first block asks for its number; Cosmos' first gets a batch dimension of another stride;
+# SDXL's attention differs in one flag. HiDream's experts pick their tokens by a mask: its graphs break there.
+MORE_GRAPHS = {"Wan VACE": 1, "Cosmos": 1, "SDXL": 1}
+BREAKS = {"HiDream"}
 
 
 def assert_one_graph_per_region(name: str, report, graphs: list[int]):
-    """graphs: compiled in all, after each call."""
-    assert name in MORE_GRAPHS or graphs[0] == len(report.regions), report.recompiles
-    assert graphs == graphs[:1] * len(graphs), report.recompiles
+    """graphs: compiled in all, after each call. torch takes batch 1 for a constant: the first other batch compiles once more."""
+    base, resolution, tokens, batch = graphs
+    assert base == len(report.regions) + MORE_GRAPHS.get(name, 0), report.recompiles
+    assert (resolution, tokens) == (base, base) and batch <= 2 * base, report.recompiles
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def as_on_a_gpu(monkeypatch):
 def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
     family, graphs, differences = SMALL[name], [], []
     model = family.build()
-    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True))
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
     for sizes in CALLS.values():
         expected = family.call(model, **sizes)
         got = compiled.run(model, lambda sizes=sizes: family.call(model, **sizes), filter_guards=True, passthrough=lambda error: False)
@@ -46,5 +47,5 @@ def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
     print(f"{name}: graphs {dict(zip(CALLS, graphs))}, regions {compiled.report.regions}, breaks {compiled.report.breaks}")
     assert compiled.report.failure == ""
     assert all(difference < TOLERANCE for difference in differences), dict(zip(CALLS, differences))
-    if ONE_GRAPH_PER_REGION:
+    if name not in BREAKS:
         assert_one_graph_per_region(name, compiled.report, graphs)

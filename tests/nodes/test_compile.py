@@ -187,11 +187,47 @@ def test_a_vae_compiles_on_a_clone_and_codes_the_same(vae, nodes, graphs):
     assert all(not isinstance(m.original, type(m)) for m in again.patcher.object_patches.values())
 
 
+@pytest.fixture
+def controlnet(comfy):
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    from benchmarks.tiny_models import fill
+
+    model = comfy.cldm.cldm.ControlNet(
+        image_size=32, in_channels=4, hint_channels=3, model_channels=32, num_res_blocks=[2, 2], channel_mult=[1, 2], num_heads=2,
+        use_spatial_transformer=True, transformer_depth=[1, 1, 1, 1], transformer_depth_middle=1, context_dim=64, legacy=False,
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    return comfy.controlnet.ControlNet(fill(model, 11).eval(), load_device=torch.device("cpu"))
+
+
+def test_a_controlnet_compiles_on_a_copy_and_controls_the_same(controlnet, nodes, graphs):
+    from comfy.model_management import load_models_gpu
+    from int8_compile.compile.patcher import reports
+
+    def control(net):
+        load_models_gpu([net.control_model_wrapped])
+        generator = torch.Generator().manual_seed(5)
+        x, hint, context = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 3, 64, 64), (2, 7, 64)))
+        out = net.control_model(x=x, hint=hint, timesteps=torch.tensor([500.0, 500.0]), context=context)
+        return torch.cat([t.flatten() for key in sorted(out) for t in out[key]])
+
+    eager = control(controlnet)
+    compiled = nodes.CompileModel(controlnet, is_patcher=False, **CHEAP)
+    assert compiled is not controlnet and not controlnet.control_model_wrapped.object_patches and graphs() == 0
+    assert difference(control(compiled), eager) < 1e-3
+    assert graphs() >= 1 and not reports(compiled.control_model_wrapped)[0].failure
+    after = graphs()
+    assert torch.equal(control(controlnet), eager) and graphs() == after
+    assert difference(control(compiled.copy()), eager) < 1e-3
+
+
 def test_types_that_cannot_be_compiled_are_refused_by_name(clip, vae, nodes):
     for model, kind in ((clip, "CLIP"), (vae, "VAE")):
         with pytest.raises(ValueError, match=f"This input is a {kind}.*set is_patcher to false"):
             nodes.CompileModel(model)
-    with pytest.raises(ValueError, match="cannot compile a int yet"):
+    with pytest.raises(ValueError, match="cannot compile a int, only a MODEL, CLIP, VAE or ControlNet"):
         nodes.CompileModel(3)
 
 
