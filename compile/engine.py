@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import warmup
@@ -33,17 +34,17 @@ def _entry(name: str) -> types.FunctionType:
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 
 
-def _strided(value) -> bool:
-    """Whether value is a tensor in a layout that only some of the blocks get: not dense, and not one of the formats that a model
+def _strided(value: Tensor) -> bool:
+    """Whether value, which is not contiguous, has a layout that only some of the blocks get: not one of the formats that a model
     keeps on purpose. An expanded tensor stays: to write it out would cost its memory."""
-    return (isinstance(value, torch.Tensor) and not value.is_contiguous() and 0 not in value.stride()
+    return (0 not in value.stride()
             and not (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
             and not (value.dim() == 5 and value.is_contiguous(memory_format=torch.channels_last_3d)))
 
 
 def _mark(value):
     """What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         value._dynamo_weak_dynamic_indices = _VARYING[value.dim()]
     elif isinstance(value, (tuple, list)):
         for item in value:
@@ -53,29 +54,31 @@ def _mark(value):
 class _Block:
     """The call of one block, in its ``_compiled_call_impl``."""
 
-    __slots__ = ("compiled", "mark", "module")
+    __slots__ = ("compiled", "first", "mark", "module")
 
-    def __init__(self, module: torch.nn.Module, compiled: Callable, mark: bool):
+    def __init__(self, module: torch.nn.Module, compiled: Callable, mark: bool, first: bool):
         self.module = module
         self.compiled = compiled
         self.mark = mark
+        self.first = first  # of its class
 
     def __call__(self, *args, **kwargs):
-        values = (*args, *kwargs.values())
-        copies = {id(value): (value, value.contiguous()) for value in values if _strided(value)}
+        copies = {}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and not value.is_contiguous() and _strided(value):
+                copies[id(value)] = value, value.contiguous()
         if self.mark:
-            for value in (*values, *(copy for _, copy in copies.values())):
-                _mark(value)
+            _mark((*args, *kwargs.values(), *copies.values()))
         if not copies:
             return self.compiled(self.module, *args, **kwargs)
         # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: copies[id(t)][1] if id(t) in copies else t, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda t: copies[id(t)][1] if id(t) in copies else t, (args, kwargs))
         result = self.compiled(self.module, *args, **kwargs)
         originals = {}
         for value, copy in copies.values():
             value.copy_(copy)  # a block may have written into its input, or return it
             originals[id(copy)] = value
-        return tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result)
+        return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)
 
 
 class CompiledModule:
@@ -97,6 +100,7 @@ class CompiledModule:
         # blocks: the same branch may be back at the next prompt.
         self._compiled: dict[tuple[str, int, bool], tuple[types.FunctionType, Callable]] = {}
         self._blocks: dict[bool, list[_Block]] = {}
+        self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
@@ -114,7 +118,7 @@ class CompiledModule:
             try:
                 result = self._run_compiled(root, call, filter_guards, around_block)
                 # The memory of a CUDA graph's outputs is written again at the next step.
-                return tree_map_only(torch.Tensor, torch.clone, result) if self._cuda_graphs else result
+                return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
             except Exception as error:
                 if passthrough(error):
                     raise
@@ -148,7 +152,12 @@ class CompiledModule:
                     block.module.__dict__.pop("_compiled_call_impl", None)
                 else:
                     block.module.__dict__["_compiled_call_impl"] = previous
-            if counters.new_frames():
+            settled = not counters.new_frames()
+            if settled != self._settled:
+                self._settled = settled
+                for block in blocks:
+                    block.mark = self.options.mark_sizes and (block.first or not settled)
+            if not settled:
                 self._record(counters, time.perf_counter() - start)
 
     def _attachable(self, filter_guards: bool) -> list[_Block]:
@@ -159,7 +168,8 @@ class CompiledModule:
                 if key not in self._compiled:
                     entry = _entry(f"{region.name}_{index}")
                     self._compiled[key] = entry, _torch_compile(entry, self.options, filter_guards)
-                blocks += [_Block(module, self._compiled[key][1], self.options.mark_sizes) for module in region.modules]
+                blocks += [_Block(module, self._compiled[key][1], self.options.mark_sizes, module is region.modules[0])
+                           for module in region.modules]
         return self._blocks[filter_guards]
 
     def _record(self, counters: Counters, seconds: float):
