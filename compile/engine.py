@@ -72,7 +72,8 @@ class _Block:
         if not copies:
             return self.compiled(self.module, *args, **kwargs)
         # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
-        args, kwargs = tree_map_only(Tensor, lambda t: copies[id(t)][1] if id(t) in copies else t, (args, kwargs))
+        args = [copies[id(v)][1] if id(v) in copies else v for v in args]
+        kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
         result = self.compiled(self.module, *args, **kwargs)
         originals = {}
         for value, copy in copies.values():

@@ -308,6 +308,7 @@ def test_a_block_that_gets_its_options_by_position_is_one_graph(graphs):
 def test_a_transposed_input_costs_no_graph_and_is_written_back(graphs):
     class InPlace(Block):
         def forward(self, x, transformer_options=None):
+            transformer_options["block"] = "seen"
             x += self.down(torch.nn.functional.gelu(self.up(x)))
             return x
 
@@ -317,9 +318,10 @@ def test_a_transposed_input_costs_no_graph_and_is_written_back(graphs):
     for tokens in (8, 12, 20):
         loose = torch.randn(2, 64, tokens).transpose(1, 2)
         changed = loose.clone()
-        want = net(changed)
-        assert torch.allclose(run(compiled, net, loose), want, atol=1e-5)
-        assert torch.allclose(loose, changed, atol=1e-5)
+        want = net(changed, transformer_options={})
+        options = {}
+        assert torch.allclose(run(compiled, net, loose, transformer_options=options), want, atol=1e-5)
+        assert torch.allclose(loose, changed, atol=1e-5) and options == {"block": "seen"}
     assert graphs() == 2
 
 
