@@ -23,7 +23,7 @@ from .settings import compile_settings, recompile_limit
 logger = logging.getLogger(__name__)
 
 # Tensor.dim() -> the dims that may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels].
-_VARYING = {n: set(range(n - 1 if n in (2, 3) else n)) for n in range(8)}
+_VARYING = {n: set(range(n - 1 if n in (2, 3) else n)) for n in range(16)}
 
 
 def _entry(name: str) -> types.FunctionType:
