@@ -19,8 +19,8 @@ from comfy.patcher_extension import WrappersMP
 from ..int8.comfy_ops import pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
+from .comfy_offload import around_block, is_offloaded
 from .engine import CompiledModule
-from .offload import around_block, is_offloaded
 from .options import CompileOptions
 
 logger = logging.getLogger(__name__)
