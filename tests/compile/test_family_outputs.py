@@ -49,3 +49,15 @@ def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
     assert all(difference < TOLERANCE for difference in differences), dict(zip(CALLS, differences))
     if name not in BREAKS:
         assert_one_graph_per_region(name, compiled.report, graphs)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan", "Z-Image", "SDXL"])
+def test_inductor_computes_what_eager_computes(comfy, name):
+    family = SMALL[name]
+    model = family.build()
+    compiled = CompiledModule(CompileOptions(backend="inductor", mark_sizes=True))
+    for sizes in (CALLS["base"], CALLS["resolution"]):
+        expected = family.call(model, **sizes)
+        got = compiled.run(model, lambda sizes=sizes: family.call(model, **sizes), filter_guards=True, passthrough=lambda error: False)
+        assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert compiled.report.failure == "" and compiled.report.graphs <= len(compiled.report.regions) + MORE_GRAPHS.get(name, 0)

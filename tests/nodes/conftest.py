@@ -38,14 +38,24 @@ def lora(comfy, models_dir):
     return lora
 
 
+def random_conds(tokens=20) -> list:
+    """A positive and a negative conditioning, as a text encoder gives them."""
+    generator = torch.Generator().manual_seed(7)
+    return [[[torch.randn(1, tokens, 4096, generator=generator), {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
+            for _ in range(2)]
+
+
+@pytest.fixture
+def conds():
+    return random_conds()
+
+
 @pytest.fixture(scope="session")
 def sample(comfy):
     """Two steps with a stock sampler: -> latent."""
     def sample(model, seed=1, batch=1, height=16, width=16, tokens=20, cfg=1.0):
         video = type(model.model.diffusion_model).__name__ == "WanModel"
-        generator = torch.Generator().manual_seed(7)
-        conds = [[[torch.randn(1, tokens, 4096, generator=generator), {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
-                 for _ in range(2)]
+        conds = random_conds(tokens)
         latent = torch.zeros(batch, 16, 2, height // 2, width // 2) if video else torch.zeros(batch, 16, height, width)
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample(model, noise, 2, cfg, "euler", "simple", *conds, latent, disable_pbar=True, seed=seed)

@@ -275,6 +275,48 @@ def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sampl
     assert difference(sample(stranger), want) < 1e-3
 
 
+def test_dual_model_guider_runs_each_model_with_its_own_weights(load, nodes, conds):
+    """The real guider: with both models compiled, and with one, whose wrapper the guider then hands to the other."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+
+    a, b = load("tiny_wan"), load("tiny_wan")
+    for p in b.model.diffusion_model.parameters():
+        p.mul_(0.9)
+
+    def guide(positive, negative):
+        guider = Guider_DualModel(positive, negative)
+        guider.set_conds(*conds)
+        guider.set_cfg(3.0)
+        noise = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+        return guider.sample(noise, torch.zeros_like(noise), comfy_sampler(), torch.tensor([1.0, 0.5, 0.0]), disable_pbar=True, seed=3)
+
+    want, one_model = guide(a, b), guide(a, a)
+    assert difference(one_model, want) > 0.01
+    compiled = nodes.CompileModel(a, **CHEAP)
+    assert difference(guide(compiled, nodes.CompileModel(b, **CHEAP)), want) < 1e-3
+    assert difference(guide(compiled, b), want) < 1e-3
+    assert difference(guide(compiled, a), one_model) < 1e-3
+
+
+def comfy_sampler():
+    import comfy.samplers
+    return comfy.samplers.sampler_object("euler")
+
+
+def test_a_multigpu_clone_compiles_for_itself_and_samples_the_same(flux, nodes, sample):
+    """ModelPatcher.deepclone_multigpu, on the one device of this machine: a fresh model with the wrappers of the first."""
+    from int8_compile.compile.patcher import reports
+
+    eager = sample(flux)
+    first = nodes.CompileModel(flux, **CHEAP)
+    second = first.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    assert second.model is not flux.model
+    for model in (first, second, first):
+        assert difference(sample(model), eager) < 1e-3
+    assert reports(second) and reports(first)[0] is not reports(second)[0]
+    assert [r.graphs for r in (*reports(first), *reports(second))] == [2, 2]
+
+
 def test_lazy_compile_without_dynamic_vram_needs_a_core_that_can(flux, nodes, monkeypatch):
     """The CPU loader is never dynamic; a dynamic patcher's refusals must come in the contract's words."""
     from comfy.model_patcher import ModelPatcher
