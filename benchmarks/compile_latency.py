@@ -3,7 +3,7 @@
 Every contender gets a server of its own and an empty compiler cache; seconds include loading and sampling, which eager shows alone.
 Prints a table and, with --json, writes the numbers with torch, ComfyUI and processor.
 
-    python benchmarks/compile_latency.py [--model tiny_flux | flux_57] [--default-attention] [--json FILE]
+    python benchmarks/compile_latency.py [--model tiny_flux | flux_57] [--default-attention] [--json FILE] [--pack FOLDER:NODE ...]
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(name: str, nodes: list, unet: str, arguments: dict) -> tuple[dict, d
     """({step: seconds}, {step: saved latent}) of one contender, the restart included."""
     seconds, latents = {}, {}
     with tempfile.TemporaryDirectory() as cache:
-        env = {"TORCHINDUCTOR_CACHE_DIR": cache}
+        env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}  # torch keeps its precompiled C++ header in the temporary folder
         for changes in (CHANGES, {"restart": {}}):
             with tempfile.TemporaryDirectory() as base, ComfyServer(base_dir=Path(base), env=env, **arguments) as server:
                 chain = [(node, server.defaults(node)) if isinstance(node, str) else node for node in nodes]
@@ -63,17 +63,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("tiny_flux", "flux_57"), default="tiny_flux")
     parser.add_argument("--default-attention", action="store_true", help="ComfyUI's default on a CPU, which breaks graphs")
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--pack", nargs="*", default=[], metavar="FOLDER:NODE", help="another pack's folder and its MODEL -> MODEL node")
+    parser.add_argument("--only", nargs="*", default=None, help=f"some of: {', '.join(CONTENDERS)}, and the nodes of --pack")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    packs, contenders = {}, dict(CONTENDERS)
+    for pack in options.pack:
+        folder, _, node = pack.rpartition(":")
+        packs[node] = {Path(folder).name: Path(folder)}
+        contenders[node] = [node]
     comfyui = find_comfyui()
     names = (*DEFAULT_NAMES, "flux_57") if options.model == "flux_57" else DEFAULT_NAMES
     attention = () if options.default_attention else ("--use-pytorch-cross-attention",)
     arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache_dir(), names), extra_args=attention)
 
     results, reference = {}, None
-    for name in options.only:
-        seconds, latents = measure(name, CONTENDERS[name], f"{options.model}.safetensors", arguments)
+    for name in options.only or contenders:
+        seconds, latents = measure(name, contenders[name], f"{options.model}.safetensors",
+                                   {**arguments, "extra_packs": packs.get(name)})
         reference = reference or latents
         worst = max(relative_difference(latents[step], reference[step]) for step in latents)
         results[name] = {"seconds": seconds, "difference": worst}

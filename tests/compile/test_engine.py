@@ -117,6 +117,7 @@ def test_a_replaced_block_is_found():
     run(compiled, net, x)
     net.blocks[1] = Block()
     torch.testing.assert_close(run(compiled, net, x), net(x))
+    assert net.blocks[1] in compiled._regions[0].modules
 
 
 def test_a_replaced_root_is_found(graphs):
@@ -136,6 +137,7 @@ def test_past_the_recompile_limit_it_goes_on_uncompiled(graphs):
         x = torch.randn(rows, 64)
         torch.testing.assert_close(run(compiled, net, x), net(x))
     assert graphs() == 2 * 2 and not compiled.report.failure
+    assert any("Block was compiled 2 times, which is the limit" in message for message in compiled.report.fallbacks)
 
 
 def _broken_backend(gm, inputs):
@@ -323,6 +325,20 @@ def test_a_transposed_input_costs_no_graph_and_is_written_back(graphs):
         assert torch.allclose(run(compiled, net, loose, transformer_options=options), want, atol=1e-5)
         assert torch.allclose(loose, changed, atol=1e-5) and options == {"block": "seen"}
     assert graphs() == 2
+
+
+def test_a_layout_that_only_the_first_block_gets_costs_no_graph(graphs):
+    class Dense(Block):
+        def forward(self, x, transformer_options=None):
+            return self.down(torch.nn.functional.gelu(self.up(x)))  # dense, whatever the layout of x
+
+    net = Net()
+    net.blocks = torch.nn.ModuleList([Dense() for _ in range(4)])
+    net.others = torch.nn.ModuleList()
+    loose = torch.randn(2, 64, 8).transpose(1, 2)
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
+    torch.testing.assert_close(run(compiled, net, loose), net(loose))
+    assert graphs() == 1
 
 
 def test_sizes_inside_tuples_are_marked_too(graphs):

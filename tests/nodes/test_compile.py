@@ -265,6 +265,8 @@ def test_two_models_at_once_keep_their_own_weights(load, nodes, sample):
 
 def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sample):
     """DualModelGuider hands the first model's options to the second: core's own compile wrapper then runs wrong weights."""
+    from int8_compile.compile.patcher import reports
+
     a, b = load("tiny_wan"), load("tiny_wan")
     for p in b.model.diffusion_model.parameters():
         p.mul_(0.9)
@@ -273,6 +275,7 @@ def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sampl
     stranger = b.clone()
     stranger.wrappers["apply_model"] = compiled.wrappers["apply_model"]
     assert difference(sample(stranger), want) < 1e-3
+    assert reports(stranger)[0].graphs >= 1
 
 
 def test_dual_model_guider_runs_each_model_with_its_own_weights(load, nodes, conds):
