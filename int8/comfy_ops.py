@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 
 from .kernels import ops
+from .kernels.reference import activation
 from .options import Int8Options
 from .quantize import drop_kept, eligible_linears, quantize_weight
 
@@ -41,23 +42,40 @@ def _require_native_int8():
 
 
 class _Int8Forward:
-    """The multiplication of a mixed-precision Linear through our ops. kernel: see Int8Options."""
+    """The multiplication of a mixed-precision Linear through our ops.
+
+    kernel: see Int8Options. pre_quant_scale: [K] fp32 that the input is multiplied with, or None; an attribute that core's forward knows.
+    """
 
     kernel = "auto"
+    pre_quant_scale = None
 
-    def _forward(self, input, weight, bias):
-        # A float weight comes back from the cast when a LoRA is added on the fly (offloaded layer).
-        if not isinstance(weight, quant_ops.QuantizedTensor) or self.kernel == "comfy_kitchen":
-            return super()._forward(input, weight, bias)
-        # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
-        if torch.compiler.is_compiling():
-            return ops.linear(input, weight, bias, self.kernel)
-        return _linear_of_quantized(input, weight, bias, self.kernel)
+    def forward(self, input, act="none"):
+        """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
+        if (self.kernel == "comfy_kitchen" or self.weight_function or self.bias_function or comfy.model_management.in_training
+                or not isinstance(self.weight, quant_ops.QuantizedTensor) or getattr(self, "comfy_force_cast_weights", False)):
+            return super().forward(activation(input, act))
+        comfy.ops.run_every_op()
+        weight, bias, held = comfy.ops.cast_bias_weight(self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
+                                                        offloadable=True, compute_dtype=input.dtype, want_requant=True)
+        try:
+            scale = self.pre_quant_scale
+            if scale is not None:
+                scale = scale.to(input.device)
+            # A float weight comes back from the cast where dynamic VRAM streams a patched layer.
+            if not isinstance(weight, quant_ops.QuantizedTensor):
+                return ops.float_linear(input, weight, bias, act, scale)
+            # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
+            linear = ops.linear if torch.compiler.is_compiling() else _linear_of_quantized
+            return linear(input, weight, bias, act, scale, self.kernel)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, held)
 
 
-def _linear_of_quantized(x, weight, bias, kernel):
+def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel):
     params = weight._params
-    return ops.int8_linear(x, weight._qdata, params.scale, bias, params.convrot_groupsize if params.convrot else 0, kernel)
+    return ops.int8_linear(x, weight._qdata, params.scale, bias, params.convrot_groupsize if params.convrot else 0, act,
+                           pre_quant_scale, kernel)
 
 
 @functools.cache
@@ -80,7 +98,7 @@ def _patch_linear_input_act():
     @functools.wraps(core)
     def linear_input_act(linear, x, input_act):
         if isinstance(linear, _Int8Forward):
-            return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
+            return linear(x, act=input_act)
         return core(linear, x, input_act)
 
     comfy.ops.linear_input_act = linear_input_act

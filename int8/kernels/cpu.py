@@ -12,16 +12,17 @@ BLOCK_BYTES = 8 << 20
 MIN_BLOCK_ROWS = 64
 
 
-def quant_rows(x: torch.Tensor, group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.quant_rows."""
     m, k = x.shape
     rows = max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * k))
     if m <= rows:
-        return reference.quant_rows(x, group)
-    q = torch.empty((m, k), dtype=torch.int8)
+        return reference.quant_rows(x, group, act, pre_quant_scale)
+    q = torch.empty((m, k // 2 if act == "swiglu" else k), dtype=torch.int8)
     s = torch.empty(m, dtype=torch.float32)
     for i in range(0, m, rows):
-        q[i:i + rows], s[i:i + rows] = reference.quant_rows(x[i:i + rows], group)
+        q[i:i + rows], s[i:i + rows] = reference.quant_rows(x[i:i + rows], group, act, pre_quant_scale)
     return q, s
 
 

@@ -42,20 +42,23 @@ def implementation(kernel: str, device: torch.device):
     return torch_mm if device.type == "cuda" else reference
 
 
-def _quant_rows(x, group, kernel):
-    return implementation(kernel, x.device).quant_rows(x, group)
+def _quant_rows(x, group, act, pre_quant_scale, kernel):
+    return implementation(kernel, x.device).quant_rows(x, group, act, pre_quant_scale)
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
     return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
 
 
-def _linear(x, weight, bias, kernel):
-    return torch.nn.functional.linear(x, weight, bias)
+def float_linear(x, weight, bias, act, pre_quant_scale, kernel=""):
+    """The same linear with a float weight [N, K]."""
+    x = reference.activation(x, act)
+    return torch.nn.functional.linear(x if pre_quant_scale is None else x * pre_quant_scale.to(x.dtype), weight, bias)
 
 
-def _fake_quant_rows(x, group, kernel):
-    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], dtype=torch.float32)
+def _fake_quant_rows(x, group, act, pre_quant_scale, kernel):
+    m, k = x.shape
+    return x.new_empty((m, k // 2 if act == "swiglu" else k), dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
 
 
 def _fake_int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
@@ -68,14 +71,14 @@ def _define() -> torch.library.Library | None:
         return None
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
-    library.define("quant_rows(Tensor x, int group, str kernel) -> (Tensor, Tensor)", tags=tags)
+    library.define("quant_rows(Tensor x, int group, str act, Tensor? pre_quant_scale, str kernel) -> (Tensor, Tensor)", tags=tags)
     library.define("int8_gemm(Tensor q, Tensor s, Tensor qweight, Tensor weight_scale, Tensor? bias, "
                    "ScalarType out_dtype, str kernel) -> Tensor", tags=tags)
     library.impl("quant_rows", _quant_rows, "CompositeExplicitAutograd")
     library.impl("int8_gemm", _int8_gemm, "CompositeExplicitAutograd")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor", tags=tags)
-    library.impl("linear", _linear, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::linear", _linear, lib=library)
+    library.define("linear(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? pre_quant_scale, str kernel) -> Tensor", tags=tags)
+    library.impl("linear", float_linear, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::linear", float_linear, lib=library)
     torch.library.register_fake(f"{NAMESPACE}::quant_rows", _fake_quant_rows, lib=library)
     torch.library.register_fake(f"{NAMESPACE}::int8_gemm", _fake_int8_gemm, lib=library)
     return library
@@ -89,9 +92,10 @@ int8_gemm = getattr(torch.ops, NAMESPACE).int8_gemm
 
 
 def int8_linear(x: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None,
-                group: int = 0, kernel: str = "auto") -> torch.Tensor:
+                group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None, kernel: str = "auto") -> torch.Tensor:
     """Linear with both operands in INT8: x [..., K] float, qweight [N, K] int8, weight_scale [N, 1] or one fp32,
-    bias [N] or None -> [..., N] in x's dtype. group: the ConvRot group that qweight was rotated with, 0 for none."""
-    q, s = quant_rows(x.reshape(-1, x.shape[-1]), group, kernel)
+    bias [N] or None -> [..., N] in x's dtype. group: the ConvRot group that qweight was rotated with, 0 for none. act, pre_quant_scale:
+    applied to x before; see reference.quant_rows."""
+    q, s = quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
     y = int8_gemm(q, s, qweight, weight_scale, bias, x.dtype, kernel)
     return y.reshape(*x.shape[:-1], qweight.shape[0])

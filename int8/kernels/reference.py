@@ -2,20 +2,39 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..hadamard import rotate
 
+ACTIVATIONS = ("none", "gelu_tanh", "swiglu")
 QMAX = 127.0
 # An all-zero row has no scale of its own; any positive one gives q = 0.
 MIN_SCALE = 1e-30
 
 
-def quant_rows(x: torch.Tensor, group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric per-row quantization, in fp32.
+def activation(x: torch.Tensor, act: str) -> torch.Tensor:
+    """One of ACTIVATIONS of x, named as in comfy.ops.INPUT_ACT_EAGER. swiglu: [..., 2K] -> silu(first half) * second half [..., K]."""
+    if act == "none":
+        return x
+    if act == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if act == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
 
-    x [M, K] float -> q [M, K] int8 in -127..127, s [M] fp32, with x ~ q * s[:, None]. group: ConvRot group, 0 for none.
+
+def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric per-row quantization of x after activation, smoothing and rotation, in fp32.
+
+    x [M, K] float ([M, 2K] for swiglu) -> q [M, K] int8 in -127..127, s [M] fp32, with rotate(act(x) * pre_quant_scale) ~ q * s[:, None].
+    group: ConvRot group, 0 for none. pre_quant_scale: [K] or None (SmoothQuant, arXiv 2211.10438; ModelOpt's name for 1/smooth).
     """
-    x = rotate(x.float(), group)
+    x = activation(x.float(), act)
+    if pre_quant_scale is not None:
+        x = x * pre_quant_scale.float()
+    x = rotate(x, group)
     s = (x.abs().amax(dim=-1) / QMAX).clamp_min(MIN_SCALE)
     return torch.round(x / s[:, None]).to(torch.int8), s
 

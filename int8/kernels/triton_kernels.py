@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..hadamard import hadamard
-from .reference import MIN_SCALE
+from .reference import MIN_SCALE, activation
 
 # 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -117,8 +117,12 @@ def gemm_config(m: int, k: int, n: int) -> dict:
     return dict(BM=128, BN=128, BK=128, num_warps=8, num_stages=3)
 
 
-def quant_rows(x: torch.Tensor, group: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.quant_rows."""
+    if act != "none" or pre_quant_scale is not None:
+        x = activation(x.float(), act)
+        x = x if pre_quant_scale is None else x * pre_quant_scale
     x = x if x.stride(-1) == 1 else x.contiguous()
     m, k = x.shape
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)

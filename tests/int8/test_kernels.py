@@ -66,6 +66,22 @@ def test_quantizers_agree_with_reference(make, implementation, shape):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_activation_and_smoothing_come_before_the_rotation(make, implementation, shape, act, dtype):
+    m, k, _, group = shape
+    x = make(m, 2 * k if act == "swiglu" else k).to(dtype)
+    scale = torch.rand(k) + 0.5
+    q, s = implementation.quant_rows(x, group, act, scale)
+    x = x.double()
+    x = torch.nn.functional.gelu(x, approximate="tanh") if act == "gelu_tanh" else torch.nn.functional.silu(x[:, :k]) * x[:, k:]
+    exact = rotate(x * scale.double(), group)
+    assert q.shape == (m, k) and q.dtype == torch.int8 and s.dtype == torch.float32
+    assert ((q.double() * s.double()[:, None] - exact).abs() <= 0.51 * s.double()[:, None] + 1e-30).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("scalar_scale", [True, False], ids=["scalar scale", "row scale"])
 def test_gemms_accumulate_exactly(implementation, shape, bias, scalar_scale):
@@ -137,8 +153,9 @@ def test_linear_takes_any_leading_shape_and_half_precision():
 
 def test_ops_pass_torchs_own_checks():
     x, w = torch.randn(6, 64), torch.randint(-127, 128, (8, 64), dtype=torch.int8)
-    torch.library.opcheck(ops.quant_rows.default, (x, 64, "auto"), test_utils=("test_schema", "test_faketensor"))
-    q, s = ops.quant_rows(x, 0, "auto")
+    torch.library.opcheck(ops.quant_rows.default, (x, 64, "gelu_tanh", torch.rand(64), "auto"),
+                          test_utils=("test_schema", "test_faketensor"))
+    q, s = ops.quant_rows(x, 0, "none", None, "auto")
     torch.library.opcheck(ops.int8_gemm.default, (q, s, w, torch.rand(8, 1), torch.randn(8), torch.bfloat16, "auto"),
                           test_utils=("test_schema", "test_faketensor"))
 
