@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..int8.comfy_calibrate import CALIBRATING
 from ..int8.comfy_ops import pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
@@ -74,6 +75,8 @@ class LazyCompile:
         root = comfy.utils.get_attr(model, self.target) if self.target else model.diffusion_model
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        if CALIBRATING in transformer_options:
+            return executor(x, *args, **kwargs)
         patched = any(transformer_options.get(key) for key in PATCH_KEYS)
         return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), filter_guards=not patched)
 

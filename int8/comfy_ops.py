@@ -9,6 +9,8 @@ import functools
 import logging
 import uuid
 import weakref
+from collections import Counter
+from collections.abc import Container, Iterable
 
 import comfy.model_management
 import comfy.ops
@@ -18,6 +20,7 @@ import torch
 from .kernels import ops
 from .kernels.reference import activation
 from .options import Int8Options
+from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
 
 try:
@@ -30,8 +33,8 @@ logger = logging.getLogger(__name__)
 PREFIX = "diffusion_model."
 LAYOUT = "TensorWiseINT8Layout"
 FORMAT = "int8_tensorwise"
-# BaseModel -> {(layer, rotate, kernel, dtype): INT8 layer}: nodes that run again (a LoRA changed upstream) reuse the layers that are
-# still alive, so that weights are not quantized twice and compiled code keeps serving.
+# BaseModel -> {(layer, method, smoothing, kernel, dtype): INT8 layer}: nodes that run again (a LoRA changed upstream) reuse the layers
+# that are still alive, so that weights are not quantized twice and compiled code keeps serving.
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 
@@ -44,11 +47,11 @@ def _require_native_int8():
 class _Int8Forward:
     """The multiplication of a mixed-precision Linear through our ops.
 
-    kernel: see Int8Options. pre_quant_scale: [K] fp32 that the input is multiplied with, or None; an attribute that core's forward knows.
+    kernel: see Int8Options. A smoothed layer has a pre_quant_scale [K] fp32, which the input is multiplied with; core's own forward does
+    so too.
     """
 
     kernel = "auto"
-    pre_quant_scale = None
 
     def forward(self, input, act="none"):
         """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
@@ -59,7 +62,7 @@ class _Int8Forward:
         weight, bias, held = comfy.ops.cast_bias_weight(self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
                                                         offloadable=True, compute_dtype=input.dtype, want_requant=True)
         try:
-            scale = self.pre_quant_scale
+            scale = getattr(self, "pre_quant_scale", None)
             if scale is not None:
                 scale = scale.to(input.device)
             # A float weight comes back from the cast where dynamic VRAM streams a patched layer.
@@ -70,6 +73,18 @@ class _Int8Forward:
             return linear(input, weight, bias, act, scale, self.kernel)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
+
+    # A LoRA is added to the weight as it was before smoothing (ModelPatcher.patch_weight_to_device).
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        weight = super().convert_weight(weight, inplace=inplace, **kwargs)
+        scale = getattr(self, "pre_quant_scale", None)
+        return weight if scale is None else weight * scale.to(weight)
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        scale = getattr(self, "pre_quant_scale", None)
+        weight = weight if scale is None else weight / scale.to(weight)
+        return super().set_weight(weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
 
 
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel):
@@ -104,11 +119,15 @@ def _patch_linear_input_act():
     comfy.ops.linear_input_act = linear_input_act
 
 
-def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, options: Int8Options, device: torch.device,
-                compute_dtype: torch.dtype) -> torch.nn.Module:
+def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan, kernel: str, device: torch.device,
+                home: torch.device, compute_dtype: torch.dtype) -> torch.nn.Module:
+    """The layer of weight [N, K] and bias [N], quantized on device, kept on home."""
     n, k = weight.shape
-    qweight, scale, group = quantize_weight(weight.to(device), options.rotate)
-    home = weight.device
+    pre_quant_scale = plan.pre_quant_scale
+    work = weight.to(device)
+    if pre_quant_scale is not None:
+        work = work.float() / pre_quant_scale.to(device)
+    qweight, scale, group = quantize_weight(work, plan.rotate)
     layout = quant_ops.TensorWiseINT8Layout
     params = layout.Params(scale=scale.to(home), orig_dtype=weight.dtype, orig_shape=(n, k), convrot=bool(group),
                            convrot_groupsize=group or layout.Params.convrot_groupsize)
@@ -116,8 +135,10 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, options: Int8Op
     layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), LAYOUT, params), requires_grad=False)
     if bias is not None:
         # Its own copy: the two layers are loaded, patched and moved at different times.
-        layer.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
-    layer.quant_format, layer.layout_type, layer.kernel = FORMAT, LAYOUT, options.kernel
+        layer.bias = torch.nn.Parameter(bias.detach().to(home, copy=True), requires_grad=False)
+    if pre_quant_scale is not None:
+        layer.register_buffer("pre_quant_scale", pre_quant_scale.to(home))
+    layer.quant_format, layer.layout_type, layer.kernel = FORMAT, LAYOUT, kernel
     return layer.eval()
 
 
@@ -138,54 +159,64 @@ def _check_float(name: str, weight: torch.Tensor):
                          "Load the model from a bf16, fp16 or fp32 checkpoint, with weight_dtype 'default'.")
 
 
-def quantize_model(patcher, options: Int8Options):
-    """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, as object patches: the model that came in
-    keeps its weights. Layers that are INT8 already stay as they are.
+def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = ()) -> list[str]:
+    """Names below the diffusion model of the layers that are eligible, float, not planned to be INT8 already and not in keep_layers.
 
-    Raises ValueError for a model without such layers, a weight that is quantized already or has NaN, a kernel that cannot run
-    on this device, a keep_layers glob that matches nothing; RuntimeError where ComfyUI has no native INT8.
+    Raises ValueError for a model without such layers, a weight that is quantized already, a kernel that cannot run on this device, a
+    keep_layers glob that matches nothing; RuntimeError where ComfyUI has no native INT8.
     """
     _require_native_int8()
     if options.kernel == "triton" and (reason := ops.triton_unavailable(patcher.load_device)):
         raise ValueError(f"INT8 Quantize Model: {reason}. Set kernel to auto.")
     model = patcher.model
-    names = [n for n in eligible_linears(model.diffusion_model) if not _is_int8(patcher.get_model_object(PREFIX + n).weight)]
+    names = [n for n in eligible_linears(model.diffusion_model)
+             if n not in planned and not _is_int8(patcher.get_model_object(PREFIX + n).weight)]
     if not names:
         raise ValueError("INT8 Quantize Model: this model has no Linear layers to quantize "
                          f"({type(model.diffusion_model).__name__}: none of float type in its blocks). Connect it without this node.")
     names = drop_kept(names, options.keep_layers)
-    if options.method == "auto":
-        logger.info("INT8: method auto does not measure yet, it uses convrot")
-    compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
+    for name in names:
+        _check_float(name, pristine_parameter(patcher, f"{PREFIX}{name}.weight"))
+    return names
 
+
+def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
+    """Makes the planned layers of patcher (a clone) INT8, as object patches: the model it was cloned from keeps its weights.
+
+    Raises ValueError for a weight with NaN or infinity.
+    """
     _register_layout_op()
     if hasattr(comfy.ops, "linear_input_act"):
         _patch_linear_input_act()
-    clone = patcher.clone()
+    model = patcher.model
+    compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
     layers = _LAYERS.setdefault(model, weakref.WeakValueDictionary())
-    progress = comfy.utils.ProgressBar(len(names))
-    saved = 0
-    for name in names:
+    plans = [plan for plan in plans if plan.method != "float"]
+    progress = comfy.utils.ProgressBar(len(plans))
+    patches, saved = {}, 0
+    for plan in plans:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        weight, bias = (pristine_parameter(patcher, f"{PREFIX}{name}.{key}") for key in ("weight", "bias"))
-        _check_float(name, weight)
-        key = (name, options.rotate, options.kernel, compute_dtype)
+        weight, bias = (pristine_parameter(patcher, f"{PREFIX}{plan.name}.{key}") for key in ("weight", "bias"))
+        key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype)
         layer = layers.get(key)
         if layer is None:
             try:
-                layer = _int8_layer(weight, bias, options, patcher.load_device, compute_dtype)
+                layer = _int8_layer(weight, bias, plan, kernel, patcher.load_device, patcher.offload_device, compute_dtype)
             except ValueError as error:
-                raise ValueError(f"INT8 Quantize Model: layer '{name}': {error}. Check the checkpoint file.") from error
+                raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
             layers[key] = layer
-        clone.add_object_patch(PREFIX + name, layer)
+        patches[PREFIX + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
+    size = patcher.model_size()
+    for name, layer in patches.items():
+        patcher.add_object_patch(name, layer)
     # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
-    clone.patches_uuid = uuid.uuid4()
-    clone.size = patcher.model_size() - saved
-    logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(names),
-                len(eligible_linears(model.diffusion_model)), options.method, patcher.model_size() / 2**20, clone.size / 2**20)
-    return clone
+    patcher.patches_uuid = uuid.uuid4()
+    patcher.size = size - saved
+    methods = Counter(plan.method for plan in plans)
+    logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(plans), len(eligible_linears(model.diffusion_model)),
+                ", ".join(f"{count} {method}" for method, count in methods.items()), size / 2**20, patcher.size / 2**20)
 
 
 def _is_int8(weight) -> bool:

@@ -15,7 +15,7 @@ class Int8Options:
     diffusion model (``double_blocks.0.*``). min_sqnr_db: smallest allowed signal to quantization noise ratio of a
     layer's output in dB, 0 for no limit.
 
-    Raises ValueError for a value that is unknown or not available yet.
+    Raises ValueError for a value that is unknown or out of range.
     """
 
     method: str = "auto"
@@ -28,21 +28,13 @@ class Int8Options:
             raise ValueError(f"Unknown quantization method '{self.method}'. Choose one of: {', '.join(METHODS)}.")
         if self.kernel not in KERNELS:
             raise ValueError(f"Unknown INT8 kernel '{self.kernel}'. Choose one of: {', '.join(KERNELS)}.")
-        if self.method == "smoothquant":
-            raise ValueError(
-                "Method 'smoothquant' needs calibration, which this version does not have yet. "
-                "Choose convrot (best quality) or rowwise."
-            )
-        if self.min_sqnr_db:
-            raise ValueError(
-                "min_sqnr_db needs measured activations, which this version does not have yet. "
-                "Set it to 0 and name the layers to protect in keep_layers."
-            )
+        if not 0 <= self.min_sqnr_db <= 100:
+            raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {self.min_sqnr_db:g}.")
 
     @property
-    def rotate(self) -> bool:
-        # auto chooses by measurement once calibration is there; until then it is the method with the smallest error.
-        return self.method != "rowwise"
+    def calibrated(self) -> bool:
+        """Whether the model's own activations must be seen first."""
+        return self.method in ("auto", "smoothquant") or self.min_sqnr_db > 0
 
     @staticmethod
     def parse_keep_layers(text: str) -> tuple[str, ...]:

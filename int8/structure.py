@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -48,3 +48,13 @@ def _outermost(module: torch.nn.Module, path: str, counts: Counter) -> Iterator[
             yield name, module, key
         else:
             yield from _outermost(child, name, counts)
+
+
+def roles(root: torch.nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """names of layers below root, grouped: those that are the same layer of structurally equal blocks stand together."""
+    blocks = {f"{name}.": signature(container._modules[key]) for name, container, key in repeated_blocks(root)}
+    groups: dict[tuple, list[str]] = {}
+    for name in names:
+        prefix = next((block for block in blocks if name.startswith(block)), "")
+        groups.setdefault((blocks.get(prefix), name.removeprefix(prefix)), []).append(name)
+    return list(groups.values())

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..int8.comfy_ops import quantize_model
+from ..int8.comfy_calibrate import quantize_model
 from ..int8.options import KERNELS, METHODS, Int8Options
 
 
@@ -19,12 +19,12 @@ class INT8QuantizeModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A model loaded in bf16, fp16 or fp32. The model that comes in is not changed."),
                 io.Combo.Input("method", options=list(METHODS), default="auto", tooltip="convrot: rotates channels so that outliers do not "
-                               "cost precision. rowwise: no rotation, a little faster. auto: convrot in this version. smoothquant: not "
-                               "in this version."),
+                               "cost precision. rowwise: no rotation, a little faster. smoothquant: smooths and rotates. auto: what "
+                               "measures best, layer by layer. smoothquant and auto look at three steps of the first sampling."),
                 io.String.Input("keep_layers", default="", multiline=True, tooltip="Layers to leave in high precision: a glob a line, "
                                 "matched against the whole name below the diffusion model, such as double_blocks.0.*"),
                 io.Float.Input("min_sqnr_db", default=0.0, min=0.0, max=100.0, step=0.5, tooltip="Leave layers in high precision whose "
-                               "output would be noisier than this. 0: off. Not in this version."),
+                               "output would be noisier than this, as measured in the first sampling. 0: off. 30 is a mild limit."),
                 io.Combo.Input("kernel", options=list(KERNELS), default="auto", tooltip="What multiplies. auto: the best for this device. "
                                "triton: this pack's GPU kernel. comfy_kitchen: ComfyUI's own. torch: torch._int_mm."),
             ],

@@ -29,7 +29,7 @@ def apply():
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
 def test_offloaded_weights_give_the_same_result_and_a_bounded_number_of_graphs(flux, nodes, lora, apply, graphs, quantized, with_lora):
-    model = nodes.INT8QuantizeModel(flux) if quantized else flux
+    model = nodes.INT8QuantizeModel(flux, method="convrot") if quantized else flux
     model = lora(model) if with_lora else model
     compiled = nodes.CompileModel(model, **CHEAP)
     shares = (1e-6, 0.3, 0.5, 0.8)
@@ -83,7 +83,7 @@ def test_a_model_with_dynamic_vram_is_read_from_its_file_once(load, nodes, monke
     model.__class__ = Dynamic
     model.cached_patcher_init = (reload, ())
     first = nodes.INT8LazyTorchCompile(model)
-    quantized = nodes.INT8QuantizeModel(model)
+    quantized = nodes.INT8QuantizeModel(model, method="convrot")
     second = nodes.INT8LazyTorchCompile(quantized)
     assert reads == [True]
     assert first.model is second.model is not model.model and type(second) is ModelPatcher

@@ -66,7 +66,7 @@ def test_every_quantized_layer_runs_through_our_two_operations(load, nodes, samp
             self.calls[func.name()] += 1
             return func(*args, **(kwargs or {}))
 
-    quantized = nodes.INT8QuantizeModel(load(family))
+    quantized = nodes.INT8QuantizeModel(load(family), method="convrot")
     with Count() as count:
         sample(quantized)
     steps = 2
@@ -75,13 +75,13 @@ def test_every_quantized_layer_runs_through_our_two_operations(load, nodes, samp
 
 
 def test_memory_is_about_halved(flux, nodes):
-    quantized = nodes.INT8QuantizeModel(flux)
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
     blocks = sum(p.nbytes for p in flux.model.diffusion_model.double_blocks.parameters())
     assert quantized.model_size() < flux.model_size() - 0.4 * blocks
 
 
 def test_kept_layers_stay_in_high_precision(flux, nodes):
-    quantized = nodes.INT8QuantizeModel(flux, keep_layers="double_blocks.0.*\nsingle_blocks.*.linear2")
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot", keep_layers="double_blocks.0.*\nsingle_blocks.*.linear2")
     names = [name.removeprefix("diffusion_model.") for name in quantized.object_patches]
     assert names and not any(n.startswith("double_blocks.0.") or n.endswith("linear2") for n in names)
     assert any(n.startswith("double_blocks.1.") for n in names)
@@ -123,7 +123,7 @@ def test_layers_go_with_the_model(load, nodes):
     from int8_compile.int8 import comfy_ops
 
     model = load()
-    quantized = nodes.INT8QuantizeModel(model)
+    quantized = nodes.INT8QuantizeModel(model, method="convrot")
     before = len(comfy_ops._LAYERS)
     assert len(comfy_ops._LAYERS[model.model]) == len(quantized.object_patches)
     layers = comfy_ops._LAYERS[model.model]
@@ -136,8 +136,9 @@ def test_layers_go_with_the_model(load, nodes):
 
 
 def test_quantizing_twice_says_that_nothing_is_left(flux, nodes):
-    with pytest.raises(ValueError, match="no Linear layers to quantize"):
-        nodes.INT8QuantizeModel(nodes.INT8QuantizeModel(flux))
+    for method in ("auto", "convrot"):
+        with pytest.raises(ValueError, match="no Linear layers to quantize"):
+            nodes.INT8QuantizeModel(nodes.INT8QuantizeModel(flux, method=method))
 
 
 def test_a_model_without_linear_layers_is_refused(flux, nodes):
@@ -155,7 +156,10 @@ def test_bad_weights_are_named_and_the_model_still_samples(load, nodes, sample):
     value = weight[0, 0].item()
     weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layer 'single_blocks\.1\.linear1'.*NaN"):
-        nodes.INT8QuantizeModel(model)
+        nodes.INT8QuantizeModel(model, method="convrot")
+    measured = nodes.INT8QuantizeModel(model)
+    with pytest.raises(ValueError, match=r"layer 'single_blocks\.1\.linear1'.*NaN"):
+        sample(measured)
     weight[0, 0] = value
     assert torch.equal(sample(model), before)
 
@@ -176,7 +180,7 @@ def test_the_triton_kernel_needs_a_gpu(flux, nodes):
 
 def test_offloaded_layers_with_lora_give_the_same_result(flux, nodes, lora):
     """Low VRAM: weights stay on the offload device, and core adds the LoRA to the dequantized weight in each call."""
-    model = lora(nodes.INT8QuantizeModel(flux))
+    model = lora(nodes.INT8QuantizeModel(flux, method="convrot"))
     x, context, y = torch.randn(1, 16, 8, 8), torch.randn(1, 20, 4096), torch.randn(1, 2048)
 
     def forward():

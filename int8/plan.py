@@ -1,0 +1,103 @@
+"""How each layer is quantized, decided by what it costs in the layer's own output."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .calibrate import LayerStats
+from .kernels import ops
+from .options import Int8Options
+from .quantize import quantize_weight
+
+# SmoothQuant's migration strength (arXiv 2211.10438, section 4.2): how much of the outliers goes from input to weight.
+ALPHAS = (0.5, 0.75)
+MIN_SCALE = 1e-5
+# dB that smoothing must gain on average to be worth its multiplication.
+WORTH_SMOOTHING = 0.2
+
+
+@dataclass
+class LayerPlan:
+    """What becomes of one layer. method: float (left as it is), rowwise, convrot, or smoothquant (smoothed, then rotated).
+    pre_quant_scale: [K] fp32 that the input is multiplied with, for smoothquant. sqnr: {method: dB} as measured on the layer's own
+    inputs, empty where none were. reason: why it stays float."""
+
+    name: str
+    method: str
+    pre_quant_scale: torch.Tensor | None = None
+    sqnr: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def rotate(self) -> bool:
+        return self.method in ("convrot", "smoothquant")
+
+    def __str__(self):
+        measured = ", ".join(f"{method} {db:.1f} dB" for method, db in self.sqnr.items())
+        return f"{self.name}: {self.method}" + (f" ({measured})" if measured else "") + (f", {self.reason}" if self.reason else "")
+
+
+def smoothing_scale(weight: torch.Tensor, amax: torch.Tensor, alpha: float) -> torch.Tensor:
+    """pre_quant_scale [K] fp32 for weight [N, K] and inputs of largest magnitude amax [K]: 1 / (amax**alpha / |W|max**(1 - alpha)),
+    with a geometric mean of 1. A channel that is zero in the weight or in every input is left alone."""
+    weight_amax = weight.float().abs().amax(dim=0)
+    amax = amax.to(weight_amax)
+    scale = weight_amax.clamp_min(MIN_SCALE) ** (1 - alpha) / amax.clamp_min(MIN_SCALE) ** alpha
+    used = (weight_amax > MIN_SCALE) & (amax > MIN_SCALE)
+    if not used.any():
+        return torch.ones_like(scale)
+    scale = scale / scale[used].log().mean().exp()
+    return torch.where(used, scale, torch.ones_like(scale))
+
+
+def sqnr_db(want: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal to quantization noise ratio in dB; infinite where the two are equal."""
+    noise = (want - got).double().square().sum()
+    return (10 * torch.log10(want.double().square().sum() / noise)).item()
+
+
+def measure(weight: torch.Tensor, x: torch.Tensor, rotate: bool, pre_quant_scale: torch.Tensor | None = None) -> float:
+    """SQNR in dB of x [M, K] @ weight [N, K].T in INT8 against fp32."""
+    weight, x = weight.float(), x.float()
+    qweight, scale, group = quantize_weight(weight if pre_quant_scale is None else weight / pre_quant_scale, rotate)
+    return sqnr_db(x @ weight.t(), ops.int8_linear(x, qweight, scale, group=group, pre_quant_scale=pre_quant_scale))
+
+
+def measure_layer(name: str, weight: torch.Tensor, stats: LayerStats, options: Int8Options) -> LayerPlan:
+    """The layer of weight [N, K], on weight's device, with every method that options allow measured; the method is still open."""
+    x = stats.sample().to(weight.device)
+    plan = LayerPlan(name, "")
+    if options.method in ("rowwise", "auto"):
+        plan.sqnr["rowwise"] = measure(weight, x, rotate=False)
+    if options.method != "rowwise":
+        plan.sqnr["convrot"] = measure(weight, x, rotate=True)
+    if options.method in ("smoothquant", "auto"):
+        # A layer that gains nothing keeps a scale of one.
+        plan.sqnr["smoothquant"], plan.pre_quant_scale = plan.sqnr["convrot"], torch.ones_like(stats.amax)
+        for alpha in ALPHAS:
+            scale = smoothing_scale(weight, stats.amax, alpha)
+            if (db := measure(weight, x, rotate=True, pre_quant_scale=scale)) > plan.sqnr["smoothquant"]:
+                plan.sqnr["smoothquant"], plan.pre_quant_scale = db, scale
+    return plan
+
+
+def choose_methods(plans: list[LayerPlan], options: Int8Options) -> None:
+    """Sets the method of layers that are the same layer of equal blocks. They share one, or the blocks would no longer compile to one
+    program; only a layer below min_sqnr_db stays float by itself."""
+    method = options.method
+    if method == "auto":
+        if _mean(plans, "smoothquant") > _mean(plans, "convrot") + WORTH_SMOOTHING:
+            method = "smoothquant"
+        else:
+            method = "rowwise" if all(plan.sqnr["rowwise"] >= plan.sqnr["convrot"] for plan in plans) else "convrot"
+    for plan in plans:
+        plan.method = method
+        if method != "smoothquant":
+            plan.pre_quant_scale = None
+        if plan.sqnr[method] < options.min_sqnr_db:
+            plan.method, plan.pre_quant_scale, plan.reason = "float", None, f"below {options.min_sqnr_db:g} dB"
+
+
+def _mean(plans: list[LayerPlan], method: str) -> float:
+    return sum(plan.sqnr[method] for plan in plans) / len(plans)

@@ -1,0 +1,104 @@
+"""Methods that look at the model's own activations, at its first sampling."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+
+
+def snr_db(got, want) -> float:
+    return -20 * torch.log10(torch.tensor(difference(got, want))).item()
+
+
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+def test_auto_is_measured_at_the_first_sampling_and_as_good_as_convrot(load, nodes, sample, family):
+    from int8_compile.int8.comfy_calibrate import plans
+
+    model = load(family)
+    eager = sample(model)
+    quantized = nodes.INT8QuantizeModel(model)
+    assert not quantized.object_patches and plans(quantized) == []
+    first = sample(quantized)
+    found = plans(quantized)
+    assert len(quantized.object_patches) == len(found) > 10
+    for plan in found:
+        print(plan)
+        assert plan.sqnr[plan.method] >= plan.sqnr["convrot"]
+    assert torch.equal(sample(quantized), first)
+    print(snr_db(first, eager), snr_db(sample(nodes.INT8QuantizeModel(model, method="convrot")), eager))
+    assert torch.equal(sample(model), eager)
+
+
+def test_smoothquant_helps_where_channels_are_extreme_and_is_exact_in_float(flux, nodes, sample):
+    """One channel of every block's input a hundred times larger: what trained models have."""
+    from int8_compile.int8.comfy_calibrate import plans
+
+    for block in flux.model.diffusion_model.double_blocks:
+        block.img_mlp[0].weight[:, 5] *= 0.01
+        block.img_mod.lin.bias.reshape(6, -1)[4, 5] += 100  # its scale
+    eager = sample(flux)
+    image = sample(smooth := nodes.INT8QuantizeModel(flux, method="smoothquant"))
+    layers = [plan for plan in plans(smooth) if plan.name.endswith("img_mlp.0")]
+    assert all(plan.method == "smoothquant" and plan.sqnr["smoothquant"] > plan.sqnr["convrot"] + 1 for plan in layers), layers
+    assert snr_db(image, eager) > 30
+
+
+def test_layers_below_min_sqnr_db_stay_in_high_precision(flux, nodes, sample):
+    from int8_compile.int8.comfy_calibrate import plans
+
+    sample(every := nodes.INT8QuantizeModel(flux, method="rowwise", min_sqnr_db=1.0))
+    limit = sorted(plan.sqnr["rowwise"] for plan in plans(every))[len(plans(every)) // 2]
+    sample(half := nodes.INT8QuantizeModel(flux, method="rowwise", min_sqnr_db=limit))
+    kept = {plan.name for plan in plans(half) if plan.method == "float"}
+    assert 0 < len(kept) < len(plans(half)) and all("below" in plan.reason for plan in plans(half) if plan.name in kept)
+    assert set(half.object_patches) == {f"diffusion_model.{p.name}" for p in plans(half) if p.name not in kept}
+
+
+def test_calibration_compiles_nothing_and_methods_cost_no_graphs(flux, nodes, sample, graphs):
+    """Equal blocks get equal methods, so they stay one program."""
+    quantized = nodes.INT8QuantizeModel(flux)
+    compiled = nodes.CompileModel(quantized, backend="aot_eager")
+    image = sample(compiled)
+    assert graphs() == 2
+    assert difference(image, sample(quantized)) < 1e-3
+
+
+def test_a_branch_with_a_lora_shares_the_plans(flux, nodes, sample, lora, monkeypatch):
+    from int8_compile.int8 import comfy_calibrate
+
+    quantized = nodes.INT8QuantizeModel(flux)
+    sample(quantized)
+    monkeypatch.setattr(comfy_calibrate, "collect", None)  # a second calibration would fail
+    branch = lora(quantized)
+    assert snr_db(sample(branch), sample(lora(flux))) > 35
+    again = nodes.INT8QuantizeModel(lora(flux))
+    assert snr_db(sample(again), sample(lora(flux))) > 35
+
+
+def test_calibration_leaves_random_numbers_and_prompts_as_they_were(flux, nodes, comfy, conds):
+    """Negative prompt, CFG and a sampler that draws noise: the calibrating run and the next give the same image."""
+    quantized = nodes.INT8QuantizeModel(flux)
+
+    def image():
+        noise = comfy.sample.prepare_noise(latent := torch.zeros(2, 16, 16, 16), 5)
+        return comfy.sample.sample(quantized, noise, 4, 3.0, "euler_ancestral", "simple", *conds, latent, disable_pbar=True, seed=5)
+
+    torch.manual_seed(0)
+    first = image()
+    torch.manual_seed(0)
+    assert torch.equal(image(), first)
+
+
+def test_an_interrupted_calibration_leaves_the_model_float_and_is_made_up_for(flux, nodes, sample):
+    import comfy.model_management as mm
+
+    eager = sample(flux)
+    quantized = nodes.INT8QuantizeModel(flux)
+    mm.interrupt_current_processing()
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(quantized)
+    assert not quantized.object_patches and torch.equal(sample(flux), eager)
+    assert snr_db(sample(quantized), eager) > 35 and quantized.object_patches
