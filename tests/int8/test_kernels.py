@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from int8_compile.int8.hadamard import hadamard, rotate
-from int8_compile.int8.kernels import cpu, ops, reference, torch_mm
+from int8_compile.int8.kernels import cpu, native, ops, reference, torch_mm
 
 IMPLEMENTATIONS = [cpu, torch_mm]
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -115,6 +115,31 @@ def test_blocks_of_the_cpu_kernel_leave_no_seam(m):
     qw, ws = reference.quant_rows(w, 256)
     y = cpu.int8_gemm(want_q, want_s, qw, ws[:, None], None, torch.float32)
     assert torch.equal(y, reference.int8_gemm(want_q, want_s, qw, ws[:, None], None, torch.float32))
+
+
+def test_without_a_compiler_torch_quantizes_and_one_warning_says_so(monkeypatch, caplog):
+    x = torch.randn(700, 512).bfloat16()
+    want_q, want_s = cpu.quant_rows(x, 256, "gelu_tanh")
+    monkeypatch.setenv("CXX", "/bin/false")
+    native._load.cache_clear()
+    try:
+        for _ in range(2):
+            q, s = cpu.quant_rows(x, 256, "gelu_tanh")
+            assert (q.int() - want_q.int()).abs().max() <= 1 and torch.allclose(s, want_s)
+            y = cpu.int8_gemm(want_q, want_s, want_q, want_s[:, None], None, torch.bfloat16)
+        assert torch.allclose(y.float(), reference.int8_gemm(want_q, want_s, want_q, want_s[:, None], None, torch.float32), rtol=0.01)
+    finally:
+        native._load.cache_clear()
+    assert caplog.text.count("could not build the CPU kernels") == 1
+
+
+def test_not_a_number_stays_one():
+    x = torch.randn(4, 64)
+    x[1, 7], x[2, 9] = float("nan"), float("inf")
+    q, s = cpu.quant_rows(x)
+    assert s[1].isnan() and s[2].isinf() and s[[0, 3]].isfinite().all()
+    y = cpu.int8_gemm(q, s, torch.ones(8, 64, dtype=torch.int8), torch.ones(8, 1), None, torch.bfloat16)
+    assert not y[1:3].isfinite().any() and y[[0, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])

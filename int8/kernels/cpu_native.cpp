@@ -1,0 +1,141 @@
+// The parts of an INT8 linear that torch would make many passes over memory for: activation, smoothing, rotation and quantization of a
+// row in one, and scales, bias and cast of the accumulator in one. See reference.py for what they compute.
+// Plain C interface, no torch headers: compiles in a second, and any torch can load it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+enum Act { NONE = 0, GELU_TANH = 1, SWIGLU = 2 };
+
+inline float from_bits(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline uint32_t bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+struct BF16 { uint16_t u; };
+inline float load(float v) { return v; }
+inline float load(BF16 v) { return from_bits(static_cast<uint32_t>(v.u) << 16); }
+inline void store(float* p, float v) { *p = v; }
+inline void store(BF16* p, float v) {
+    uint32_t u = bits(v);
+    p->u = static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);  // to nearest even
+}
+
+// exp(x) to 2e-7 relative, without a branch, so that loops over it vectorize (Cephes' expf).
+inline float exp_(float x) {
+    x = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+// x * sigmoid(t); NaN stays NaN, since x is a factor.
+inline float gated(float x, float t) { return x / (1.f + exp_(-t)); }
+// tanh(u) = 2 sigmoid(2u) - 1, so gelu_tanh(x) = x * sigmoid(2u).
+inline float gelu(float x) { return gated(x, 1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+// One stage of the regular Hadamard transform: y_i = (x_0 + x_1 + x_2 + x_3) / 2 - x_{3-i}, of values that lie `stride` apart.
+template <int STRIDE>
+inline void stage(float* x, int n) {
+    for (int base = 0; base < n; base += 4 * STRIDE)
+        for (int j = 0; j < STRIDE; ++j) {
+            float *p = x + base + j, a = p[0], b = p[STRIDE], c = p[2 * STRIDE], d = p[3 * STRIDE];
+            float h = (a + b + c + d) * .5f;
+            p[0] = h - d; p[STRIDE] = h - c; p[2 * STRIDE] = h - b; p[3 * STRIDE] = h - a;
+        }
+}
+
+inline void transpose16(const float* x, float* y) {
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 16; ++j) y[j * 16 + i] = x[i * 16 + j];
+}
+
+void rotate(float* x, int group) {
+    if (group == 256) {  // H16 (x) H16: both halves with long strides, which vectorize
+        float t[256];
+        stage<16>(x, 256); stage<64>(x, 256);
+        transpose16(x, t);
+        stage<16>(t, 256); stage<64>(t, 256);
+        transpose16(t, x);
+    } else {
+        stage<1>(x, group); stage<4>(x, group);
+        if (group == 64) stage<16>(x, group);
+    }
+}
+
+template <typename T>
+void quant_rows(const T* x, int64_t m, int64_t k, int64_t stride, int group, int act, const float* scale, float min_scale, int8_t* q,
+                float* s) {
+#pragma omp parallel
+    {
+        std::vector<float> row(k);
+        float* v = row.data();
+#pragma omp for
+        for (int64_t i = 0; i < m; ++i) {
+            const T* p = x + i * stride;
+            if (act == NONE)
+                for (int64_t j = 0; j < k; ++j) v[j] = load(p[j]);
+            else if (act == GELU_TANH)
+                for (int64_t j = 0; j < k; ++j) v[j] = gelu(load(p[j]));
+            else
+                for (int64_t j = 0; j < k; ++j) { float g = load(p[j]); v[j] = gated(g, g) * load(p[k + j]); }
+            if (scale)
+                for (int64_t j = 0; j < k; ++j) v[j] *= scale[j];
+            if (group)
+                for (int64_t j = 0; j < k; j += group) rotate(v + j, group);
+            uint32_t amax = 0;  // of the bits: NaN and infinity win
+            for (int64_t j = 0; j < k; ++j) { uint32_t b = bits(v[j]) & 0x7fffffff; amax = b > amax ? b : amax; }
+            float si = from_bits(amax) / 127.f;
+            si = si < min_scale ? min_scale : si;
+            s[i] = si;
+            int8_t* o = q + i * k;
+            for (int64_t j = 0; j < k; ++j) o[j] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(v[j] / si)));
+        }
+    }
+}
+
+template <typename T>
+void epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias, T* y) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < m; ++i) {
+        const int32_t* a = acc + i * n;
+        T* o = y + i * n;
+        const float si = s[i];
+        if (ws_step == 0) {
+            const float w = ws[0];
+            for (int64_t j = 0; j < n; ++j) store(o + j, static_cast<float>(a[j]) * si * w + (bias ? bias[j] : 0.f));
+        } else if (bias) {
+            for (int64_t j = 0; j < n; ++j) store(o + j, static_cast<float>(a[j]) * si * ws[j] + bias[j]);
+        } else {
+            for (int64_t j = 0; j < n; ++j) store(o + j, static_cast<float>(a[j]) * si * ws[j]);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [m, k] ([m, 2k] for SWIGLU) with rows `stride` values apart -> q [m, k], s [m]. scale: [k] or null.
+void int8c_quant_rows(const void* x, int is_bf16, int64_t m, int64_t k, int64_t stride, int group, int act, const float* scale,
+                      float min_scale, int8_t* q, float* s) {
+    if (is_bf16) quant_rows(static_cast<const BF16*>(x), m, k, stride, group, act, scale, min_scale, q, s);
+    else quant_rows(static_cast<const float*>(x), m, k, stride, group, act, scale, min_scale, q, s);
+}
+
+// acc [m, n] -> y [m, n]. ws: [n], or one value with ws_step 0. bias: [n] or null.
+void int8c_epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias, void* y,
+                    int is_bf16) {
+    if (is_bf16) epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<BF16*>(y));
+    else epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<float*>(y));
+}
+
+}

@@ -1,0 +1,95 @@
+"""cpu_native.cpp, compiled for this processor at its first use and kept on disk. Without a C++ compiler torch does the work."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_native.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off")
+TIMEOUT = 120  # seconds for a compiler run
+_LOCK = threading.Lock()
+
+
+def _compiler() -> str | None:
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++", "c++")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def _openmp_of_torch() -> str | None:
+    """The OpenMP library that torch has loaded into this process: a second one would fight with its threads for the cores."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    paths = {line.split()[-1] for line in lines if line.endswith((".so", ".so.1", ".so.5"))}
+    return next((p for p in sorted(paths) if Path(p).name.startswith(("libgomp", "libiomp", "libomp"))), None)
+
+
+def _folder() -> Path:
+    cache = os.environ.get("INT8_COMPILE_CACHE_DIR")
+    return Path(cache) / "native" if cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "int8-compile" / "native"
+
+
+def _processor() -> str:
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _build(compiler: str, openmp: str | None, target: Path) -> None:
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "kernel.o"
+        compile_ = [compiler, "-c", *FLAGS, native, *(["-fopenmp"] if openmp else []), str(SOURCE), "-o", str(built)]
+        subprocess.run(compile_, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        partial = target.with_suffix(f".{os.getpid()}")
+        link = [compiler, "-shared", str(built), *([openmp] if openmp else []), "-o", str(partial)]
+        subprocess.run(link, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        os.replace(partial, target)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    compiler = _compiler()
+    if os.name != "posix" or compiler is None:
+        logger.info("INT8: no C++ compiler found, so rows are quantized by torch: slower on the CPU. Install g++ to change that.")
+        return None
+    openmp = _openmp_of_torch()
+    try:
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+        key = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(openmp), *FLAGS)).encode()).hexdigest()[:20]
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid():
+            raise OSError(f"{folder} belongs to another user")
+        target = folder / f"{key}.so"
+        if not target.exists():
+            _build(compiler, openmp, target)
+        library = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        cause = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
+        return None
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.int8c_quant_rows.argtypes = [pointer, number, size, size, size, number, number, pointer, ctypes.c_float, pointer, pointer]
+    library.int8c_epilogue.argtypes = [pointer, size, size, pointer, pointer, size, pointer, pointer, number]
+    library.int8c_quant_rows.restype = library.int8c_epilogue.restype = None
+    return library
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled library, built at the first call (a second or two); None where it cannot be."""
+    with _LOCK:
+        return _load()
