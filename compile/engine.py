@@ -198,6 +198,9 @@ def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -
     arguments = dict(backend=options.backend, fullgraph=options.fullgraph, dynamic=None if options.mark_sizes else options.dynamic)
     if options.backend in OPTIONAL_BACKENDS:
         return compile_optional(fn, mode=options.mode, options=torch_options, **arguments)
+    if options.backend == "inductor":
+        from ..int8.graph_pass import MergeQuantizations  # inductor: at the first compile, not at import
+        torch_options.setdefault("post_grad_custom_pre_pass", MergeQuantizations())
     if filter_guards:
         torch_options["guard_filter_fn"] = without_bookkeeping
     return torch.compile(fn, **arguments, options=torch_options or None)

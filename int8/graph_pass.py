@@ -1,0 +1,26 @@
+"""An inductor pass: one quantization of x for q, k and v. Neither AOTAutograd nor inductor merges equal custom ops."""
+from __future__ import annotations
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from .kernels import ops
+
+PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
+class MergeQuantizations(CustomGraphPass):
+    """For torch.compile's option ``post_grad_custom_pre_pass``: the graph is functional there, so equal calls give equal results."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        seen: dict[tuple, torch.fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in PURE:
+                first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+                if first is not node:
+                    node.replace_all_uses_with(first)
+                    graph.erase_node(node)
+
+    def uuid(self) -> bytes:
+        """Part of the key of inductor's disk cache."""
+        return get_hash_for_files((__file__,))
