@@ -1,0 +1,111 @@
+"""Which of several implementations runs: measured where it will run, within a budget, and kept on disk.
+
+All candidates compute the same, so a choice changes the time and nothing else.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Rows are counted in powers of two: a new resolution rarely meets a bucket that was not measured.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+RUNS = 5
+# Seconds a process may spend on measuring, compiling the candidates included; then the first candidate, the heuristic one, runs.
+BUDGET = 30.0
+# A candidate must be this much faster than the heuristic one: less is noise, and neighbouring buckets should agree.
+MARGIN = 0.03
+
+
+def bucket(rows: int) -> int:
+    """The bucket that rows fall into: the next larger one, the largest for more."""
+    return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
+
+
+class Choices:
+    """What was chosen, by key. Thread-safe. path: a JSON file, read at the first question, written after each measurement; a file that
+    cannot be read or written is as good as none."""
+
+    def __init__(self, path: Path | None, shipped: Mapping[str, str] | None = None, budget: float = BUDGET):
+        self.path = path
+        self.spent = 0.0
+        self.budget = budget
+        self._shipped = shipped or {}
+        self._known: dict[str, str] | None = None
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> str | None:
+        """The name that was chosen for key, None where nothing was."""
+        with self._lock:
+            if self._known is None:
+                self._known = {**self._shipped, **self._read()}
+            return self._known.get(key)
+
+    def choose(self, key: str, candidates: Mapping[str, Callable[[], object]], seconds: Callable[[Callable[[], object]], float]) -> str:
+        """The name of the fastest candidate: as known, else as measured now with seconds(candidate). A candidate that raises is out. With
+        no budget left it is the first, and stays open."""
+        known = self.get(key)
+        if known in candidates:
+            return known
+        first = next(iter(candidates))
+        if self.spent >= self.budget:
+            return first
+        start = time.perf_counter()
+        measured = {}
+        for name, candidate in candidates.items():
+            try:
+                measured[name] = seconds(candidate)
+            except Exception as error:
+                logger.debug("INT8: %s cannot run %s: %s", name, key, error)
+            if self.spent + time.perf_counter() - start > self.budget:
+                break
+        self.spent += time.perf_counter() - start
+        if not measured:
+            return first
+        best = min(measured, key=measured.get)
+        if first in measured and measured[best] > (1 - MARGIN) * measured[first]:
+            best = first
+        logger.debug("INT8: %s: %s of %s", key, best, {name: f"{s * 1e3:.3f} ms" for name, s in measured.items()})
+        with self._lock:
+            self._known[key] = best
+            self._write()
+        return best
+
+    def _read(self) -> dict[str, str]:
+        try:
+            stored = json.loads(self.path.read_text()) if self.path else {}
+        except (OSError, ValueError):
+            return {}
+        return {k: v for k, v in stored.items() if isinstance(v, str)} if isinstance(stored, dict) else {}
+
+    def _write(self):
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Another process may have measured other shapes meanwhile.
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump({**self._read(), **{k: v for k, v in self._known.items() if k not in self._shipped}}, file, indent=0)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            logger.debug("INT8: choices were not saved: %s", error)
+
+
+def wall_seconds(candidate: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """The best of RUNS after one that warms up (and compiles)."""
+    candidate()
+    synchronize()
+    best = float("inf")
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        candidate()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
