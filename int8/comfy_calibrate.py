@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .calibrate import LayerStats, collect
-from .comfy_ops import PREFIX, layers_to_quantize, pristine_parameter, put_int8_layers
+from .comfy_ops import PREFIX, adopt_native_layers, layers_to_quantize, pristine_parameter, put_int8_layers
 from .options import Int8Options
 from .plan import LayerPlan, choose_methods, measure_layer
 from .structure import roles
@@ -33,14 +33,20 @@ def quantize_model(patcher, options: Int8Options):
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
     """
-    planned = {name for w in patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for name in w.names}
-    names = layers_to_quantize(patcher, options, planned)
-    clone = patcher.clone()
+    names = layers_to_quantize(patcher, options, planned_layers(patcher))
+    clone = adopt_native_layers(patcher.clone(), options.kernel)
+    if not names:
+        return clone
     if options.calibrated:
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, QuantizeFirst(tuple(names), options))
     else:
         put_int8_layers(clone, [LayerPlan(name, options.method) for name in names], options.kernel)
     return clone
+
+
+def planned_layers(patcher) -> list[str]:
+    """Names below the diffusion model of the layers that are, or will be at the first sampling, quantized after a calibration."""
+    return [name for w in patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for name in w.names]
 
 
 def plans(patcher) -> list[LayerPlan]:

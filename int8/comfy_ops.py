@@ -38,9 +38,10 @@ FORMAT = "int8_tensorwise"
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 
-def _require_native_int8():
+def require_native_int8(node: str = "INT8 Quantize Model"):
+    """Raises RuntimeError where ComfyUI has no native INT8."""
     if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
-        raise RuntimeError("INT8 Quantize Model needs ComfyUI 0.26.0 or later (native INT8 support). "
+        raise RuntimeError(f"{node} needs ComfyUI 0.26.0 or later (native INT8 support). "
                            "Update ComfyUI; the compile nodes work on this version too.")
 
 
@@ -160,17 +161,20 @@ def _check_float(name: str, weight: torch.Tensor):
 
 
 def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = ()) -> list[str]:
-    """Names below the diffusion model of the layers that are eligible, float, not planned to be INT8 already and not in keep_layers.
+    """Names below the diffusion model of the layers that are eligible, float, not planned to be INT8 already and not in keep_layers; none
+    for a model that was loaded in INT8.
 
     Raises ValueError for a model without such layers, a weight that is quantized already, a kernel that cannot run on this device, a
     keep_layers glob that matches nothing; RuntimeError where ComfyUI has no native INT8.
     """
-    _require_native_int8()
+    require_native_int8()
     if options.kernel == "triton" and (reason := ops.triton_unavailable(patcher.load_device)):
         raise ValueError(f"INT8 Quantize Model: {reason}. Set kernel to auto.")
     model = patcher.model
     names = [n for n in eligible_linears(model.diffusion_model)
-             if n not in planned and not _is_int8(patcher.get_model_object(PREFIX + n).weight)]
+             if n not in planned and not is_int8(patcher.get_model_object(PREFIX + n).weight)]
+    if not names and native_layers(patcher):
+        return []
     if not names:
         raise ValueError("INT8 Quantize Model: this model has no Linear layers to quantize "
                          f"({type(model.diffusion_model).__name__}: none of float type in its blocks). Connect it without this node.")
@@ -219,5 +223,32 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
                 ", ".join(f"{count} {method}" for method, count in methods.items()), size / 2**20, patcher.size / 2**20)
 
 
-def _is_int8(weight) -> bool:
+def is_int8(weight) -> bool:
     return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+def native_layers(patcher) -> list[str]:
+    """Names below the diffusion model of INT8 layers that ComfyUI's own loader made."""
+    names = [name for name, m in patcher.model.diffusion_model.named_modules() if name and hasattr(m, "weight")]
+    current = {name: patcher.get_model_object(PREFIX + name) for name in names}
+    return [n for n, layer in current.items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
+
+
+def adopt_native_layers(patcher, kernel: str):
+    """Gives the INT8 layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
+    returned: the same weights, nothing is quantized again."""
+    _register_layout_op()
+    if hasattr(comfy.ops, "linear_input_act"):
+        _patch_linear_input_act()
+    compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+    names = native_layers(patcher)
+    for name in names:
+        layer = patcher.get_model_object(PREFIX + name)
+        ours = object.__new__(_linear_class(compute_dtype))
+        ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+        ours.kernel = kernel
+        patcher.add_object_patch(PREFIX + name, ours)
+    if names:
+        patcher.patches_uuid = uuid.uuid4()  # ComfyUI then puts them in place of the layers that it loaded
+        logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(names), kernel)
+    return patcher

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .hadamard import group_size
-from .kernels import reference
+from .kernels import cpu, reference
 from .structure import is_linear, repeated_blocks
 
 # Below this a layer is too small for INT8 to save time or memory.
@@ -47,7 +47,8 @@ def quantize_weight(weight: torch.Tensor, rotate: bool) -> tuple[torch.Tensor, t
     rotate: with ConvRot, in the largest group that divides K. Raises ValueError for NaN or infinity.
     """
     group = group_size(weight.shape[1]) if rotate else 0
-    q, s = reference.quant_rows(weight, group)
+    # On the CPU the native kernel: a tenth of the time, and no fp32 copies of a large layer.
+    q, s = (cpu if weight.device.type == "cpu" else reference).quant_rows(weight, group)
     if not torch.isfinite(s).all():
         raise ValueError("the weight has NaN or infinite values")
     return q, s[:, None], group

@@ -7,13 +7,14 @@ import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
 from ..compile import warmup
+from .checkpoint import LoadINT8Model, SaveINT8Model
 from .compile_model import CompileModel
 from .lazy_compile import INT8LazyTorchCompile
 from .quantize import INT8QuantizeModel
 
 logger = logging.getLogger(__name__)
 
-NODES: list[type[io.ComfyNode]] = [CompileModel, INT8LazyTorchCompile, INT8QuantizeModel]
+NODES: list[type[io.ComfyNode]] = [CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model]
 CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.
 SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")

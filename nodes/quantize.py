@@ -7,6 +7,29 @@ from ..int8.comfy_calibrate import quantize_model
 from ..int8.options import KERNELS, METHODS, Int8Options
 
 
+def quantize_inputs() -> list:
+    """The inputs of every node that quantizes; int8_options makes Int8Options of their values."""
+    return [
+        io.Combo.Input("method", options=list(METHODS), default="auto",
+                       tooltip="convrot: rotates channels so that outliers do not cost precision. rowwise: no rotation, a little faster. "
+                       "smoothquant: smooths and rotates. auto: what measures best, layer by layer. smoothquant and auto look at three "
+                       "steps of the first sampling."),
+        io.String.Input("keep_layers", default="", multiline=True,
+                        tooltip="Layers to leave in high precision: a glob a line, matched against the whole name below the diffusion "
+                        "model, such as double_blocks.0.*"),
+        io.Float.Input("min_sqnr_db", default=0.0, min=0.0, max=100.0, step=0.5,
+                       tooltip="Leave layers in high precision whose output would be noisier than this, as measured in the first sampling. "
+                       "0: off. 30 is a mild limit."),
+        io.Combo.Input("kernel", options=list(KERNELS), default="auto",
+                       tooltip="What multiplies. auto: the best for this device. triton: this pack's GPU kernel. comfy_kitchen: ComfyUI's "
+                       "own. torch: torch._int_mm."),
+    ]
+
+
+def int8_options(method, keep_layers, min_sqnr_db, kernel) -> Int8Options:
+    return Int8Options(method=method, keep_layers=Int8Options.parse_keep_layers(keep_layers), min_sqnr_db=min_sqnr_db, kernel=kernel)
+
+
 class INT8QuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -17,22 +40,12 @@ class INT8QuantizeModel(io.ComfyNode):
             description="Quantizes the Linear layers of a model's blocks to INT8 (W8A8): about half the memory, and faster on cards with "
                         "INT8 tensor cores and CPUs with VNNI. Remove the node and the model is as before.",
             inputs=[
-                io.Model.Input("model", tooltip="A model loaded in bf16, fp16 or fp32. The model that comes in is not changed."),
-                io.Combo.Input("method", options=list(METHODS), default="auto", tooltip="convrot: rotates channels so that outliers do not "
-                               "cost precision. rowwise: no rotation, a little faster. smoothquant: smooths and rotates. auto: what "
-                               "measures best, layer by layer. smoothquant and auto look at three steps of the first sampling."),
-                io.String.Input("keep_layers", default="", multiline=True, tooltip="Layers to leave in high precision: a glob a line, "
-                                "matched against the whole name below the diffusion model, such as double_blocks.0.*"),
-                io.Float.Input("min_sqnr_db", default=0.0, min=0.0, max=100.0, step=0.5, tooltip="Leave layers in high precision whose "
-                               "output would be noisier than this, as measured in the first sampling. 0: off. 30 is a mild limit."),
-                io.Combo.Input("kernel", options=list(KERNELS), default="auto", tooltip="What multiplies. auto: the best for this device. "
-                               "triton: this pack's GPU kernel. comfy_kitchen: ComfyUI's own. torch: torch._int_mm."),
+                io.Model.Input("model", tooltip="A model loaded in bf16, fp16 or fp32, or from an INT8 file. It is not changed."),
+                *quantize_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The same model with INT8 layers.")],
         )
 
     @classmethod
     def execute(cls, model, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
-        options = Int8Options(method=method, keep_layers=Int8Options.parse_keep_layers(keep_layers), min_sqnr_db=min_sqnr_db,
-                              kernel=kernel)
-        return io.NodeOutput(quantize_model(model, options))
+        return io.NodeOutput(quantize_model(model, int8_options(method, keep_layers, min_sqnr_db, kernel)))

@@ -17,6 +17,8 @@ REPO = Path(__file__).resolve().parents[2]
 MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 # id -> (display name, [(input, type or options, default)]), from the design.
+QUANTIZE = [("method", ["auto", "rowwise", "convrot", "smoothquant"], "auto"), ("keep_layers", "STRING", ""), ("min_sqnr_db", "FLOAT", 0.0),
+            ("kernel", ["auto", "triton", "comfy_kitchen", "torch"], "auto")]
 CONTRACT = {
     "CompileModel": ("Compile Model", [
         ("model", None, None), ("is_patcher", "BOOLEAN", True), ("object_to_patch", "STRING", "diffusion_model"),
@@ -29,9 +31,9 @@ CONTRACT = {
         ("dynamic", ["auto", "true", "false"], "true"), ("compile_transformer_blocks_only", "BOOLEAN", True),
         ("dynamo_cache_size_limit", "INT", 640), ("use_guard_filter", "BOOLEAN", True), ("disable_dynamic_vram", "BOOLEAN", True),
         ("log_compile", "BOOLEAN", False)]),
-    "INT8QuantizeModel": ("INT8 Quantize Model", [
-        ("model", "MODEL", None), ("method", ["auto", "rowwise", "convrot", "smoothquant"], "auto"), ("keep_layers", "STRING", ""),
-        ("min_sqnr_db", "FLOAT", 0.0), ("kernel", ["auto", "triton", "comfy_kitchen", "torch"], "auto")]),
+    "INT8QuantizeModel": ("INT8 Quantize Model", [("model", "MODEL", None), *QUANTIZE]),
+    "LoadINT8Model": ("Load INT8 Model", [("unet_name", None, None), *QUANTIZE]),
+    "SaveINT8Model": ("Save INT8 Model", [("model", "MODEL", None), ("filename_prefix", "STRING", "diffusion_models/int8")]),
 }
 
 
@@ -48,7 +50,7 @@ def test_object_info_matches_the_contract(server, node_id):
         assert kind is None or got == kind, name
         assert spec[1].get("default") == default, name
         assert len(spec[1]["tooltip"]) > 10, name
-    assert len(info["output"]) == 1
+    assert len(info["output"]) == (0 if info["output_node"] else 1)
 
 
 def test_compile_model_takes_four_types_and_gives_back_its_inputs(server):

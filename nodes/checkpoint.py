@@ -1,0 +1,61 @@
+"""Save INT8 Model and Load INT8 Model: INT8 checkpoints in ComfyUI's native format."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from .quantize import int8_options, quantize_inputs
+
+
+class SaveINT8Model(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveINT8Model",
+            display_name="Save INT8 Model",
+            category="INT8 Compile",
+            description="Writes a quantized model, with its LoRAs, as an INT8 checkpoint that ComfyUI's own Load Diffusion Model reads. "
+                        "The file is about half the size of bf16.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from INT8 Quantize Model or Load INT8 Model."),
+                io.String.Input("filename_prefix", default="diffusion_models/int8", tooltip="Below ComfyUI's output folder; a counter is "
+                                "added. Move the file to models/diffusion_models to load it."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        from ..int8.comfy_checkpoint import save_int8_model
+
+        folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        save_int8_model(model, Path(folder) / f"{filename}_{counter:05}_.safetensors")
+        return io.NodeOutput()
+
+
+class LoadINT8Model(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadINT8Model",
+            display_name="Load INT8 Model",
+            category="INT8 Compile",
+            description="Loads a diffusion model and quantizes it to INT8 while reading, so that memory stays near the INT8 size. An INT8 "
+                        "file is loaded as it is.",
+            inputs=[
+                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models"),
+                               tooltip="A safetensors file in bf16, fp16 or fp32, or in ComfyUI's INT8 format."),
+                *quantize_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with INT8 layers.")],
+        )
+
+    @classmethod
+    def execute(cls, unet_name, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
+        from ..int8.comfy_checkpoint import load_int8_model
+
+        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        return io.NodeOutput(load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel)))

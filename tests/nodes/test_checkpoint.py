@@ -1,0 +1,208 @@
+"""INT8 files: written for ComfyUI's own loader, made while a float file is read, refused with a reason where they cannot be."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def save(tmp_path):
+    from int8_compile.int8.comfy_checkpoint import save_int8_model
+
+    def save(model, name="saved.safetensors"):
+        path = tmp_path / "folder" / name
+        save_int8_model(model, path)
+        assert name in [p.name for p in path.parent.iterdir()] and not list(path.parent.glob("*.partial"))
+        return str(path)
+    return save
+
+
+@pytest.fixture
+def load_int8(comfy, models_dir):
+    from int8_compile.int8.comfy_checkpoint import load_int8_model
+    from int8_compile.int8.options import Int8Options
+
+    def load_int8(path="tiny_flux", **options):
+        if "/" not in str(path):
+            path = models_dir / "models" / "diffusion_models" / f"{path}.safetensors"
+        return load_int8_model(str(path), Int8Options(**options))
+    return load_int8
+
+
+@pytest.fixture
+def edited(models_dir, tmp_path):
+    """A copy of tiny_flux's file with its tensors changed."""
+    def edited(change, metadata=None):
+        tensors = load_file(models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "edited.safetensors", metadata=metadata)
+        return tmp_path / "edited.safetensors"
+    return edited
+
+
+# Between two loads the float layers differ in the last bit, which INT8 rounding blows up to the size of its own noise.
+NOISE = 0.01
+
+
+def ours(model):
+    return [name for name, m in model.model.named_modules() if type(m).__name__ == "Int8Linear"] + list(model.object_patches)
+
+
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+@pytest.mark.parametrize("method", ["rowwise", "convrot"])
+def test_a_saved_file_is_read_by_the_stock_loader_bit_for_bit(comfy, load, nodes, sample, save, family, method):
+    quantized = nodes.INT8QuantizeModel(load(family), method=method)
+    image = sample(quantized)
+    path = save(quantized)
+    stock = comfy.sd.load_diffusion_model(path)
+    for name, layer in quantized.object_patches.items():
+        read = comfy.utils.get_attr(stock.model, name).weight
+        assert torch.equal(read._qdata, layer.weight._qdata) and torch.equal(read._params.scale, layer.weight._params.scale)
+        assert read._params.convrot == layer.weight._params.convrot
+    assert difference(sample(stock), image) < 2 * NOISE  # ComfyUI's kernels
+    adopted = nodes.INT8QuantizeModel(stock)
+    assert adopted.object_patches.keys() == quantized.object_patches.keys()
+    for name, layer in quantized.object_patches.items():
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(adopted.object_patches[name](x), layer(x))
+    assert difference(sample(adopted), image) < NOISE
+
+
+def test_the_file_is_half_of_bf16_where_layers_are_wide(load, nodes, save):
+    model = load()
+    path = save(nodes.INT8QuantizeModel(model, method="convrot"))
+    with safe_open(path, "pt") as file:
+        sizes = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    layers = [k.removesuffix(".comfy_quant") for k in sizes if k.endswith(".comfy_quant")]
+    stored = sum(sizes[f"{n}.{part}"].nbytes for n in layers for part in ("weight", "weight_scale", "comfy_quant"))
+    assert stored < 0.53 * sum(2 * sizes[f"{n}.weight"].numel() for n in layers)
+
+
+def test_a_lora_is_saved_with_the_model(comfy, flux, nodes, sample, save, lora):
+    branch = lora(nodes.INT8QuantizeModel(flux, method="convrot"), "tiny_flux_a", 1.0)
+    image = sample(branch)
+    saved = nodes.INT8QuantizeModel(comfy.sd.load_diffusion_model(save(branch)))
+    assert difference(sample(saved), image) < NOISE < difference(sample(nodes.INT8QuantizeModel(flux, method="convrot")), image) / 3
+
+
+def test_smoothed_and_unmeasured_layers_are_saved_as_convrot(comfy, flux, nodes, sample, save):
+    want = sample(nodes.INT8QuantizeModel(flux, method="convrot"))
+    unmeasured = nodes.INT8QuantizeModel(flux, method="smoothquant")
+    before = save(unmeasured, "before.safetensors")
+    smoothed = sample(measured := nodes.INT8QuantizeModel(flux, method="smoothquant"))
+    after = save(measured, "after.safetensors")
+    assert not any("pre_quant_scale" in key for key in comfy.utils.load_torch_file(after))
+    for path in (before, after):
+        saved = nodes.INT8QuantizeModel(comfy.sd.load_diffusion_model(path))
+        assert difference(sample(saved), want) < NOISE
+    assert torch.equal(sample(measured), smoothed)
+
+
+def test_a_model_without_int8_layers_is_not_saved(flux, save):
+    with pytest.raises(ValueError, match=r"no INT8 layers\. Put INT8 Quantize Model before"):
+        save(flux)
+
+
+def test_a_write_that_fails_leaves_no_file(flux, nodes, tmp_path):
+    from int8_compile.int8.comfy_checkpoint import save_int8_model
+
+    (tmp_path / "taken.safetensors").mkdir()
+    with pytest.raises(OSError):
+        save_int8_model(nodes.INT8QuantizeModel(flux, method="convrot"), tmp_path / "taken.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
+@pytest.mark.parametrize("method", ["auto", "rowwise"])
+def test_quantized_while_reading_is_what_is_quantized_after_loading(load, load_int8, nodes, sample, family, method):
+    model = load(family)
+    after = nodes.INT8QuantizeModel(model, method="convrot" if method == "auto" else method)
+    reading = load_int8(family, method=method)
+    assert set(ours(reading)) >= set(after.object_patches)
+    assert difference(sample(reading), sample(after)) < NOISE
+    for name, layer in after.object_patches.items():
+        assert torch.equal(reading.get_model_object(name).weight._qdata, layer.weight._qdata), name
+    assert reading.model_size() < 0.6 * model.model_size()
+
+
+def test_kept_layers_are_read_as_they_are(load_int8, sample):
+    model = load_int8(keep_layers=("double_blocks.0.*",))
+    assert model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.dtype.is_floating_point
+    assert sample(model).isfinite().all()
+    with pytest.raises(ValueError, match="'double' matches no layer"):
+        load_int8(keep_layers=("double",))
+
+
+def test_a_second_load_and_a_clone_without_dynamic_vram_are_quantized_too(load_int8, sample):
+    model = load_int8()
+    function, arguments = model.cached_patcher_init[:2]
+    again = function(*arguments, disable_dynamic=True)
+    assert len(again.object_patches) == len(model.object_patches)
+    assert torch.equal(sample(again), sample(model))
+    assert torch.equal(sample(model.deepclone_multigpu(torch.device("cpu"))), sample(model))
+
+
+def test_a_loaded_model_compiles_and_takes_a_lora(load_int8, load, nodes, sample, lora, graphs):
+    model = load_int8()
+    compiled = nodes.CompileModel(model, backend="aot_eager")
+    assert difference(sample(compiled), sample(model)) < 1e-3 and graphs() == 2
+    assert difference(sample(lora(model)), sample(lora(load()))) < 0.05
+
+
+def _to_fp8(tensors):
+    key = "double_blocks.0.img_mlp.0.weight"
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+
+def _nan(tensors):
+    tensors["single_blocks.1.linear1.weight"][3, 3] = float("nan")
+
+
+def _add(key, value=None):
+    return lambda tensors: tensors.update({key: torch.zeros(1) if value is None else value})
+
+
+def _native(conf):
+    return torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("change, message", [
+    (_to_fp8, r"layer 'double_blocks\.0\.img_mlp\.0'.*quantized already \(torch.float8_e4m3fn\)"),
+    (_nan, r"layer 'single_blocks\.1\.linear1'.*NaN"),
+    (_add("double_blocks.0.img_attn.qkv.qweight"), "quantized already .Nunchaku"),
+    (_add("double_blocks.0.img_attn.qkv.scale_weight"), "quantized already .scaled fp8"),
+    (_add("double_blocks.0.img_attn.qkv.weight.absmax"), "quantized already .bitsandbytes"),
+    (_add("double_blocks.0.img_mlp.0.comfy_quant", _native({"format": "nvfp4"})), "quantized already .nvfp4"),
+    (lambda tensors: tensors.clear() or tensors.update(a=torch.zeros(3)), "model type of 'edited.safetensors' is not known"),
+])
+def test_files_that_cannot_be_quantized_are_refused_with_the_reason(edited, load_int8, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_int8(edited(change))
+
+
+def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp_path, comfy):
+    path = edited(lambda tensors: None)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="damaged, cut short"):
+        load_int8(path)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_int8(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="look at the model's activations"):
+        load_int8(method="smoothquant")
+
+
+def test_a_native_file_with_wrong_scales_is_refused(comfy, flux, nodes, save, load_int8, tmp_path):
+    tensors = load_file(save(nodes.INT8QuantizeModel(flux, method="convrot")))
+    key = next(k for k in tensors if k.endswith(".weight_scale"))
+    tensors[key] = tensors[key][:-1]
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="weight_scale"):
+        load_int8(tmp_path / "wrong.safetensors")
