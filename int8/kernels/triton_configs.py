@@ -1,0 +1,136 @@
+"""Tiles of the INT8 GEMM per architecture, ordered for a shape by the time that a model of waves predicts. No Triton here.
+
+The model is continuous in m, so neighbouring sizes get neighbouring tiles; it orders candidates, and a measurement may choose another.
+"""
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+
+class GemmConfig(NamedTuple):
+    """kernel: "pointer" or "tma". bm, bn: the tile of y; bk: the step along K. split_k: programs that share a tile, each a part of K."""
+    kernel: str
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.bm}x{self.bn}x{self.bk} warps {self.warps} stages {self.stages} split {self.split_k}"
+
+
+class Architecture(NamedTuple):
+    """shared: bytes of shared memory a program may take (CUDA programming guide). sms: of the usual card. macs: dense INT8 multiply-adds
+    a cycle and SM (vendors' peak figures / clock / SMs). l2: bytes a cycle and SM from the L2 cache, about; only the order of tiles
+    depends on it."""
+    shared: int
+    sms: int
+    macs: int
+    l2: int
+
+
+ARCHITECTURES = {
+    0: Architecture(64 << 10, 304, 2048, 32),  # AMD: MI300X
+    80: Architecture(163 << 10, 108, 2048, 48),
+    86: Architecture(99 << 10, 82, 1024, 20),
+    89: Architecture(99 << 10, 128, 1024, 16),
+    90: Architecture(227 << 10, 132, 4096, 32),
+    120: Architecture(99 << 10, 170, 1024, 16),
+}
+# Those without a line of their own; any other is treated as the one that has least of everything.
+LIKE = {87: 80, 100: 80, 103: 80, 110: 80, 121: 120}
+LEAST = 86
+
+# (bm, bn, bk, warps, stages); none spills on sm_80/86/89/120 with Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
+POINTER_TILES = (
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3),
+    (128, 128, 64, 4, 4),
+    (64, 256, 64, 4, 4),
+    (64, 128, 128, 4, 3),
+    (128, 64, 128, 4, 3),
+    (64, 64, 128, 4, 4),
+    (32, 128, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (16, 128, 128, 4, 4),
+    (16, 64, 256, 4, 3),
+)
+# sm_90. wgmma takes 64 rows and a warp group of 4 warps.
+TMA_TILES = (
+    (128, 256, 128, 8, 4),
+    (256, 128, 128, 8, 4),
+    (128, 128, 128, 8, 4),
+    (128, 128, 128, 4, 4),
+    (64, 256, 128, 4, 4),
+    (64, 128, 128, 4, 4),
+)
+SPLITS = (1, 2, 4, 8)
+# Bytes that a vector store of y takes, in elements: rows of another n are stored one by one, which needs registers for their addresses.
+VECTOR_N = 16
+MAX_SCALAR_STORES = 32  # a thread
+# A program takes at least this much of K: less does not pay for summing the parts.
+MIN_SPLIT_K = 512
+# The part of the shorter of multiplying and loading that the longer does not hide, about.
+NOT_OVERLAPPED = 0.25
+# Cycles: first loads and last stores of a program; launch of the kernel that sums the parts of a split.
+PROGRAM_OVERHEAD = 1500
+LAUNCH = 4000
+
+
+def like(arch: int) -> int:
+    """The architecture of the table that arch (major * 10 + minor; 0 for AMD) runs."""
+    return arch if arch in ARCHITECTURES else LIKE.get(arch, LEAST)
+
+
+def tiles(arch: int, tma: bool = True, ragged: bool = False) -> tuple[GemmConfig, ...]:
+    """All tiles that arch may run, unsplit. tma: the operands are aligned as TMA needs them. ragged: n is no multiple of VECTOR_N."""
+    shared = ARCHITECTURES[like(arch)].shared
+    found = [GemmConfig("pointer", *tile) for tile in POINTER_TILES]
+    found = [c for c in found if c.stages * (c.bm + c.bn) * c.bk <= shared]
+    if arch == 90 and tma:
+        found = [GemmConfig("tma", *tile) for tile in TMA_TILES] + [c for c in found if c.bm <= 64 and c.bn <= 128]
+    return tuple(c for c in found if not ragged or c.bm * c.bn <= MAX_SCALAR_STORES * 32 * c.warps)
+
+
+def cycles(config: GemmConfig, arch: int, m: int, n: int, k: int, sms: int) -> float:
+    """Predicted cycles of y [m, n] with k products each."""
+    card = ARCHITECTURES[like(arch)]
+    waves = _cdiv(_cdiv(m, config.bm) * _cdiv(n, config.bn) * config.split_k, sms)
+    steps = _cdiv(_cdiv(k, config.bk), config.split_k) * config.bk
+    multiplying, loading = config.bm * config.bn / card.macs, (config.bm + config.bn) / card.l2
+    one = max(multiplying, loading) + NOT_OVERLAPPED * min(multiplying, loading)
+    total = waves * (steps * one + PROGRAM_OVERHEAD)
+    if config.split_k > 1:
+        total += LAUNCH + 2 * 4 * config.split_k * m * n / (card.l2 * sms)
+    return total
+
+
+@functools.lru_cache(4096)
+def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None = None) -> tuple[GemmConfig, ...]:
+    """At most 12 candidates for y [m, n] = q [m, k] @ w [n, k].T, the one predicted fastest first.
+
+    arch: compute capability as major * 10 + minor. sms: multiprocessors of the card, the usual number if None. Each tile appears once, with
+    the split of K that suits it.
+    """
+    sms = sms or ARCHITECTURES[like(arch)].sms
+    m = max(m, 1)
+
+    def predicted(config: GemmConfig) -> float:
+        return cycles(config, arch, m, n, k, sms)
+
+    def split(tile: GemmConfig) -> GemmConfig:
+        """tile with the split that suits it: one that spreads what is less than two waves, in parts that pay for their sum."""
+        few = 2 * sms // (_cdiv(m, tile.bm) * _cdiv(n, tile.bn))
+        return min((tile._replace(split_k=parts) for parts in SPLITS if parts == 1 or parts <= min(few, k // MIN_SPLIT_K)), key=predicted)
+
+    # A tile of many more rows than there are does nothing that a smaller one does not.
+    fitting = [tile for tile in tiles(arch, tma, ragged=n % VECTOR_N != 0) if tile.bm < 4 * max(m, 8)]
+    return tuple(sorted(map(split, fitting), key=predicted))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,186 @@
+"""Triton: row quantizer with the activation, the smoothing factor and the ConvRot rotation inside.
+
+x is read once and nothing but q and s is written. All arithmetic is fp32, but for the rotation of half-precision x: its dots take tf32
+(10 bits of mantissa), which costs about 0.01 dB of a layer's SQNR, see tests/int8/test_triton_quant.py.
+"""
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..hadamard import hadamard
+from .reference import ACTIVATIONS, MIN_SCALE
+
+# 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
+ROUND_MAGIC = tl.constexpr(12582912.0)
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
+SWIGLU = tl.constexpr(ACTIVATIONS.index("swiglu"))
+# Rows up to this long stay in registers; longer ones are read twice, the second time from cache. None spills on sm_80 to sm_120 with
+# Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
+MAX_ROW = {"tf32": 24576, "tf32x3": 8192, "ieee": 8192}
+VALUES_PER_WARP = 1024
+MAX_WARPS = 16
+LONG_ROW_BLOCK, LONG_ROW_WARPS = 4096, 8
+# Loads that run ahead would wait in shared memory, up to 100 KB of it; other programs of the SM hide them as well.
+STAGES = 1
+
+
+@triton.jit
+def _activation(row_ptr, cols, mask, K: tl.constexpr, ACT: tl.constexpr):
+    """act(x) at cols in fp32; see reference.activation. exp overflows to inf only where the result is 0."""
+    x = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if ACT == GELU_TANH:
+        # x / 2 * (1 + tanh(u)) = x * sigmoid(2 u)
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+    if ACT == SWIGLU:
+        up = tl.load(row_ptr + K + cols, mask=mask, other=0.0).to(tl.float32)
+        x = x / (1.0 + tl.exp(-x)) * up
+    return x
+
+
+@triton.jit
+def _dot(x, h, PRECISION: tl.constexpr):
+    """x @ h; h is exact in tf32, x is rounded to it if that is the precision."""
+    if PRECISION == "tf32":
+        # To the nearest, by cancelling the low 13 bits. Tensor cores would cut them off and shrink all values: 0.17 dB where SQNR is 48.7.
+        x = (x + x * 8192.0) - x * 8192.0
+    return tl.dot(x, h, input_precision=PRECISION)
+
+
+@triton.jit
+def _rotated(x, h_ptr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """x [BLOCK] fp32 in runs of GROUP, each multiplied by H, see factors: at most 32 products a value, where H itself would take GROUP."""
+    ROWS: tl.constexpr = BLOCK // 16
+    OUTER: tl.constexpr = GROUP // 16
+    i = tl.arange(0, 16)
+    square = i[:, None] * 16 + i[None, :]
+    y = _dot(tl.reshape(x, (ROWS, 16)), tl.load(h_ptr + square), PRECISION)
+    if OUTER > 1:
+        y = tl.permute(tl.reshape(y, (BLOCK // GROUP, OUTER, 16)), (0, 2, 1))
+        y = _dot(tl.reshape(y, (ROWS, 16)), tl.load(h_ptr + 256 + square), PRECISION)
+        y = tl.permute(tl.reshape(y, (BLOCK // GROUP, 16, OUTER)), (0, 2, 1))
+    return tl.reshape(y, (BLOCK,))
+
+
+@triton.jit
+def _prepared(row_ptr, smooth_ptr, h_ptr, start, K: tl.constexpr, ACT: tl.constexpr, SMOOTH: tl.constexpr, GROUP: tl.constexpr,
+              PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """rotate(act(x) * smooth) of the columns from start, [BLOCK] fp32; 0 beyond K."""
+    cols = start + tl.arange(0, BLOCK)
+    mask = cols < K
+    x = _activation(row_ptr, cols, mask, K, ACT)
+    if SMOOTH:
+        x *= tl.load(smooth_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if GROUP:
+        x = _rotated(x, h_ptr, GROUP, BLOCK, PRECISION)
+    return x
+
+
+@triton.jit
+def _magnitude(x):
+    """|x| as the bits of its fp32: they order as the values do, and NaN comes out above all."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _row_scale(largest, s_ptr, row, min_scale):
+    """Stores the scale of a row with this largest _magnitude; returns what x is multiplied with."""
+    scale = largest.to(tl.float32, bitcast=True) / 127.0
+    scale = tl.where(scale < min_scale, min_scale, scale)
+    tl.store(s_ptr + row, scale)
+    return 1.0 / scale
+
+
+@triton.jit
+def _store_int8(q_row_ptr, x, inverse, start, K: tl.constexpr, BLOCK: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK)
+    # |x * inverse| rounds to at most 127, so the low byte of the rounded value is the int8.
+    q = (x * inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    tl.store(q_row_ptr + cols, q, mask=cols < K)
+
+
+@triton.jit
+def quant_rows_kernel(x_ptr, smooth_ptr, h_ptr, q_ptr, s_ptr, stride, min_scale, K: tl.constexpr, ACT: tl.constexpr,
+                      SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """One program a row, which stays in registers as HEAD and TAIL values (TAIL may be 0): 3072 = 2048 + 1024 wastes nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * stride
+    q_row_ptr = q_ptr + row * K
+    head = _prepared(row_ptr, smooth_ptr, h_ptr, 0, K, ACT, SMOOTH, GROUP, PRECISION, HEAD)
+    largest = tl.max(_magnitude(head), 0)
+    if TAIL:
+        tail = _prepared(row_ptr, smooth_ptr, h_ptr, HEAD, K, ACT, SMOOTH, GROUP, PRECISION, TAIL)
+        largest = tl.maximum(largest, tl.max(_magnitude(tail), 0))
+    inverse = _row_scale(largest, s_ptr, row, min_scale)
+    _store_int8(q_row_ptr, head, inverse, 0, K, HEAD)
+    if TAIL:
+        _store_int8(q_row_ptr, tail, inverse, HEAD, K, TAIL)
+
+
+@triton.jit
+def quant_long_rows_kernel(x_ptr, smooth_ptr, h_ptr, q_ptr, s_ptr, stride, min_scale, K: tl.constexpr, ACT: tl.constexpr,
+                           SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row of any length: absmax over blocks, then all over again to quantize."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * stride
+    q_row_ptr = q_ptr + row * K
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, K, BLOCK):
+        largest = tl.maximum(largest, _magnitude(_prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, BLOCK)))
+    inverse = _row_scale(tl.max(largest, 0), s_ptr, row, min_scale)
+    for start in range(0, K, BLOCK):
+        x = _prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, BLOCK)
+        _store_int8(q_row_ptr, x, inverse, start, K, BLOCK)
+
+
+@functools.cache
+def factors(group: int, device: torch.device) -> torch.Tensor:
+    """[2, 16, 16] fp32: what a run of group = outer * 16 values is multiplied with along its inner, then along its outer index, as
+    H = H_outer (x) H16. The outer product takes 16 / outer columns at once: with H16 for 256, diag(H4, H4, H4, H4) for 64."""
+    outer = group // 16
+    # Cached across prompts: made outside inference mode so that any later mode can use it.
+    with torch.inference_mode(False):
+        eye = torch.eye(16 // outer, device=device)
+        second = torch.kron(eye, hadamard(outer, device)) if outer > 1 else torch.eye(16, device=device)
+        return torch.stack((hadamard(16, device), second)).contiguous()
+
+
+def launch(k: int, group: int, precision: str) -> tuple[object, dict, int]:
+    """(kernel, its block sizes, warps) for rows of k values."""
+    # tl.dot takes at least 16 rows of 16; a block holds whole groups.
+    smallest = 256 if group else 32
+    if k > MAX_ROW[precision]:
+        return quant_long_rows_kernel, dict(BLOCK=LONG_ROW_BLOCK), LONG_ROW_WARPS
+    head = max(smallest, 1 << k.bit_length() - 1)
+    tail = max(smallest, triton.next_power_of_2(k - head)) if k > head else 0
+    warps = min(MAX_WARPS, triton.next_power_of_2(triton.cdiv(head + tail, VALUES_PER_WARP)))
+    return quant_rows_kernel, dict(HEAD=head, TAIL=tail), warps
+
+
+def rotation_precision(x: torch.Tensor) -> str:
+    """What the dots of the rotation take: tf32 for half-precision x, else three of them that make an fp32."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else "tf32x3"
+
+
+def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
+               precision: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.quant_rows. precision: of the rotation, see rotation_precision."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    m, k = x.shape[0], x.shape[1] // 2 if act == "swiglu" else x.shape[1]
+    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    s = torch.empty(m, dtype=torch.float32, device=x.device)
+    h = factors(group, x.device) if group else s
+    smooth = s if pre_quant_scale is None else pre_quant_scale.contiguous()
+    precision = precision or rotation_precision(x)
+    kernel, blocks, warps = launch(k, group, precision)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[(m,)](x, smooth, h, q, s, x.stride(0), MIN_SCALE, K=k, ACT=ACTIVATIONS.index(act), SMOOTH=pre_quant_scale is not None,
+                     GROUP=group, PRECISION=precision, num_warps=warps, num_stages=STAGES, **blocks)
+    return q, s

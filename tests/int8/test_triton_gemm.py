@@ -1,0 +1,102 @@
+"""The Triton GEMM in the interpreter: every tile sums exactly, whatever the shape; its tiles are ordered without cliffs."""
+from __future__ import annotations
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+if not importlib.util.find_spec("triton") or torch.cuda.is_available():
+    pytest.skip("needs Triton in its interpreter", allow_module_level=True)
+
+from int8_compile.int8.kernels import reference, triton_gemm
+from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, tiles
+from int8_compile.int8.kernels.tuning import BUCKETS
+
+TILES = tuple(dict.fromkeys(config for arch in ARCHITECTURES for config in tiles(arch)))
+# (N, K) of linears of SDXL, Flux and Wan.
+LAYERS = ((640, 640), (1280, 1280), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072), (5120, 13824))
+
+
+def operands(m, n, k, saturated=False):
+    low = 127 if saturated else -127
+    q, w = (torch.randint(low, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+    return q, torch.rand(m) + 0.1, w, torch.rand(n, 1) + 0.1, torch.randn(n)
+
+
+def same(q, s, w, scale, bias, config=None):
+    """Bit for bit: sums of fewer than 2**24 / 127**2 products are exact in the oracle's fp32 too, and the epilogue rounds as it does."""
+    y = triton_gemm.int8_gemm(q, s, w, scale, bias, torch.float32, config)
+    return torch.equal(y, reference.int8_gemm(q, s, w, scale, bias, torch.float32))
+
+
+def test_the_list_has_both_kernels():
+    assert {config.kernel for config in TILES} == {"pointer", "tma"}
+
+
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_every_tile_is_exact_on_ragged_edges(config, split):
+    assert same(*operands(150, 304, 1000), config._replace(split_k=split))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 16), (3, 33, 40), (17, 100, 129), (65, 257, 255), (129, 16, 4096)], ids=str)
+@pytest.mark.parametrize("config", [GemmConfig("pointer", 16, 64, 256, 4, 3), GemmConfig("pointer", 64, 64, 128, 4, 4, 8),
+                                    GemmConfig("tma", 64, 128, 128, 4, 4), GemmConfig("tma", 128, 128, 128, 8, 4, 8)], ids=str)
+def test_odd_shapes_are_exact_also_where_a_part_of_k_is_empty(shape, config):
+    assert same(*operands(*shape), config)
+
+
+@pytest.mark.parametrize("kernel", ["pointer", "tma"])
+@pytest.mark.parametrize("split", [1, 8])
+def test_long_saturated_sums_do_not_overflow(kernel, split):
+    q, _, w, _, _ = operands(20, 40, 20000, saturated=True)
+    one = torch.ones(())
+    y = triton_gemm.int8_gemm(q, torch.ones(20), -w, one, None, torch.float32, GemmConfig(kernel, 64, 128, 128, 4, 3, split))
+    assert (y == -127 * 127 * 20000).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", ["pointer", "tma"])
+def test_outputs_are_of_the_type_asked_for_and_no_rows_are_none(kernel, dtype):
+    q, s, w, scale, bias = operands(40, 48, 64)
+    s /= 1000
+    config = GemmConfig(kernel, 64, 128, 128, 4, 3)
+    y = triton_gemm.int8_gemm(q, s, w, scale, bias.to(dtype), dtype, config)
+    want = reference.int8_gemm(q, s, w, scale, bias.to(dtype), torch.float32)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), want, rtol=2 ** -7, atol=0.01)  # the interpreter cuts bits off where GPUs round
+    assert triton_gemm.int8_gemm(q[:0], s[:0], w, scale, bias, dtype, config).shape == (0, 48)
+
+
+def test_a_weight_that_tma_cannot_read_is_read_by_pointers():
+    q, s, _, scale, bias = operands(40, 48, 64)
+    storage = torch.randint(-127, 128, (48 * 64 + 1,), dtype=torch.int8)
+    w = storage[1:].view(48, 64)
+    assert not triton_gemm.takes_tma(q, w) and triton_gemm.takes_tma(q, w.clone())
+    assert all(config.kernel == "pointer" for config in configs(90, 4096, 3072, 3072, tma=False))
+    assert same(q, s, w, scale, bias)
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, 87, 100, 121, 75], ids=str)
+def test_candidates_are_few_and_fit_the_card(arch):
+    shared = ARCHITECTURES[like(arch)].shared
+    for (n, k), m in itertools.product((*LAYERS, (100, 96), (64, 256)), (0, 1, *BUCKETS)):
+        found = configs(arch, m, n, k)
+        assert 1 <= len(found) <= 12 and len(set(map(str, found))) == len(found)
+        for config in found:
+            assert config.stages * (config.bm + config.bn) * config.bk <= shared
+            assert config.kernel == "pointer" or arch == 90
+            assert config.split_k == 1 or k >= 512 * config.split_k
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_one_row_more_than_a_bucket_costs_no_more_than_a_full_next_one(arch, layer):
+    """vLLM's tables made 17 rows slower than 32 (vllm-project/vllm#56924)."""
+    sms = ARCHITECTURES[arch].sms
+    for rows in BUCKETS[:-1]:
+        here, above, full = (cycles(configs(arch, m, *layer)[0], arch, m, *layer, sms) for m in (rows, rows + 1, 2 * rows))
+        assert above <= full
+        assert above < 2.01 * here  # a second wave at the most

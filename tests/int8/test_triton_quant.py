@@ -1,0 +1,109 @@
+"""The Triton quantizer in the interpreter: any length of row, activations at their extremes, and what tf32 costs."""
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+if not importlib.util.find_spec("triton") or torch.cuda.is_available():
+    pytest.skip("needs Triton in its interpreter", allow_module_level=True)
+
+from int8_compile.int8.hadamard import hadamard
+from int8_compile.int8.kernels import reference, triton_quant
+from int8_compile.int8.plan import smoothing_scale
+
+
+def assert_agrees(x, group=0, act="none", scale=None):
+    q, s = triton_quant.quant_rows(x, group, act, scale)
+    want_q, want_s = reference.quant_rows(x, group, act, scale)
+    torch.testing.assert_close(s, want_s, rtol=1e-5, atol=0, equal_nan=True)
+    # A value on a rounding boundary may fall to either side, where sums are taken in another order.
+    assert (q.int() - want_q.int()).abs().max() <= 1
+    assert (q != want_q).sum() <= max(2, 1e-3 * q.numel())
+
+
+@pytest.mark.parametrize("k", [1, 17, 255, 257, 1000, 3072, 3840, 8960, 13824, 18944, 24576, 24577, 28672, 40000], ids=str)
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_rows_of_any_length(k, act):
+    x = torch.randn(3, 2 * k if act == "swiglu" else k)
+    x[1, k // 2] = 300
+    group = next((g for g in (256, 64, 16) if k % g == 0), 0)
+    assert_agrees(x, group, act)
+    assert_agrees(x, 0, act, torch.rand(k) + 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_are_not_neighbours(dtype):
+    wide = torch.randn(6, 2000).to(dtype)
+    for x in (wide[::2, 100:612], wide[:, ::2], wide.t()[:512].t()):
+        assert_agrees(x, 16 if x.shape[1] % 16 == 0 else 0, "gelu_tanh")
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize("largest", [5.0, 88.0, 200.0, 65504.0, 1e18])
+def test_activations_of_large_values(act, largest):
+    x = torch.linspace(-largest, largest, 512).repeat(2, 1)
+    if act == "swiglu":
+        x = torch.cat((x, torch.randn(2, 512)), 1)
+    assert_agrees(x, 0, act)
+
+
+def test_zero_rows_and_what_is_not_a_number():
+    x = torch.randn(5, 512)
+    x[0], x[1, 7], x[2, 9], x[3] = 0, float("nan"), float("inf"), 1e-38
+    for group in (0, 256):
+        q, s = triton_quant.quant_rows(x, group)
+        assert not q[0].any() and not q[3].any() and s[0] == s[3] == torch.tensor(reference.MIN_SCALE)
+        assert s[1].isnan() and not s[2].isfinite() and s[4].isfinite()
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(ValueError, match="Unknown activation 'relu'"):
+        triton_quant.quant_rows(torch.randn(1, 16), 0, "relu")
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_factors_make_the_whole_rotation(group):
+    inner, second = triton_quant.factors(group, torch.device("cpu"))
+    outer = group // 16
+    assert torch.equal(torch.kron(second[:outer, :outer], inner), hadamard(group, torch.device("cpu")))
+
+
+def distributions():
+    x = torch.randn(64, 3072)
+    some, few = x.clone(), x.clone()
+    some[:, 7::100] *= 30
+    few[:, [7, 300, 600, 2000]] *= 100
+    return {"gaussian": x, "some channels": some, "few channels": few, "offset": x + 5 * torch.randn(64, 1).sign()}
+
+
+@pytest.mark.parametrize("group", [64, 256])
+@pytest.mark.parametrize("act", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smooth"])
+def test_tf32_costs_less_than_a_tenth_of_a_decibel(group, act, smooth):
+    """Of the SQNR of a layer's output. The kernel rounds to tf32 itself, so that here the same values enter the dots as on a GPU."""
+    print("seed", torch.seed())
+    weight = torch.randn(256, 3072) / 55
+    for name, x in distributions().items():
+        x = x.bfloat16()
+        exact = reference.activation(x.double(), act)
+        scale = smoothing_scale(weight, exact.abs().amax(0).float(), 0.5) if smooth else None
+        qw, ws = reference.quant_rows(weight / (1 if scale is None else scale), group)
+        y = exact @ weight.double().t()
+
+        def sqnr(q, s, qw=qw, ws=ws, y=y):
+            got = (q.double() @ qw.double().t()) * s.double()[:, None] * ws.double()
+            return 10 * torch.log10(y.square().mean() / (got - y).square().mean())
+
+        ours = sqnr(*triton_quant.quant_rows(x, group, act, scale, precision="tf32"))
+        best = sqnr(*reference.quant_rows(x, group, act, scale))
+        print(f"{name}: {best:.3f} dB, tf32 {ours - best:+.4f}")
+        assert ours > best - 0.1, name
+
+
+def test_tf32_keeps_eleven_bits_to_nearest():
+    x = torch.randn(64, 256) * 10.0 ** torch.randint(-20, 20, (64, 1))
+    rounded = (x + x * 8192) - x * 8192
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    assert ((rounded - x).abs() <= 2.0 ** -11 * x.abs()).all()

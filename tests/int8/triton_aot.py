@@ -1,0 +1,107 @@
+"""Compiles every Triton kernel that ships for the architectures named, without a GPU; prints what each needs as JSON.
+
+    python tests/int8/triton_aot.py 80 90 --every-quantizer 80
+
+In a process of its own, because the tests' process has Triton in interpreter mode.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+if "int8_compile" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("int8_compile", REPO / "__init__.py", submodule_search_locations=[str(REPO)])
+    sys.modules["int8_compile"] = importlib.util.module_from_spec(spec)  # not executed: the kernels need nothing of it
+
+import triton  # noqa: E402
+from int8_compile.int8.kernels import triton_configs, triton_gemm, triton_quant  # noqa: E402
+from int8_compile.int8.kernels.reference import ACTIVATIONS  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MATRIX_INSTRUCTIONS = ("IGMMA", "IMMA", "HGMMA", "HMMA")
+EPILOGUE = dict(s_ptr="*fp32", ws_ptr="*fp32", bias_ptr="*bf16", y_ptr="*bf16", M="i32", N="i32")
+
+
+def compile_for(arch: int, kernel, types: dict, constants: dict, warps: int, stages: int, unaligned: tuple = ("M",)) -> dict:
+    """What the kernel takes: registers and stack (bytes of spills) a thread, shared memory a program, seconds to compile; its matrix
+    instructions."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    # As the launcher finds at run time for the sizes of models.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name][0] in "*i" and name not in unaligned}
+    start = time.perf_counter()
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
+    return dict(registers=registers, stack=stack, shared=binary.metadata.shared, seconds=round(time.perf_counter() - start, 2),
+                mma=[op for op in MATRIX_INSTRUCTIONS if f" {op}." in sass])
+
+
+def gemm(arch: int, config, ragged: bool = False, plain: bool = False) -> dict:
+    """One tile. ragged: N is a multiple of nothing, K not of the step. plain: one scale for all of W, no bias."""
+    constants = dict(SCALAR_WS=plain, HAS_BIAS=not plain, SPLIT_K=config.split_k, BM=config.bm, BN=config.bn, BK=config.bk,
+                     GROUP_M=triton_gemm.GROUP_M)
+    types = dict(EPILOGUE, K="i32", **(dict(y_ptr="*i32") if config.split_k > 1 else {}))
+    if config.kernel == "tma":
+        types.update(q_desc=f"tensordesc<i8[{config.bm}, {config.bk}]>", w_desc=f"tensordesc<i8[{config.bn}, {config.bk}]>")
+        kernel = triton_gemm.tma_kernel
+    else:
+        types.update(q_ptr="*i8", w_ptr="*i8")
+        constants["EVEN_K"] = not ragged
+        kernel = triton_gemm.pointer_kernel
+    return compile_for(arch, kernel, types, constants, config.warps, config.stages, ("M", "N") if ragged else ("M",))
+
+
+def gemms(arch: int) -> dict[str, dict]:
+    """All tiles; those for ragged shapes; the largest of each kernel once more split and without bias."""
+    found = {str(config): gemm(arch, config) for config in triton_configs.tiles(arch)}
+    found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True))
+    for kernel in ("pointer", "tma"):
+        for config in [config for config in triton_configs.tiles(arch) if config.kernel == kernel][:1]:
+            found[f"{config} plain"] = gemm(arch, config, plain=True)
+            found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
+    constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=4, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
+    found["sum"] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
+    return found
+
+
+def quantizers(arch: int, every: bool) -> dict[str, dict]:
+    """Activation x group x smoothing x type of x: all of them only if asked for, else a few of each."""
+    found = {}
+    combinations = itertools.product(range(len(ACTIVATIONS)), (0, 16, 64, 256), (False, True))
+    for i, (act, group, smooth) in enumerate(combinations):
+        if not every and i % 5:
+            continue
+        for x_type, precision in (("bf16", "tf32"), ("fp32", "tf32x3"))[:1 + (group > 0 and smooth)]:
+            # Those of Flux; the longest that stay in registers; longer ones.
+            k = (3072, triton_quant.MAX_ROW[precision], 28672)[i % 3]
+            kernel, blocks, warps = triton_quant.launch(k, group, precision)
+            types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
+            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, **blocks)
+            name = f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"
+            found[name] = compile_for(arch, kernel, types, constants, warps, triton_quant.STAGES)
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", type=int, nargs="+")
+    parser.add_argument("--every-quantizer", type=int, nargs="*", default=(), help="architectures that get all of them")
+    args = parser.parse_args()
+    print(json.dumps({arch: {**gemms(arch), **quantizers(arch, arch in args.every_quantizer)} for arch in args.arch}))
