@@ -36,9 +36,10 @@ def _openmp_of_torch() -> str | None:
     return next((p for p in sorted(paths) if Path(p).name.startswith(("libgomp", "libiomp", "libomp"))), None)
 
 
-def _folder() -> Path:
-    cache = os.environ.get("INT8_COMPILE_CACHE_DIR")
-    return Path(cache) / "native" if cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "int8-compile" / "native"
+def cache_folder() -> Path:
+    """Where what was built and measured for this machine is kept: INT8_COMPILE_CACHE_DIR, else the user's cache folder."""
+    chosen = os.environ.get("INT8_COMPILE_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "int8-compile"
 
 
 def _processor() -> str:
@@ -70,7 +71,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
         key = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(openmp), *FLAGS)).encode()).hexdigest()[:20]
-        folder = _folder()
+        folder = cache_folder() / "native"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid():
             raise OSError(f"{folder} belongs to another user")

@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from . import cpu, reference, torch_mm
+from . import cpu, fastest, reference, torch_mm
 
 NAMESPACE = "int8_compile"
 # Triton compiles INT8 tl.dot to tensor cores from Ampere on; Turing has only torch._int_mm.
@@ -47,6 +47,8 @@ def _quant_rows(x, group, act, pre_quant_scale, kernel):
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
+    if kernel == "auto" and q.is_cuda and not triton_unavailable(q.device):
+        return fastest.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
     return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
 
 
