@@ -44,7 +44,7 @@ ARCHITECTURES = {
 LIKE = {87: 80, 100: 80, 103: 80, 110: 80, 121: 120}
 LEAST = 86
 
-# (bm, bn, bk, warps, stages); none spills on sm_80/86/89/120 with Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
+# (bm, bn, bk, warps, stages); none spills on any of these cards with Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
 POINTER_TILES = (
     (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 4),
@@ -69,7 +69,7 @@ TMA_TILES = (
     (64, 128, 128, 4, 4),
 )
 SPLITS = (1, 2, 4, 8)
-# Bytes that a vector store of y takes, in elements: rows of another n are stored one by one, which needs registers for their addresses.
+# What n is a multiple of for Triton to store whole vectors; of another n each value is stored by itself, which takes registers.
 VECTOR_N = 16
 MAX_SCALAR_STORES = 32  # a thread
 # A program takes at least this much of K: less does not pay for summing the parts.

@@ -108,13 +108,13 @@ def pointer_kernel(q_ptr, w_ptr, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, EVEN_K
 @triton.jit(do_not_specialize=["M"])
 def tma_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: tl.constexpr, HAS_BIAS: tl.constexpr,
                SPLIT_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr):
-    """As pointer_kernel, reading through descriptors of [BM, BK] and [BN, BK] that fill edges with zeros. A program takes every so-manieth
-    tile, so that the next one's loads start while the last is stored."""
+    """As pointer_kernel, reading through descriptors of [BM, BK] and [BN, BK] that fill edges with zeros. A program takes one tile after
+    another, so that the loads of the next start while the last is stored."""
     grid = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), grid * SPLIT_K, tl.num_programs(0), flatten=True):
-        # Split or not is told apart here: loops are only fused, and loads run ahead, where the inner one has the same bounds each time.
         part = index // grid
         pid_m, pid_n = _raster(index % grid, M, N, BM, BN, GROUP_M)
+        # Triton fuses the two loops, so that loads run ahead into the next tile, only where the inner one has the same bounds each time.
         if SPLIT_K == 1:
             begin, end = 0, tl.cdiv(K, BK)
         else:

@@ -23,7 +23,7 @@ SWIGLU = tl.constexpr(ACTIVATIONS.index("swiglu"))
 MAX_ROW = {"tf32": 24576, "tf32x3": 8192, "ieee": 8192}
 VALUES_PER_WARP = 1024
 MAX_WARPS = 16
-LONG_ROW_BLOCK, LONG_ROW_WARPS = 4096, 8
+LONG_ROW_BLOCK, LONG_ROW_WARPS = 2048, 8
 # Loads that run ahead would wait in shared memory, up to 100 KB of it; other programs of the SM hide them as well.
 STAGES = 1
 
