@@ -12,6 +12,8 @@ from collections.abc import Callable
 import comfy.ops
 import torch
 
+from ..int8.comfy_lora import Int8Lora
+
 # What ComfyUI sets on a layer that it offloads (ModelPatcher.load).
 _STATE = ("comfy_cast_weights", "weight_function", "bias_function")
 
@@ -29,6 +31,8 @@ def around_block(block: Callable) -> Callable:
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point())
         with contextlib.ExitStack() as fetched:
             for layer in layers:
+                if isinstance(layer, Int8Lora):
+                    fetched.enter_context(layer.lora_in_weight(x.device))
                 fetched.enter_context(_fetched(layer, x))
             return block(*args, **kwargs)
     return call
@@ -44,7 +48,8 @@ def _fetched(layer, x: torch.Tensor):
         # A layer that casts its weights anyway (fp8) is patched in the type it computes in.
         dtype, bias_dtype = ((x.dtype, x.dtype) if patched and type(layer).comfy_cast_weights else
                              (layer.weight.dtype, layer.weight.dtype if layer.bias is None else layer.bias.dtype))
-        weight, bias, held = comfy.ops.cast_bias_weight(layer, dtype=dtype, device=x.device, bias_dtype=bias_dtype, offloadable=True)
+        weight, bias, held = comfy.ops.cast_bias_weight(layer, dtype=dtype, device=x.device, bias_dtype=bias_dtype, offloadable=True,
+                                                        compute_dtype=x.dtype, want_requant=isinstance(layer, Int8Lora))
         if held[0] is not None or hasattr(layer, "_v"):
             # These lie in a buffer that the next layer's fetch writes over.
             weight, bias = weight.clone(), None if bias is None else bias.clone()

@@ -5,18 +5,20 @@ INT8 (TensorWiseINT8Layout, 0.26.0 or later).
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
 
+from .comfy_lora import Int8Lora
 from .kernels import ops
 from .kernels.reference import activation
 from .options import Int8Options
@@ -45,7 +47,7 @@ def require_native_int8(node: str = "INT8 Quantize Model"):
                            "Update ComfyUI; the compile nodes work on this version too.")
 
 
-class _Int8Forward:
+class _Int8Forward(Int8Lora):
     """The multiplication of a mixed-precision Linear through our ops.
 
     kernel: see Int8Options. A smoothed layer has a pre_quant_scale [K] fp32, which the input is multiplied with; core's own forward does
@@ -56,7 +58,11 @@ class _Int8Forward:
 
     def forward(self, input, act="none"):
         """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
-        if (self.kernel == "comfy_kitchen" or self.weight_function or self.bias_function or comfy.model_management.in_training
+        with self.lora_in_weight(input.device) if self.weight_function else contextlib.nullcontext():
+            return self._multiply(input, act)
+
+    def _multiply(self, input, act):
+        if (self.kernel == "comfy_kitchen" or self.weight_function or comfy.model_management.in_training
                 or not isinstance(self.weight, quant_ops.QuantizedTensor) or getattr(self, "comfy_force_cast_weights", False)):
             return super().forward(activation(input, act))
         comfy.ops.run_every_op()
@@ -74,18 +80,6 @@ class _Int8Forward:
             return linear(input, weight, bias, act, scale, self.kernel)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
-
-    # A LoRA is added to the weight as it was before smoothing (ModelPatcher.patch_weight_to_device).
-
-    def convert_weight(self, weight, inplace=False, **kwargs):
-        weight = super().convert_weight(weight, inplace=inplace, **kwargs)
-        scale = getattr(self, "pre_quant_scale", None)
-        return weight if scale is None else weight * scale.to(weight)
-
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        scale = getattr(self, "pre_quant_scale", None)
-        weight = weight if scale is None else weight / scale.to(weight)
-        return super().set_weight(weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
 
 
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel):
@@ -114,6 +108,8 @@ def _patch_linear_input_act():
     @functools.wraps(core)
     def linear_input_act(linear, x, input_act):
         if isinstance(linear, _Int8Forward):
+            if "forward" in vars(linear):  # replaced by a bypass LoRA, which adds to what the layer makes of its input
+                return linear(activation(x, input_act))
             return linear(x, act=input_act)
         return core(linear, x, input_act)
 
@@ -141,6 +137,16 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
         layer.register_buffer("pre_quant_scale", pre_quant_scale.to(home))
     layer.quant_format, layer.layout_type, layer.kernel = FORMAT, LAYOUT, kernel
     return layer.eval()
+
+
+def _weight_of(layer: torch.nn.Module) -> Callable[[], torch.Tensor | None]:
+    """Gives layer's weight for as long as the model keeps the layer: its memory and its moves stay the model's."""
+    reference = weakref.ref(layer)
+
+    def weight():
+        alive = reference()
+        return None if alive is None else alive.weight
+    return weight
 
 
 def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
@@ -208,6 +214,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
                 layer = _int8_layer(weight, bias, plan, kernel, patcher.load_device, patcher.offload_device, compute_dtype)
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
+            layer.source = _weight_of(patcher.get_model_object(PREFIX + plan.name))
             layers[key] = layer
         patches[PREFIX + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
