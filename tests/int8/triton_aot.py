@@ -70,7 +70,7 @@ def gemm(arch: int, config, ragged: bool = False, plain: bool = False) -> dict:
 
 def gemms(arch: int) -> dict[str, dict]:
     """All tiles; those for ragged shapes; the largest of each kernel once more split and without bias."""
-    found = {str(config): gemm(arch, config) for config in triton_configs.tiles(arch)}
+    found = {str(config): gemm(arch, config) for tma in (True, False) for config in triton_configs.tiles(arch, tma)}
     found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True))
     for kernel in ("pointer", "tma"):
         for config in [config for config in triton_configs.tiles(arch) if config.kernel == kernel][:1]:
