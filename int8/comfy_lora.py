@@ -72,8 +72,8 @@ class Int8Lora:
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """The other way: weight [N, K] float, patched, becomes the layer's. Rounded to nearest, with scales of its own."""
         if inplace_update:
-            raise RuntimeError("INT8 Quantize Model: hook LoRAs (Create Hook LoRA) cannot change quantized weights in this ComfyUI version. "
-                               "Use Load LoRA instead, or connect the model without INT8 Quantize Model.")
+            raise RuntimeError("INT8 Quantize Model: hook LoRAs (Create Hook LoRA) cannot change quantized weights in this ComfyUI "
+                               "version. Use Load LoRA instead, or connect the model without INT8 Quantize Model.")
         quantized = self._quantized(weight)
         if return_weight:
             return quantized

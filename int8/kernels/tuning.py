@@ -15,8 +15,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Rows are counted in powers of two: a new resolution rarely meets a bucket that was not measured.
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# A new resolution rarely meets a bucket that was not measured; half steps, since the best tile of a bucket's end can be slow at its start.
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 RUNS = 5
 # Seconds a process may spend on measuring, compiling the candidates included; then the first candidate, the heuristic one, runs.
 BUDGET = 30.0

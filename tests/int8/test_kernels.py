@@ -111,7 +111,7 @@ def test_blocks_of_the_cpu_kernel_leave_no_seam(m):
     q, s = cpu.quant_rows(x, 256)
     want_q, want_s = reference.quant_rows(x, 256)
     # Matrix products of another height may be summed in another order.
-    assert (q != want_q).float().mean() < 1e-4 and torch.allclose(s, want_s)
+    assert (q != want_q).sum() <= max(2, 1e-4 * q.numel()) and torch.allclose(s, want_s)
     qw, ws = reference.quant_rows(w, 256)
     y = cpu.int8_gemm(want_q, want_s, qw, ws[:, None], None, torch.float32)
     assert torch.equal(y, reference.int8_gemm(want_q, want_s, qw, ws[:, None], None, torch.float32))

@@ -67,5 +67,5 @@ def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path):
     assert Choices(tmp_path / "file" / "choices.json").choose("a", CANDIDATES, seconds) == "fast"
 
 
-def test_rows_fall_into_the_next_power_of_two():
-    assert [bucket(m) for m in (1, 16, 17, 4097, 10**6)] == [16, 16, 32, 8192, BUCKETS[-1]]
+def test_rows_fall_into_the_next_bucket():
+    assert [bucket(m) for m in (1, 16, 17, 4097, 10**6)] == [16, 16, 32, 6144, BUCKETS[-1]]
