@@ -39,12 +39,12 @@ CHANGES = {
 }
 
 
-def measure(name: str, nodes: list, unet: str, arguments: dict) -> tuple[dict, dict]:
+def measure(name: str, nodes: list, unet: str, steps: dict, arguments: dict) -> tuple[dict, dict]:
     """({step: seconds}, {step: saved latent}) of one contender, the restart included."""
     seconds, latents = {}, {}
     with tempfile.TemporaryDirectory() as cache:
         env = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}  # torch keeps its precompiled C++ header in the temporary folder
-        for changes in (CHANGES, {"restart": {}}):
+        for changes in (steps, {"restart": {}}):
             with tempfile.TemporaryDirectory() as base, ComfyServer(base_dir=Path(base), env=env, **arguments) as server:
                 chain = [(node, server.defaults(node)) if isinstance(node, str) else node for node in nodes]
                 for step, change in changes.items():
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--default-attention", action="store_true", help="ComfyUI's default on a CPU, which breaks graphs")
     parser.add_argument("--pack", nargs="*", default=[], metavar="FOLDER:NODE", help="another pack's folder and its MODEL -> MODEL node")
     parser.add_argument("--only", nargs="*", default=None, help=f"some of: {', '.join(CONTENDERS)}, and the nodes of --pack")
+    parser.add_argument("--changes", nargs="*", choices=list(CHANGES)[1:], default=list(CHANGES)[1:], help="after the first image")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     packs, contenders = {}, dict(CONTENDERS)
@@ -77,15 +78,16 @@ def main() -> None:
     attention = () if options.default_attention else ("--use-pytorch-cross-attention",)
     arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache_dir(), names), extra_args=attention)
 
+    changes = {step: change for step, change in CHANGES.items() if step == "first image" or step in options.changes}
     results, reference = {}, None
     for name in options.only or contenders:
-        seconds, latents = measure(name, contenders[name], f"{options.model}.safetensors",
+        seconds, latents = measure(name, contenders[name], f"{options.model}.safetensors", changes,
                                    {**arguments, "extra_packs": packs.get(name)})
         reference = reference or latents
         worst = max(relative_difference(latents[step], reference[step]) for step in latents)
         results[name] = {"seconds": seconds, "difference": worst}
 
-    steps = [*CHANGES, "restart"]
+    steps = [*changes, "restart"]
     print(f"{options.model}, {'default' if options.default_attention else 'pytorch'} attention, {cpu_name()}: seconds\n")
     print("".ljust(26) + "".join(step.rjust(12) for step in steps) + "difference".rjust(12))
     for name, result in results.items():
