@@ -118,7 +118,7 @@ class Int8Lora:
     def _is_quantized_from(self, weight: QuantizedTensor, original: torch.Tensor) -> bool:
         group, scale = _group(weight), weight._params.scale.expand(weight.shape[0], 1)
         return weight.shape == original.shape and all(
-            (self._stored(original[rows], group).div_(scale[rows]).sub_(weight._qdata[rows]).abs_().amax() <= MAX_STEPS).item()
+            ((self._stored(original[rows], group) / scale[rows]).sub_(weight._qdata[rows]).abs_().amax() <= MAX_STEPS).item()
             for rows in _row_slices(weight))
 
     def _quantized(self, weight: torch.Tensor) -> QuantizedTensor:
