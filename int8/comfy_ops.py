@@ -177,10 +177,10 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     if options.kernel == "triton" and (reason := ops.triton_unavailable(patcher.load_device)):
         raise ValueError(f"INT8 Quantize Model: {reason}. Set kernel to auto.")
     model = patcher.model
+    if native_layers(patcher):
+        return []  # what its file left in high precision was left so on purpose
     names = [n for n in eligible_linears(model.diffusion_model)
              if n not in planned and not is_int8(patcher.get_model_object(PREFIX + n).weight)]
-    if not names and native_layers(patcher):
-        return []
     if not names:
         raise ValueError("INT8 Quantize Model: this model has no Linear layers to quantize "
                          f"({type(model.diffusion_model).__name__}: none of float type in its blocks). Connect it without this node.")

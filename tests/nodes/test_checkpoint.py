@@ -76,6 +76,13 @@ def test_a_saved_file_is_read_by_the_stock_loader_bit_for_bit(comfy, load, nodes
     assert difference(sample(adopted), image) < NOISE
 
 
+def test_layers_that_an_int8_file_left_in_high_precision_stay_so(comfy, flux, nodes, save):
+    kept = nodes.INT8QuantizeModel(flux, method="convrot", keep_layers="double_blocks.0.*")
+    for method in ("auto", "convrot"):
+        adopted = nodes.INT8QuantizeModel(comfy.sd.load_diffusion_model(save(kept)), method=method)
+        assert adopted.object_patches.keys() == kept.object_patches.keys()
+
+
 def test_the_file_is_half_of_bf16_where_layers_are_wide(load, nodes, save):
     model = load()
     path = save(nodes.INT8QuantizeModel(model, method="convrot"))
