@@ -1,6 +1,8 @@
 """Runs a call with its regions compiled. Plain torch: works on any nn.Module."""
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 import time
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import warmup
+from .aoti import varying
+from .artefacts import MISSING, Cache, RegionArtefacts
 from .guards import without_bookkeeping
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
@@ -22,8 +26,7 @@ from .settings import compile_settings, recompile_limit
 
 logger = logging.getLogger(__name__)
 
-# Tensor.dim() -> the dims that may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels].
-_VARYING = {n: set(range(n - 1 if n in (2, 3) else n)) for n in range(16)}
+_VARYING = {dims: set(varying(dims)) for dims in range(16)}
 
 
 def _entry(name: str) -> types.FunctionType:
@@ -54,15 +57,24 @@ def _mark(value):
 class _Block:
     """The call of one block, in its ``_compiled_call_impl``."""
 
-    __slots__ = ("compiled", "first", "mark", "module")
+    __slots__ = ("artefacts", "compiled", "first", "mark", "module")
 
-    def __init__(self, module: torch.nn.Module, compiled: Callable, mark: bool, first: bool):
+    def __init__(self, module: torch.nn.Module, compiled: Callable[[], Callable], artefacts: RegionArtefacts | None, mark: bool,
+                 first: bool):
         self.module = module
-        self.compiled = compiled
+        self.compiled = compiled  # gives the compiled function: nothing of the compiler is needed where an artefact fits
+        self.artefacts = artefacts
         self.mark = mark
         self.first = first  # of its class
 
     def __call__(self, *args, **kwargs):
+        if self.artefacts is not None:
+            result = self.artefacts.run(self.module, args, kwargs)
+            if result is not MISSING:
+                return result
+            if self.artefacts.instead:
+                return self.module._call_impl(*args, **kwargs)
+        compiled = self.compiled()
         copies = {}
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and not value.is_contiguous() and _strided(value):
@@ -70,11 +82,11 @@ class _Block:
         if self.mark:
             _mark((*args, *kwargs.values(), *copies.values()))
         if not copies:
-            return self.compiled(self.module, *args, **kwargs)
+            return compiled(self.module, *args, **kwargs)
         # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
         args = [copies[id(v)][1] if id(v) in copies else v for v in args]
         kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
-        result = self.compiled(self.module, *args, **kwargs)
+        result = compiled(self.module, *args, **kwargs)
         originals = {}
         for value, copy in copies.values():
             value.copy_(copy)  # a block may have written into its input, or return it
@@ -89,20 +101,30 @@ class CompiledModule:
     the modules themselves stay as they are, and everything is put back afterwards.
     """
 
-    def __init__(self, options: CompileOptions, device: torch.device | None = None):
+    def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
         self.report = CompileReport(title=options.title)
-        self.options, refusal = options.on_device(device or torch.device("cpu"))
+        self._device = device or torch.device("cpu")
+        self.options, refusal = options.on_device(self._device)
         if refusal:
             self._fall_back(refusal)
         self._cuda_graphs = self.options.cuda_graphs
+        self._cache = cache
+        if self.options.artefact_refusal:
+            self._cache = None
+            if options.background:
+                self._fall_back(f"{self.options.artefact_refusal}: compiling when it first samples, not in the background.")
         self._root: weakref.ref | None = None
         self._regions: list[Region] = []
         # (class, region's index, guards filtered) -> the entry function and the compiled one. Kept when an object patch changes the
         # blocks: the same branch may be back at the next prompt.
         self._compiled: dict[tuple[str, int, bool], tuple[types.FunctionType, Callable]] = {}
-        self._blocks: dict[bool, list[_Block]] = {}
+        self._artefacts: dict[int, RegionArtefacts] = {}
+        self._blocks: dict[tuple[bool, bool], list[_Block]] = {}
         self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
+        # Of the call under way: torch's compiler is set up once a block needs it.
+        self._scope = contextlib.ExitStack()
+        self._counters: Counters | None = None
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
             around_block: Callable | None = None):
@@ -135,17 +157,18 @@ class CompiledModule:
             self._root = weakref.ref(root)
             self._regions = find_regions(root, self.options.blocks_only)
             self._blocks.clear()
+            self._artefacts.clear()
             self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
-            warmup.wait()
-        if self._cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        blocks = self._attachable(filter_guards and self.options.guard_filter)
-        counters, start = Counters(), time.perf_counter()
+        blocks = self._attachable(filter_guards and self.options.guard_filter, filter_guards and self._artefacts_allowed())
+        self.report.steps += 1
         before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
+        start = time.perf_counter()
         try:
+            for artefacts in self._artefacts.values():
+                artefacts.begin()
             for block in blocks:
                 block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
-            with compile_settings(self.options.cache_size_limit):
+            with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 return call()
         finally:
             for block, previous in zip(blocks, before):
@@ -153,7 +176,9 @@ class CompiledModule:
                     block.module.__dict__.pop("_compiled_call_impl", None)
                 else:
                     block.module.__dict__["_compiled_call_impl"] = previous
-            settled = not counters.new_frames()
+            counters, self._counters = self._counters, None
+            self._scope.close()
+            settled = counters is None or not counters.new_frames()
             if settled != self._settled:
                 self._settled = settled
                 for block in blocks:
@@ -161,20 +186,58 @@ class CompiledModule:
             if not settled:
                 self._record(counters, time.perf_counter() - start)
 
-    def _attachable(self, filter_guards: bool) -> list[_Block]:
-        if filter_guards not in self._blocks:
-            blocks = self._blocks[filter_guards] = []
+    def _artefacts_allowed(self) -> bool:
+        """An artefact was made for inference, as it is without autocast."""
+        return self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
+
+    def _attachable(self, filter_guards: bool, artefacts: bool) -> list[_Block]:
+        if (filter_guards, artefacts) not in self._blocks:
+            blocks = self._blocks[filter_guards, artefacts] = []
             for index, region in enumerate(self._regions):
-                key = (region.name, index, filter_guards)
-                if key not in self._compiled:
-                    entry = _entry(f"{region.name}_{index}")
-                    self._compiled[key] = entry, _torch_compile(entry, self.options, filter_guards)
-                blocks += [_Block(module, self._compiled[key][1], self.options.mark_sizes, module is region.modules[0])
-                           for module in region.modules]
-        return self._blocks[filter_guards]
+                compiled = functools.partial(self._compile, (region.name, index, filter_guards))
+                blocks += [_Block(module, compiled, self._region_artefacts(index) if artefacts else None, self.options.mark_sizes,
+                                  module is region.modules[0]) for module in region.modules]
+        return self._blocks[filter_guards, artefacts]
+
+    def _region_artefacts(self, index: int) -> RegionArtefacts:
+        if index not in self._artefacts:
+            options = self.options
+            self._artefacts[index] = RegionArtefacts(
+                self._cache, self._regions[index].name, self._device, options.mark_sizes or options.dynamic is not False,
+                options.torch_options(), options.background, self._note)
+        return self._artefacts[index]
+
+    def _compile(self, key: tuple[str, int, bool]) -> Callable:
+        if self._counters is None:
+            warmup.start(self._device.type)
+            warmup.wait()
+            if self._cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            self._counters = Counters()
+            self._scope.enter_context(compile_settings(self.options.cache_size_limit))
+        if key not in self._compiled:
+            entry = _entry(f"{key[0]}_{key[1]}")
+            self._compiled[key] = entry, _torch_compile(entry, self.options, key[2])
+        return self._compiled[key][1]
+
+    def _note(self, event: str, text: str):
+        """Of an artefact; from the builder's thread too."""
+        report = self.report
+        if event == "loaded":
+            report.artefacts.append(text)
+            report.compiled_from_step = report.compiled_from_step or report.steps
+            logger.info("%s: step %d on runs %s from the compile cache", self.options.title, report.steps, text)
+        elif event == "refused" and self.options.background:
+            self._fall_back(f"{text}: running uncompiled. Set background to false to compile it in this process.")
+        elif event == "refused":
+            report.fallbacks.append(f"not kept in the compile cache: {text}")
+            logger.info("%s: not kept in the compile cache: %s", self.options.title, text)
+        else:
+            logger.info("%s: %s: %s", self.options.title, event, text)
 
     def _record(self, counters: Counters, seconds: float):
         first = not self.report.graphs
+        self.report.compiled_from_step = self.report.compiled_from_step or self.report.steps
         counters.add_to(self.report)
         self.report.seconds += seconds
         if first or self.options.log:

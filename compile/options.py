@@ -26,7 +26,8 @@ class CompileOptions:
     mark_sizes: the sizes of a block's inputs that may vary (batch, tokens, height, width) are dynamic from the first compile on.
     mode: one of MODES. options: a JSON object of inductor options, on top of the mode's own. blocks_only: compile the
     repeated blocks, not the whole object. cache_size_limit: recompiles allowed for a block class, 0 for torch's own limit.
-    guard_filter: drop guards on the bookkeeping in transformer_options while no patch may read it. log: a line for every
+    guard_filter: drop guards on the bookkeeping in transformer_options while no patch may read it. background: run eager until a
+    separate process has compiled the blocks. log: a line for every
     compile, not only the first. title: the node's name, in front of every message.
     """
 
@@ -39,6 +40,7 @@ class CompileOptions:
     blocks_only: bool = True
     cache_size_limit: int = 640
     guard_filter: bool = True
+    background: bool = False
     log: bool = False
     title: str = "Compile Model"
 
@@ -49,6 +51,15 @@ class CompileOptions:
             from torch._inductor import list_mode_options  # compile machinery: at the first compile, not at import
             options = {**list_mode_options(self.mode), **options}
         return options
+
+    @property
+    def artefact_refusal(self) -> str:
+        """Why blocks compiled so cannot be kept on disk as artefacts of their own, empty where they can."""
+        if self.backend != "inductor":
+            return f"backend {self.backend} makes no artefacts that outlive the process"
+        if self.mode != "default":
+            return f"mode {self.mode} is not kept as an artefact"
+        return "CUDA graphs are recorded anew in each process" if self.cuda_graphs else ""
 
     @property
     def cuda_graphs(self) -> bool:

@@ -20,6 +20,7 @@ from ..int8.comfy_calibrate import CALIBRATING
 from ..int8.comfy_ops import pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
+from .comfy_cache import get_cache
 from .comfy_offload import around_block, is_offloaded
 from .engine import CompiledModule
 from .options import CompileOptions
@@ -55,7 +56,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         states = _COMPILED.setdefault(model, {})
         key = (target, options, device)
         if key not in states:
-            states[key] = _State(CompiledModule(options, device))
+            states[key] = _State(CompiledModule(options, device, get_cache()))
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
     return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough,
@@ -126,7 +127,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
 def add_compile(patcher, target: str, options: CompileOptions) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing."""
-    warmup.start(patcher.load_device.type)
+    _warm_up(patcher, target, options)
     wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
@@ -143,13 +144,22 @@ def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
     module = check_target(patcher, target)
     if not repeated_blocks(module):
         raise ValueError(f"{options.title}: no repeated blocks to compile in {type(module).__name__}. Connect it without this node.")
-    warmup.start(patcher.load_device.type)
+    _warm_up(patcher, target, options)
     methods = [name for name in METHODS if hasattr(patcher.model, name)]
     for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
         original = patcher.get_model_object(name)
         if isinstance(original, CompiledMethod):
             original = original.original
         patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device))
+
+
+def _warm_up(patcher, target: str, options: CompileOptions) -> None:
+    """Imports the compiler in the background, unless artefacts of these blocks are there or another process will compile: importing slows
+    the first image down."""
+    cache = None if options.artefact_refusal else get_cache()
+    names = {type(container._modules[key]).__name__ for _, container, key in repeated_blocks(check_target(patcher, target))}
+    if cache is None or not (options.background or (names and all(map(cache.store.has, names)))):
+        warmup.start(patcher.load_device.type)
 
 
 def _overlap(a: str, b: str) -> bool:

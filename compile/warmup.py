@@ -38,18 +38,24 @@ def wait() -> None:
 
 def _run(device_type: str, ready: threading.Event):
     try:
-        import torch._inductor.compile_fx
-
+        prepare(device_type)
+        ready.set()
         if device_type == "cpu":
-            _probe_vector_instructions()
-            ready.set()
             _build_header()
-        else:
-            import torch._inductor.runtime.triton_heuristics  # noqa: F401
     except Exception as error:
         logger.debug("warm-up: %s: %s", type(error).__name__, error)
     finally:
         ready.set()
+
+
+def prepare(device_type: str) -> None:
+    """The imports and, on a CPU, the probe."""
+    import torch._inductor.compile_fx
+
+    if device_type == "cpu":
+        _probe_vector_instructions()
+    else:
+        import torch._inductor.runtime.triton_heuristics  # noqa: F401
 
 
 def _probe_vector_instructions():

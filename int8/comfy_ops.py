@@ -18,6 +18,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from .artefact_layer import ArtefactLinear
 from .comfy_lora import Int8Lora
 from .kernels import ops
 from .kernels.reference import activation
@@ -82,6 +83,21 @@ class _Int8Forward(Int8Lora):
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
 
 
+    def artefact_tensors(self) -> dict[str, torch.Tensor]:
+        """The plain tensors that it multiplies with, by their names in ArtefactLinear (compile/cache_block.py)."""
+        if not isinstance(self.weight, quant_ops.QuantizedTensor):
+            return {}
+        named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
+                 "pre_quant_scale": getattr(self, "pre_quant_scale", None)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def artefact_replacement(self) -> tuple:
+        params = self.weight._params
+        # What models ask of a layer beside calling it.
+        shape = {"in_features": self.in_features, "out_features": self.out_features}
+        return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
+
+
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel):
     params = weight._params
     return ops.int8_linear(x, weight._qdata, params.scale, bias, params.convrot_groupsize if params.convrot else 0, act,
@@ -100,14 +116,14 @@ def _linear_class(compute_dtype: torch.dtype) -> type:
 
 
 @functools.cache
-def _patch_linear_input_act():
+def patch_linear_input_act():
     """core's linear_input_act (the FFN of Wan, LTX, ...) hands every INT8 weight to comfy_kitchen, past the layer's own
     forward, and breaks compiled graphs there. Our layers take their own forward; all others go on as before."""
     core = comfy.ops.linear_input_act
 
     @functools.wraps(core)
     def linear_input_act(linear, x, input_act):
-        if isinstance(linear, _Int8Forward):
+        if isinstance(linear, (_Int8Forward, ArtefactLinear)):
             if "forward" in vars(linear):  # replaced by a bypass LoRA, which adds to what the layer makes of its input
                 return linear(activation(x, input_act))
             return linear(x, act=input_act)
@@ -197,7 +213,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
     """
     _register_layout_op()
     if hasattr(comfy.ops, "linear_input_act"):
-        _patch_linear_input_act()
+        patch_linear_input_act()
     model = patcher.model
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
     layers = _LAYERS.setdefault(model, weakref.WeakValueDictionary())
@@ -246,7 +262,7 @@ def adopt_native_layers(patcher, kernel: str):
     returned: the same weights, nothing is quantized again."""
     _register_layout_op()
     if hasattr(comfy.ops, "linear_input_act"):
-        _patch_linear_input_act()
+        patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     names = native_layers(patcher)
     for name in names:

@@ -7,6 +7,7 @@ import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
 from ..compile import warmup
+from ..compile.comfy_cache import get_cache
 from .checkpoint import LoadINT8Model, SaveINT8Model
 from .compile_model import CompileModel
 from .lazy_compile import INT8LazyTorchCompile
@@ -49,12 +50,20 @@ def _report_id_clashes(registry: dict) -> None:
 
 
 def _warm_up(json_data: dict) -> dict:
-    """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads."""
+    """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads. Not where there are artefacts, which
+    need no compiler; the node finds out if they are of another model."""
     prompt = json_data.get("prompt")
     nodes = prompt.values() if isinstance(prompt, dict) else ()
-    if any(isinstance(node, dict) and node.get("class_type") in SHARED_IDS for node in nodes):
+    cache = get_cache()
+    if ((cache is None or not cache.store.has())
+            and any(isinstance(node, dict) and node.get("class_type") in SHARED_IDS and not _is_background(node) for node in nodes)):
         warmup.start(comfy.model_management.get_torch_device().type)
     return json_data
+
+
+def _is_background(node: dict) -> bool:
+    inputs = node.get("inputs")
+    return isinstance(inputs, dict) and bool(inputs.get("background"))
 
 
 async def _register_replacements() -> None:

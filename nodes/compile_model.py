@@ -17,6 +17,8 @@ from ..compile.patcher import add_compile, add_method_compile, check_target, non
 logger = logging.getLogger(__name__)
 
 TITLE = "Compile Model"
+BACKGROUND_TOOLTIP = ("Sample uncompiled at once, while a separate process compiles the blocks; compiled code takes over at a step "
+                      "boundary when it is ready, in this image or a later one.")
 MEMORY_FORMATS = ("preserve_format", "contiguous_format", "channels_last", "channels_last_3d")
 
 
@@ -69,6 +71,7 @@ class CompileModel(io.ComfyNode):
                 io.Boolean.Input("disable", default=False, tooltip="Pass the model on uncompiled, to compare."),
                 BackendCombo("backend", default="inductor", tooltip="The compiler. inductor unless you know why; eager and aot_eager "
                              "find out which stage fails; velocator and xelerate need their package."),
+                io.Boolean.Input("background", default=False, optional=True, tooltip=BACKGROUND_TOOLTIP),
             ],
             outputs=[model_out],
         )
@@ -87,10 +90,10 @@ class CompileModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, is_patcher, object_to_patch, memory_format, fullgraph, dynamic, mode, options, disable,
-                backend) -> io.NodeOutput:
+                backend, background=False) -> io.NodeOutput:
         layout = _memory_format(memory_format)
         settings = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=dynamic, mark_sizes=not dynamic, mode=mode,
-                                  options=compile_options.parse_options(options, backend), title=TITLE)
+                                  options=compile_options.parse_options(options, backend), background=background, title=TITLE)
         compile_options.require_backend(backend)
         _check_type(model, is_patcher)
         object_to_patch = object_to_patch.strip()

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..compile.options import DYNAMIC, CompileOptions
 from ..compile.patcher import add_compile, non_dynamic_clone
+from .compile_model import BACKGROUND_TOOLTIP
 
 TITLE = "INT8 Lazy Torch Compile"
 
@@ -40,16 +41,17 @@ class INT8LazyTorchCompile(io.ComfyNode):
                                  "weights are plain tensors. The checkpoint is read once more. Off, weights are streamed as usual and "
                                  "break graphs."),
                 io.Boolean.Input("log_compile", default=False, tooltip="Write a line to the console for every compile."),
+                io.Boolean.Input("background", default=False, optional=True, tooltip=BACKGROUND_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The same model; it compiles when it first samples.")],
         )
 
     @classmethod
     def execute(cls, model, backend, fullgraph, mode, dynamic, compile_transformer_blocks_only, dynamo_cache_size_limit,
-                use_guard_filter, disable_dynamic_vram, log_compile) -> io.NodeOutput:
+                use_guard_filter, disable_dynamic_vram, log_compile, background=False) -> io.NodeOutput:
         options = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=DYNAMIC[dynamic], mark_sizes=dynamic == "true", mode=mode,
                                  blocks_only=compile_transformer_blocks_only, cache_size_limit=dynamo_cache_size_limit,
-                                 guard_filter=use_guard_filter, log=log_compile, title=TITLE)
+                                 guard_filter=use_guard_filter, log=log_compile, background=background, title=TITLE)
         patched = non_dynamic_clone(model, TITLE) if disable_dynamic_vram else model.clone()
         add_compile(patched, "diffusion_model", options)
         return io.NodeOutput(patched)

@@ -1,0 +1,356 @@
+"""AOTInductor packages of a block: built here from its skeleton, run without dynamo or inductor.
+
+Traced with torch.export at batch 2 at least: a graph for batch 1 is of no use for others, one for 2 serves 1 if the program for 1 has the
+same operations. A package checks nothing of its inputs, so all that its trace relied on is written down and checked before it is run.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cache_block import Spec, attributes_of, load_skeleton
+from .cache_call import LAYOUTS, OptionReads, Unsupported, as_tuples, rebuild
+from .cache_sources import recording, sources_of
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "artifact.pt2"
+READABLE = "readable.py"
+
+
+@dataclasses.dataclass
+class Job:
+    """What another process needs to build the artefact of a call; pickled by this pack for itself.
+
+    skeleton: see dump_skeleton. tensors: of the block, in order: name, dtype, shape, layout. structure, leaves, options: of the call (see
+    cache_call), a leaf as (dtype, shape, layout). batched: leaves whose first size is the batch. dynamic: sizes that may vary are compiled
+    for any value. device: of everything. threads: of the CPU. config: inductor's options. method: of the block, called as
+    block.method(*args).
+    """
+
+    name: str
+    skeleton: bytes
+    tensors: list[tuple[str, str, tuple[int, ...], str]]
+    structure: tuple
+    leaves: list[Spec]
+    options: list[dict]
+    batched: list[int]
+    dynamic: bool
+    device: str
+    threads: int
+    config: dict
+    method: str = "forward"
+
+
+def varying(dims: int) -> range:
+    """Which dims of a block's input may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels], nor the
+    rotation matrices of position embeddings [..., D/2, 2, 2]."""
+    return range(dims - 1 if dims in (2, 3) else dims - 3 if dims > 5 else dims)
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What a trace shows besides its graph. outputs: the structure of the result. code: see recording."""
+
+    options: list[OptionReads]
+    outputs: object = None
+    code: dict = dataclasses.field(default_factory=dict)
+
+
+class _Program(torch.nn.Module):
+    """forward(tensors, leaves): the call as a function of tensors only."""
+
+    def __init__(self, block: torch.nn.Module, job: Job, seen: _Seen):
+        super().__init__()
+        self._block = (block,)  # not a submodule: its weights are arguments
+        self._job = job
+        self._seen = seen  # export puts back what is assigned to the module itself
+
+    def forward(self, tensors, leaves):
+        args, kwargs = rebuild(self._job.structure, leaves, self._seen.options)
+        block = self._block[0]
+        with _method_as_forward(block, self._job.method), recording() as code:
+            named = {name: tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
+            result = torch.func.functional_call(block, named, args, kwargs)
+        self._seen.code.update(code)
+        found: list[Tensor] = []
+        self._seen.outputs = _output_structure(result, found)
+        return found
+
+
+@contextlib.contextmanager
+def _method_as_forward(block, method: str):
+    if method == "forward":
+        yield
+        return
+    block.forward = getattr(block, method)
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+def _output_structure(value, found: list[Tensor]):
+    if isinstance(value, Tensor):
+        found.append(value)
+        return "tensor"
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return [type(value).__name__, *[_output_structure(item, found) for item in value]]
+    if type(value) is dict:
+        return ["dict", *[[key, _output_structure(item, found)] for key, item in value.items()]]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return [type(value).__name__, value]
+    raise Unsupported(f"it returns a {type(value).__name__}")
+
+
+def build(job: Job, folder: Path) -> dict:
+    """Writes the package and its readable form into folder: -> the body of its manifest. Raises Unsupported, and what torch raises."""
+    traced, body = _trace(job)
+    names = {name for code in traced.seen.code.values() for name in _identifiers(code)}
+    body |= {"kind": "aoti", "name": job.name, "structure": job.structure, "outputs": traced.seen.outputs, "names": sorted(names),
+             "attributes": attributes_of(traced.block, names), "sources": sources_of(traced.seen.code), "torch": torch.__version__}
+    _compile(traced.program, job, folder / PACKAGE)
+    (folder / READABLE).write_text(_readable(job, body, traced.program))
+    return body
+
+
+def _identifiers(code) -> set[str]:
+    """Names of attributes and globals, and texts that may be one (getattr)."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
+        elif hasattr(constant, "co_names"):
+            names |= _identifiers(constant)
+    return names
+
+
+@dataclasses.dataclass
+class _Traced:
+    program: torch.export.ExportedProgram
+    block: torch.nn.Module
+    seen: _Seen
+
+
+def _trace(job: Job) -> tuple[_Traced, dict]:
+    batch = job.leaves[job.batched[0]][1][0] if job.batched else 0
+    if not job.dynamic or not batch:
+        traced = _export(job, batch, any_batch=False)
+        return traced, _inputs(traced, job, least_batch=0)
+    try:
+        traced = _export(job, max(batch, 2), any_batch=True)
+        body = _inputs(traced, job, least_batch=2)
+        if isinstance(body["leaves"][job.batched[0]][1][0], int):
+            raise Unsupported("its batch is fixed")
+        alone = _export(job, 1, any_batch=False)
+        if _operations(traced) == _operations(alone):
+            return traced, _inputs(traced, job, least_batch=1)
+        if batch > 1:
+            return traced, body
+    except Exception as error:  # the sizes of this call are still to be had
+        logger.warning("%s: %s; building for batch %d only", job.name, error, batch)
+    traced = _export(job, batch, any_batch=False)
+    return traced, _inputs(traced, job, least_batch=0)
+
+
+def _operations(traced: _Traced) -> list[str]:
+    """What the program does, without what a known size leaves out: slices of all there is, and reading sizes."""
+    names = [str(node.target) if node.op == "call_function" else node.op for node in traced.program.graph.nodes]
+    return [name for name in names if not name.startswith(("aten.sym_size", "aten.slice.Tensor", "aten._assert", "aten.sym_constrain"))]
+
+
+def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.export import Dim, export
+    from torch.fx.experimental import _config as shape_config
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with shape_config.patch(use_duck_shape=False), torch.no_grad():
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+
+        def make(dtype: str, shape: tuple, kind: str) -> Tensor:
+            with mode:
+                return torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
+        block = load_skeleton(job.skeleton).eval()
+        tensors = [make(dtype, shape, kind) for _, dtype, shape, kind in job.tensors]
+        leaves, shapes = [], []
+        for index, (dtype, shape, kind) in enumerate(job.leaves):
+            if index in job.batched:
+                shape = (batch, *shape[1:])
+            leaves.append(make(dtype, shape, kind))
+            shapes.append({dim: Dim.AUTO for dim in varying(len(shape)) if job.dynamic and shape[dim] > 1
+                           and (any_batch or dim or index not in job.batched)})
+        seen = _Seen([OptionReads(values) for values in job.options])
+        exported = export(_Program(block, job, seen), (tensors, leaves), dynamic_shapes=([None] * len(tensors), shapes), strict=False)
+    _refuse_random(exported)
+    return _Traced(exported, block, seen)
+
+
+def _refuse_random(exported):
+    for node in exported.graph.nodes:
+        # Attention is random by its tag; it is with dropout only, which comes fifth.
+        dropout = node.kwargs.get("dropout_p", (*node.args, 0, 0, 0, 0, 0)[4]) if "attention" in str(node.target) else 1
+        if dropout and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise Unsupported(f"it draws random numbers ({node.target})")
+
+
+def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
+    """What a call must be like for this program: shapes, guards, what it writes into and returns unchanged.
+
+    least_batch: 1 where the batch may be 1 although it was traced with more; 0 where it is fixed.
+    """
+    from sympy import Symbol
+    from torch.utils._sympy.printers import PythonPrinter
+
+    program = traced.program
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != len(job.tensors) + len(job.leaves):
+        raise Unsupported("it holds tensors that are neither parameters nor buffers")
+    leaves = inputs[len(job.tensors):]
+    shapes = [[_expression(size) for size in node.meta["val"].shape] for node in leaves]
+    ties = {}
+    if least_batch:
+        # One size for all: where the trace let two differ it took neither for 1, and would be wrong if only one were.
+        first = shapes[job.batched[0]][0]
+        ties = {shapes[index][0]: first for index in job.batched if isinstance(shapes[index][0], Symbol)}
+    renamed = {symbol: Symbol(f"d{index}", integer=True) for index, symbol in enumerate(dict.fromkeys(
+        ties.get(size, size) for shape in shapes for size in shape if isinstance(size, Symbol)))}
+
+    def text(expression) -> str | int:
+        expression = expression.xreplace(ties)
+        if not expression.free_symbols <= set(renamed):
+            raise Unsupported(f"it depends on a size that is none of its inputs' ({expression})")
+        return PythonPrinter().doprint(expression.xreplace(renamed)) if expression.free_symbols else int(expression)
+    environments = [size.node.shape_env for node in leaves for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
+    guards = [environments[0].simplify(guard.expr).xreplace(ties) for guard in environments[0].guards] if environments else []
+    ranges = {}
+    for symbol, name in renamed.items():
+        bounds = program.range_constraints[symbol]
+        low = 1 if least_batch == 1 and symbol == first else max(2, _bound(bounds.lower, 2))
+        ranges[str(name)] = [low, _bound(bounds.upper, 1 << 62)]
+    signature = program.run_decompositions({}).graph_signature  # functional: what is written in place becomes an output
+    by_name = {node.name: index for index, node in enumerate(leaves)}
+    changed = [spec.target for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"]
+    if not set(changed) <= set(by_name):
+        raise Unsupported("it changes its weights")
+    outputs = [spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    return {
+        "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
+        "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
+        "written": [by_name[name] for name in changed], "same": [by_name.get(name, -1) for name in outputs],
+        "options": [options.constants() for options in traced.seen.options],
+    }
+
+
+def _expression(size):
+    import sympy
+
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _bound(value, otherwise: int) -> int:
+    return int(value) if value.is_Integer else otherwise
+
+
+def _compile(program, job: Job, path: Path):
+    import torch._inductor
+    from torch._inductor import config
+
+    from ..int8.graph_pass import MergeQuantizations
+
+    options = {"post_grad_custom_pre_pass": MergeQuantizations(), **job.config}
+    with config.patch({"cpp.threads": job.threads, "max_autotune_gemm_backends": config.max_autotune_gemm_backends}), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _readable(job: Job, body: dict, program) -> str:
+    lines = [f"# {job.name}.{job.method} for {job.device}, torch {body['torch']}",
+             f"# inputs (dtype, shape, layout): {body['leaves']}", f"# sizes: {body['ranges']}", f"# conditions: {body['guards']}",
+             f"# weights: {', '.join(name for name, *_ in job.tensors)}", f"# inductor options: {job.config}", "# traced from:"]
+    lines += [f"#   {module}.{name}" if name else f"#   {module} (file)" for module, name, _ in body["sources"]]
+    return "\n".join(lines) + "\n" + program.graph_module.print_readable(print_output=False)
+
+
+class Artefact:
+    """A package that this process can run. Loading it takes a few ms and needs neither dynamo nor inductor."""
+
+    def __init__(self, body: dict, package: Path, device: torch.device):
+        self.structure = as_tuples(body["structure"])
+        self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]
+        self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
+        self._names = {name for name, _, _ in self._ranges}
+        self._guards = [_condition(text) for text in body["guards"]]
+        self._expressions = {size: _condition(size) for _, shape, _ in self._leaves for size in shape
+                             if isinstance(size, str) and size not in self._names}
+        self.options = body["options"]
+        self.attributes = body["attributes"]
+        self.names = set(body["names"])
+        self._outputs = as_tuples(body["outputs"])
+        self.written = body["written"]
+        self._same = body["same"]
+        self._device = device
+        self._runner = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1,
+                                                             -1 if device.type == "cpu" else device.index or 0)
+
+    def accepts(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether leaves, of this structure, are what was traced; their layout aside, see dense."""
+        sizes: dict[str, int] = {}
+        late = []
+        for leaf, (dtype, shape, _) in zip(leaves, self._leaves):
+            if leaf.dtype is not dtype or leaf.device != self._device or leaf.dim() != len(shape) or type(leaf) is not Tensor:
+                return False
+            for size, expected in zip(leaf.shape, shape):
+                if type(expected) is int:
+                    if size != expected:
+                        return False
+                elif expected not in self._names:
+                    late.append((size, expected))
+                elif sizes.setdefault(expected, size) != size:
+                    return False
+        return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
+                and all(eval(self._expressions[expected], _MATH, sizes) == size for size, expected in late)
+                and all(eval(guard, _MATH, sizes) for guard in self._guards))
+
+    def dense(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """leaves in the layout that was traced; the same tensor where it has it."""
+        return [_aligned(leaf.contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else leaf.contiguous())
+                for leaf, (_, _, kind) in zip(leaves, self._leaves)]
+
+    def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor]):
+        """The block's result; leaves must be accepted."""
+        inputs = self.dense(leaves)
+        results = self._runner.boxed_run([*tensors, *inputs])
+        for index in self.written:
+            if inputs[index] is not leaves[index]:
+                leaves[index].copy_(inputs[index])
+        results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
+        return _result(self._outputs, iter(results))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    # Triton kernels are compiled for inputs at multiples of 16 bytes; a slice may begin anywhere.
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
+
+
+def _result(structure, tensors):
+    if structure == "tensor":
+        return next(tensors)
+    kind, *items = structure
+    if kind in ("tuple", "list"):
+        return {"tuple": tuple, "list": list}[kind](_result(item, tensors) for item in items)
+    if kind == "dict":
+        return {key: _result(item, tensors) for key, item in items}
+    return items[0]
+
+
+_MATH = {"__builtins__": {}, "min": min, "max": max}
+
+
+def _condition(text: str):
+    return compile(text, "condition", "eval")

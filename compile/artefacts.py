@@ -1,0 +1,210 @@
+"""The artefacts of a region's blocks: found on disk, run where they fit, asked of the builder where there is none."""
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import cache_key
+from .aoti import PACKAGE, Artefact, Job
+from .builder import Builder, Order
+from .cache_block import BlockState, Weights, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_call import Call, Unsupported, flatten, options_match, simple_options
+from .cache_sources import Sources
+from .cache_store import CacheError, CacheStore
+
+logger = logging.getLogger(__name__)
+
+MISSING = object()
+MAX_SIGNATURES = 8  # kinds of calls of a block class that artefacts are built for
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where artefacts are and who builds them. host: see cache_key.group."""
+
+    store: CacheStore
+    builder: Builder
+    host: Callable[[], dict] = dict
+
+
+@dataclass
+class _Loaded:
+    artefact: Artefact
+    sources: Sources
+    usable: bool = True
+
+
+@dataclass
+class _Known:
+    """What is found out once a block. states: of an artefact; None where the block differs from what it was made of."""
+
+    weights: Weights
+    states: dict[int, BlockState | None] = field(default_factory=dict)
+
+
+class RegionArtefacts:
+    """For the blocks of one region on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
+
+    background: an artefact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
+    report.
+    """
+
+    def __init__(self, cache: Cache, name: str, device: torch.device, dynamic: bool, config: dict, background: bool,
+                 note: Callable[[str, str], None]):
+        self._cache = cache
+        self._name = name
+        self._device = device
+        self._dynamic = dynamic
+        self._config = config
+        self._background = background
+        self._note = note
+        self._place = ""
+        self._specs: list = []
+        self._loaded: dict[tuple, list[_Loaded]] = {}
+        self._seen: set[str] = set()
+        self._stale: dict[str, Path] = {}
+        self._requested: set[str] = set()
+        self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
+        self._known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
+        self._refusal = ""
+        self._changed = threading.Event()  # set by the builder
+        self._changed.set()
+
+    @property
+    def instead(self) -> bool:
+        """Whether what no artefact fits is to run eager, not to be compiled in this process."""
+        return self._background
+
+    def begin(self) -> None:
+        """At the start of a step: what the builder has finished since is loaded; code that was patched since is not used."""
+        if self._changed.is_set() and self._place:
+            self._changed.clear()
+            self._asked.clear()
+            self._load()
+        for group in self._loaded.values():
+            for loaded in group:
+                changed = loaded.sources.mismatch()
+                if loaded.usable == bool(changed):
+                    loaded.usable = not changed
+                    if changed:
+                        self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
+
+    def run(self, block: torch.nn.Module, args: tuple, kwargs: dict):
+        """The block's result by an artefact; MISSING where none fits this call."""
+        if self._refusal:
+            return MISSING
+        try:
+            call = flatten(args, kwargs)
+            known = self._known.get(block) or self._learn(block)
+            for loaded in self._loaded.get(call.structure, ()):
+                if (loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, known, loaded, call)
+                        and (tensors := known.weights.get()) is not None):
+                    return loaded.artefact(tensors, call.leaves)
+            self._request(block, call)
+        except Unsupported as error:
+            self._refuse(str(error))
+        return MISSING
+
+    def _learn(self, block) -> _Known:
+        if not self._place:
+            structure = structure_of(block)
+            self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
+            group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
+            self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
+            self._load()
+        known = self._known[block] = _Known(Weights(block, self._specs, self._device))
+        return known
+
+    def _fits(self, block, known: _Known, loaded: _Loaded, call: Call) -> bool:
+        artefact = loaded.artefact
+        if not all(map(options_match, call.options, artefact.options)):
+            return False
+        state = known.states.get(id(loaded), MISSING)
+        if state is MISSING or (state is not None and not state.holds()):
+            try:
+                state = BlockState(block, artefact.attributes, artefact.names)
+            except Unsupported:
+                state = None
+            known.states[id(loaded)] = state
+        return state is not None and state.holds()
+
+    def _load(self):
+        store = self._cache.store
+        for entry in store.entries(self._place):
+            if entry.folder.name in self._seen:
+                continue
+            self._seen.add(entry.folder.name)
+            sources = Sources(entry.body["sources"])
+            if changed := sources.mismatch():
+                self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
+                self._stale[entry.folder.name] = entry.folder
+                continue
+            try:
+                artefact = Artefact(entry.body, entry.read(PACKAGE), self._device)
+            except (CacheError, RuntimeError, OSError) as error:
+                store.set_aside(entry.folder, str(error).partition("\n")[0])
+                continue
+            store.touch(entry)
+            self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources))
+            self._note("loaded", f"{self._name} {entry.folder.name}")
+
+    def _request(self, block, call: Call):
+        asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
+        if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
+            return
+        self._asked.add(asked)
+        job = job_of(self._name, block, call, self._device, self._dynamic, self._config)
+        entry = cache_key.entry_name(job)
+        if entry in self._requested:
+            if entry in self._seen:
+                self._refuse("what was built for it does not fit: other code runs here than in a new process (another pack's patch?), "
+                             "or its attributes change")
+            return
+        if entry in self._seen:
+            # The code that it was made of was edited, or a flag of the block differs: made anew.
+            shutil.rmtree(self._stale.pop(entry, self._cache.store.base / self._place / entry), ignore_errors=True)
+            self._seen.discard(entry)
+        self._requested.add(entry)
+        self._note("building", f"{self._name} {entry}")
+        region = weakref.ref(self)
+        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background))
+
+    def _refuse(self, reason: str):
+        self._refusal = reason
+        self._note("refused", f"{self._name}: {reason}")
+
+
+def _done(region: weakref.ref, name: str, reason: str):
+    """In the builder's thread."""
+    owner = region()
+    if owner is None:
+        return
+    if reason:
+        owner._refuse(reason)
+    else:
+        owner._note("built", name)
+        owner._changed.set()
+
+
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic: bool, config: dict,
+           method: str = "forward") -> Job:
+    """Raises Unsupported for a block that cannot be described to another process."""
+    leaves = [spec_of(leaf) for leaf in call.leaves]
+    # A call makes dense copies of what has another layout.
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in leaves]
+    batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
+    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch]
+    tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
+    if not all(kind for *_, kind in tensors):
+        raise Unsupported("one of its weights is not contiguous")
+    return Job(name, dump_skeleton(block), tensors, call.structure, leaves,
+               [simple_options(options) for options in call.options], batched if batch else [], dynamic, device.type,
+               torch.get_num_threads(), config, method)

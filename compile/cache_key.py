@@ -1,0 +1,94 @@
+"""What an artefact depends on besides the block it was made of: everything that could make it stale or wrong elsewhere."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from .aoti import varying
+from .cache_store import digest
+from .guards import BOOKKEEPING
+
+ROOT = Path(__file__).absolute().parent.parent
+FORMAT = 1
+
+
+@functools.lru_cache(8)
+def machine(device_type: str, index: int | None) -> dict:
+    """Versions and hardware: what does not change while this process runs."""
+    key = {"format": FORMAT, "torch": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda,
+           "hip": torch.version.hip, "python": list(sys.version_info[:2]), "system": platform.system(), "machine": platform.machine(),
+           "pack": _pack(), "triton": _version("triton") or _version("triton-windows") or _version("pytorch-triton")}
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(index or 0)
+        key |= {"gpu": properties.name, "capability": [properties.major, properties.minor], "processors": properties.multi_processor_count}
+    else:
+        key |= {"processor": _processor(), "capability": torch.backends.cpu.get_cpu_capability(), "compiler": os.environ.get("CXX", "")}
+    return key
+
+
+def settings() -> dict:
+    """torch's settings of this process that generated code depends on."""
+    return {"threads": torch.get_num_threads(), "default": str(torch.get_default_dtype()), "matmul": torch.get_float32_matmul_precision(),
+            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+            "reduced": [torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+                        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction],
+            "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:
+    """The folder of all artefacts of a block, as TorchAir names it: {class}_{dynamic or static}_{tier}_{key}. host: what else the program
+    around depends on (ComfyUI's options)."""
+    key = digest([machine(device.type, device.index), settings(), structure, config, str(device.type), host])
+    return f"{name}_{'dynamic' if dynamic else 'static'}_{tier}_{key}"
+
+
+def distribution(global_rank: int | None = None, tp_rank: int | None = None, pp_rank: int | None = None) -> str:
+    """TorchAir's name of a process in a distributed run: world2global_rank1_tp_rank0_pp_rank1; empty for a single process."""
+    parts = []
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        rank = torch.distributed.get_rank() if global_rank is None else global_rank
+        parts.append(f"world{torch.distributed.get_world_size()}global_rank{rank}")
+    parts += [f"{name}{rank}" for name, rank in (("tp_rank", tp_rank), ("pp_rank", pp_rank)) if rank is not None]
+    return "_".join(parts)
+
+
+def entry_name(job) -> str:
+    """The folder of the artefact for calls like this one: of what a call must have in common with it."""
+    leaves = [[dtype, [None if job.dynamic and dim in varying(len(shape)) and size > 1 and not (index in job.batched and dim == 0) else size
+                       for dim, size in enumerate(shape)], kind] for index, (dtype, shape, kind) in enumerate(job.leaves)]
+    for index in job.batched if job.dynamic else ():
+        leaves[index][1][0] = "batch"
+    options = [{key: value for key, value in values.items() if key not in BOOKKEEPING} for values in job.options]
+    return digest([job.structure, leaves, options, hashlib.sha256(job.skeleton).hexdigest()], 12)
+
+
+@functools.cache
+def _pack() -> str:
+    """Of this pack's sources: an update or an edit makes other code of the same block."""
+    hashed = hashlib.sha256()
+    for path in sorted(p for folder in ("compile", "int8") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """Generated C++ uses every instruction that this processor has."""
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+    return hashlib.sha256(line.encode()).hexdigest()[:16]

@@ -1,0 +1,286 @@
+"""Compiled artefacts on disk. Plain Python: knows nothing of torch.
+
+    <root>/v1/<signer>/<group>/<distribution>/<method>/<entry>/    manifest.json, the artefact, readable.py
+
+An artefact is code that will run in this process. So an entry counts only if the folder belongs to this user, no one else can write
+there, and its manifest is signed (HMAC-SHA256) with a key that lies outside the cache; the manifest has the SHA-256 of every file.
+Writers fill a folder of their own and rename it, so readers need no lock and a killed writer leaves nothing that is read.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "v1"
+MANIFEST = "manifest.json"
+GIB = 1 << 30
+DEFAULT_LIMIT = 5 * GIB
+LOCK_SECONDS = 1800  # a builder that has been at it longer is taken for dead
+ASIDE, PARTIAL, LOCK = ".bad-", ".tmp-", ".lock-"
+
+
+class CacheError(RuntimeError):
+    """The cache cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A verified entry. body: what the writer said of it."""
+
+    folder: Path
+    body: dict
+
+    def read(self, name: str) -> Path:
+        """The path of one of its files. Raises CacheError unless its content is what was signed."""
+        path = self.folder / name
+        try:
+            _require_own(path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise CacheError(f"{path.name}: {error.strerror or error}") from None
+        if not hmac.compare_digest(digest, self.body["files"].get(name, "")):
+            raise CacheError(f"{path.name} was changed after it was signed")
+        return path
+
+
+class CacheStore:
+    """root: made if absent, owner-only. key_file: of the signing key, made if absent; limit: bytes, above which the entries that were
+    not used for longest go. Raises CacheError where root cannot be trusted or made."""
+
+    def __init__(self, root: Path, key_file: Path, limit: int = DEFAULT_LIMIT):
+        self.limit = limit
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _require_own(root)
+            self._key = _signing_key(key_file)
+        except OSError as error:
+            raise CacheError(f"the compile cache {root} cannot be used ({error.strerror or error})") from None
+        self.layout = root / LAYOUT
+        self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
+
+    def has(self, name: str = "") -> bool:
+        """Whether there is anything in a group whose name begins so."""
+        return next(self.base.glob(f"{name}*/*/*/*/{MANIFEST}"), None) is not None
+
+    def entries(self, place: str) -> Iterator[Entry]:
+        """The good entries below place ("group/distribution/method"), in order of their names. Damaged ones are set aside."""
+        try:
+            folders = sorted(f for f in (self.base / place).iterdir() if not f.name.startswith("."))
+        except OSError:
+            return
+        for folder in folders:
+            with contextlib.suppress(CacheError):
+                yield self.entry(folder)
+
+    def entry(self, folder: Path) -> Entry:
+        """Raises CacheError for a damaged one, which is set aside."""
+        try:
+            return Entry(folder, self._verified(folder))
+        except FileNotFoundError:
+            raise CacheError(f"{folder.name} has gone") from None
+        except (OSError, ValueError, KeyError, TypeError, CacheError, RecursionError) as error:
+            self.set_aside(folder, str(error))
+            raise CacheError(str(error)) from None
+
+    def _verified(self, folder: Path) -> dict:
+        _require_own(folder)
+        _require_own(folder / MANIFEST)
+        content = json.loads((folder / MANIFEST).read_bytes())
+        if not hmac.compare_digest(self._sign(content["body"]), content["hmac"]):
+            raise CacheError("its signature does not hold")
+        return content["body"]
+
+    def _sign(self, body: dict) -> str:
+        return hmac.new(self._key, canonical(body), "sha256").hexdigest()
+
+    def touch(self, entry: Entry) -> None:
+        """It was used now."""
+        with contextlib.suppress(OSError):
+            os.utime(entry.folder / MANIFEST)
+
+    def set_aside(self, folder: Path, reason: str) -> None:
+        logger.warning("compile cache: %s is damaged (%s) and was set aside; it is built again.", folder.name, reason)
+        with contextlib.suppress(OSError):
+            os.rename(folder, folder.with_name(f"{ASIDE}{folder.name}-{secrets.token_hex(4)}"))
+
+    @contextlib.contextmanager
+    def writing(self, place: str, name: str) -> Iterator[tuple[Path, Callable[[dict], None]]]:
+        """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless another writer was first. Without
+        it, and after an OSError, nothing stays."""
+        parent = self.base / place
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=parent))
+
+        def finish(body: dict) -> None:
+            files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
+            body = {**body, "files": files}
+            (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(body)}))
+            for path in partial.iterdir():
+                path.chmod(0o600)  # whatever the umask
+                _flush(path)
+            try:
+                os.rename(partial, parent / name)
+            except OSError:
+                if not (parent / name / MANIFEST).exists():
+                    raise
+            _flush(parent)
+        try:
+            yield partial, finish
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.evict()
+
+    @contextlib.contextmanager
+    def lock(self, place: str, name: str) -> Iterator[bool]:
+        """Whether this process is now the only builder of that entry."""
+        parent = self.base / place
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = parent / f"{LOCK}{name}"
+        if _is_stale(path):
+            path.unlink(missing_ok=True)
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            yield False
+            return
+        try:
+            os.write(handle, f"{socket.gethostname()} {os.getpid()}".encode())
+            os.close(handle)
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+    def all(self) -> list[Path]:
+        """The folders of all entries, of other signers too."""
+        return [manifest.parent for manifest in self.layout.glob(f"*/*/*/*/*/{MANIFEST}") if not manifest.parent.name.startswith(".")]
+
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(_size(folder) for folder in self.all())
+
+    def clear(self) -> tuple[int, int]:
+        """(entries, bytes) that were deleted."""
+        folders = self.all()
+        freed = sum(_size(folder) for folder in folders)
+        shutil.rmtree(self.layout, ignore_errors=True)
+        return len(folders), freed
+
+    def evict(self) -> None:
+        """Deletes what is damaged or left over, and what was not used for longest, until the limit is kept."""
+        for left in self.layout.glob("*/*/*/*/.*"):
+            if left.name.startswith(ASIDE) or (left.name.startswith(PARTIAL) and _is_abandoned(left)):
+                shutil.rmtree(left, ignore_errors=True)
+        used = []
+        for folder in self.all():
+            with contextlib.suppress(OSError):
+                used.append(((folder / MANIFEST).stat().st_mtime, _size(folder), folder))
+        total = sum(size for _, size, _ in used)
+        for _, size, folder in sorted(used):
+            if total <= self.limit:
+                break
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+def canonical(value) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(value, length: int = 16) -> str:
+    """Of a JSON value."""
+    return hashlib.sha256(canonical(value)).hexdigest()[:length]
+
+
+def _require_own(path: Path) -> None:
+    """Raises CacheError for a link, for another user's file, and for what others can write. Windows keeps user folders to their user."""
+    info = path.lstat()
+    if stat.S_ISLNK(info.st_mode):
+        raise CacheError(f"{path.name} is a symbolic link")
+    if os.name == "posix":
+        if info.st_uid != os.getuid():
+            raise CacheError(f"{path} must be owned by the current user")
+        if info.st_mode & 0o022:
+            raise CacheError(f"{path} can be written by others: chmod go-w it")
+
+
+def _signing_key(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+        _require_own(path)
+        if len(key := path.read_bytes()) >= 32:
+            return key
+        path.unlink()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".key-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)  # atomic, and the first of two processes wins
+    except OSError:  # a file system without hard links
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path.read_bytes()
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    with contextlib.suppress(OSError):
+        total = sum(path.lstat().st_size for path in folder.iterdir())
+    return total
+
+
+def _is_stale(lock: Path) -> bool:
+    try:
+        host, _, pid = lock.read_text().partition(" ")
+        old = time.time() - lock.stat().st_mtime > LOCK_SECONDS
+    except OSError:
+        return False
+    return old or (host == socket.gethostname() and pid.isdecimal() and not _is_alive(int(pid)))
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Of a writer that is no more. One on another host is given time."""
+    pid = partial.name.removeprefix(PARTIAL).partition("-")[0]
+    try:
+        old = time.time() - partial.stat().st_mtime > LOCK_SECONDS
+    except OSError:
+        return False
+    return old or (pid.isdecimal() and not _is_alive(int(pid)) and time.time() - partial.stat().st_mtime > 60)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # os.kill(pid, 0) would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
