@@ -15,6 +15,8 @@ from . import cpu, fastest, reference, torch_mm
 NAMESPACE = "int8_compile"
 # Triton compiles INT8 tl.dot to tensor cores from Ampere on; Turing has only torch._int_mm.
 TRITON_MIN_CAPABILITY = (8, 0)
+# int8_gemm takes the type of its result by name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
 @functools.cache
@@ -47,6 +49,7 @@ def _quant_rows(x, group, act, pre_quant_scale, kernel):
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
+    out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and q.is_cuda and not triton_unavailable(q.device):
         return fastest.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
     return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
@@ -64,7 +67,7 @@ def _fake_quant_rows(x, group, act, pre_quant_scale, kernel):
 
 
 def _fake_int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
-    return q.new_empty((q.shape[0], qweight.shape[0]), dtype=out_dtype)
+    return q.new_empty((q.shape[0], qweight.shape[0]), dtype=getattr(torch, out_dtype))
 
 
 def _define() -> torch.library.Library | None:
@@ -75,7 +78,7 @@ def _define() -> torch.library.Library | None:
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("quant_rows(Tensor x, int group, str act, Tensor? pre_quant_scale, str kernel) -> (Tensor, Tensor)", tags=tags)
     library.define("int8_gemm(Tensor q, Tensor s, Tensor qweight, Tensor weight_scale, Tensor? bias, "
-                   "ScalarType out_dtype, str kernel) -> Tensor", tags=tags)
+                   "str out_dtype, str kernel) -> Tensor", tags=tags)
     library.impl("quant_rows", _quant_rows, "CompositeExplicitAutograd")
     library.impl("int8_gemm", _int8_gemm, "CompositeExplicitAutograd")
     library.define("linear(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? pre_quant_scale, str kernel) -> Tensor", tags=tags)
@@ -99,5 +102,5 @@ def int8_linear(x: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tens
     bias [N] or None -> [..., N] in x's dtype. group: the ConvRot group that qweight was rotated with, 0 for none. act, pre_quant_scale:
     applied to x before; see reference.quant_rows."""
     q, s = quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
-    y = int8_gemm(q, s, qweight, weight_scale, bias, x.dtype, kernel)
+    y = int8_gemm(q, s, qweight, weight_scale, bias, DTYPE_NAMES[x.dtype], kernel)
     return y.reshape(*x.shape[:-1], qweight.shape[0])

@@ -181,7 +181,7 @@ def test_ops_pass_torchs_own_checks():
     torch.library.opcheck(ops.quant_rows.default, (x, 64, "gelu_tanh", torch.rand(64), "auto"),
                           test_utils=("test_schema", "test_faketensor"))
     q, s = ops.quant_rows(x, 0, "none", None, "auto")
-    torch.library.opcheck(ops.int8_gemm.default, (q, s, w, torch.rand(8, 1), torch.randn(8), torch.bfloat16, "auto"),
+    torch.library.opcheck(ops.int8_gemm.default, (q, s, w, torch.rand(8, 1), torch.randn(8), "bfloat16", "auto"),
                           test_utils=("test_schema", "test_faketensor"))
 
 
