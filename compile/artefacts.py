@@ -6,16 +6,17 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import cache_key
-from .aoti import PACKAGE, Artefact, Job
+from .aoti import Artefact, Job, varying
 from .builder import Builder, Order
-from .cache_block import BlockState, Weights, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockState, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore
@@ -130,7 +131,7 @@ class RegionArtefacts:
         state = known.states.get(id(loaded), MISSING)
         if state is MISSING or (state is not None and not state.holds()):
             try:
-                state = BlockState(block, artefact.attributes, artefact.names)
+                state = BlockState(block, artefact.attributes, artefact.methods, artefact.names)
             except Unsupported:
                 state = None
             known.states[id(loaded)] = state
@@ -148,8 +149,8 @@ class RegionArtefacts:
                 self._stale[entry.folder.name] = entry.folder
                 continue
             try:
-                artefact = Artefact(entry.body, entry.read(PACKAGE), self._device)
-            except (CacheError, RuntimeError, OSError) as error:
+                artefact = Artefact(entry, self._device)
+            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
                 store.set_aside(entry.folder, str(error).partition("\n")[0])
                 continue
             store.touch(entry)
@@ -161,7 +162,7 @@ class RegionArtefacts:
         if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
             return
         self._asked.add(asked)
-        job = job_of(self._name, block, call, self._device, self._dynamic, self._config)
+        job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
         entry = cache_key.entry_name(job)
         if entry in self._requested:
             if entry in self._seen:
@@ -194,17 +195,15 @@ def _done(region: weakref.ref, name: str, reason: str):
         owner._changed.set()
 
 
-def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic: bool, config: dict,
-           method: str = "forward") -> Job:
-    """Raises Unsupported for a block that cannot be described to another process."""
-    leaves = [spec_of(leaf) for leaf in call.leaves]
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dims: Callable[[Tensor], Sequence[int]], config: dict,
+           method: str = "forward", skeleton: Callable = dump_skeleton) -> Job:
+    """dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
     # A call makes dense copies of what has another layout.
-    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in leaves]
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(spec_of, call.leaves)]
     batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
-    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch]
+    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
     tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
-    return Job(name, dump_skeleton(block), tensors, call.structure, leaves,
-               [simple_options(options) for options in call.options], batched if batch else [], dynamic, device.type,
-               torch.get_num_threads(), config, method)
+    return Job(name, skeleton(block), attributes_of(block), tensors, call.structure, leaves, list(map(simple_options, call.options)),
+               batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)

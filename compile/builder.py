@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -52,6 +53,10 @@ class Order:
     entry: str
     done: Callable[[str], None]
     urgent: bool
+
+
+class _Refused(Exception):
+    """The other process could not build it, and why."""
 
 
 class Builder:
@@ -127,23 +132,14 @@ class Builder:
             return not self._busy and time.monotonic() - self._last > IDLE_SECONDS
 
     def _build(self, order: Order) -> str:
-        while True:
-            if (self.store.base / order.place / order.entry).exists():
-                return ""
-            with self.store.lock(order.place, order.entry) as alone:
-                if alone:
-                    return self._build_alone(order)
-            time.sleep(1)  # another process builds it
-
-    def _build_alone(self, order: Order) -> str:
-        with self.store.writing(order.place, order.entry) as (folder, finish):
-            start = time.monotonic()
-            answer = self._ask(order.job, folder)
-            if "error" not in answer:
-                finish({**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())})
-        return answer.get("error", "")
+        try:
+            self.store.build_once(order.place, order.entry, functools.partial(self._ask, order.job))
+        except _Refused as refusal:
+            return str(refusal)
+        return ""
 
     def _ask(self, job: Job, folder: Path) -> dict:
+        start = time.monotonic()
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._start()
@@ -151,9 +147,12 @@ class Builder:
         timer = threading.Timer(LOCK_SECONDS, self.stop)
         timer.start()
         try:
-            return json.loads(_receive(process.stdout))
+            answer = json.loads(_receive(process.stdout))
         finally:
             timer.cancel()
+        if "error" in answer:
+            raise _Refused(answer["error"])
+        return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -165,6 +165,16 @@ class CacheStore:
         finally:
             path.unlink(missing_ok=True)
 
+    def build_once(self, place: str, name: str, build: Callable[[Path], dict]) -> None:
+        """Makes an entry with build(folder) -> body, unless it is there; waits where another process is at it."""
+        while not (self.base / place / name / MANIFEST).exists():
+            with self.lock(place, name) as alone:
+                if alone:
+                    with self.writing(place, name) as (folder, finish):
+                        finish(build(folder))
+                    return
+            time.sleep(0.5)
+
     def all(self) -> list[Path]:
         """The folders of all entries, of other signers too."""
         return [manifest.parent for manifest in self.layout.glob(f"*/*/*/*/*/{MANIFEST}") if not manifest.parent.name.startswith(".")]
@@ -195,6 +205,14 @@ class CacheStore:
                 break
             shutil.rmtree(folder, ignore_errors=True)
             total -= size
+
+
+def default_key_file() -> Path:
+    """Of this user's signing key: INT8_COMPILE_CACHE_KEY_FILE, else in the user's configuration, outside every cache."""
+    if chosen := os.environ.get("INT8_COMPILE_CACHE_KEY_FILE"):
+        return Path(chosen)
+    home = os.environ.get("APPDATA") if os.name == "nt" else os.environ.get("XDG_CONFIG_HOME")
+    return Path(home or Path.home() / ".config") / "int8-compile" / "cache.key"
 
 
 def canonical(value) -> bytes:
