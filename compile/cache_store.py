@@ -75,7 +75,7 @@ class CacheStore:
 
     def has(self, name: str = "") -> bool:
         """Whether there is anything in a group whose name begins so."""
-        return next(self.base.glob(f"{name}*/*/*/*/{MANIFEST}"), None) is not None
+        return any(not manifest.parent.name.startswith(".") for manifest in self.base.glob(f"{name}*/*/*/*/{MANIFEST}"))
 
     def entries(self, place: str) -> Iterator[Entry]:
         """The good entries below place ("group/distribution/method"), in order of their names. Damaged ones are set aside."""
