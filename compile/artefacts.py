@@ -3,12 +3,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,7 +69,7 @@ class RegionArtefacts:
         self._specs: list = []
         self._loaded: dict[tuple, list[_Loaded]] = {}
         self._seen: set[str] = set()
-        self._stale: dict[str, Path] = {}
+        self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -146,7 +144,7 @@ class RegionArtefacts:
             sources = Sources(entry.body["sources"])
             if changed := sources.mismatch():
                 self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
-                self._stale[entry.folder.name] = entry.folder
+                self._stale[entry.folder.name] = entry.body["sources"]
                 continue
             try:
                 artefact = Artefact(entry, self._device)
@@ -161,6 +159,8 @@ class RegionArtefacts:
         asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
         if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
             return
+        if any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
+            return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
         job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
         entry = cache_key.entry_name(job)
@@ -169,14 +169,15 @@ class RegionArtefacts:
                 self._refuse("what was built for it does not fit: other code runs here than in a new process (another pack's patch?), "
                              "or its attributes change")
             return
-        if entry in self._seen:
-            # The code that it was made of was edited, or a flag of the block differs: made anew.
-            shutil.rmtree(self._stale.pop(entry, self._cache.store.base / self._place / entry), ignore_errors=True)
-            self._seen.discard(entry)
+        if entry in self._seen and entry not in self._stale:
+            self._refuse("its artefact is for blocks with other attributes")
+            return
+        self._seen.discard(entry)
         self._requested.add(entry)
         self._note("building", f"{self._name} {entry}")
         region = weakref.ref(self)
-        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background))
+        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background,
+                                           self._stale.pop(entry, None)))
 
     def _refuse(self, reason: str):
         self._refusal = reason

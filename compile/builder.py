@@ -46,13 +46,15 @@ importlib.import_module(name + "." + module).main()
 @dataclass
 class Order:
     """A job and where its artefact goes. done: called in the builder's thread with the reason why there is none, empty for success.
-    urgent: sampling waits for it; others are built when nothing samples."""
+    urgent: sampling waits for it; others are built when nothing samples. replaces: the sources of the entry that it is built in the place
+    of, which was made of other code than this process runs."""
 
     job: Job
     place: str
     entry: str
     done: Callable[[str], None]
     urgent: bool
+    replaces: list | None = None
 
 
 class _Refused(Exception):
@@ -133,17 +135,17 @@ class Builder:
 
     def _build(self, order: Order) -> str:
         try:
-            self.store.build_once(order.place, order.entry, functools.partial(self._ask, order.job))
+            self.store.build_once(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
         except _Refused as refusal:
             return str(refusal)
         return ""
 
-    def _ask(self, job: Job, folder: Path) -> dict:
+    def _ask(self, order: Order, folder: Path) -> dict:
         start = time.monotonic()
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._start()
-        _send(process.stdin, (job, str(folder)))
+        _send(process.stdin, (order.job, str(folder)))
         timer = threading.Timer(LOCK_SECONDS, self.stop)
         timer.start()
         try:
@@ -152,6 +154,8 @@ class Builder:
             timer.cancel()
         if "error" in answer:
             raise _Refused(answer["error"])
+        if answer["body"]["sources"] == order.replaces:
+            raise _Refused("other code runs here than in a new process (another pack's patch?)")
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
     def _start(self) -> subprocess.Popen:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import logging
 import os
-import shutil
 import stat
 import threading
 import types
@@ -157,11 +156,10 @@ class CachedMethod:
                      copy_skeleton)
         name = cache_key.entry_name(job)
         try:
-            # One that is there was made of other code.
-            shutil.rmtree(store.base / place / name, ignore_errors=True)
             with torch.inference_mode(False):
                 warmup.prepare(device.type)
-                store.build_once(place, name, functools.partial(build, job, tiers=self._tiers, decompositions=self._decompositions))
+                store.build_once(place, name, functools.partial(build, job, tiers=self._tiers, decompositions=self._decompositions),
+                                 replace=(store.base / place / name).exists())  # made of other code
             known = self._add(place, store.entry(store.base / place / name), call)
         except Unsupported:
             raise

@@ -119,9 +119,9 @@ class CacheStore:
             os.rename(folder, folder.with_name(f"{ASIDE}{folder.name}-{secrets.token_hex(4)}"))
 
     @contextlib.contextmanager
-    def writing(self, place: str, name: str) -> Iterator[tuple[Path, Callable[[dict], None]]]:
-        """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless another writer was first. Without
-        it, and after an OSError, nothing stays."""
+    def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
+        """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
+        is not asked for. Without it, and after an OSError, nothing stays."""
         parent = self.base / place
         parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=parent))
@@ -133,6 +133,8 @@ class CacheStore:
             for path in partial.iterdir():
                 path.chmod(0o600)  # whatever the umask
                 _flush(path)
+            if replace and (parent / name).exists():
+                os.rename(parent / name, parent / f"{ASIDE}{name}-{secrets.token_hex(4)}")
             try:
                 os.rename(partial, parent / name)
             except OSError:
@@ -165,12 +167,12 @@ class CacheStore:
         finally:
             path.unlink(missing_ok=True)
 
-    def build_once(self, place: str, name: str, build: Callable[[Path], dict]) -> None:
-        """Makes an entry with build(folder) -> body, unless it is there; waits where another process is at it."""
-        while not (self.base / place / name / MANIFEST).exists():
+    def build_once(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> None:
+        """Makes an entry with build(folder) -> body, unless it is there and not to be replaced; waits where another process is at it."""
+        while replace or not (self.base / place / name / MANIFEST).exists():
             with self.lock(place, name) as alone:
                 if alone:
-                    with self.writing(place, name) as (folder, finish):
+                    with self.writing(place, name, replace) as (folder, finish):
                         finish(build(folder))
                     return
             time.sleep(0.5)
