@@ -1,0 +1,122 @@
+"""Applies modes to a model, saves which it has, and restores them."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from .config import parse_config
+from .errors import ApplyModeError, ModeConfigError
+from .host import ModelRecipe
+from .mode import Mode
+from .registry import MODES, ModeRegistry
+from .search import run_search
+from .state import ModeEntry, ModeState, check_chain
+
+logger = logging.getLogger(__name__)
+
+
+def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
+    """[(mode, config)] of a name, a Mode, a (name, config) pair, an object {"name", "config"}, or a list of such; config: an object, an
+    instance of the mode's config_class, or None. Raises UnknownModeError and ModeConfigError."""
+    if isinstance(modes, (str, Mode, Mapping)) or (isinstance(modes, tuple) and len(modes) == 2 and not _is_mode(modes[1])):
+        modes = [modes]
+    result = []
+    for item in modes:
+        if isinstance(item, Mapping):
+            if not set(item) <= {"name", "config"} or "name" not in item:
+                raise ModeConfigError('A mode is {"name": ..., "config": ...}, not an object with '
+                                      f'{", ".join(map(str, item)) or "no keys"}.')
+            item = item["name"], item.get("config")
+        name, config = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
+        if not isinstance(name, (str, Mode)):
+            raise ModeConfigError(f"A mode is a name, or a name and its configuration, not a {type(item).__name__}.")
+        mode = registry[name]
+        result.append((mode, config if isinstance(config, mode.config_class) else parse_config(mode.config_class, config or {}, mode.name)))
+    return result
+
+
+def _is_mode(item) -> bool:
+    return isinstance(item, (str, Mode, list, tuple))
+
+
+def apply_modes(model, modes, mode_kwargs: Mapping | Iterable[Mapping] | None = None, *,
+                registry: ModeRegistry = MODES, init_state: bool | None = None):
+    """A copy of model with the modes applied in order and recorded; model itself, also after any failure, stays as it was.
+
+    model: of the kind that registry is for, or a recipe of one (see ModelRecipe.of). modes: see parse_modes; empty: model comes back
+    untouched. mode_kwargs: what a record cannot hold (a forward loop, a path): for all modes, or a list with one for each. init_state:
+    True where model must not have modes yet, False where it must.
+
+    Raises UnknownModeError, ModeConfigError and ModeOrderError before anything is done; ApplyModeError; what a mode raises.
+    """
+    recipe = ModelRecipe.of(model)
+    wanted = parse_modes(modes, registry)
+    if not wanted:
+        return model if recipe is None else recipe.build()
+    host = registry.host
+    state = ModeState() if recipe else host.get_state(model)
+    if init_state is not None and init_state is bool(state.entries):
+        raise ApplyModeError(f"The model has modes already: {', '.join(state.names)}." if init_state else "The model has no modes yet.")
+    check_chain(registry, [*state.names, *(mode.name for mode, _ in wanted)], start=len(state.names))
+    kwargs = _kwargs_of_each(mode_kwargs, wanted)
+    snapshot = None if recipe else host.snapshot(model)
+    working = _start(recipe, wanted, None if recipe else host.clone(model))
+    for (mode, config), given in zip(wanted, kwargs):
+        try:
+            working, state = _apply_one(registry, working, state, mode, config, given)
+        except BaseException as error:
+            logger.warning("mode %s failed: %s. None of the modes is applied.", mode, type(error).__name__)
+            raise
+        finally:
+            damage = "" if recipe else host.damage(model, snapshot)
+            if damage:
+                logger.error("mode %s wrote into the model that it was applied to: %s. Load that model again.", mode, damage)
+        if damage:
+            raise ApplyModeError(f"{mode} wrote into the model that came in ({damage}). A mode must put new tensors in the place of old "
+                                 "ones. Load the model again.")
+    result = host.commit(model, working)
+    host.set_state(result, state)
+    for (mode, _), entry, given in zip(wanted, state.entries[-len(wanted):], kwargs):
+        mode.finish(result, entry.config, **given)
+    return result
+
+
+def _kwargs_of_each(mode_kwargs, wanted) -> list[Mapping]:
+    if mode_kwargs is None or isinstance(mode_kwargs, Mapping):
+        return [mode_kwargs or {}] * len(wanted)
+    kwargs = list(mode_kwargs)
+    if len(kwargs) != len(wanted):
+        raise ModeConfigError(f"mode_kwargs has {len(kwargs)} entries for {len(wanted)} modes. Give one for each, or one mapping for all.")
+    return kwargs
+
+
+def _start(recipe: ModelRecipe | None, modes, model):
+    """What the first mode gets."""
+    for index, (mode, _) in enumerate(modes):
+        if mode.require_model_like and (recipe is None or index):
+            raise ApplyModeError(f"{mode} makes the model itself: apply it first, to a recipe such as (ModelClass, args, kwargs).")
+    if recipe is None:
+        return model
+    return recipe if modes[0][0].require_model_like else recipe.build()
+
+
+def _apply_one(registry: ModeRegistry, working, state: ModeState, mode: Mode, config, kwargs):
+    if state.last:
+        state = state.with_last(updated(registry[state.last.name], state.last, working, "update_for_new_mode"))
+    if mode.needs_search(config):
+        config = run_search(mode, working, config, kwargs)
+    converted = mode.convert(working, config, **kwargs)
+    if not isinstance(converted, tuple) or len(converted) != 2:
+        raise ApplyModeError(f"{mode}.convert must return (model, metadata), not a {type(converted).__name__}.")
+    working, metadata = converted
+    state = state.plus(ModeEntry.of(mode, config, metadata))
+    registry.host.set_state(working, state)
+    return working, state
+
+
+def updated(mode: Mode, entry: ModeEntry, model, hook: str) -> ModeEntry:
+    """entry after the mode's update_for_new_mode or update_for_save."""
+    result = getattr(mode, hook)(model, entry.config, entry.metadata)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ApplyModeError(f"{mode}.{hook} must return (config, metadata), not a {type(result).__name__}.")
+    return ModeEntry.of(mode, *result)
