@@ -18,7 +18,7 @@ from .smoothquant import SmoothQuant
 from .state import ModeEntry, ModeState
 
 __all__ = [
-    "METADATA_KEY", "MODES", "ApplyModeError", "Compile", "ConvRot", "Export", "Host", "Int8", "Mode", "ModeConfigError", "ModeEntry", "ModeOrderError", "ModeRecordError",
-    "ModeRegistry", "ModeRegistryError", "ModeState", "ModelRecipe", "ModuleHost", "NoConfig", "Searcher", "SmoothQuant", "UnknownModeError",
-    "apply_modes", "mode_state", "restore_modes",
+    "METADATA_KEY", "MODES", "ApplyModeError", "Compile", "ConvRot", "Export", "Host", "Int8", "Mode", "ModeConfigError", "ModeEntry",
+    "ModeOrderError", "ModeRecordError", "ModeRegistry", "ModeRegistryError", "ModeState", "ModelRecipe", "ModuleHost", "NoConfig",
+    "Searcher", "SmoothQuant", "UnknownModeError", "apply_modes", "mode_state", "restore_modes",
 ]

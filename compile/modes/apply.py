@@ -1,18 +1,15 @@
 """Applies modes to a model, saves which it has, and restores them."""
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .config import parse_config
 from .errors import ApplyModeError, ModeConfigError
-from .host import ModelRecipe
+from .host import Host, ModelRecipe
 from .mode import Mode
 from .registry import MODES, ModeRegistry
 from .search import run_search
 from .state import ModeEntry, ModeState, check_chain
-
-logger = logging.getLogger(__name__)
 
 
 def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
@@ -39,46 +36,28 @@ def _is_mode(item) -> bool:
     return isinstance(item, (str, Mode, list, tuple))
 
 
-def apply_modes(model, modes, mode_kwargs: Mapping | Iterable[Mapping] | None = None, *,
-                registry: ModeRegistry = MODES, init_state: bool | None = None):
+def apply_modes(model, modes, mode_kwargs: Mapping | Iterable[Mapping] | None = None, *, registry: ModeRegistry = MODES):
     """A copy of model with the modes applied in order and recorded; model itself, also after any failure, stays as it was.
 
-    model: of the kind that registry is for, or a recipe of one (see ModelRecipe.of). modes: see parse_modes; empty: model comes back
-    untouched. mode_kwargs: what a record cannot hold (a forward loop, a path): for all modes, or a list with one for each. init_state:
-    True where model must not have modes yet, False where it must.
+    model: of the kind that registry is for, or a ModelRecipe of one. modes: see parse_modes; empty: model comes back untouched.
+    mode_kwargs: what a record cannot hold (a forward loop, a path): for all modes, or a list with one for each.
 
     Raises UnknownModeError, ModeConfigError and ModeOrderError before anything is done; ApplyModeError; what a mode raises.
     """
-    recipe = ModelRecipe.of(model)
+    recipe = isinstance(model, ModelRecipe)
     wanted = parse_modes(modes, registry)
     if not wanted:
-        return model if recipe is None else recipe.build()
+        return model.build() if recipe else model
     host = registry.host
     state = ModeState() if recipe else host.get_state(model)
-    if init_state is not None and init_state is bool(state.entries):
-        raise ApplyModeError(f"The model has modes already: {', '.join(state.names)}." if init_state else "The model has no modes yet.")
     check_chain(registry, [*state.names, *(mode.name for mode, _ in wanted)], start=len(state.names))
     kwargs = _kwargs_of_each(mode_kwargs, wanted)
-    snapshot = None if recipe else host.snapshot(model)
-    working = _start(recipe, wanted, None if recipe else host.clone(model))
+    working = start(model, [mode for mode, _ in wanted], host)
     for (mode, config), given in zip(wanted, kwargs):
-        try:
-            working, state = _apply_one(registry, working, state, mode, config, given)
-        except BaseException as error:
-            logger.warning("mode %s failed: %s. None of the modes is applied.", mode, type(error).__name__)
-            raise
-        finally:
-            damage = "" if recipe else host.damage(model, snapshot)
-            if damage:
-                logger.error("mode %s wrote into the model that it was applied to: %s. Load that model again.", mode, damage)
-        if damage:
-            raise ApplyModeError(f"{mode} wrote into the model that came in ({damage}). A mode must put new tensors in the place of old "
-                                 "ones. Load the model again.")
-    result = host.commit(model, working)
-    host.set_state(result, state)
+        working, state = _apply_one(registry, working, state, mode, config, given)
     for (mode, _), entry, given in zip(wanted, state.entries[-len(wanted):], kwargs):
-        mode.finish(result, entry.config, **given)
-    return result
+        mode.finish(working, entry.config, **given)
+    return working
 
 
 def _kwargs_of_each(mode_kwargs, wanted) -> list[Mapping]:
@@ -90,14 +69,15 @@ def _kwargs_of_each(mode_kwargs, wanted) -> list[Mapping]:
     return kwargs
 
 
-def _start(recipe: ModelRecipe | None, modes, model):
-    """What the first mode gets."""
-    for index, (mode, _) in enumerate(modes):
-        if mode.require_model_like and (recipe is None or index):
-            raise ApplyModeError(f"{mode} makes the model itself: apply it first, to a recipe such as (ModelClass, args, kwargs).")
-    if recipe is None:
-        return model
-    return recipe if modes[0][0].require_model_like else recipe.build()
+def start(model, modes: Sequence[Mode], host: Host):
+    """What the first mode gets: a copy of model, or a recipe as it is. Raises ApplyModeError for a mode that needs a recipe."""
+    recipe = isinstance(model, ModelRecipe)
+    for index, mode in enumerate(modes):
+        if mode.require_model_like and (index or not recipe):
+            raise ApplyModeError(f"{mode} makes the model itself: apply it first, to a ModelRecipe(ModelClass, args, kwargs).")
+    if recipe:
+        return model if modes[0].require_model_like else model.build()
+    return host.clone(model)
 
 
 def _apply_one(registry: ModeRegistry, working, state: ModeState, mode: Mode, config, kwargs):

@@ -1,31 +1,55 @@
 """The mode compile: the model's repeated blocks are compiled when it is first called. Last, and of this process only."""
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from ..engine import CompiledModule
-from ..options import MODES, CompileOptions, parse_options, require_backend
+from ..options import CompileOptions, parse_options, require_backend
 from .errors import ModeConfigError
 from .mode import Mode
 from .registry import MODES
 
 
+@dataclass(frozen=True)
+class CompileConfig:
+    """What of CompileOptions is recorded; the defaults are those of INT8 Lazy Torch Compile."""
+
+    backend: str = "inductor"
+    fullgraph: bool = False
+    dynamic: bool | None = True
+    mark_sizes: bool = True
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    options: str = "{}"
+    blocks_only: bool = True
+
+    @classmethod
+    def of(cls, options: CompileOptions, **more):
+        return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(CompileConfig)}, **more)
+
+    def to_options(self, title: str) -> CompileOptions:
+        """Raises ModeConfigError for a backend or an option that is not there."""
+        try:
+            require_backend(self.backend)
+            options = parse_options(self.options, self.backend)
+        except (ValueError, RuntimeError) as error:
+            raise ModeConfigError(f"compile: {error}") from error
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(CompileConfig)}
+        return CompileOptions(**{**values, "options": options}, title=title)
+
+
 @MODES.register
 class Compile(Mode):
     name = "compile"
-    config_class = CompileOptions
+    config_class = CompileConfig
     next_modes = frozenset()
     save_mode_in_state = False
 
     def convert(self, model, config, **_):
-        try:
-            require_backend(config.backend)
-            parse_options(config.options, config.backend)
-        except (ValueError, RuntimeError) as error:
-            raise ModeConfigError(f"compile: {error}") from error
-        if config.mode not in MODES:
-            raise ModeConfigError(f"compile: unknown mode '{config.mode}'. Choose one of: {', '.join(MODES)}.")
-        model._compiled_call_impl = CompiledCall(model, config)
+        model._compiled_call_impl = CompiledCall(model, config.to_options("Mode compile"))
         return model, {}
 
     def restore(self, model, config, metadata):

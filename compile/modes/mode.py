@@ -19,7 +19,6 @@ class Mode:
 
     name: unique; lower case letters, digits, ``_ - .`` (of another pack: ``pack.mode``).
     config_class: a frozen dataclass whose fields have defaults (see config.check_config_class).
-    version: of what config and metadata mean; see migrate.
     next_modes: the only modes that may follow at once, or before export_mode has been applied; empty: none may; None: any.
     next_prohibited_modes: modes that may not be applied after this one, at any distance, until its export_mode has been applied.
     export_mode: the mode that finishes what this one began, None where nothing is to be finished.
@@ -30,7 +29,6 @@ class Mode:
 
     name: ClassVar[str]
     config_class: ClassVar[type] = NoConfig
-    version: ClassVar[int] = 1
     next_modes: ClassVar[Collection[str] | None] = None
     next_prohibited_modes: ClassVar[Collection[str] | None] = None
     export_mode: ClassVar[str | None] = None
@@ -59,10 +57,6 @@ class Mode:
     def update_for_save(self, model, config, metadata: dict) -> tuple[Any, dict]:
         """(config, metadata) as they shall be saved; the model's own record stays."""
         return config, metadata
-
-    def migrate(self, version: int, config: dict, metadata: dict) -> tuple[dict, dict]:
-        """(config, metadata) as JSON values of version + 1, from those of version; called until ``self.version`` is reached."""
-        raise ApplyModeError(f"{self.name}: version {version} of its record is not known any more. Apply the mode again.")
 
     def needs_search(self, config) -> bool:
         """Whether something in config is still to be found by search_algorithm."""

@@ -21,10 +21,10 @@ MAX_DEPTH = 16
 MAX_MODES = 64
 
 
-def dump_state(state: ModeState, registry: ModeRegistry) -> dict:
+def dump_state(state: ModeState) -> dict:
     """The record of state as JSON values; json.dumps of it is what a file holds."""
-    return {"version": VERSION, "modes": [{"name": entry.name, "version": registry[entry.name].version,
-                                           "config": dump_config(entry.config), "metadata": entry.metadata} for entry in state]}
+    return {"version": VERSION,
+            "modes": [{"name": entry.name, "config": dump_config(entry.config), "metadata": entry.metadata} for entry in state]}
 
 
 def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSION,
@@ -52,17 +52,12 @@ def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSI
 
 
 def _entry(item, registry: ModeRegistry) -> ModeEntry:
-    if not isinstance(item, dict) or set(item) - {"version"} != {"name", "config", "metadata"} or not isinstance(item["name"], str):
-        raise ModeRecordError('A mode in the record must be an object with "name", "version", "config" and "metadata".')
+    if not isinstance(item, dict) or set(item) != {"name", "config", "metadata"} or not isinstance(item["name"], str):
+        raise ModeRecordError('A mode in the record must be an object with "name", "config" and "metadata".')
     mode = registry[item["name"]]
-    config, metadata, version = item["config"], item["metadata"], item.get("version", 1)
-    if type(version) is not int or version < 1 or not isinstance(config, dict) or not isinstance(metadata, dict):
-        raise ModeRecordError(f"{mode}: in the record, its version must be a whole number, its config and metadata objects.")
-    if version > mode.version:
-        raise ModeRecordError(f"{mode}: the record has its version {version}; here it is {mode.version}. Update the pack that has it.")
-    for step in range(version, mode.version):
-        config, metadata = mode.migrate(step, config, metadata)
-    return ModeEntry.of(mode, parse_config(mode.config_class, config, f"{mode} in the record"), metadata)
+    if not isinstance(item["metadata"], dict):
+        raise ModeRecordError(f"{mode}: in the record, its metadata must be an object.")
+    return ModeEntry.of(mode, parse_config(mode.config_class, item["config"], f"{mode} in the record"), item["metadata"])
 
 
 def _load(record):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 
-from .apply import updated
+from .apply import start, updated
 from .errors import ApplyModeError
 from .host import ModelRecipe
 from .record import dump_state, parse_state
@@ -19,7 +19,7 @@ def mode_state(model, *, registry: ModeRegistry = MODES) -> dict:
     entries = registry.host.get_state(model).entries
     state = ModeState(tuple(updated(registry[entry.name], entry, model, "update_for_save") for entry in entries)).saved()
     check_chain(registry, state.names)
-    return dump_state(state, registry)
+    return dump_state(state)
 
 
 def restore_modes(model, record: str | dict, *, registry: ModeRegistry = MODES):
@@ -33,17 +33,14 @@ def restore_modes(model, record: str | dict, *, registry: ModeRegistry = MODES):
         record = json.dumps(record)
     state = parse_state(record, registry)
     check_chain(registry, state.names)
-    host, recipe = registry.host, ModelRecipe.of(model)
-    if recipe is None and (names := host.get_state(model).names):
+    host, recipe = registry.host, isinstance(model, ModelRecipe)
+    if not recipe and (names := host.get_state(model).names):
         raise ApplyModeError(f"The model has modes already: {', '.join(names)}. Restore onto the model as it was before them.")
     if not state.entries:
-        return model if recipe is None else recipe.build()
+        return model.build() if recipe else model
     modes = [registry[name] for name in state.names]
-    if recipe is None and modes[0].require_model_like:
-        raise ApplyModeError(f"{modes[0]} makes the model itself: restore it on a recipe such as (ModelClass, args, kwargs).")
-    working = host.clone(model) if recipe is None else recipe if modes[0].require_model_like else recipe.build()
+    working = start(model, modes, host)
     for mode, entry in zip(modes, state):
         working = mode.restore(working, entry.config, entry.metadata)
-    result = host.commit(model, working)
-    host.set_state(result, state)
-    return result
+    host.set_state(working, state)
+    return working
