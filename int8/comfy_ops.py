@@ -231,7 +231,16 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
 
 
 def is_int8(weight) -> bool:
-    return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+    return quant_ops is not None and isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
+    """{name below the diffusion model: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
+    names = [name for name, m in patcher.model.diffusion_model.named_modules() if name and hasattr(m, "weight")]
+    layers = {name: patcher.get_model_object(PREFIX + name) for name in names}
+    params = {name: (layer, layer.weight._params) for name, layer in layers.items() if is_int8(layer.weight)}
+    return {name: (p.convrot_groupsize if p.convrot else 0, getattr(layer, "pre_quant_scale", None) is not None)
+            for name, (layer, p) in params.items()}
 
 
 def native_layers(patcher) -> list[str]:

@@ -120,7 +120,7 @@ class PrecisionSearch(Searcher):
         weight = layer.weight.detach()
         x = self.stats.pop(step).sample().to(weight.device)
         try:
-            return {method: _finite(measure(weight, x, method == "convrot", getattr(layer, "pre_quant_scale", None)))
+            return {method: finite(measure(weight, x, method == "convrot", getattr(layer, "pre_quant_scale", None)))
                     for method in self._methods(layer)}
         except ValueError as error:
             raise ApplyModeError(f"{self.owner}: layer '{step}': {error}. Check the checkpoint file.") from error
@@ -150,6 +150,6 @@ def _bytes_saved(weight: torch.Tensor) -> int:
     return weight.nbytes - (weight.numel() + 4 * weight.shape[0] + marker(group_size(weight.shape[1])).nbytes)
 
 
-def _finite(db: float) -> float:
+def finite(db: float) -> float:
     """db as JSON can hold it; of an output that is zero and stays so (0/0), the best."""
     return MOST_DB if db != db else max(-MOST_DB, min(MOST_DB, db))

@@ -76,7 +76,8 @@ class Mode:
         if other.next_modes is None or self.name in other.next_modes:
             return
         if not other.next_modes:
-            raise ModeOrderError(f"Cannot add {self} after {other}: nothing may follow {other}. Put {self} before it.")
+            remedy = "Apply it once" if self.name == other.name else f"Put {self} before it"
+            raise ModeOrderError(f"Cannot add {self} after {other}: nothing may follow {other}. {remedy}.")
         raise ModeOrderError(f"Cannot add {self} after {other}: only {', '.join(sorted(other.next_modes))} may follow {other}.")
 
     def check_prohibitions_of(self, other: Mode) -> None:

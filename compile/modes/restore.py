@@ -33,14 +33,19 @@ def restore_modes(model, record: str | dict, *, registry: ModeRegistry = MODES):
         record = json.dumps(record)
     state = parse_state(record, registry)
     check_chain(registry, state.names)
-    host, recipe = registry.host, isinstance(model, ModelRecipe)
-    if not recipe and (names := host.get_state(model).names):
+    recipe = isinstance(model, ModelRecipe)
+    if not recipe and (names := registry.host.get_state(model).names):
         raise ApplyModeError(f"The model has modes already: {', '.join(names)}. Restore onto the model as it was before them.")
     if not state.entries:
         return model.build() if recipe else model
+    return replay(model, state, registry)
+
+
+def replay(model, state: ModeState, registry: ModeRegistry):
+    """A copy of model with the modes of state, which has some, restored and recorded."""
     modes = [registry[name] for name in state.names]
-    working = start(model, modes, host)
+    working = start(model, modes, registry.host)
     for mode, entry in zip(modes, state):
         working = mode.restore(working, entry.config, entry.metadata)
-    host.set_state(working, state)
+    registry.host.set_state(working, state)
     return working
