@@ -94,7 +94,7 @@ def check_next(registry, names: Sequence[str], name: str) -> None:
         if pending:
             raise ModeOrderError(f"Cannot add {mode}: {pending[-1]} waits for {pending[-1].export_mode}. "
                                  f"Apply {pending[-1].export_mode} first.")
-        what = " or ".join(other.name for other in registry if other.export_mode == mode.name)
+        what = " or ".join(sorted(other.name for other in registry if other.export_mode == mode.name))
         raise ModeOrderError(f"Cannot add {mode}: there is nothing to export. Apply {what} first.")
     if names:
         mode.assert_compatibility_as_next_mode_of(registry[names[-1]])

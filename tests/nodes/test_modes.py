@@ -181,8 +181,8 @@ def test_compile_is_read_off_what_compiles_and_is_not_saved(comfy, load, nodes, 
     (["convrot", "smoothquant"], "Cannot add smoothquant after convrot: convrot does not allow smoothquant after it. "
                                  "Put smoothquant before it or apply export between them."),
     (["int8", "int8"], "Cannot add int8 after int8: int8 does not allow int8 after it. Apply export between them."),
-    (["export"], "Cannot add export: there is nothing to export. Apply smoothquant or convrot or int8 first."),
-    (["int4"], "There is no mode 'int4'. Did you mean int8? The modes are: smoothquant, convrot, int8, export, compile. "
+    (["export"], "Cannot add export: there is nothing to export. Apply convrot or int8 or smoothquant first."),
+    (["int4"], "There is no mode 'int4'. Did you mean int8? The modes are: compile, convrot, export, int8, smoothquant. "
                "A mode of another pack is there once that pack is loaded."),
     ([{"name": "int8", "config": {"kernels": "torch"}}],
      'int8: unknown key "kernels". Did you mean kernel? The keys are: keep_layers, min_sqnr_db, kernel, chosen.'),
