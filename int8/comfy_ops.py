@@ -231,7 +231,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
 
 
 def is_int8(weight) -> bool:
-    return quant_ops is not None and isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+    return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
 def _current_layers(patcher) -> dict[str, torch.nn.Module]:
@@ -243,6 +243,8 @@ def _current_layers(patcher) -> dict[str, torch.nn.Module]:
 
 def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
     """{name below the diffusion model: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
+    if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
+        return {}
     params = {name: (layer, layer.weight._params) for name, layer in _current_layers(patcher).items() if is_int8(layer.weight)}
     return {name: (p.convrot_groupsize if p.convrot else 0, getattr(layer, "pre_quant_scale", None) is not None)
             for name, (layer, p) in params.items()}

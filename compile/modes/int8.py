@@ -15,7 +15,7 @@ from ...int8.plan import measure
 from ...int8.precision import FLOAT, choose_precision
 from ...int8.structure import roles
 from .errors import ApplyModeError, ModeConfigError
-from .layers import ALL, Rules, float_linears, recorded, replace, select
+from .layers import LayersConfig, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 from .search import Searcher
@@ -28,13 +28,12 @@ SAMPLED = 4096
 
 
 @dataclass(frozen=True)
-class Int8Config:
-    """layers: see layers.Rules. min_sqnr_db: layers whose own output would be noisier stay float; 0: no limit. max_bytes: of the whole
+class Int8Config(LayersConfig):
+    """min_sqnr_db: layers whose own output would be noisier stay float; 0: no limit. max_bytes: of the whole
     model's parameters and buffers: as few layers as that takes become INT8, those that add the least noise; 0: no limit. per: "role":
     equal layers of equal blocks are decided together, so that blocks still share one compiled program. chosen: what the search found,
     (layer, "float" | "rowwise" | "convrot"); None: not searched."""
 
-    layers: Rules = ALL
     min_sqnr_db: float = 0.0
     max_bytes: int = 0
     per: Literal["layer", "role"] = "layer"
@@ -66,7 +65,7 @@ class Int8(Mode):
     def convert(self, model, config, **_):
         layers = float_linears(model)
         if config.chosen is None:
-            rotate = dict.fromkeys(select(layers, config.layers, self.name), False)
+            rotate = dict.fromkeys(select(layers, config.keep_layers, self.name), False)
         else:
             rotate = {name: method == "convrot" for name, method in config.chosen if method != FLOAT}
             if unknown := [name for name in rotate if name not in layers]:
@@ -99,7 +98,7 @@ class PrecisionSearch(Searcher):
 
     def steps(self) -> list[str]:
         self.layers = float_linears(self.model)
-        return select(self.layers, self.config.layers, self.owner)
+        return select(self.layers, self.config.keep_layers, self.owner)
 
     def identity(self, step: str) -> str:
         layer = self.layers[step]

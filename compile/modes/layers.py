@@ -1,21 +1,22 @@
 """What the built-in modes do with the layers of a plain torch model."""
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...int8.linear import PreparedLinear
-from ...int8.quantize import eligible_linears
+from ...int8.quantize import drop_kept, eligible_linears
 from .config import parse_config
 from .errors import ApplyModeError, ModeConfigError
 
-# Anchored globs over layer names -> whether the mode takes them; a later one wins, false or null leaves the layer as it is.
-Rules = tuple[tuple[str, bool | None], ...]
-ALL: Rules = (("*", True),)
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """keep_layers: anchored globs over layer names: these stay as they are."""
+
+    keep_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,17 @@ def float_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: layer for name, layer in layers.items() if type(layer) in (torch.nn.Linear, PreparedLinear)}
 
 
-def select(layers: Iterable[str], rules: Rules, owner: str) -> list[str]:
-    """The names that rules take. Raises ModeConfigError for a glob that matches none: a typo must not quantize what shall be kept."""
+def select(layers: Iterable[str], keep_layers: Iterable[str], owner: str) -> list[str]:
+    """The names that are not kept. Raises ModeConfigError for a glob that matches none: a typo must not quantize what shall be kept."""
     layers = list(layers)
     if not layers:
         raise ApplyModeError(f"{owner}: this model has no float Linear layer of 64 features or more to work on.")
-    taken = dict.fromkeys(layers, False)
-    for glob, take in rules:
-        matched = fnmatch.filter(layers, glob)
-        if not matched:
-            near = difflib.get_close_matches(glob, layers, n=1, cutoff=0.0)
-            raise ModeConfigError(f"{owner}: '{glob}' matches no layer. Names are matched whole; the nearest is '{near[0]}'.")
-        taken.update(dict.fromkeys(matched, bool(take)))
-    names = [name for name, take in taken.items() if take]
+    try:
+        names = drop_kept(layers, keep_layers)
+    except ValueError as error:
+        raise ModeConfigError(f"{owner}: {error}") from None
     if not names:
-        raise ModeConfigError(f"{owner}: the rules leave out every layer. Start them with [\"*\", true].")
+        raise ModeConfigError(f"{owner}: keep_layers keeps every layer. Leave this mode out.")
     return names
 
 

@@ -10,16 +10,15 @@ from ...int8.calibrate import LayerStats, collect
 from ...int8.linear import PreparedLinear
 from ...int8.plan import ALPHAS, measure, smoothing_scale
 from .errors import ApplyModeError, ModeConfigError
-from .layers import ALL, Rules, float_linears, recorded, replace, select
+from .layers import LayersConfig, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 
 
 @dataclass(frozen=True)
-class SmoothQuantConfig:
-    """layers: see layers.Rules. alpha: how much moves from input to weight, 0 to 1; None: of plan.ALPHAS, what measures best."""
+class SmoothQuantConfig(LayersConfig):
+    """alpha: how much moves from input to weight, 0 to 1; None: of plan.ALPHAS, what measures best."""
 
-    layers: Rules = ALL
     alpha: float | None = None
 
     def __post_init__(self):
@@ -38,7 +37,7 @@ class SmoothQuant(Mode):
 
     def convert(self, model, config, forward_loop: Callable | None = None, progress=None, interrupt=None, **_):
         layers = float_linears(model)
-        names = select(layers, config.layers, self.name)
+        names = select(layers, config.keep_layers, self.name)
         stats = observe(model, {name: layers[name] for name in names}, forward_loop, self.name)
         new = {}
         for done, name in enumerate(stats):

@@ -13,7 +13,6 @@ from int8_compile.compile.modes.files import load_model, save_model
 
 from .small_model import Model, forward_loop, typical
 
-FIRST_FLOAT = [["*", True], ["blocks.0.*", False]]
 CHAINS = [
     ["smoothquant"],
     ["convrot"],
@@ -23,7 +22,7 @@ CHAINS = [
     ["smoothquant", "int8"],
     ["convrot", "int8"],
     ["smoothquant", "convrot", "int8"],
-    [("convrot", {"layers": {"*.up": True}}), ("int8", {"layers": FIRST_FLOAT})],
+    [("convrot", {"keep_layers": ["*.down"]}), ("int8", {"keep_layers": ["blocks.0.*"]})],
     ["smoothquant", "export"],
     ["convrot", "int8", "export"],
     ["smoothquant", "int8", ("export", {"layers": "float"})],
