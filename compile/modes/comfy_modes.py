@@ -100,19 +100,20 @@ class PatcherConvRot(ConvRot):
 
 @dataclass(frozen=True)
 class PatcherInt8Config:
-    """keep_layers, min_sqnr_db, kernel: see Int8Options. chosen: what was measured, (layer, method); None: not yet, or nothing to
+    """keep_layers, min_sqnr_db, kernel, max_mb: see Int8Options. chosen: what was measured, (layer, method); None: not yet, or nothing to
     measure. Where it is given nothing is measured again."""
 
     keep_layers: tuple[str, ...] = ()
     min_sqnr_db: float = 0.0
     kernel: Literal["auto", "triton", "comfy_kitchen", "torch"] = "auto"
+    max_mb: float = 0.0
     chosen: tuple[tuple[str, METHODS], ...] | None = None
 
     def __post_init__(self):
         self.to_options("convrot")  # its ValueErrors
 
     def to_options(self, method: str) -> Int8Options:
-        return Int8Options(method, self.keep_layers, self.min_sqnr_db, self.kernel)
+        return Int8Options(method, self.keep_layers, self.min_sqnr_db, self.kernel, self.max_mb)
 
 
 @dataclass(frozen=True)

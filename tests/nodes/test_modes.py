@@ -148,6 +148,31 @@ def test_what_was_chosen_is_applied_again_without_measuring(load, nodes, sample,
     assert_same_weights(weights(again), weights(measured))
 
 
+def test_the_model_gets_below_a_size_with_no_more_layers_than_needed(load, nodes, sample, registry, modes):
+    flux = load()
+    size = flux.model_size() / 2**20
+    smallest = nodes.INT8QuantizeModel(flux, method="convrot").model_size() / 2**20
+    limit = (size + smallest) / 2
+    chain = ["convrot", {"name": "int8", "config": {"max_mb": limit}}]
+    sample(fitted := nodes.ApplyModes(flux, modes=json.dumps(chain)))
+    assert smallest < fitted.model_size() / 2**20 <= limit
+    chosen = dict(modes.mode_state(fitted, registry=registry)["modes"][1]["config"]["chosen"])
+    assert set(chosen.values()) == {"convrot", "float"}
+    for layer in ("img_attn.qkv", "txt_mlp.0"):  # equal blocks stay equal
+        assert len({chosen[f"double_blocks.{index}.{layer}"] for index in range(2)}) == 1
+    impossible = nodes.ApplyModes(flux, modes=json.dumps(["convrot", {"name": "int8", "config": {"max_mb": 1.0}}]))
+    with pytest.raises(ValueError, match=r"only \d+ of the \d+ bytes can be saved to get from .* to max_mb = 1\. Raise max_mb"):
+        sample(impossible)
+    assert sample(flux).isfinite().all()
+
+
+def test_the_record_goes_on_with_every_clone(load, nodes, names, lora):
+    applied = nodes.ApplyModes(load(), modes='["convrot", "int8"]')
+    assert names(lora(applied)) == ["convrot", "int8"]
+    assert names(nodes.INT8LazyTorchCompile(lora(applied), backend="cudagraphs")) == ["convrot", "int8", "compile"]
+    assert names(nodes.ApplyModes(nodes.ApplyModes(load(), modes='["convrot"]'), modes='["int8"]')) == ["convrot", "int8"]
+
+
 def test_layers_below_the_limit_are_float_in_the_file_too(load, nodes, sample, saved, half):
     quantized = nodes.INT8QuantizeModel(load(), method="convrot", min_sqnr_db=half)
     downstream = quantized.clone()
@@ -185,10 +210,11 @@ def test_compile_is_read_off_what_compiles_and_is_not_saved(comfy, load, nodes, 
     (["int4"], "There is no mode 'int4'. Did you mean int8? The modes are: compile, convrot, export, int8, smoothquant. "
                "A mode of another pack is there once that pack is loaded."),
     ([{"name": "int8", "config": {"kernels": "torch"}}],
-     'int8: unknown key "kernels". Did you mean kernel? The keys are: keep_layers, min_sqnr_db, kernel, chosen.'),
+     'int8: unknown key "kernels". Did you mean kernel? The keys are: keep_layers, min_sqnr_db, kernel, max_mb, chosen.'),
     ([{"name": "int8", "config": {"kernel": "cutlass"}}],
      'int8: \'kernel\' takes "auto" or "triton" or "comfy_kitchen" or "torch", not "cutlass".'),
     ([{"name": "int8", "config": {"min_sqnr_db": 200}}], "int8: min_sqnr_db is a ratio in dB from 0 (off) to 100, not 200."),
+    ([{"name": "int8", "config": {"max_mb": -1}}], "int8: max_mb is a size in MiB from 0 (off) on, not -1."),
     ([{"name": "int8", "config": {"chosen": {"nothing": "convrot"}}}],
      "int8: chosen names the layer 'nothing', which is no float Linear layer of this model's blocks. Set chosen to null to measure again."),
     ([{"name": "compile", "config": {"backend": "nonsense"}}], "compile: Unknown backend 'nonsense'."),
