@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_what_the_first_sampling_measures_is_shown_by_the_next_run(server):
     # ComfyUI may show it before or after it samples.
     assert re.search(r"int8: \d+ layers (to be measured at the first sampling|\(.*least SQNR)", first.outputs["show"]["text"][0])
     assert re.search(r"int8: \d+ layers \(.*\), least SQNR \d+\.\d dB", second.outputs["show"]["text"][0])
+
+
+def test_the_browser_gets_the_script_that_shows_the_text_on_the_node(server):
+    scripts = json.loads(urllib.request.urlopen(f"{server.url}/extensions").read())
+    assert "/extensions/int8-compile/show_modes.js" in scripts
+    script = urllib.request.urlopen(f"{server.url}/extensions/int8-compile/show_modes.js").read().decode()
+    assert 'nodeData.name !== "ShowModes"' in script
 
 
 def test_a_mode_of_another_pack_as_the_help_page_has_it(serve, tmp_path):
