@@ -28,7 +28,9 @@ def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
         if not isinstance(name, (str, Mode)):
             raise ModeConfigError(f"A mode is a name, or a name and its configuration, not a {type(item).__name__}.")
         mode = registry[name]
-        result.append((mode, config if isinstance(config, mode.config_class) else parse_config(mode.config_class, config or {}, mode.name)))
+        if not isinstance(config, mode.config_class):
+            config = parse_config(mode.config_class, {} if config is None else config, mode.name)
+        result.append((mode, config))
     return result
 
 

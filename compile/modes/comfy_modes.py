@@ -12,7 +12,7 @@ from typing import Literal
 from comfy.patcher_extension import WrappersMP
 
 from ...int8.comfy_calibrate import planned_layers, plans, quantize_model
-from ...int8.comfy_ops import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
+from ...int8.comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from ...int8.hadamard import group_size
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
@@ -180,7 +180,7 @@ def _layers(patcher) -> dict[str, tuple[int, bool]]:
     layers = int8_layers(patcher)
     for plan in plans(patcher):
         if plan.method != "float" and plan.name not in layers:
-            weight = patcher.get_model_object(f"diffusion_model.{plan.name}").weight
+            weight = patcher.get_model_object(PREFIX + plan.name).weight
             layers[plan.name] = group_size(weight.shape[1]) if plan.rotate else 0, plan.pre_quant_scale is not None
     return layers
 

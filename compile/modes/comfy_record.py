@@ -34,11 +34,13 @@ def quantize_and_record(patcher, options: Int8Options):
     if Int8.name in state.names or int8_layers(patcher):
         return clone  # recorded, or to be read off its layers
     config = PatcherInt8Config(options.keep_layers, options.min_sqnr_db, options.kernel)
-    PATCHER_MODES.host.set_state(clone, ModeState((*state, *_preparing(options.method), _entry(Int8.name, config, int8_metadata(clone)))))
+    preparing = [entry for entry in _preparing(options.method) if entry.name not in state.names]
+    PATCHER_MODES.host.set_state(clone, ModeState((*state, *preparing, _entry(Int8.name, config, int8_metadata(clone)))))
     return clone
 
 
 def _preparing(method: str) -> list[ModeEntry]:
+    """What comes before int8 where it quantizes by that method of Int8Options."""
     if method == "convrot":
         return [_entry(ConvRot.name, NoConfig())]
     where = {"auto": "better", "smoothquant": "all"}.get(method)
@@ -71,8 +73,8 @@ def recorded(patcher):
             check_chain(PATCHER_MODES, state.names)
             agrees = _recorded_layers(state) == _recorded_layers(derived)
         except ApplyModeError as error:
-            raise ModeRecordError(f"{path.name}: {error} To use the file without its record of modes, connect Load Diffusion Model "
-                                  "without Apply Modes.") from error
+            raise ModeRecordError(f"{path.name}: {error} To use the file without its record of modes, connect Load Diffusion Model, and "
+                                  "INT8 Quantize Model for this pack's kernels.") from error
         if not agrees:
             logger.warning("%s: its record of modes does not agree with its INT8 layers. The layers hold: %s.", path.name,
                            ", ".join(derived.names))
@@ -139,10 +141,7 @@ def describe(patcher) -> str:
     if not entries:
         return "[]\nNo modes: the model is as it was loaded."
     entries = [updated(PATCHER_MODES[entry.name], entry, patcher, "update_for_save") for entry in entries]
-    settings = [{key: value for key, value in dump_config(entry.config).items() if value != dump_config(type(entry.config)())[key]}
-                for entry in entries]
-    # What was measured has its own line.
-    settings = [{key: value for key, value in changed.items() if key != "chosen"} for changed in settings]
+    settings = [_changed_settings(entry.config) for entry in entries]
     chain = [{"name": entry.name, "config": changed} if changed else entry.name for entry, changed in zip(entries, settings)]
     lines = [json.dumps(chain)]
     for number, (entry, changed) in enumerate(zip(entries, settings), 1):
@@ -151,6 +150,12 @@ def describe(patcher) -> str:
             parts = [*_describe_int8(parse_config(Int8Record, entry.metadata, entry.name)), *parts]
         lines.append(f"{number}. {entry.name}" + (f": {', '.join(parts)}" if parts else ""))
     return "\n".join(lines)
+
+
+def _changed_settings(config) -> dict:
+    """Those that are not the default, without what was measured, which has its own words."""
+    default = dump_config(type(config)())
+    return {key: value for key, value in dump_config(config).items() if value != default[key] and key != "chosen"}
 
 
 def _describe_int8(record: Int8Record) -> list[str]:

@@ -174,6 +174,7 @@ def test_modes_come_and_go(registry):
     ([("compile", {"backend": "nonsense"})], ModeConfigError, "compile: Unknown backend 'nonsense'."),
     ([("compile", {"options": "{"})], ModeConfigError, "compile: Compilation failed due to invalid options: not JSON"),
     ([{"mode": "int8"}], ModeConfigError, 'A mode is {"name": ..., "config": ...}, not an object with mode.'),
+    ([("int8", [])], ModeConfigError, "int8: the configuration must be an object, not []."),
     ([7], ModeConfigError, "A mode is a name, or a name and its configuration, not a int."),
 ])
 def test_what_a_chain_says_wrong_is_explained(model, modes, error, message):

@@ -171,6 +171,7 @@ def test_the_record_goes_on_with_every_clone(load, nodes, names, lora):
     assert names(lora(applied)) == ["convrot", "int8"]
     assert names(nodes.INT8LazyTorchCompile(lora(applied), backend="cudagraphs")) == ["convrot", "int8", "compile"]
     assert names(nodes.ApplyModes(nodes.ApplyModes(load(), modes='["convrot"]'), modes='["int8"]')) == ["convrot", "int8"]
+    assert names(nodes.INT8QuantizeModel(nodes.ApplyModes(load(), modes='["convrot"]'), method="convrot")) == ["convrot", "int8"]
 
 
 def test_layers_below_the_limit_are_float_in_the_file_too(load, nodes, sample, saved, half):
@@ -374,6 +375,7 @@ def test_hostile_records_are_refused_with_the_reason(comfy, flux, nodes, saved, 
             use()
         assert str(error.value).startswith("edited.safetensors: ") and message in str(error.value)
         assert "connect Load Diffusion Model" in str(error.value)
+    assert len(weights(nodes.INT8QuantizeModel(stock))) > 10
 
 
 def test_show_modes_says_what_was_done(flux, nodes):
