@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from .calibrate import LayerStats, collect
 from .comfy_ops import PREFIX, adopt_native_layers, layers_to_quantize, pristine_parameter, put_int8_layers
 from .options import Int8Options
-from .plan import LayerPlan, choose_methods, measure_layer
+from .plan import LayerPlan, choose_methods, fit_size, measure_layer
 from .structure import roles
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,8 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
         if measured:
             choose_methods(measured, options)
             result += measured
+    if options.max_mb:
+        _fit_size(patcher, result, options)
     measured = [(plan.sqnr[plan.method], plan.name) for plan in result if plan.method in plan.sqnr]
     if measured:
         logger.info("INT8: %s measured %d layers: %s; least SQNR %.1f dB (%s)", options.method, len(measured),
@@ -124,3 +126,14 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
     for plan in result:
         logger.debug("INT8: %s", plan)
     return result
+
+
+def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
+    weights = {plan.name: pristine_parameter(patcher, f"{PREFIX}{plan.name}.weight") for plan in plans}
+    saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
+    size = patcher.model_size()
+    try:
+        fit_size(plans, saved, size - int(options.max_mb * 2**20), roles(patcher.model.diffusion_model, weights))
+    except ValueError as error:
+        raise ValueError(f"INT8 Quantize Model: {error} to get from {size / 2**20:.1f} to max_mb = {options.max_mb:g}. Raise max_mb, lower "
+                         "min_sqnr_db, or keep fewer layers.") from None

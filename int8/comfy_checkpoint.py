@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .comfy_calibrate import planned_layers
+from .comfy_calibrate import planned_layers, plans
 from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, is_int8, put_int8_layers, require_native_int8
 from .options import Int8Options
 from .plan import LayerPlan
@@ -37,14 +37,13 @@ FOREIGN = {
 }
 
 
-def save_int8_model(patcher, path: Path) -> None:
-    """Writes patcher's model, with its LoRA, as a safetensors file that stock Load Diffusion Model reads.
-
-    The file appears whole or not at all. Smoothed layers are written as convrot, quantized from the float weights: the format has no place
-    for their factors. Layers that wait for a calibration are quantized by convrot. Raises ValueError for a model without INT8 layers.
-    """
+def native_model(patcher):
+    """A clone of patcher whose layers are all such as ComfyUI's format can hold: smoothed layers, for whose factors it has no place, become
+    convrot, quantized from the float weights; layers that were to be quantized at the first sampling are quantized now, by convrot where
+    nothing was measured yet."""
     require_native_int8("Save INT8 Model")
     patcher = patcher.clone()
+    measured = {plan.name: plan.method for plan in plans(patcher)}
     waiting = [name for name in planned_layers(patcher) if PREFIX + name not in patcher.object_patches]
     smoothed = [name.removeprefix(PREFIX) for name, layer in patcher.object_patches.items()
                 if getattr(layer, "pre_quant_scale", None) is not None]
@@ -53,14 +52,26 @@ def save_int8_model(patcher, path: Path) -> None:
     if smoothed or waiting:
         logger.info("Save INT8 Model: %d smoothed layers and %d that were not measured yet are written as convrot.", len(smoothed),
                     len(waiting))
-        put_int8_layers(patcher, [LayerPlan(name, "convrot") for name in (*smoothed, *waiting)], "auto")
+        methods = {name: measured.get(name, "convrot") for name in (*smoothed, *waiting)}
+        put_int8_layers(patcher, [LayerPlan(name, "convrot" if method == "smoothquant" else method) for name, method in methods.items()],
+                        "auto")
+    return patcher
+
+
+def save_int8_model(patcher, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes patcher's model, as native_model makes it and with its LoRA, as a safetensors file that stock Load Diffusion Model reads.
+    metadata: of the file.
+
+    The file appears whole or not at all. Raises ValueError for a model without INT8 layers.
+    """
+    patcher = native_model(patcher)
     if not any(is_int8(getattr(m, "weight", None)) for m in _modules(patcher)):
         raise ValueError("Save INT8 Model: this model has no INT8 layers. Put INT8 Quantize Model before this node.")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     os.close(handle)
     try:
-        comfy.sd.save_checkpoint(partial, patcher, metadata={})
+        comfy.sd.save_checkpoint(partial, patcher, metadata=metadata or {})
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

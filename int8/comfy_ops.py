@@ -253,11 +253,25 @@ def is_int8(weight) -> bool:
     return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
-def native_layers(patcher) -> list[str]:
-    """Names below the diffusion model of INT8 layers that ComfyUI's own loader made."""
+def _current_layers(patcher) -> dict[str, torch.nn.Module]:
+    """{name below the diffusion model: layer} of those that have a weight, with patcher's object patches."""
     names = [name for name, m in patcher.model.diffusion_model.named_modules() if name and hasattr(m, "weight")]
     current = {name: patcher.get_model_object(PREFIX + name) for name in names}
-    return [n for n, layer in current.items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
+    return {name: layer for name, layer in current.items() if hasattr(layer, "weight")}
+
+
+def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
+    """{name below the diffusion model: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
+    if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
+        return {}
+    params = {name: (layer, layer.weight._params) for name, layer in _current_layers(patcher).items() if is_int8(layer.weight)}
+    return {name: (p.convrot_groupsize if p.convrot else 0, getattr(layer, "pre_quant_scale", None) is not None)
+            for name, (layer, p) in params.items()}
+
+
+def native_layers(patcher) -> list[str]:
+    """Names below the diffusion model of INT8 layers that ComfyUI's own loader made."""
+    return [n for n, layer in _current_layers(patcher).items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
 
 
 def adopt_native_layers(patcher, kernel: str):

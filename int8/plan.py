@@ -1,6 +1,7 @@
 """How each layer is quantized, decided by what it costs in the layer's own output."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from .calibrate import LayerStats
 from .kernels import ops
 from .options import Int8Options
+from .precision import FLOAT, choose_precision
 from .quantize import quantize_weight
 
 # SmoothQuant's migration strength (arXiv 2211.10438, section 4.2): how much of the outliers goes from input to weight.
@@ -97,6 +99,21 @@ def choose_methods(plans: list[LayerPlan], options: Int8Options) -> None:
             plan.pre_quant_scale = None
         if plan.sqnr[method] < options.min_sqnr_db:
             plan.method, plan.pre_quant_scale, plan.reason = "float", None, f"below {options.min_sqnr_db:g} dB"
+
+
+def fit_size(plans: list[LayerPlan], saved: Mapping[str, int], must_save: int, together: Sequence[Sequence[str]]) -> None:
+    """Leaves those layers float that need not be INT8 to save must_save bytes; see precision.choose_precision. saved: {layer: bytes}.
+
+    Raises ValueError where must_save cannot be reached.
+    """
+    int8 = {plan.name: plan for plan in plans if plan.method != FLOAT}
+    unmeasured = [name for name, plan in int8.items() if plan.method not in plan.sqnr]  # never called: they add no noise
+    measured = {name: {plan.method: plan.sqnr[plan.method]} for name, plan in int8.items() if name not in unmeasured}
+    chosen = choose_precision(measured, saved, must_save - sum(saved[name] for name in unmeasured), together=[
+        [name for name in group if name in measured] for group in together])
+    for name, method in chosen.items():
+        if method == FLOAT:
+            int8[name].method, int8[name].pre_quant_scale, int8[name].reason = FLOAT, None, "not needed for max_mb"
 
 
 def _mean(plans: list[LayerPlan], method: str) -> float:

@@ -11,11 +11,14 @@ from ..compile.comfy_cache import get_cache
 from .checkpoint import LoadINT8Model, SaveINT8Model
 from .compile_model import CompileModel
 from .lazy_compile import INT8LazyTorchCompile
+from .modes import ApplyModes, ShowModes
 from .quantize import INT8QuantizeModel
 
 logger = logging.getLogger(__name__)
 
-NODES: list[type[io.ComfyNode]] = [CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model]
+NODES: list[type[io.ComfyNode]] = [
+    CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model, ApplyModes, ShowModes,
+]
 CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.
 SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")

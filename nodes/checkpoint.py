@@ -1,11 +1,10 @@
 """Save INT8 Model and Load INT8 Model: INT8 checkpoints in ComfyUI's native format."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import folder_paths
 from comfy_api.latest import io
 
+from ..compile.modes.comfy_record import recorded, save_model
 from .quantize import int8_options, quantize_inputs
 
 
@@ -29,10 +28,7 @@ class SaveINT8Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
-        from ..int8.comfy_checkpoint import save_int8_model
-
-        folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        save_int8_model(model, Path(folder) / f"{filename}_{counter:05}_.safetensors")
+        save_model(model, filename_prefix)
         return io.NodeOutput()
 
 
@@ -58,4 +54,4 @@ class LoadINT8Model(io.ComfyNode):
         from ..int8.comfy_checkpoint import load_int8_model
 
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        return io.NodeOutput(load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel)))
+        return io.NodeOutput(recorded(load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel))))

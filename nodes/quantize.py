@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..int8.comfy_calibrate import quantize_model
+from ..compile.modes.comfy_record import quantize_and_record
 from ..int8.options import KERNELS, METHODS, Int8Options
 
 
@@ -48,4 +48,4 @@ class INT8QuantizeModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
-        return io.NodeOutput(quantize_model(model, int8_options(method, keep_layers, min_sqnr_db, kernel)))
+        return io.NodeOutput(quantize_and_record(model, int8_options(method, keep_layers, min_sqnr_db, kernel)))

@@ -26,7 +26,8 @@ def test_node_ids_are_literals_that_comfyui_managers_scanner_reads():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Schema":
                 found |= {k.value.value for k in node.keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)}
-    assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model"}
+    assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model", "ApplyModes",
+                     "ShowModes"}
 
 
 @pytest.mark.comfy
@@ -42,15 +43,16 @@ def test_comfyuis_own_parser_accepts_the_project_file(comfy):
 
 def test_nothing_below_imports_anything_above_it():
     """nodes -> compile -> int8 -> int8/kernels; ComfyUI is known in few files, named for it."""
-    allowed = {"int8/kernels": ("..hadamard",), "int8": (".", "..int8"), "compile": ("..int8",)}
-    for path in (*(REPO / "int8").rglob("*.py"), *(REPO / "compile").glob("*.py")):
+    allowed = {"int8/kernels": ("..hadamard",), "int8": (".", "..int8"), "compile": ("..int8",),
+               "compile/modes": ("...int8", "..engine", "..options", "..patcher")}
+    for path in (*(REPO / "int8").rglob("*.py"), *(REPO / "compile").rglob("*.py")):
         relative = path.relative_to(REPO)
         tree = ast.parse(path.read_text())
         imports = [("." * n.level + (n.module or "")) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         imports += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         if relative.name != "patcher.py" and not relative.name.startswith("comfy_"):
             assert not [i for i in imports if i.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes", "server")], relative
-        folder = "int8/kernels" if "kernels" in relative.parts else relative.parts[0]
+        folder = next(name for name in ("int8/kernels", "compile/modes", relative.parts[0]) if relative.is_relative_to(name))
         for name in imports:
             if name.startswith(".."):
                 assert name.startswith(allowed[folder]), f"{relative} imports {name}"

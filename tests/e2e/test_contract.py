@@ -34,6 +34,8 @@ CONTRACT = {
     "INT8QuantizeModel": ("INT8 Quantize Model", [("model", "MODEL", None), *QUANTIZE]),
     "LoadINT8Model": ("Load INT8 Model", [("unet_name", None, None), *QUANTIZE]),
     "SaveINT8Model": ("Save INT8 Model", [("model", "MODEL", None), ("filename_prefix", "STRING", "diffusion_models/int8")]),
+    "ApplyModes": ("Apply Modes", [("model", "MODEL", None), ("modes", "STRING", '["convrot", "int8", "compile"]')]),
+    "ShowModes": ("Show Modes", [("model", "MODEL", None)]),
 }
 
 
@@ -50,7 +52,8 @@ def test_object_info_matches_the_contract(server, node_id):
         assert kind is None or got == kind, name
         assert spec[1].get("default") == default, name
         assert len(spec[1]["tooltip"]) > 10, name
-    assert len(info["output"]) == (0 if info["output_node"] else 1)
+    assert len(info["output"]) == (0 if node_id == "SaveINT8Model" else 1)
+    assert info["output_node"] == (node_id in ("SaveINT8Model", "ShowModes"))
 
 
 def test_compile_model_takes_four_types_and_gives_back_its_inputs(server):

@@ -61,7 +61,7 @@ def test_comfyui_lists_them_as_templates(server):
     import urllib.request
 
     templates = json.loads(urllib.request.urlopen(f"{server.url}/api/workflow_templates").read())
-    assert sorted(templates["int8-compile"]) == ["Compile Model", "INT8 and Lazy Compile"]
+    assert sorted(templates["int8-compile"]) == ["Apply Modes", "Compile Model", "INT8 and Lazy Compile"]
 
 
 def test_the_demo_runs_and_judges_itself(tmp_path):

@@ -1,0 +1,20 @@
+"""Run as a program: loads every *.safetensors of a folder onto a model of other weights, and writes what it then is."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import conftest  # noqa: E402, F401 (offers the pack as int8_compile)
+from int8_compile.compile.modes import mode_state  # noqa: E402
+from int8_compile.compile.modes.files import load_model  # noqa: E402
+from modes.small_model import Model, typical  # noqa: E402
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for path in Path(sys.argv[1]).glob("*.safetensors"):
+        model = load_model(Model(seed=5).eval(), path)
+        with torch.no_grad():
+            torch.save((mode_state(model), model.state_dict(), model(typical())), path.with_suffix(".pt"))
