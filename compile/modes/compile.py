@@ -25,6 +25,7 @@ class CompileConfig:
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     options: str = "{}"
     blocks_only: bool = True
+    background: bool = False
 
     @classmethod
     def of(cls, options: CompileOptions, **more):
