@@ -5,8 +5,10 @@ Parameters are inputs of an artefact: one serves every block of a class, with a 
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
+import sys
 import types
 
 import torch
@@ -72,9 +74,18 @@ _ABSENT = object()
 def attribute_value(value):
     if isinstance(value, CONSTANTS):
         return [type(value).__name__, value]
-    if isinstance(value, (list, tuple, dict, set)):
-        return ["size", len(value)]
-    return ["kind", type(value).__name__]
+    if isinstance(value, _CONTAINERS):
+        return ["items", repr(value)] if _is_plain(value) else ["size", len(value)]
+    return ["is", describe(value)]
+
+
+_CONTAINERS = (list, tuple, dict, set)
+
+
+def _is_plain(container) -> bool:
+    """Whether its content is known by its text: no objects that change, or whose address is in their text."""
+    items = container.values() if isinstance(container, dict) else container
+    return not isinstance(container, set) and all(isinstance(item, (*CONSTANTS, torch.dtype, torch.Size)) for item in items)
 
 
 def methods_of(block: torch.nn.Module, names: set[str]) -> list[list]:
@@ -95,7 +106,7 @@ class BlockState:
     attributes, methods: of attributes_of and methods_of. Raises Unsupported where they differ now.
     """
 
-    __slots__ = ("_checks", "_containers", "_hooks", "_methods", "_sizes")
+    __slots__ = ("_checks", "_containers", "_hooks", "_items", "_methods", "_sizes")
 
     def __init__(self, block: torch.nn.Module, attributes: list[list], methods: list[list], names: set[str]):
         if attributes_of(block, names) != attributes:
@@ -108,8 +119,10 @@ class BlockState:
         self._sizes = [(state, len(state)) for state in states]
         self._hooks = [state[name] for state in states for name in _HOOKS]
         read = [(state, name, value) for state in states for name, value in state.items() if name in names and name not in _MODULE_STATE]
-        self._containers = [(state, name, len(value)) for state, name, value in read if isinstance(value, (list, tuple, dict, set))]
-        self._checks = [check for check in read if not isinstance(check[2], (list, tuple, dict, set))]
+        containers = [(state, name, value) for state, name, value in read if isinstance(value, _CONTAINERS)]
+        self._containers = [(state, name, len(value)) for state, name, value in containers]
+        self._items = [(state, name, repr(value)) for state, name, value in containers if value and _is_plain(value)]
+        self._checks = [check for check in read if not isinstance(check[2], _CONTAINERS)]
         self._checks += [(state, "training", state["training"]) for state in states]
 
     def holds(self) -> bool:
@@ -125,7 +138,8 @@ class BlockState:
         for state, name, value in self._checks:
             if (now := state.get(name)) is not value and (now != value or type(now) is not type(value)):
                 return False
-        return all(len(state[name]) == size for state, name, size in self._containers)
+        return (all(len(state[name]) == size for state, name, size in self._containers)
+                and all(repr(state[name]) == text for state, name, text in self._items))
 
 
 class Weights:
@@ -180,7 +194,18 @@ class _Pickler(pickle.Pickler):
         return self._known[id(value)], isinstance(value, torch.nn.Parameter)
 
     def reducer_override(self, value):
-        return getattr(value, REPLACEMENT)() if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT) else NotImplemented
+        if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT):
+            return getattr(value, REPLACEMENT)()
+        if isinstance(value, types.FunctionType) and "<lambda>" in value.__qualname__:
+            for name, table in vars(sys.modules.get(value.__module__)).items():
+                for key, item in table.items() if isinstance(table, dict) else ():
+                    if item is value:  # a table of activations
+                        return _item_of, (value.__module__, name, key)
+        return NotImplemented
+
+
+def _item_of(module: str, table: str, key):
+    return getattr(importlib.import_module(module), table)[key]
 
 
 def copy_skeleton(block: torch.nn.Module) -> torch.nn.Module:

@@ -1,6 +1,9 @@
 """The call of a block as an artefact sees it: tensors in order, everything else as constants."""
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +44,10 @@ def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
         return "tensor"
     if isinstance(value, CONSTANTS):
         return type(value).__name__, value
+    if isinstance(value, types.FunctionType):
+        if function_at(value.__module__, value.__qualname__) is not value:
+            raise Unsupported(f"an argument is the function {value.__qualname__}, which its name does not lead to")
+        return "function", value.__module__, value.__qualname__
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *[_shape_of(item, leaves, options) for item in value])
     if isinstance(value, dict):
@@ -61,6 +68,9 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
         if part == "options":
             return next(dicts)
         kind, *items = part
+        if kind == "function":
+            importlib.import_module(items[0])
+            return function_at(*items)
         if kind in ("tuple", "list"):
             return {"tuple": tuple, "list": list}[kind](value(item) for item in items)
         if kind == "dict":
@@ -68,6 +78,14 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
         return items[0]
     args, kwargs = structure
     return value(args), value(kwargs)
+
+
+def function_at(module: str, name: str):
+    """What a module has by that dotted name, None where it has nothing."""
+    value = sys.modules.get(module)
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def as_tuples(value):

@@ -150,6 +150,8 @@ def describe(value) -> str:
     """What counts of a global, default or closed-over value: functions and classes by name and code, scalars by value, the rest by type."""
     if isinstance(value, _SCALARS):
         return repr(value)
+    if isinstance(value, functools.partial):
+        return f"partial {describe(value.func)} {value.args!r} {sorted(value.keywords.items())!r}"
     if isinstance(value, (tuple, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
         return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
     target = _unwrap(value.fget if isinstance(value, property) else value)
@@ -158,7 +160,7 @@ def describe(value) -> str:
         ours = getattr(value, "__globals__", {}).get("__name__", "").startswith(f"{_ROOT}.")
         outer = _code_digest(value.__code__) if isinstance(value, types.FunctionType) and not ours else ""
         return f"{_portable(target.__module__ or '')}.{target.__qualname__} {_code_digest(target.__code__)} {outer}"
-    kind = value if isinstance(value, type) else type(value)
+    kind = value if isinstance(value, (type, types.BuiltinFunctionType)) else type(value)
     return f"{_portable(kind.__module__)}.{kind.__qualname__}"
 
 

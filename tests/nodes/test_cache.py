@@ -109,6 +109,45 @@ def test_loras_and_their_strength_change_what_artefacts_compute(artefacts, nodes
     assert difference(sample(compiled), sample(model)) < (NOISE if int8 else EXACT)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_offloaded_weights_are_fetched_for_artefacts(artefacts, nodes, lora, apply, int8):
+    """Partly loaded as --lowvram does it, with a LoRA that is added on the way."""
+    model = lora(artefacts("tiny_flux", int8))
+    compiled = nodes.CompileModel(model)
+    for share in (1e-6, 0.5, 1e-6):
+        want = apply(model, share)
+        assert difference(apply(compiled, share), want) < (NOISE if int8 else EXACT)
+    assert report(compiled).graphs == 0 and report(compiled).artefacts
+
+
+@pytest.mark.parametrize("method", ["CLIP", "VAE"])
+def test_text_encoders_and_vaes_keep_artefacts_too(comfy, restart, nodes, models_dir, method):
+    if method == "CLIP":
+        whole = comfy.sd.load_clip([str(models_dir / "models" / "text_encoders" / "tiny_clip_l.safetensors")],
+                                   clip_type=comfy.sd.CLIPType.SD3)
+
+        def use(clip):
+            return torch.cat(clip.encode_from_tokens(clip.tokenize("a red fox"), return_pooled=True)[:1])
+    else:
+        from benchmarks import digits
+
+        whole = comfy.sd.VAE(sd=digits.vae())
+
+        def use(vae):
+            return vae.decode(torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)))
+    want = use(whole)
+    cache = restart()
+    first = nodes.CompileModel(whole, is_patcher=False, background=True)
+    assert difference(use(first), want) < EXACT
+    wait(cache)
+    assert report(first.patcher).fallbacks == []
+    restart()
+    compiled = nodes.CompileModel(whole, is_patcher=False)
+    assert difference(use(compiled), want) < EXACT
+    found = report(compiled.patcher)
+    assert found.artefacts and found.graphs == 0 and not found.failure
+
+
 def test_an_artefact_of_rotated_layers_is_not_taken_for_others(artefacts, load, nodes, sample):
     artefacts("tiny_flux", int8=True)
     model = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")

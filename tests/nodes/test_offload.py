@@ -2,28 +2,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from .conftest import difference
 from .test_compile import CHEAP
 
 pytestmark = pytest.mark.comfy
-
-
-@pytest.fixture
-def apply():
-    """One step of a model of which about `share` of the weights is loaded; the rest is offloaded, as --lowvram does it."""
-    def apply(model, share, tokens=20):
-        model.unpatch_model(model.offload_device)
-        model.patch_model(model.load_device, lowvram_model_memory=max(1, int(share * model.model_size())))
-        generator = torch.Generator().manual_seed(3)
-        x, context, y = (torch.randn(*shape, generator=generator) for shape in ((1, 16, 16, 16), (1, tokens, 4096), (1, 2048)))
-        try:
-            return model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=context, y=y, guidance=torch.tensor([3.5]),
-                                           transformer_options={"wrappers": model.wrappers})
-        finally:
-            assert all("weight_function" not in m.__dict__ or isinstance(m.weight_function, list) for m in model.model.modules())
-    return apply
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
