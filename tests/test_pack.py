@@ -26,7 +26,8 @@ def test_node_ids_are_literals_that_comfyui_managers_scanner_reads():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Schema":
                 found |= {k.value.value for k in node.keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)}
-    assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model"}
+    assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model",
+                     "SaveCompileCache", "LoadCompileCache", "ClearCompileCache"}
 
 
 @pytest.mark.comfy
