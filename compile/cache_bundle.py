@@ -181,7 +181,8 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     place, _, name = folder.rpartition("/")
     if MANIFEST not in files:
         raise ValueError(f"{name} has no {MANIFEST}")
-    content = json.loads(archive.read(files[MANIFEST]))
+    manifest = archive.read(files[MANIFEST])
+    content = json.loads(manifest)
     body = content.get("body") if isinstance(content, dict) else None
     digests = body.get("files") if isinstance(body, dict) else None
     if not isinstance(digests, dict) or set(digests) != set(files) - {MANIFEST}:
@@ -189,11 +190,13 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     for key in ("name", "device", "torch"):
         if not (isinstance(label := body.get(key, "unknown"), str) and _LABEL.fullmatch(label)):
             raise ValueError(f"the {key} of {name} is no {key}")
+    size = len(manifest)  # as read: a zip may say more
     for file, digest in digests.items():
         with archive.open(files[file]) as stream:
             if _digest_of(stream) != digest:
                 raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
-    return Held(place, name, body, sum(info.file_size for info in files.values()))
+            size += stream.tell()
+    return Held(place, name, body, size)
 
 
 def _digest_of(file: BinaryIO) -> str:

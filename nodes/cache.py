@@ -175,7 +175,7 @@ def _require_trust(bundle: Bundle, trust: str):
     if bundle.is_trusted(trust):
         return
     entered = f"its digest does not begin with '{trust.strip()[:64]}', which was entered. " if trust.strip() else ""
-    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run on this machine with your rights; {entered}"
+    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {entered}"
                      f"it was not loaded. It holds ({bundle.size / 1e6:.1f} MB):\n{bundle.contents()}\n"
-                     f"Its digest is {bundle.digest}. If Save Compile Cache showed the same where the file was made, enter it as trust; its "
+                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust; its "
                      f"first {TRUST_DIGITS} digits suffice.")
