@@ -208,11 +208,15 @@ class CacheStore:
         """Bytes of all entries."""
         return sum(_size(folder) for folder in self.all())
 
+    def delete(self, folder: Path) -> None:
+        """An entry, at once for readers, and for whoever ends this process meanwhile."""
+        _remove(_put_aside(folder))
+
     def clear(self) -> tuple[int, int]:
         """(entries, bytes) that were deleted. What is being built stays."""
         sizes = {folder: _size(folder) for folder in self.all()}
         for folder in sizes:
-            _delete(folder)
+            self.delete(folder)
         self._sweep()
         for folder in sorted((path for path in self.layout.rglob("*") if path.is_dir() and not path.name.startswith(".")), reverse=True):
             with contextlib.suppress(OSError):
@@ -231,7 +235,7 @@ class CacheStore:
         for _, size, folder in sorted(used):
             if total <= self.limit:
                 break
-            _delete(folder)
+            self.delete(folder)
             total -= size
 
     def _sweep(self) -> None:
@@ -307,11 +311,6 @@ def _put_aside(path: Path) -> Path:
     except OSError:
         return path
     return aside
-
-
-def _delete(folder: Path) -> None:
-    """At once for readers, and for whoever ends this process meanwhile."""
-    _remove(_put_aside(folder))
 
 
 def _remove(path: Path) -> None:
