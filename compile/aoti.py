@@ -1,26 +1,27 @@
-"""AOTInductor packages of a block: built here from its skeleton, run without dynamo or inductor.
+"""Artefacts of a block: built here from its skeleton. An AOTInductor package runs without dynamo or inductor.
 
 Traced with torch.export at batch 2 at least: a graph for batch 1 is of no use for others, one for 2 serves 1 if the program for 1 has the
 same operations. A package checks nothing of its inputs, so all that its trace relied on is written down and checked before it is run.
 """
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .cache_block import Spec, attributes_of, load_skeleton
+from . import warmup
+from .cache_block import Spec, attributes_of, load_skeleton, methods_of
 from .cache_call import LAYOUTS, OptionReads, Unsupported, as_tuples, rebuild
 from .cache_sources import recording, sources_of
+from .cache_store import Entry
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "artifact.pt2"
 READABLE = "readable.py"
 
 
@@ -28,24 +29,29 @@ READABLE = "readable.py"
 class Job:
     """What another process needs to build the artefact of a call; pickled by this pack for itself.
 
-    skeleton: see dump_skeleton. tensors: of the block, in order: name, dtype, shape, layout. structure, leaves, options: of the call (see
-    cache_call), a leaf as (dtype, shape, layout). batched: leaves whose first size is the batch. dynamic: sizes that may vary are compiled
-    for any value. device: of everything. threads: of the CPU. config: inductor's options. method: of the block, called as
-    block.method(*args).
+    skeleton: of dump_skeleton, or of copy_skeleton to build in this process. attributes: of the block. tensors: of the block, in
+    order: name, dtype, shape, layout. structure, leaves, options: of the call (see cache_call), a leaf as (dtype, shape, layout).
+    batched: leaves whose first size is the batch. dims: of each leaf, those compiled for any size. device: of everything. threads: of
+    the CPU. config: inductor's options. method: of the block, called as block.method(*args).
     """
 
     name: str
-    skeleton: bytes
+    skeleton: bytes | torch.nn.Module
+    attributes: list[list]
     tensors: list[tuple[str, str, tuple[int, ...], str]]
     structure: tuple
     leaves: list[Spec]
     options: list[dict]
     batched: list[int]
-    dynamic: bool
+    dims: list[tuple[int, ...]]
     device: str
     threads: int
     config: dict
     method: str = "forward"
+
+    @property
+    def any_batch(self) -> bool:
+        return any(0 in self.dims[index] for index in self.batched)
 
 
 def varying(dims: int) -> range:
@@ -63,37 +69,35 @@ class _Seen:
     code: dict = dataclasses.field(default_factory=dict)
 
 
+class _Caller(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, method: str):
+        super().__init__()
+        self.block = block
+        self.method = method
+
+    def forward(self, *args, **kwargs):
+        call = self.block if self.method == "forward" else getattr(self.block, self.method)
+        return call(*args, **kwargs)
+
+
 class _Program(torch.nn.Module):
     """forward(tensors, leaves): the call as a function of tensors only."""
 
     def __init__(self, block: torch.nn.Module, job: Job, seen: _Seen):
         super().__init__()
-        self._block = (block,)  # not a submodule: its weights are arguments
+        self._caller = (_Caller(block, job.method),)  # not a submodule: its weights are arguments
         self._job = job
         self._seen = seen  # export puts back what is assigned to the module itself
 
     def forward(self, tensors, leaves):
         args, kwargs = rebuild(self._job.structure, leaves, self._seen.options)
-        block = self._block[0]
-        with _method_as_forward(block, self._job.method), recording() as code:
-            named = {name: tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
-            result = torch.func.functional_call(block, named, args, kwargs)
+        named = {f"block.{name}": tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
+        with recording() as code:
+            result = torch.func.functional_call(self._caller[0], named, args, kwargs)
         self._seen.code.update(code)
         found: list[Tensor] = []
         self._seen.outputs = _output_structure(result, found)
         return found
-
-
-@contextlib.contextmanager
-def _method_as_forward(block, method: str):
-    if method == "forward":
-        yield
-        return
-    block.forward = getattr(block, method)
-    try:
-        yield
-    finally:
-        del block.forward
 
 
 def _output_structure(value, found: list[Tensor]):
@@ -109,14 +113,31 @@ def _output_structure(value, found: list[Tensor]):
     raise Unsupported(f"it returns a {type(value).__name__}")
 
 
-def build(job: Job, folder: Path) -> dict:
-    """Writes the package and its readable form into folder: -> the body of its manifest. Raises Unsupported, and what torch raises."""
+def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decompositions: Mapping | None = None) -> dict:
+    """Writes the artefact and its readable form into folder: -> the body of its manifest. The first of tiers that can be built here.
+    decompositions: {op: function} besides torch.export's own.
+
+    Raises Unsupported, and what torch raises.
+    """
     traced, body = _trace(job)
     names = {name for code in traced.seen.code.values() for name in _identifiers(code)}
-    body |= {"kind": "aoti", "name": job.name, "structure": job.structure, "outputs": traced.seen.outputs, "names": sorted(names),
-             "attributes": attributes_of(traced.block, names), "sources": sources_of(traced.seen.code), "torch": torch.__version__}
-    _compile(traced.program, job, folder / PACKAGE)
-    (folder / READABLE).write_text(_readable(job, body, traced.program))
+    body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs, "names": sorted(names),
+             "attributes": attributes_of(traced.block, names), "methods": methods_of(traced.block, names),
+             "sources": sources_of(traced.seen.code), "torch": torch.__version__}
+    program = traced.program
+    if decompositions:
+        program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions})
+    for index, tier in enumerate(tiers):
+        try:
+            COMPILERS[tier](program, job, folder / FILES[tier])
+        except Exception as error:
+            if index + 1 == len(tiers):
+                raise
+            logger.info("%s: no %s artefact (%s); trying %s", job.name, tier, str(error).partition("\n")[0], tiers[index + 1])
+            continue
+        body["kind"] = tier
+        break
+    (folder / READABLE).write_text(_readable(job, body, program))
     return body
 
 
@@ -140,7 +161,7 @@ class _Traced:
 
 def _trace(job: Job) -> tuple[_Traced, dict]:
     batch = job.leaves[job.batched[0]][1][0] if job.batched else 0
-    if not job.dynamic or not batch:
+    if not job.any_batch:
         traced = _export(job, batch, any_batch=False)
         return traced, _inputs(traced, job, least_batch=0)
     try:
@@ -177,15 +198,14 @@ def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
         def make(dtype: str, shape: tuple, kind: str) -> Tensor:
             with mode:
                 return torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
-        block = load_skeleton(job.skeleton).eval()
+        block = load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
         tensors = [make(dtype, shape, kind) for _, dtype, shape, kind in job.tensors]
         leaves, shapes = [], []
         for index, (dtype, shape, kind) in enumerate(job.leaves):
             if index in job.batched:
                 shape = (batch, *shape[1:])
             leaves.append(make(dtype, shape, kind))
-            shapes.append({dim: Dim.AUTO for dim in varying(len(shape)) if job.dynamic and shape[dim] > 1
-                           and (any_batch or dim or index not in job.batched)})
+            shapes.append({dim: Dim.AUTO for dim in job.dims[index] if shape[dim] > 1 and (any_batch or dim or index not in job.batched)})
         seen = _Seen([OptionReads(values) for values in job.options])
         exported = export(_Program(block, job, seen), (tensors, leaves), dynamic_shapes=([None] * len(tensors), shapes), strict=False)
     _refuse_random(exported)
@@ -236,14 +256,14 @@ def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
         ranges[str(name)] = [low, _bound(bounds.upper, 1 << 62)]
     signature = program.run_decompositions({}).graph_signature  # functional: what is written in place becomes an output
     by_name = {node.name: index for index, node in enumerate(leaves)}
-    changed = [spec.target for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"]
-    if not set(changed) <= set(by_name):
+    changed = {spec.arg.name: spec.target for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"}
+    if not set(changed.values()) <= set(by_name):
         raise Unsupported("it changes its weights")
     outputs = [spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     return {
         "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
         "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
-        "written": [by_name[name] for name in changed], "same": [by_name.get(name, -1) for name in outputs],
+        "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
         "options": [options.constants() for options in traced.seen.options],
     }
 
@@ -258,15 +278,53 @@ def _bound(value, otherwise: int) -> int:
     return int(value) if value.is_Integer else otherwise
 
 
-def _compile(program, job: Job, path: Path):
+def _settings(job: Job) -> tuple[dict, dict]:
+    """(options for inductor, its settings) of a job."""
+    from ..int8.graph_pass import MergeQuantizations
+
+    return {"post_grad_custom_pre_pass": MergeQuantizations(), **job.config}, {"cpp.threads": job.threads}
+
+
+def _compile_aoti(program, job: Job, path: Path):
     import torch._inductor
     from torch._inductor import config
 
-    from ..int8.graph_pass import MergeQuantizations
-
-    options = {"post_grad_custom_pre_pass": MergeQuantizations(), **job.config}
-    with config.patch({"cpp.threads": job.threads, "max_autotune_gemm_backends": config.max_autotune_gemm_backends}), torch.no_grad():
+    options, patches = _settings(job)
+    with config.patch(patches), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _compile_aot(program, job: Job, path: Path):
+    """inductor's own artefact: needs neither CUDA's headers nor a second C++ compile, but inductor to be loaded."""
+    import torch._inductor
+    from torch._inductor import config
+
+    options, patches = _settings(job)
+    graph = program.graph_module
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with config.patch({**patches, "fx_graph_cache": True}), torch.no_grad():
+        artefact = torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
+        artefact.save(path=str(path), format="binary")
+
+
+COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
+FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
+
+
+def _load_aoti(path: Path, device: torch.device) -> Callable:
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if device.type == "cpu" else device.index or 0)
+    return loader.boxed_run
+
+
+def _load_aot(path: Path, device: torch.device) -> Callable:
+    warmup.prepare(device.type)
+    from torch._inductor import CompiledArtifact
+
+    artefact = CompiledArtifact.load(path=str(path), format="binary")
+    return lambda inputs: artefact(*inputs)
+
+
+LOADERS = {"aoti": _load_aoti, "aot": _load_aot}
 
 
 def _readable(job: Job, body: dict, program) -> str:
@@ -278,9 +336,11 @@ def _readable(job: Job, body: dict, program) -> str:
 
 
 class Artefact:
-    """A package that this process can run. Loading it takes a few ms and needs neither dynamo nor inductor."""
+    """What this process can run. Loading a package takes a few ms and needs neither dynamo nor inductor."""
 
-    def __init__(self, body: dict, package: Path, device: torch.device):
+    def __init__(self, entry: Entry, device: torch.device):
+        body = entry.body
+        self.kind = body["kind"]
         self.structure = as_tuples(body["structure"])
         self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]
         self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
@@ -289,14 +349,13 @@ class Artefact:
         self._expressions = {size: _condition(size) for _, shape, _ in self._leaves for size in shape
                              if isinstance(size, str) and size not in self._names}
         self.options = body["options"]
-        self.attributes = body["attributes"]
+        self.attributes, self.methods = body["attributes"], body["methods"]
         self.names = set(body["names"])
         self._outputs = as_tuples(body["outputs"])
         self.written = body["written"]
         self._same = body["same"]
         self._device = device
-        self._runner = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1,
-                                                             -1 if device.type == "cpu" else device.index or 0)
+        self._run = LOADERS[self.kind](entry.read(FILES[self.kind]), device)
 
     def accepts(self, leaves: Sequence[Tensor]) -> bool:
         """Whether leaves, of this structure, are what was traced; their layout aside, see dense."""
@@ -325,7 +384,7 @@ class Artefact:
     def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor]):
         """The block's result; leaves must be accepted."""
         inputs = self.dense(leaves)
-        results = self._runner.boxed_run([*tensors, *inputs])
+        results = self._run([*tensors, *inputs])
         for index in self.written:
             if inputs[index] is not leaves[index]:
                 leaves[index].copy_(inputs[index])

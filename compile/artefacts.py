@@ -3,19 +3,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import cache_key
-from .aoti import PACKAGE, Artefact, Job
+from .aoti import Artefact, Job, varying
 from .builder import Builder, Order
-from .cache_block import BlockState, Weights, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockState, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore
@@ -70,7 +69,7 @@ class RegionArtefacts:
         self._specs: list = []
         self._loaded: dict[tuple, list[_Loaded]] = {}
         self._seen: set[str] = set()
-        self._stale: dict[str, Path] = {}
+        self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -130,7 +129,7 @@ class RegionArtefacts:
         state = known.states.get(id(loaded), MISSING)
         if state is MISSING or (state is not None and not state.holds()):
             try:
-                state = BlockState(block, artefact.attributes, artefact.names)
+                state = BlockState(block, artefact.attributes, artefact.methods, artefact.names)
             except Unsupported:
                 state = None
             known.states[id(loaded)] = state
@@ -145,11 +144,11 @@ class RegionArtefacts:
             sources = Sources(entry.body["sources"])
             if changed := sources.mismatch():
                 self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
-                self._stale[entry.folder.name] = entry.folder
+                self._stale[entry.folder.name] = entry.body["sources"]
                 continue
             try:
-                artefact = Artefact(entry.body, entry.read(PACKAGE), self._device)
-            except (CacheError, RuntimeError, OSError) as error:
+                artefact = Artefact(entry, self._device)
+            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
                 store.set_aside(entry.folder, str(error).partition("\n")[0])
                 continue
             store.touch(entry)
@@ -160,22 +159,25 @@ class RegionArtefacts:
         asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
         if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
             return
+        if any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
+            return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
-        job = job_of(self._name, block, call, self._device, self._dynamic, self._config)
+        job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
         entry = cache_key.entry_name(job)
         if entry in self._requested:
             if entry in self._seen:
                 self._refuse("what was built for it does not fit: other code runs here than in a new process (another pack's patch?), "
                              "or its attributes change")
             return
-        if entry in self._seen:
-            # The code that it was made of was edited, or a flag of the block differs: made anew.
-            shutil.rmtree(self._stale.pop(entry, self._cache.store.base / self._place / entry), ignore_errors=True)
-            self._seen.discard(entry)
+        if entry in self._seen and entry not in self._stale:
+            self._refuse("its artefact is for blocks with other attributes")
+            return
+        self._seen.discard(entry)
         self._requested.add(entry)
         self._note("building", f"{self._name} {entry}")
         region = weakref.ref(self)
-        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background))
+        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background,
+                                           self._stale.pop(entry, None)))
 
     def _refuse(self, reason: str):
         self._refusal = reason
@@ -194,17 +196,15 @@ def _done(region: weakref.ref, name: str, reason: str):
         owner._changed.set()
 
 
-def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic: bool, config: dict,
-           method: str = "forward") -> Job:
-    """Raises Unsupported for a block that cannot be described to another process."""
-    leaves = [spec_of(leaf) for leaf in call.leaves]
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dims: Callable[[Tensor], Sequence[int]], config: dict,
+           method: str = "forward", skeleton: Callable = dump_skeleton) -> Job:
+    """dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
     # A call makes dense copies of what has another layout.
-    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in leaves]
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(spec_of, call.leaves)]
     batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
-    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch]
+    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
     tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
-    return Job(name, dump_skeleton(block), tensors, call.structure, leaves,
-               [simple_options(options) for options in call.options], batched if batch else [], dynamic, device.type,
-               torch.get_num_threads(), config, method)
+    return Job(name, skeleton(block), attributes_of(block), tensors, call.structure, leaves, list(map(simple_options, call.options)),
+               batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)

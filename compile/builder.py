@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -45,13 +46,19 @@ importlib.import_module(name + "." + module).main()
 @dataclass
 class Order:
     """A job and where its artefact goes. done: called in the builder's thread with the reason why there is none, empty for success.
-    urgent: sampling waits for it; others are built when nothing samples."""
+    urgent: sampling waits for it; others are built when nothing samples. replaces: the sources of the entry that it is built in the place
+    of, which was made of other code than this process runs."""
 
     job: Job
     place: str
     entry: str
     done: Callable[[str], None]
     urgent: bool
+    replaces: list | None = None
+
+
+class _Refused(Exception):
+    """The other process could not build it, and why."""
 
 
 class Builder:
@@ -142,33 +149,29 @@ class Builder:
             return not self._busy and time.monotonic() - self._last > IDLE_SECONDS
 
     def _build(self, order: Order) -> str:
-        while True:
-            if (self.store.base / order.place / order.entry).exists():
-                return ""
-            with self.store.lock(order.place, order.entry) as alone:
-                if alone:
-                    return self._build_alone(order)
-            time.sleep(1)  # another process builds it
+        try:
+            self.store.build_once(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
+        except _Refused as refusal:
+            return str(refusal)
+        return ""
 
-    def _build_alone(self, order: Order) -> str:
-        with self.store.writing(order.place, order.entry) as (folder, finish):
-            start = time.monotonic()
-            answer = self._ask(order.job, folder)
-            if "error" not in answer:
-                finish({**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())})
-        return answer.get("error", "")
-
-    def _ask(self, job: Job, folder: Path) -> dict:
+    def _ask(self, order: Order, folder: Path) -> dict:
+        start = time.monotonic()
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._start()
-        _send(process.stdin, (job, str(folder)))
+        _send(process.stdin, (order.job, str(folder)))
         timer = threading.Timer(LOCK_SECONDS, self.stop)
         timer.start()
         try:
-            return json.loads(_receive(process.stdout))
+            answer = json.loads(_receive(process.stdout))
         finally:
             timer.cancel()
+        if "error" in answer:
+            raise _Refused(answer["error"])
+        if answer["body"]["sources"] == order.replaces:
+            raise _Refused("other code runs here than in a new process (another pack's patch?)")
+        return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -4,13 +4,16 @@ Parameters are inputs of an artefact: one serves every block of a class, with a 
 """
 from __future__ import annotations
 
+import copy
 import io
 import pickle
+import types
 
 import torch
 from torch import Tensor
 
 from .cache_call import CONSTANTS, Unsupported, layout
+from .cache_sources import describe
 
 # A layer whose parameters are tensor subclasses gives, with these methods, its plain tensors by name, and (function, arguments) that make a
 # module with buffers of these names that computes the same.
@@ -43,15 +46,15 @@ def spec_of(tensor: Tensor) -> Spec:
 
 def structure_of(block: torch.nn.Module) -> list:
     """What is known of a block before it is traced, as JSON: classes, and names and specs of its tensors."""
-    return [[[name, f"{type(m).__module__}.{type(m).__qualname__}"] for name, m in block.named_modules()],
+    return [[[name, describe(type(m)), m.training] for name, m in block.named_modules()],
             [[name, *spec_of(tensor)] for name, tensor in tensors_of(block)]]
 
 
-def attributes_of(block: torch.nn.Module, names: set[str]) -> list[list]:
-    """[[module, attribute, value]] of the attributes that code with these names in it may have read, where they differ from the class's
-    own; see attribute_value."""
+def attributes_of(block: torch.nn.Module, names: set[str] | None = None) -> list[list]:
+    """[[module, attribute, value]] of the attributes that code with these names in it may have read (None: of all), where they differ
+    from the class's own; see attribute_value."""
     return [[path, name, described] for path, module in block.named_modules() for name, value in sorted(module.__dict__.items())
-            if name in names and name not in _MODULE_STATE
+            if (names is None or name in names) and name not in _MODULE_STATE
             and (described := attribute_value(value)) != attribute_value(getattr(type(module), name, _ABSENT))]
 
 
@@ -66,23 +69,39 @@ def attribute_value(value):
     return ["kind", type(value).__name__]
 
 
+def methods_of(block: torch.nn.Module, names: set[str]) -> list[list]:
+    """[[class, name, what it is]] of the functions of these names, and forward, that the classes of block's modules have: another pack
+    may have put its own there."""
+    classes = {describe(type(m)): type(m) for m in block.modules()}
+    return [[path, name, describe(value)] for path, kind in classes.items() for name, value in _functions(kind, names)]
+
+
+def _functions(kind: type, names: set[str]) -> list[tuple[str, object]]:
+    found = [(name, getattr(kind, name, None)) for name in sorted({*names, "forward"})]
+    return [(name, value) for name, value in found if isinstance(value, (types.FunctionType, property))]
+
+
 class BlockState:
     """Checks that a block's modules are as they were when an artefact was traced. Made once a block, asked at every call.
 
-    attributes: of attributes_of. Raises Unsupported where they differ now.
+    attributes, methods: of attributes_of and methods_of. Raises Unsupported where they differ now.
     """
 
-    __slots__ = ("_checks", "_containers", "_hooks", "_sizes")
+    __slots__ = ("_checks", "_containers", "_hooks", "_methods", "_sizes")
 
-    def __init__(self, block: torch.nn.Module, attributes: list[list], names: set[str]):
+    def __init__(self, block: torch.nn.Module, attributes: list[list], methods: list[list], names: set[str]):
         if attributes_of(block, names) != attributes:
             raise Unsupported("attributes of its modules differ")
+        if methods_of(block, names) != methods:
+            raise Unsupported("methods of its modules are others")
+        self._methods = [(kind, *function) for kind in {type(m) for m in block.modules()} for function in _functions(kind, names)]
         states = [module.__dict__ for module in block.modules()]
         self._sizes = [(state, len(state)) for state in states]
         self._hooks = [state[name] for state in states for name in _HOOKS]
         read = [(state, name, value) for state in states for name, value in state.items() if name in names and name not in _MODULE_STATE]
         self._containers = [(state, name, len(value)) for state, name, value in read if isinstance(value, (list, tuple, dict, set))]
         self._checks = [check for check in read if not isinstance(check[2], (list, tuple, dict, set))]
+        self._checks += [(state, "training", state["training"]) for state in states]
 
     def holds(self) -> bool:
         for hooks in self._hooks:
@@ -90,6 +109,9 @@ class BlockState:
                 return False
         for state, size in self._sizes:
             if len(state) != size or "forward" in state:
+                return False
+        for kind, name, value in self._methods:
+            if getattr(kind, name, None) is not value:
                 return False
         for state, name, value in self._checks:
             if (now := state.get(name)) is not value and (now != value or type(now) is not type(value)):
@@ -152,8 +174,19 @@ class _Pickler(pickle.Pickler):
         return getattr(value, REPLACEMENT)() if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT) else NotImplemented
 
 
+def copy_skeleton(block: torch.nn.Module) -> torch.nn.Module:
+    """block without the content of its tensors, for this process."""
+    memo: dict = {id(t): torch.nn.Parameter(torch.empty(0), requires_grad=False) if isinstance(t, torch.nn.Parameter) else torch.empty(0)
+                  for _, t in tensors_of(block)}
+    for module in block.modules():
+        if hasattr(module, REPLACEMENT):
+            function, arguments = getattr(module, REPLACEMENT)()
+            memo[id(module)] = function(*arguments)
+    return copy.deepcopy(block, memo)
+
+
 def dump_skeleton(block: torch.nn.Module) -> bytes:
-    """block without the content of its tensors. Raises Unsupported."""
+    """The same for another process. Raises Unsupported."""
     file = io.BytesIO()
     hidden = block.__dict__.pop("_compiled_call_impl", None)
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from .aoti import varying
 from .cache_store import digest
 from .guards import BOOKKEEPING
 
@@ -43,10 +42,10 @@ def settings() -> dict:
 
 
 def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:
-    """The folder of all artefacts of a block, as TorchAir names it: {class}_{dynamic or static}_{tier}_{key}. host: what else the program
+    """The folder of all artefacts of a block, as TorchAir names it: {class}_{dynamic or static}[_aoti]_{key}. host: what else the program
     around depends on (ComfyUI's options)."""
     key = digest([machine(device.type, device.index), settings(), structure, config, str(device.type), host])
-    return f"{name}_{'dynamic' if dynamic else 'static'}_{tier}_{key}"
+    return f"{name}_{'dynamic' if dynamic else 'static'}{'_aoti' if tier == 'aoti' else ''}_{key}"
 
 
 def distribution(global_rank: int | None = None, tp_rank: int | None = None, pp_rank: int | None = None) -> str:
@@ -61,12 +60,13 @@ def distribution(global_rank: int | None = None, tp_rank: int | None = None, pp_
 
 def entry_name(job) -> str:
     """The folder of the artefact for calls like this one: of what a call must have in common with it."""
-    leaves = [[dtype, [None if job.dynamic and dim in varying(len(shape)) and size > 1 and not (index in job.batched and dim == 0) else size
-                       for dim, size in enumerate(shape)], kind] for index, (dtype, shape, kind) in enumerate(job.leaves)]
-    for index in job.batched if job.dynamic else ():
-        leaves[index][1][0] = "batch"
+    leaves = []
+    for index, (dtype, shape, kind) in enumerate(job.leaves):
+        any_batch = index in job.batched and job.any_batch
+        leaves.append([dtype, ["batch" if any_batch and dim == 0 else None if dim in job.dims[index] and size > 1 else size
+                               for dim, size in enumerate(shape)], kind])
     options = [{key: value for key, value in values.items() if key not in BOOKKEEPING} for values in job.options]
-    return digest([job.structure, leaves, options, hashlib.sha256(job.skeleton).hexdigest()], 12)
+    return digest([job.structure, leaves, options, job.attributes, job.method], 12)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,8 +19,8 @@ import torch
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
-# What torch calls while it traces.
-_HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions")
+# What torch and Python's imports call while it traces.
+_HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions", "filelock", "_distutils_hack", "setuptools")
 PACK = "int8_compile"
 _ROOT = __name__.rpartition(".compile.")[0]
 
@@ -105,8 +106,8 @@ def fingerprint(function: Callable, names: list | None = None) -> str:
 def _describe(function: types.FunctionType, parts: list[str], names: list):
     code = function.__code__
     parts.append(_code_digest(code))
-    parts += [_value(v) for v in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())]
-    parts += [_value(cell.cell_contents) for cell in function.__closure__ or () if _filled(cell)]
+    parts += [describe(v) for v in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())]
+    parts += [describe(cell.cell_contents) for cell in function.__closure__ or () if _filled(cell)]
     used = _names_of(code)
     modules = [function.__globals__]
     seen = set()
@@ -122,7 +123,7 @@ def _describe(function: types.FunctionType, parts: list[str], names: list):
                     seen.add(value.__name__)
                     modules.append(value.__dict__)
             else:
-                parts.append(f"{name}={_value(value)}")
+                parts.append(f"{name}={describe(value)}")
 
 
 _ABSENT = object()
@@ -145,13 +146,13 @@ def _code_digest(code: types.CodeType) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:24]
 
 
-def _value(value) -> str:
+def describe(value) -> str:
     """What counts of a global, default or closed-over value: functions and classes by name and code, scalars by value, the rest by type."""
     if isinstance(value, _SCALARS):
         return repr(value)
     if isinstance(value, (tuple, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
         return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
-    target = _unwrap(value)
+    target = _unwrap(value.fget if isinstance(value, property) else value)
     if isinstance(target, types.FunctionType):
         # A wrapper of this pack's own is known by the version of the pack.
         ours = getattr(value, "__globals__", {}).get("__name__", "").startswith(f"{_ROOT}.")
@@ -203,8 +204,10 @@ def _is_installed(module: str) -> bool:
 def _file_digest(module: str) -> str:
     path = getattr(sys.modules.get(module), "__file__", None)
     try:
+        if module not in sys.modules:  # an installed package that this process has not needed yet
+            path = getattr(importlib.util.find_spec(module), "origin", None)
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:24] if path else ""
-    except OSError:
+    except (OSError, ImportError, ValueError):
         return ""
 
 

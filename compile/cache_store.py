@@ -142,9 +142,9 @@ class CacheStore:
         _put_aside(folder)
 
     @contextlib.contextmanager
-    def writing(self, place: str, name: str) -> Iterator[tuple[Path, Callable[[dict], None]]]:
-        """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless another writer was first. Without
-        it, and after an OSError, nothing stays."""
+    def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
+        """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
+        is not asked for. Without it, and after an OSError, nothing stays."""
         parent = self._make(place)
         partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{_here()}-{os.getpid()}-", dir=parent))
 
@@ -156,6 +156,8 @@ class CacheStore:
                 path.chmod(0o600)  # whatever the umask
                 _flush(path)
             _flush(partial)
+            if replace:
+                _put_aside(parent / name)
             try:
                 os.rename(partial, parent / name)
             except OSError:
@@ -186,6 +188,16 @@ class CacheStore:
             yield True
         finally:
             path.unlink(missing_ok=True)
+
+    def build_once(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> None:
+        """Makes an entry with build(folder) -> body, unless it is there and not to be replaced; waits where another process is at it."""
+        while replace or not (self.base / place / name / MANIFEST).exists():
+            with self.lock(place, name) as alone:
+                if alone:
+                    with self.writing(place, name, replace) as (folder, finish):
+                        finish(build(folder))
+                    return
+            time.sleep(0.5)
 
     def _make(self, place: str) -> Path:
         self.layout.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -243,6 +255,14 @@ class CacheStore:
             if (left.name.startswith(ASIDE) or (left.name.startswith(PARTIAL) and _is_abandoned(left))
                     or (left.name.startswith(LOCK) and _is_stale(left))):
                 _remove(left)
+
+
+def default_key_file() -> Path:
+    """Of this user's signing key: INT8_COMPILE_CACHE_KEY_FILE, else in the user's configuration, outside every cache."""
+    if chosen := os.environ.get("INT8_COMPILE_CACHE_KEY_FILE"):
+        return Path(chosen)
+    home = os.environ.get("APPDATA") if os.name == "nt" else os.environ.get("XDG_CONFIG_HOME")
+    return Path(home or Path.home() / ".config") / "int8-compile" / "cache.key"
 
 
 def canonical(value) -> bytes:

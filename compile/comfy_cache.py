@@ -13,14 +13,13 @@ import folder_paths
 
 from .artefacts import Cache
 from .builder import Builder
-from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore
+from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file
 
 logger = logging.getLogger(__name__)
 
 # Ids of ComfyUI's settings, and the environment variables that come before them.
 ENABLED, LIMIT, FOLDER = "INT8Compile.Cache.Enabled", "INT8Compile.Cache.SizeLimit", "INT8Compile.Cache.Folder"
 ENABLED_VARIABLE, LIMIT_VARIABLE, FOLDER_VARIABLE = "INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_SIZE", "INT8_COMPILE_CACHE_DIR"
-KEY_VARIABLE = "INT8_COMPILE_CACHE_KEY_FILE"
 # ComfyUI's options that decide what its layers compute; ports and folders do not.
 _COMPUTES = re.compile("attention|fp16|fp8|bf16|fp32|fast|precision|vram|cpu|directml|xformers|upcast|deterministic|channels_last|device|"
                        "optimiz|triton|quant")
@@ -30,14 +29,6 @@ def folder() -> Path:
     """INT8_COMPILE_CACHE_DIR, the setting, or a folder of ComfyUI's user directory that its HTTP routes do not serve (named with __)."""
     chosen = os.environ.get(FOLDER_VARIABLE) or _settings().get(FOLDER)
     return Path(chosen) if chosen else Path(folder_paths.get_user_directory()) / "__int8_compile"
-
-
-def key_file() -> Path:
-    """Of the key that signs artefacts: outside the cache, for this user."""
-    if chosen := os.environ.get(KEY_VARIABLE):
-        return Path(chosen)
-    home = os.environ.get("APPDATA") if os.name == "nt" else os.environ.get("XDG_CONFIG_HOME")
-    return Path(home or Path.home() / ".config") / "int8-compile" / "cache.key"
 
 
 def is_enabled() -> bool:
@@ -64,12 +55,12 @@ def _settings() -> dict:
 
 def open_store() -> CacheStore:
     """Raises CacheError where it cannot be used."""
-    return CacheStore(folder() / "compiled", key_file(), size_limit())
+    return CacheStore(folder() / "compiled", default_key_file(), size_limit())
 
 
 def get_cache() -> Cache | None:
     """The cache of this process, None where it is off or cannot be used (one warning)."""
-    return _cache(folder(), key_file(), size_limit()) if is_enabled() else None
+    return _cache(folder(), default_key_file(), size_limit()) if is_enabled() else None
 
 
 @functools.cache

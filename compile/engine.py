@@ -159,7 +159,11 @@ class CompiledModule:
             self._blocks.clear()
             self._artefacts.clear()
             self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
-        blocks = self._attachable(filter_guards and self.options.guard_filter, filter_guards and self._artefacts_allowed())
+        artefacts = filter_guards and self._artefacts_allowed()
+        if self._cache and self.options.background and not artefacts:
+            self.report.steps += 1
+            return call()  # a compile in this process is what was not asked for
+        blocks = self._attachable(filter_guards and self.options.guard_filter, artefacts)
         self.report.steps += 1
         before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
         start = time.perf_counter()

@@ -14,6 +14,8 @@ sys.path.insert(0, str(REPO))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on CPU tensors; must be set before they are imported
 
+os.environ.setdefault("INT8_COMPILE_CACHE", "0")  # tests of the compile cache turn it on, with folders of their own
+
 from benchmarks.comfy_server import find_comfyui  # noqa: E402
 
 COMFYUI = find_comfyui()

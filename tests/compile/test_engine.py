@@ -196,7 +196,8 @@ def test_process_wide_settings_are_as_before():
 
     before, seen = settings(), []
     compiled = CompiledModule(CompileOptions(backend="aot_eager", cache_size_limit=640))
-    compiled.run(Net(), lambda: seen.append(settings()), filter_guards=True, passthrough=lambda e: False)
+    net = Net()
+    compiled.run(net, lambda: (net(torch.randn(3, 64)), seen.append(settings())), filter_guards=True, passthrough=lambda e: False)
     assert seen[0][0] == 640 and seen[0][1] >= 640 and not seen[0][2]
     assert settings() == before
 

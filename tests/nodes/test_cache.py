@@ -1,0 +1,150 @@
+"""The compile cache on real models: built in the background, found after a restart, right with LoRA, offload and patches."""
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+NOISE = 0.02  # INT8 rounding of differences in the last bit
+EXACT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def restart(comfy, cache_folder, monkeypatch):
+    """A cache as a new process opens it: nothing of it in memory."""
+    from int8_compile.compile import comfy_cache, patcher
+
+    monkeypatch.setenv("INT8_COMPILE_CACHE", "1")
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(cache_folder))
+    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(cache_folder / "key" / "cache.key"))
+
+    def restart():
+        comfy_cache._cache.cache_clear()
+        patcher._COMPILED.clear()
+        return comfy_cache.get_cache()
+    restart()
+    yield restart
+    comfy_cache._cache.cache_clear()
+
+
+def wait(cache, seconds=200):
+    end = time.monotonic() + seconds
+    while cache.builder._thread is not None:
+        assert time.monotonic() < end, "the builder did not finish"
+        time.sleep(0.2)
+
+
+def report(model):
+    from int8_compile.compile.patcher import reports
+
+    (found,) = reports(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(request):
+    """Which models' artefacts are there already."""
+    return set()
+
+
+@pytest.fixture
+def artefacts(restart, built, load, nodes, sample):
+    """artefacts(name, int8): makes sure that the model's artefacts are on disk, as a first run in the background leaves them."""
+    def make(name, int8=False):
+        model = load(name)
+        model = nodes.INT8QuantizeModel(model, method="convrot") if int8 else model
+        if (name, int8) not in built:
+            cache = restart()
+            sample(nodes.CompileModel(model, background=True))
+            wait(cache)
+            built.add((name, int8))
+        restart()
+        return model
+    return make
+
+
+@pytest.mark.parametrize("name, int8", [("tiny_flux", False), ("tiny_flux", True), ("tiny_wan", True)])
+def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artefacts, nodes, sample, name, int8):
+    model = artefacts(name, int8)
+    compiled = nodes.INT8LazyTorchCompile(model)
+    for arguments in ({}, {"height": 24}, {"tokens": 33}, {"cfg": 3.0}):
+        assert difference(sample(compiled, **arguments), sample(model, **arguments)) < (NOISE if int8 else EXACT)
+    found = report(compiled)
+    assert found.graphs == 0 and found.compiled_from_step == 1 and not found.failure and found.fallbacks == []
+    assert len(found.artefacts) >= len(found.regions)
+
+
+def test_batch_1_and_2_share_artefacts(artefacts, nodes, sample):
+    model = artefacts("tiny_flux")
+    compiled = nodes.CompileModel(model)
+    for batch in (1, 2, 3):
+        assert difference(sample(compiled, batch=batch), sample(model, batch=batch)) < EXACT
+    assert report(compiled).graphs == 0
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_loras_and_their_strength_change_what_artefacts_compute(artefacts, nodes, sample, lora, int8):
+    model = artefacts("tiny_flux", int8)
+    images = []
+    for strength in (1.0, 0.3):
+        patched = lora(model, strength=strength)
+        compiled = nodes.CompileModel(patched)
+        images.append(sample(compiled))
+        assert difference(images[-1], sample(patched)) < (NOISE if int8 else EXACT)
+        assert report(compiled).graphs == 0
+    assert difference(images[0], images[1]) > 0.01
+    compiled = nodes.CompileModel(model)
+    assert difference(sample(compiled), sample(model)) < (NOISE if int8 else EXACT)
+
+
+def test_patches_inside_blocks_run_without_artefacts(artefacts, nodes, sample):
+    """An attention patch reads anything: in the background such steps stay eager."""
+    model = artefacts("tiny_flux")
+    patched = nodes.CompileModel(model, background=True).clone()
+    plain = model.clone()
+
+    def double(args, extra):
+        out = args["img"] * 0.5
+        return {**extra["original_block"](args), "img": out}
+    for m in (patched, plain):
+        m.set_model_patch_replace(double, "dit", "double_block", 0)
+    assert torch.equal(sample(patched), sample(plain))
+
+
+def test_another_attention_is_another_program(artefacts, nodes, sample, monkeypatch):
+    """As packs do that put their own attention into ComfyUI's modules."""
+    import comfy.ldm.flux.math
+
+    model = artefacts("tiny_flux")
+
+    def attention(q, k, v, heads, **options):
+        return torch.zeros(q.shape[0], q.shape[2], heads * q.shape[3])
+    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention)
+    compiled = nodes.CompileModel(model, background=True)
+    assert torch.equal(sample(compiled), sample(model))
+    assert not report(compiled).artefacts
+
+
+def test_turned_off_nothing_is_written(restart, cache_folder, flux, nodes, sample, monkeypatch, tmp_path):
+    monkeypatch.setenv("INT8_COMPILE_CACHE", "0")
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "off"))
+    assert restart() is None
+    sample(nodes.CompileModel(flux, backend="aot_eager"))
+    assert not (tmp_path / "off").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_one_warning(restart, flux, nodes, sample, monkeypatch, caplog):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", "/proc/none")
+    restart()
+    image = sample(nodes.CompileModel(flux, backend="aot_eager"))
+    assert difference(image, sample(flux)) < EXACT
+    assert sum("cannot be used" in record.message for record in caplog.records) == 1
