@@ -17,6 +17,7 @@ PLACE = "DoubleStreamBlock_dynamic_aoti_0123456789abcdef/single/forward"
 @pytest.fixture
 def cache(comfy, tmp_path, monkeypatch):
     """The folder of the compile cache."""
+    monkeypatch.setenv("INT8_COMPILE_CACHE", "1")
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path / "cache.key"))
     return tmp_path / "cache"
