@@ -15,8 +15,9 @@ from torch import Tensor
 from .cache_call import CONSTANTS, Unsupported, layout
 from .cache_sources import describe
 
-# A layer whose parameters are tensor subclasses gives, with these methods, its plain tensors by name, and (function, arguments) that make a
-# module with buffers of these names that computes the same.
+# A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
+# otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
+# these and by the version of the pack, so its attributes and methods are not looked at.
 TENSORS, REPLACEMENT = "artefact_tensors", "artefact_replacement"
 # nn.Module's own, apart from the hooks.
 _MODULE_STATE = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
@@ -46,15 +47,22 @@ def spec_of(tensor: Tensor) -> Spec:
 
 def structure_of(block: torch.nn.Module) -> list:
     """What is known of a block before it is traced, as JSON: classes, and names and specs of its tensors."""
-    return [[[name, describe(type(m)), m.training] for name, m in block.named_modules()],
+    return [[[name, *_kind(m)] for name, m in block.named_modules()],
             [[name, *spec_of(tensor)] for name, tensor in tensors_of(block)]]
+
+
+def _kind(module: torch.nn.Module) -> list:
+    if hasattr(module, REPLACEMENT):
+        kind, arguments = getattr(module, REPLACEMENT)()
+        return [f"{kind.__qualname__}{arguments!r}", module.training]
+    return [f"{type(module).__module__}.{type(module).__qualname__}", module.training]
 
 
 def attributes_of(block: torch.nn.Module, names: set[str] | None = None) -> list[list]:
     """[[module, attribute, value]] of the attributes that code with these names in it may have read (None: of all), where they differ
     from the class's own; see attribute_value."""
-    return [[path, name, described] for path, module in block.named_modules() for name, value in sorted(module.__dict__.items())
-            if (names is None or name in names) and name not in _MODULE_STATE
+    return [[path, name, described] for path, module in block.named_modules() if not hasattr(module, TENSORS)
+            for name, value in sorted(module.__dict__.items()) if (names is None or name in names) and name not in _MODULE_STATE
             and (described := attribute_value(value)) != attribute_value(getattr(type(module), name, _ABSENT))]
 
 
@@ -72,7 +80,7 @@ def attribute_value(value):
 def methods_of(block: torch.nn.Module, names: set[str]) -> list[list]:
     """[[class, name, what it is]] of the functions of these names, and forward, that the classes of block's modules have: another pack
     may have put its own there."""
-    classes = {describe(type(m)): type(m) for m in block.modules()}
+    classes = {f"{type(m).__module__}.{type(m).__qualname__}": type(m) for m in block.modules() if not hasattr(m, TENSORS)}
     return [[path, name, describe(value)] for path, kind in classes.items() for name, value in _functions(kind, names)]
 
 
@@ -94,8 +102,9 @@ class BlockState:
             raise Unsupported("attributes of its modules differ")
         if methods_of(block, names) != methods:
             raise Unsupported("methods of its modules are others")
-        self._methods = [(kind, *function) for kind in {type(m) for m in block.modules()} for function in _functions(kind, names)]
-        states = [module.__dict__ for module in block.modules()]
+        modules = [module for module in block.modules() if not hasattr(module, TENSORS)]
+        self._methods = [(kind, *function) for kind in {type(m) for m in modules} for function in _functions(kind, names)]
+        states = [module.__dict__ for module in modules]
         self._sizes = [(state, len(state)) for state in states]
         self._hooks = [state[name] for state in states for name in _HOOKS]
         read = [(state, name, value) for state in states for name, value in state.items() if name in names and name not in _MODULE_STATE]

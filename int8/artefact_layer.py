@@ -17,6 +17,9 @@ class ArtefactLinear(torch.nn.Module):
             self.register_buffer(name, torch.empty(0) if name in names else None)  # the real ones come with each call
         self.__dict__.update(attributes)
 
+    def artefact_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
     def forward(self, x: torch.Tensor, act: str = "none") -> torch.Tensor:
         """x [..., K] float ([..., 2K] for swiglu) -> [..., N]."""
         return ops.int8_linear(x, self.qweight, self.weight_scale, self.bias, self.group, act, self.pre_quant_scale, self.kernel)

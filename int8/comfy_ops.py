@@ -84,8 +84,11 @@ class _Int8Forward(Int8Lora):
 
 
     def artefact_tensors(self) -> dict[str, torch.Tensor]:
-        """The plain tensors that it multiplies with, by their names in ArtefactLinear (compile/cache_block.py)."""
-        if not isinstance(self.weight, quant_ops.QuantizedTensor):
+        """The plain tensors that it multiplies with, by their names in ArtefactLinear (compile/cache_block.py); none while it adds a LoRA
+        on the fly, is replaced, or leaves the work to core."""
+        if (not isinstance(self.weight, quant_ops.QuantizedTensor) or self.kernel == "comfy_kitchen" or self.weight_function
+                or self.bias_function or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
+                or self._forward_hooks or self._forward_pre_hooks):
             return {}
         named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
                  "pre_quant_scale": getattr(self, "pre_quant_scale", None)}

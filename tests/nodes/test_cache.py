@@ -64,7 +64,10 @@ def artefacts(restart, built, load, nodes, sample):
         model = nodes.INT8QuantizeModel(model, method="convrot") if int8 else model
         if (name, int8) not in built:
             cache = restart()
-            sample(nodes.CompileModel(model, background=True))
+            first = nodes.CompileModel(model, background=True)
+            sample(first)
+            if name == "tiny_wan":  # its position embeddings have batch 1 whatever the batch: another kind of call
+                sample(first, cfg=3.0)
             wait(cache)
             built.add((name, int8))
         restart()
@@ -104,6 +107,13 @@ def test_loras_and_their_strength_change_what_artefacts_compute(artefacts, nodes
     assert difference(images[0], images[1]) > 0.01
     compiled = nodes.CompileModel(model)
     assert difference(sample(compiled), sample(model)) < (NOISE if int8 else EXACT)
+
+
+def test_an_artefact_of_rotated_layers_is_not_taken_for_others(artefacts, load, nodes, sample):
+    artefacts("tiny_flux", int8=True)
+    model = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
+    compiled = nodes.CompileModel(model, background=True)
+    assert torch.equal(sample(compiled), sample(model)) and not report(compiled).artefacts
 
 
 def test_patches_inside_blocks_run_without_artefacts(artefacts, nodes, sample):
