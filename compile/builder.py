@@ -70,6 +70,8 @@ class Builder:
         self._setup = setup
         self._orders: queue.PriorityQueue = queue.PriorityQueue()
         self._count = 0
+        self._unfinished = 0
+        self.built: list[tuple[str, Path]] = []  # (class, folder) of what it has made
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen | None = None
         self._errors: BinaryIO | None = None  # what it prints
@@ -81,10 +83,17 @@ class Builder:
     def submit(self, order: Order) -> None:
         with self._lock:
             self._count += 1
+            self._unfinished += 1
             self._orders.put((not order.urgent, self._count, order))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="int8-compile builder", daemon=True)
                 self._thread.start()
+
+    def wait(self, check: Callable[[int], None]) -> None:
+        """Until there is nothing left to build. check: called now and then with how many orders are left; may raise to give up."""
+        while unfinished := self._unfinished:
+            check(unfinished)
+            time.sleep(0.1)
 
     @contextlib.contextmanager
     def sampling(self):
@@ -127,7 +136,13 @@ class Builder:
             except Exception as error:  # a full disk, a job that cannot be pickled: sampling goes on without
                 reason = f"{type(error).__name__}: {error}"
                 self.stop()
-            order.done(reason)
+            if not reason:
+                self.built.append((order.job.name, self.store.base / order.place / order.entry))
+            try:
+                order.done(reason)
+            finally:
+                with self._lock:
+                    self._unfinished -= 1
 
     def _is_idle(self) -> bool:
         with self._lock:

@@ -9,6 +9,8 @@ Writers fill a folder of their own and rename it, so readers need no lock and a 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import hmac
 import json
@@ -32,6 +34,8 @@ GIB = 1 << 30
 DEFAULT_LIMIT = 5 * GIB
 LOCK_SECONDS = 1800  # a builder that has been at it longer is taken for dead
 ASIDE, PARTIAL, LOCK = ".bad-", ".tmp-", ".lock-"
+# Of this process or of a network, not of what is read.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", 0), errno.ETIMEDOUT)
 
 
 class CacheError(RuntimeError):
@@ -49,7 +53,7 @@ class Entry:
         """The path of one of its files. Raises CacheError unless its content is what was signed."""
         path = self.folder / name
         try:
-            _require_own(path)
+            require_own(path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise CacheError(f"{path.name}: {error.strerror or error}") from None
@@ -66,12 +70,13 @@ class CacheStore:
         self.limit = limit
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _require_own(root)
+            require_own(root)
             self._key = _signing_key(key_file)
         except OSError as error:
             raise CacheError(f"the compile cache {root} cannot be used ({error.strerror or error})") from None
         self.layout = root / LAYOUT
         self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
+        self._reported: set[tuple[Path, str]] = set()
 
     def has(self, name: str = "") -> bool:
         """Whether there is anything in a group whose name begins so."""
@@ -91,22 +96,36 @@ class CacheStore:
         """Raises CacheError for a damaged one, which is set aside."""
         try:
             return Entry(folder, self._verified(folder))
-        except FileNotFoundError:
-            raise CacheError(f"{folder.name} has gone") from None
         except (OSError, ValueError, KeyError, TypeError, CacheError, RecursionError) as error:
+            if not os.path.lexists(folder):
+                raise CacheError(f"{folder.name} has gone") from None
+            reason = f"{MANIFEST} is missing" if isinstance(error, FileNotFoundError) else str(error)
+            if not (isinstance(error, OSError) and error.errno in PASSING):
+                self.set_aside(folder, reason)
+            raise CacheError(reason) from None
+
+    def whole(self, folder: Path) -> Entry:
+        """An entry with all its files. Raises CacheError for a damaged one, which is set aside."""
+        entry = self.entry(folder)
+        try:
+            for name in entry.body["files"]:
+                entry.read(name)
+        except CacheError as error:
             self.set_aside(folder, str(error))
-            raise CacheError(str(error)) from None
+            raise
+        return entry
 
     def _verified(self, folder: Path) -> dict:
-        _require_own(folder)
-        _require_own(folder / MANIFEST)
+        require_own(folder)
+        require_own(folder / MANIFEST)
         content = json.loads((folder / MANIFEST).read_bytes())
-        if not hmac.compare_digest(self._sign(content["body"]), content["hmac"]):
+        if not hmac.compare_digest(self._sign(folder, content["body"]), content["hmac"]):
             raise CacheError("its signature does not hold")
         return content["body"]
 
-    def _sign(self, body: dict) -> str:
-        return hmac.new(self._key, canonical(body), "sha256").hexdigest()
+    def _sign(self, folder: Path, body: dict) -> str:
+        """With its place: moved to another group, an entry would be served for what it was not made of."""
+        return hmac.new(self._key, canonical([folder.relative_to(self.base).as_posix(), body]), "sha256").hexdigest()
 
     def touch(self, entry: Entry) -> None:
         """It was used now."""
@@ -114,32 +133,37 @@ class CacheStore:
             os.utime(entry.folder / MANIFEST)
 
     def set_aside(self, folder: Path, reason: str) -> None:
-        logger.warning("compile cache: %s is damaged (%s) and was set aside; it is built again.", folder.name, reason)
-        with contextlib.suppress(OSError):
-            os.rename(folder, folder.with_name(f"{ASIDE}{folder.name}-{secrets.token_hex(4)}"))
+        """Out of the way of a new one; said once, also where the disk is read-only and it stays."""
+        if not os.path.lexists(folder):
+            return  # deleted meanwhile
+        if (folder, reason) not in self._reported:
+            self._reported.add((folder, reason))
+            logger.warning("compile cache: %s is damaged (%s) and was set aside; it is built again.", folder.name, reason)
+        _put_aside(folder)
 
     @contextlib.contextmanager
     def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
         """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
         is not asked for. Without it, and after an OSError, nothing stays."""
-        parent = self.base / place
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=parent))
+        parent = self._make(place)
+        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{_here()}-{os.getpid()}-", dir=parent))
 
         def finish(body: dict) -> None:
             files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
             body = {**body, "files": files}
-            (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(body)}))
+            (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(parent / name, body)}))
             for path in partial.iterdir():
                 path.chmod(0o600)  # whatever the umask
                 _flush(path)
-            if replace and (parent / name).exists():
-                os.rename(parent / name, parent / f"{ASIDE}{name}-{secrets.token_hex(4)}")
+            _flush(partial)
+            if replace:
+                _put_aside(parent / name)
             try:
                 os.rename(partial, parent / name)
             except OSError:
                 if not (parent / name / MANIFEST).exists():
-                    raise
+                    _put_aside(parent / name)  # no entry, and in the way of one
+                    os.rename(partial, parent / name)
             _flush(parent)
         try:
             yield partial, finish
@@ -150,9 +174,7 @@ class CacheStore:
     @contextlib.contextmanager
     def lock(self, place: str, name: str) -> Iterator[bool]:
         """Whether this process is now the only builder of that entry."""
-        parent = self.base / place
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = parent / f"{LOCK}{name}"
+        path = self._make(place) / f"{LOCK}{name}"
         if _is_stale(path):
             path.unlink(missing_ok=True)
         try:
@@ -161,8 +183,8 @@ class CacheStore:
             yield False
             return
         try:
-            os.write(handle, f"{socket.gethostname()} {os.getpid()}".encode())
-            os.close(handle)
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{_here()} {os.getpid()}")
             yield True
         finally:
             path.unlink(missing_ok=True)
@@ -177,26 +199,46 @@ class CacheStore:
                     return
             time.sleep(0.5)
 
-    def all(self) -> list[Path]:
+    def _make(self, place: str) -> Path:
+        self.layout.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = self.layout.parent
+        for part in (LAYOUT, self.base.name, *place.split("/")):
+            folder /= part
+            folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
+
+    def all(self, signer: str = "*") -> list[Path]:
         """The folders of all entries, of other signers too."""
-        return [manifest.parent for manifest in self.layout.glob(f"*/*/*/*/*/{MANIFEST}") if not manifest.parent.name.startswith(".")]
+        found = self.layout.glob(f"{signer}/*/*/*/*/{MANIFEST}")
+        return sorted(manifest.parent for manifest in found if not manifest.parent.name.startswith("."))
+
+    def own(self) -> list[Path]:
+        """The folders of the entries that this key has signed."""
+        return self.all(self.base.name)
 
     def size(self) -> int:
         """Bytes of all entries."""
         return sum(_size(folder) for folder in self.all())
 
+    def delete(self, folder: Path) -> None:
+        """An entry, at once for readers, and for whoever ends this process meanwhile."""
+        _remove(_put_aside(folder))
+
     def clear(self) -> tuple[int, int]:
-        """(entries, bytes) that were deleted."""
-        folders = self.all()
-        freed = sum(_size(folder) for folder in folders)
-        shutil.rmtree(self.layout, ignore_errors=True)
-        return len(folders), freed
+        """(entries, bytes) that were deleted. What is being built stays."""
+        sizes = {folder: _size(folder) for folder in self.all()}
+        for folder in sizes:
+            self.delete(folder)
+        self._sweep()
+        for folder in sorted((path for path in self.layout.rglob("*") if path.is_dir() and not path.name.startswith(".")), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        gone = [size for folder, size in sizes.items() if not os.path.lexists(folder)]
+        return len(gone), sum(gone)
 
     def evict(self) -> None:
         """Deletes what is damaged or left over, and what was not used for longest, until the limit is kept."""
-        for left in self.layout.glob("*/*/*/*/.*"):
-            if left.name.startswith(ASIDE) or (left.name.startswith(PARTIAL) and _is_abandoned(left)):
-                shutil.rmtree(left, ignore_errors=True)
+        self._sweep()
         used = []
         for folder in self.all():
             with contextlib.suppress(OSError):
@@ -205,8 +247,14 @@ class CacheStore:
         for _, size, folder in sorted(used):
             if total <= self.limit:
                 break
-            shutil.rmtree(folder, ignore_errors=True)
+            self.delete(folder)
             total -= size
+
+    def _sweep(self) -> None:
+        for left in self.layout.glob("*/*/*/*/.*"):
+            if (left.name.startswith(ASIDE) or (left.name.startswith(PARTIAL) and _is_abandoned(left))
+                    or (left.name.startswith(LOCK) and _is_stale(left))):
+                _remove(left)
 
 
 def default_key_file() -> Path:
@@ -226,7 +274,7 @@ def digest(value, length: int = 16) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()[:length]
 
 
-def _require_own(path: Path) -> None:
+def require_own(path: Path) -> None:
     """Raises CacheError for a link, for another user's file, and for what others can write. Windows keeps user folders to their user."""
     info = path.lstat()
     if stat.S_ISLNK(info.st_mode):
@@ -241,7 +289,7 @@ def _require_own(path: Path) -> None:
 def _signing_key(path: Path) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(FileNotFoundError):
-        _require_own(path)
+        require_own(path)
         if len(key := path.read_bytes()) >= 32:
             return key
         path.unlink()
@@ -275,23 +323,54 @@ def _size(folder: Path) -> int:
     return total
 
 
+def _put_aside(path: Path) -> Path:
+    """Its new path; the old one where that cannot be."""
+    aside = path.with_name(f"{ASIDE}{path.name}-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+    except OSError:
+        return path
+    return aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@functools.cache
+def _here() -> str:
+    """Where process ids mean something: this host, and this container of it."""
+    try:
+        container = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        container = 0
+    return digest([socket.gethostname(), container], 8)
+
+
 def _is_stale(lock: Path) -> bool:
     try:
-        host, _, pid = lock.read_text().partition(" ")
-        old = time.time() - lock.stat().st_mtime > LOCK_SECONDS
+        here, _, pid = lock.read_text().partition(" ")
+        age = time.time() - lock.stat().st_mtime
     except OSError:
         return False
-    return old or (host == socket.gethostname() and pid.isdecimal() and not _is_alive(int(pid)))
+    return age > LOCK_SECONDS or (not pid and age > 10) or _has_ended(here, pid)
 
 
 def _is_abandoned(partial: Path) -> bool:
     """Of a writer that is no more. One on another host is given time."""
-    pid = partial.name.removeprefix(PARTIAL).partition("-")[0]
+    here, pid, *_ = f"{partial.name.removeprefix(PARTIAL)}--".split("-")
     try:
-        old = time.time() - partial.stat().st_mtime > LOCK_SECONDS
+        return _has_ended(here, pid) or time.time() - partial.stat().st_mtime > LOCK_SECONDS
     except OSError:
         return False
-    return old or (pid.isdecimal() and not _is_alive(int(pid)) and time.time() - partial.stat().st_mtime > 60)
+
+
+def _has_ended(here: str, pid: str) -> bool:
+    return here == _here() and pid.isdecimal() and not _is_alive(int(pid))
 
 
 def _is_alive(pid: int) -> bool:

@@ -36,7 +36,11 @@ CONTRACT = {
     "SaveINT8Model": ("Save INT8 Model", [("model", "MODEL", None), ("filename_prefix", "STRING", "diffusion_models/int8")]),
     "ApplyModes": ("Apply Modes", [("model", "MODEL", None), ("modes", "STRING", '["convrot", "int8", "compile"]')]),
     "ShowModes": ("Show Modes", [("model", "MODEL", None)]),
+    "SaveCompileCache": ("Save Compile Cache", [("filename_prefix", "STRING", "int8_compile")]),
+    "LoadCompileCache": ("Load Compile Cache", [("bundle", "STRING", ""), ("trust", "STRING", "")]),
+    "ClearCompileCache": ("Clear Compile Cache", []),
 }
+OUTPUTS = {"SaveINT8Model": 0, "SaveCompileCache": 2}
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
@@ -44,7 +48,7 @@ def test_object_info_matches_the_contract(server, node_id):
     display_name, inputs = CONTRACT[node_id]
     info = server.object_info(node_id)
     assert (info["display_name"], info["category"], info["name"]) == (display_name, "INT8 Compile", node_id)
-    required = info["input"]["required"]
+    required = info["input"].get("required", {})
     assert list(required) == [name for name, _, _ in inputs]
     for name, kind, default in inputs:
         spec = required[name]
@@ -52,8 +56,14 @@ def test_object_info_matches_the_contract(server, node_id):
         assert kind is None or got == kind, name
         assert spec[1].get("default") == default, name
         assert len(spec[1]["tooltip"]) > 10, name
-    assert len(info["output"]) == (0 if node_id == "SaveINT8Model" else 1)
-    assert info["output_node"] == (node_id in ("SaveINT8Model", "ShowModes"))
+    assert len(info["output"]) == OUTPUTS.get(node_id, 1)
+    assert info["output_node"] == (node_id.endswith("Cache") or node_id in ("SaveINT8Model", "ShowModes"))
+
+
+@pytest.mark.parametrize("node_id", ["CompileModel", "INT8LazyTorchCompile"])
+def test_background_is_the_last_and_optional_input(server, node_id):
+    (name, (kind, options)), = server.object_info(node_id)["input"]["optional"].items()
+    assert (name, kind, options["default"]) == ("background", "BOOLEAN", False)
 
 
 def test_compile_model_takes_four_types_and_gives_back_its_inputs(server):

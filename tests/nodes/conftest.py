@@ -90,7 +90,7 @@ def difference(a, b) -> float:
 
 @pytest.fixture(scope="session")
 def nodes(comfy):
-    """The node classes, with the contract's defaults filled in: nodes.CompileModel(model, backend="aot_eager") -> model."""
+    """The node classes, with the contract's defaults filled in: nodes.CompileModel(model, backend="aot_eager") -> its first output."""
     from int8_compile import nodes
 
     class Nodes:
@@ -98,9 +98,9 @@ def nodes(comfy):
 
     for cls in nodes.NODES:
         schema = cls.define_schema()
-        defaults = {i.id: i.default for i in schema.inputs if i.id != "model"}
+        defaults = {i.id: i.default for i in schema.inputs if i.id not in ("model", "after")}
 
-        def run(model, _cls=cls, _defaults=defaults, **inputs):
-            return _cls.execute(model=model, **{**_defaults, **inputs})[0]
+        def run(*model, _cls=cls, _defaults=defaults, **inputs):
+            return _cls.execute(**dict(zip(["model"], model)), **{**_defaults, **inputs})[0]
         setattr(Nodes, schema.node_id, staticmethod(run))
     return Nodes

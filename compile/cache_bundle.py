@@ -1,0 +1,208 @@
+"""Cache entries in one file, to carry to other machines of the same kind. Plain Python: knows nothing of torch.
+
+A zip of <group>/<distribution>/<method>/<entry>/<file>; the manifest.json of an entry holds the SHA-256 of its other files. There is no
+signature that another machine could check: whoever loads a bundle has compared its digest with that of its source. Loading signs the
+entries with the key of the machine. Their group says what they were built for, so what does not fit a machine is never run.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .cache_store import MANIFEST, CacheError, CacheStore, canonical
+
+MIB = 1 << 20
+MAX_BYTES = 4096 * MIB  # of a bundle, packed and unpacked
+MAX_FILE_BYTES = 1024 * MIB
+MAX_MANIFEST_BYTES = 16 * MIB
+MAX_ENTRIES = 4096
+MAX_FILES = 16  # of an entry, its manifest included
+TRUST_DIGITS = 12
+_DEPTH = 5
+_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")  # a file name on every system
+_LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
+_DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An entry in a bundle. place: "group/distribution/method". body: its manifest's. size: bytes of its files."""
+
+    place: str
+    name: str
+    body: dict
+    size: int
+
+    def label(self, key: str) -> str:
+        """What its manifest says: of name, device, torch."""
+        return self.body.get(key, "unknown")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. digest: SHA-256 of the file, in hex."""
+
+    path: Path
+    digest: str
+    held: tuple[Held, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(held.size for held in self.held)
+
+    def is_trusted(self, digits: str) -> bool:
+        """Whether digits are those of its digest, the first 12 at least."""
+        digits = digits.strip().lower()
+        return len(digits) >= TRUST_DIGITS and self.digest.startswith(digits)
+
+    def contents(self) -> str:
+        """For a person: a line for each class, device and torch version."""
+        counts: Counter = Counter()
+        sizes: Counter = Counter()
+        for held in self.held:
+            kind = tuple(map(held.label, ("name", "device", "torch")))
+            counts[kind] += 1
+            sizes[kind] += held.size
+        return "\n".join(f"{name} for {device}, torch {torch}: {counts[name, device, torch]} compiled, "
+                         f"{sizes[name, device, torch] / 1e6:.1f} MB" for name, device, torch in sorted(counts))
+
+
+def save_bundle(store: CacheStore, entries: list[Path], path: Path) -> str:
+    """Writes the good ones of entries, which are this store's own, to path: -> its digest. The file appears whole or not at all.
+
+    Raises ValueError where there is none, OSError where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".bundle-")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                for folder in sorted(entries):
+                    with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
+                        _pack(store, folder, archive)
+                if not archive.infolist():
+                    raise ValueError("there is nothing compiled to save")
+            file.flush()
+            os.fsync(file.fileno())
+            digest = _digest_of(file)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return digest
+
+
+def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
+    body = store.whole(folder).body
+    prefix = folder.relative_to(store.base).as_posix()
+    contents = {name: (folder / name).read_bytes() for name in sorted(body["files"])}
+    for name, content in ((MANIFEST, canonical({"body": body})), *contents.items()):
+        archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Checks all of it; runs and writes nothing. Raises ValueError for what is damaged or no bundle."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path.name} is a link or a folder: put the bundle itself there")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)")
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            held = tuple(_check(archive, place, files) for place, files in sorted(_folders(archive).items()))
+            return Bundle(path, _digest_of(file), held)
+    except _DAMAGE as error:
+        raise ValueError(f"{path.name} is damaged or no bundle of compiled code ({error}): copy it again from where it was saved") from None
+
+
+def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
+    """Signs what the store lacks and adds it: -> (added, already present). The caller has made sure that bundle is trusted.
+
+    Raises ValueError where it does not fit the store's limit or was changed since it was read, OSError where it cannot be written.
+    """
+    if bundle.size > store.limit:
+        raise ValueError(f"{bundle.path.name} holds {bundle.size / 1e6:.0f} MB and the limit of the compile cache is "
+                         f"{store.limit / 1e6:.0f} MB: raise it in ComfyUI's settings, or with INT8_COMPILE_CACHE_SIZE (GB)")
+    added = 0
+    with bundle.path.open("rb") as file:
+        if _digest_of(file) != bundle.digest:
+            raise ValueError(f"{bundle.path.name} was changed after it was checked")
+        with zipfile.ZipFile(file) as archive:
+            for held in bundle.held:
+                with contextlib.suppress(CacheError):
+                    store.touch(store.whole(store.base / held.place / held.name))
+                    continue
+                _unpack(store, held, archive)
+                added += 1
+    return added, len(bundle.held) - added
+
+
+def _unpack(store: CacheStore, held: Held, archive: zipfile.ZipFile):
+    with store.writing(held.place, held.name) as (folder, finish):
+        for name, digest in held.body["files"].items():
+            content = archive.read(f"{held.place}/{held.name}/{name}")
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError(f"{name} was changed after it was checked")
+            (folder / name).write_bytes(content)
+        finish({key: value for key, value in held.body.items() if key != "files"})
+
+
+def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
+    """The files of each entry, by its path. Raises ValueError for names and sizes that no bundle has."""
+    files = archive.infolist()
+    if sum(info.file_size for info in files) > MAX_BYTES:
+        raise ValueError(f"it unpacks to more than {MAX_BYTES // MIB} MiB")
+    folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
+    seen = set()
+    for info in files:
+        parts = info.orig_filename.split("/")
+        if len(parts) != _DEPTH or not all(map(_NAME.fullmatch, parts)) or info.orig_filename.casefold() in seen:
+            raise ValueError(f"it has a file named {info.orig_filename[:100]!r}")
+        if info.file_size > (MAX_MANIFEST_BYTES if parts[-1] == MANIFEST else MAX_FILE_BYTES):
+            raise ValueError(f"{parts[-1]} in it is too large")
+        seen.add(info.orig_filename.casefold())
+        folders.setdefault("/".join(parts[:-1]), {})[parts[-1]] = info
+    if not 0 < len(folders) <= MAX_ENTRIES or max(map(len, folders.values())) > MAX_FILES:
+        raise ValueError("it holds nothing, or more than a bundle can hold")
+    return folders
+
+
+def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipInfo]) -> Held:
+    place, _, name = folder.rpartition("/")
+    if MANIFEST not in files:
+        raise ValueError(f"{name} has no {MANIFEST}")
+    manifest = archive.read(files[MANIFEST])
+    content = json.loads(manifest)
+    body = content.get("body") if isinstance(content, dict) else None
+    digests = body.get("files") if isinstance(body, dict) else None
+    if not isinstance(digests, dict) or set(digests) != set(files) - {MANIFEST}:
+        raise ValueError(f"{name} has other files than its {MANIFEST} says")
+    for key in ("name", "device", "torch"):
+        if not (isinstance(label := body.get(key, "unknown"), str) and _LABEL.fullmatch(label)):
+            raise ValueError(f"the {key} of {name} is no {key}")
+    size = len(manifest)  # as read: a zip may say more
+    for file, digest in digests.items():
+        with archive.open(files[file]) as stream:
+            if _digest_of(stream) != digest:
+                raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
+            size += stream.tell()
+    return Held(place, name, body, size)
+
+
+def _digest_of(file: BinaryIO) -> str:
+    """From its beginning."""
+    file.seek(0)
+    hashed = hashlib.sha256()
+    while content := file.read(MIB):
+        hashed.update(content)
+    return hashed.hexdigest()

@@ -1,0 +1,181 @@
+"""Save, Load and Clear Compile Cache: compiled code that is kept on disk, carried to other machines, or deleted."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..compile import comfy_cache, patcher
+from ..compile.cache_bundle import TRUST_DIGITS, Bundle, load_bundle, read_bundle, save_bundle
+from ..compile.cache_store import CacheStore, require_own
+
+_FILE_NAME = re.compile(r"\w[\w .+%()-]*")
+
+
+def _bundles() -> Path:
+    """Beside the cache. ComfyUI's HTTP routes write into input, output and the folders of its users, and not here."""
+    folder = comfy_cache.folder() / "bundles"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_own(folder)
+    return folder
+
+
+def _always_anew() -> float:
+    return float("nan")  # is never what it was: the disk may have changed
+
+
+class SaveCompileCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveCompileCache",
+            display_name="Save Compile Cache",
+            category="INT8 Compile",
+            description="Writes what was compiled on this machine into one file, for other machines with the same GPU or CPU and the same "
+                        "versions. They load it with Load Compile Cache and compile nothing.",
+            inputs=[
+                io.Model.Input("model", optional=True, tooltip="Save only what this model runs; it must have sampled. Not connected: "
+                               "all that this machine has compiled."),
+                io.AnyType.Input("after", optional=True, tooltip="Connect the sampler's latent or the image, so that there is something to "
+                                 "save when this node runs. It is not looked at."),
+                io.String.Input("filename_prefix", default="int8_compile", tooltip="Name of the file in the bundles folder of the compile "
+                                "cache; a counter is added."),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file."),
+                     io.String.Output(display_name="digest", tooltip="Its SHA-256, to enter as trust where it is loaded.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        return _always_anew()
+
+    @classmethod
+    def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
+        if not _FILE_NAME.fullmatch(filename_prefix):
+            raise ValueError(f"filename_prefix: '{filename_prefix}' must be a plain name, without folders.")
+        _wait_for_builder()
+        store = comfy_cache.open_store()
+        entries = store.own() if model is None else _entries_of(model, store)
+        if not entries:
+            raise ValueError("Save Compile Cache: nothing has been compiled and kept yet. Make an image with a compile node first; connect "
+                             "the sampler's latent to 'after', so that this node runs later than the sampler.")
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(_bundles()))
+        path = Path(folder) / f"{name}_{counter:05}_.zip"
+        digest = save_bundle(store, entries, path)
+        text = f"{path}\n{path.stat().st_size / 1e6:.1f} MB\n{read_bundle(path).contents()}\ndigest: {digest}"
+        return io.NodeOutput(str(path), digest, ui=ui.PreviewText(text))
+
+
+class LoadCompileCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadCompileCache",
+            display_name="Load Compile Cache",
+            category="INT8 Compile",
+            description="Adds a file from Save Compile Cache to the compile cache of this machine. The file holds code that will run here: "
+                        "it is added only if you enter its digest.",
+            inputs=[
+                io.String.Input("bundle", default="", tooltip="Name of a file in the bundles folder of the compile cache. Put it there by "
+                                "hand: files from elsewhere are not loaded."),
+                io.String.Input("trust", default="", tooltip="The digest that Save Compile Cache showed, or its first "
+                                f"{TRUST_DIGITS} digits. Empty: says what the file holds and loads nothing."),
+            ],
+            outputs=[io.String.Output(display_name="report", tooltip="What was added.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        return _always_anew()
+
+    @classmethod
+    def execute(cls, bundle, trust) -> io.NodeOutput:
+        found = read_bundle(_path_of(bundle.strip()))
+        _require_trust(found, trust)
+        store = comfy_cache.open_store()
+        added, present = load_bundle(store, found)
+        text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
+        if any(held.label("torch") != torch.__version__ for held in found.held):
+            text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class ClearCompileCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ClearCompileCache",
+            display_name="Clear Compile Cache",
+            category="INT8 Compile",
+            description="Deletes all compiled code from disk. Models that are loaded go on as they are; the next start compiles again.",
+            inputs=[],
+            outputs=[io.String.Output(display_name="report", tooltip="What was deleted.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        return _always_anew()
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        store = comfy_cache.open_store()
+        count, freed = store.clear()
+        text = f"Deleted {count} compiled, {freed / 1e6:.1f} MB."
+        if left := len(store.all()):
+            text += f" {left} could not be deleted: check that ComfyUI may write in {store.layout}."
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _wait_for_builder():
+    """With progress; the user can interrupt it."""
+    cache = comfy_cache.get_cache()
+    if cache is None:
+        return
+    progress = None
+
+    def check(unfinished: int):
+        nonlocal progress
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress = progress or comfy.utils.ProgressBar(unfinished)
+        progress.update_absolute(max(0, progress.total - unfinished))
+    cache.builder.wait(check)
+
+
+def _entries_of(model, store: CacheStore) -> list[Path]:
+    """What the model's compile nodes have loaded, and what was built for its block classes since."""
+    reports = patcher.reports(model)
+    loaded = {tuple(artefact.rsplit(" ", 1)) for report in reports for artefact in report.artefacts}
+    classes = {name for report in reports for name, _ in report.regions}
+    cache = comfy_cache.get_cache()
+    built = {folder for name, folder in cache.builder.built if name in classes} if cache else set()
+    return [folder for folder in store.own() if folder in built
+            or any(folder.name == entry and folder.parents[2].name.startswith(f"{name}_") for name, entry in loaded)]
+
+
+def _path_of(bundle: str) -> Path:
+    folder = _bundles()
+    if not _FILE_NAME.fullmatch(bundle):
+        raise ValueError(f"Load Compile Cache: '{bundle}' is not a file name. Put the file into {folder} and enter its name, "
+                         "without a folder.")
+    if not (folder / bundle).exists():
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        raise ValueError(f"Load Compile Cache: there is no {bundle} in {folder}. There: {', '.join(names) or 'nothing'}.")
+    return folder / bundle
+
+
+def _require_trust(bundle: Bundle, trust: str):
+    if bundle.is_trusted(trust):
+        return
+    entered = f"its digest does not begin with '{trust.strip()[:64]}', which was entered. " if trust.strip() else ""
+    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {entered}"
+                     f"it was not loaded. It holds ({bundle.size / 1e6:.1f} MB):\n{bundle.contents()}\n"
+                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust; its "
+                     f"first {TRUST_DIGITS} digits suffice.")

@@ -1,0 +1,254 @@
+"""Bundles: what one machine has compiled is served on another, and nothing else gets in."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from int8_compile.compile import cache_bundle
+from int8_compile.compile.cache_bundle import load_bundle, read_bundle, save_bundle
+from int8_compile.compile.cache_store import MANIFEST, CacheStore
+
+GROUP = "Block_dynamic_aoti_0123456789abcdef"
+PLACE = f"{GROUP}/single/forward"
+ARTEFACT = "artifact.pt2"
+BODY = {"name": "Block", "device": "cuda", "torch": "2.11.0+cu130"}
+
+
+def put(store: CacheStore, name: str, place: str = PLACE, content: bytes = b"code" * 1000, **body) -> Path:
+    with store.writing(place, name) as (folder, finish):
+        (folder / ARTEFACT).write_bytes(content)
+        (folder / "readable.py").write_text("# what it does")
+        finish({**BODY, **body})
+    return store.base / place / name
+
+
+def content_of(store: CacheStore) -> dict:
+    return {folder.relative_to(store.base).as_posix(): {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+            for folder in store.own()}
+
+
+@pytest.fixture
+def here(tmp_path):
+    store = CacheStore(tmp_path / "here", tmp_path / "here.key")
+    put(store, "aaaaaaaaaaaa")
+    put(store, "bbbbbbbbbbbb", content=os.urandom(3 << 20), device="cpu")
+    put(store, "aaaaaaaaaaaa", f"{GROUP[:-1]}e/world2global_rank1_tp_rank0/forward")
+    return store
+
+
+@pytest.fixture
+def there(tmp_path):
+    return CacheStore(tmp_path / "there", tmp_path / "there.key")
+
+
+@pytest.fixture
+def bundle(here, tmp_path):
+    path = tmp_path / "bundle.zip"
+    save_bundle(here, here.own(), path)
+    return path
+
+
+def test_what_one_store_has_another_serves_after_loading(here, there, tmp_path):
+    path = tmp_path / "bundles" / "bundle.zip"
+    digest = save_bundle(here, here.own(), path)
+    found = read_bundle(path)
+    assert digest == found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_bundle(there, found) == (3, 0)
+    assert content_of(there) == content_of(here)
+    bodies = [[store.whole(folder).body for folder in store.own()] for store in (here, there)]
+    assert bodies[0] == bodies[1] and here.base.name != there.base.name
+    assert load_bundle(there, found) == (0, 3)
+
+
+def test_it_says_what_it_holds(bundle):
+    found = read_bundle(bundle)
+    assert found.contents().splitlines() == ["Block for cpu, torch 2.11.0+cu130: 1 compiled, 3.1 MB",
+                                             "Block for cuda, torch 2.11.0+cu130: 2 compiled, 0.0 MB"]
+    assert 3_000_000 < found.size < 3_300_000
+
+
+def test_the_same_entries_give_the_same_digest(here, bundle, tmp_path):
+    assert save_bundle(here, here.own()[::-1], tmp_path / "again.zip") == read_bundle(bundle).digest
+
+
+def test_a_bundle_is_trusted_by_its_digest_only(bundle):
+    found = read_bundle(bundle)
+    assert found.is_trusted(found.digest) and found.is_trusted(f" {found.digest[:12].upper()} ")
+    assert not any(map(found.is_trusted, ("", found.digest[:11], found.digest[1:], found.digest + "0", "0" * 12)))
+
+
+def test_only_the_entries_asked_for_are_saved(here, tmp_path):
+    save_bundle(here, here.own()[:1], tmp_path / "one.zip")
+    assert len(read_bundle(tmp_path / "one.zip").held) == 1
+
+
+def test_damaged_entries_are_left_out_and_without_a_good_one_there_is_no_file(here, tmp_path):
+    for index, folder in enumerate(here.own()):
+        (folder / ARTEFACT).write_bytes(b"other code")
+        path = tmp_path / "out" / f"{index}.zip"
+        if index < 2:
+            save_bundle(here, here.own(), path)
+            assert len(read_bundle(path).held) == 2 - index
+    with pytest.raises(ValueError, match="nothing compiled to save"):
+        save_bundle(here, here.own(), path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["0.zip", "1.zip"]
+
+
+def test_a_damaged_entry_is_replaced_by_the_bundles(here, there, bundle):
+    load_bundle(there, read_bundle(bundle))
+    (there.own()[0] / ARTEFACT).write_bytes(b"")
+    assert load_bundle(there, read_bundle(bundle)) == (1, 2)
+    assert content_of(there) == content_of(here)
+
+
+def test_a_bundle_larger_than_the_cache_may_be_is_refused(there, bundle):
+    there.limit = 1 << 20
+    with pytest.raises(ValueError, match="INT8_COMPILE_CACHE_SIZE"):
+        load_bundle(there, read_bundle(bundle))
+    assert not there.all()
+
+
+def test_a_bundle_that_was_changed_after_the_check_is_refused(there, bundle):
+    found = read_bundle(bundle)
+    with bundle.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="changed after it was checked"):
+        load_bundle(there, found)
+    assert not there.all()
+
+
+def rejected(path: Path, message: str = "damaged or no bundle"):
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_bundle(path)
+    assert path.name in str(raised.value) and len(str(raised.value)) < 1000
+    assert sorted(path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x05\x06" + bytes(18), b"\x80\x04]."])
+def test_a_file_that_is_no_bundle_is_refused(tmp_path, content):
+    path = tmp_path / "x.zip"
+    path.write_bytes(content)
+    rejected(path)
+
+
+def test_a_bundle_cut_off_anywhere_is_refused(bundle):
+    content = bundle.read_bytes()
+    for end in (*range(0, len(content), len(content) // 40), len(content) - 1):
+        bundle.write_bytes(content[:end])
+        rejected(bundle)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing_but_the_digest(bundle):
+    """Some bytes of a zip mean nothing: dates, attributes."""
+    content = bundle.read_bytes()
+    digest = read_bundle(bundle).digest
+    held = read_bundle(bundle).held
+    for position in (*range(0, 3000, 67), *range(len(content) - 1500, len(content), 17)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        bundle.write_bytes(changed)
+        try:
+            found = read_bundle(bundle)
+        except ValueError:
+            continue
+        assert found.digest != digest and found.held == held
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("bundle.zip"), os.mkfifo])
+def test_a_link_or_folder_or_pipe_is_refused(bundle, make):
+    path = bundle.with_name("other.zip")
+    make(path)
+    rejected(path, "a link or a folder")
+
+
+def hostile(tmp_path: Path, files: dict[str, bytes], **body) -> Path:
+    """A bundle with a good entry and these files, each with the manifest that its folder needs."""
+    path = tmp_path / "hostile.zip"
+    folders: dict[str, dict[str, bytes]] = {f"{PLACE}/aaaaaaaaaaaa": {ARTEFACT: b"code"}}
+    for name, content in files.items():
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, {})[file] = content
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder, inside in folders.items():
+            digests = {file: hashlib.sha256(content).hexdigest() for file, content in inside.items() if file != MANIFEST}
+            for file, content in {MANIFEST: json.dumps({"body": {**BODY, **body, "files": digests}}).encode(), **inside}.items():
+                archive.writestr(f"{folder}/{file}", content)
+    return path
+
+
+def test_the_hostile_bundles_below_are_good_but_for_one_thing(tmp_path):
+    assert len(read_bundle(hostile(tmp_path, {f"{PLACE}/bbbbbbbbbbbb/{ARTEFACT}": b"code"})).held) == 2
+
+
+@pytest.mark.parametrize("name", [
+    f"../{PLACE}/x", f"{GROUP}/../forward/entry/x", f"{PLACE}/../x", f"{PLACE}/entry/..", f"/{PLACE}/x", f"//{GROUP}/forward/entry/x",
+    f"{PLACE}/entry/sub/x", f"{GROUP}/forward/entry/x", "x", f"{PLACE}/entry/.hidden", f"{PLACE}/.bad-entry/x", f"{PLACE}/.tmp-entry/x",
+    f"{PLACE}/entry/C:x", f"{PLACE}/entry/a\\b", "..\\..\\x", f"{PLACE}/entry/x.", f"{PLACE}/entry/ x", f"{PLACE}/entry/a\x1bb",
+    f"{PLACE}/entry/{'x' * 300}", f"{PLACE}/./x", f"~/{GROUP}/forward/entry/x"])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    rejected(hostile(tmp_path, {name: b"code"}), "it has a file named")
+
+
+def test_a_name_twice_is_refused(tmp_path):
+    rejected(hostile(tmp_path, {f"{PLACE}/aaaaaaaaaaaa/{ARTEFACT.upper()}": b"code"}), "it has a file named")
+
+
+@pytest.mark.parametrize("manifest", [
+    b"", b"{}", b"[]", b"null", b"[" * 100_000, b'{"body": []}', b'{"body": {"files": []}}', b'{"body": {"files": {}}}',
+    json.dumps({"body": {**BODY, "files": {"x": "0" * 64}}}).encode(),
+    json.dumps({"body": {**BODY, "files": {"x": None}}}).encode(),
+    json.dumps({"body": {**BODY, "files": {"x": hashlib.sha256(b"code").hexdigest(), "../y": "0" * 64}}}).encode(),
+    b'{"body": {"name": %s}}' % (b"1" * 5000)])
+def test_a_manifest_that_does_not_match_its_files_is_refused(tmp_path, manifest):
+    rejected(hostile(tmp_path, {f"{PLACE}/entry/x": b"code", f"{PLACE}/entry/{MANIFEST}": manifest}))
+
+
+def test_an_entry_without_manifest_is_refused(bundle):
+    with zipfile.ZipFile(bundle, "a") as archive:
+        archive.writestr(f"{PLACE}/cccccccccccc/{ARTEFACT}", b"code")
+    rejected(bundle, "has no manifest.json")
+
+
+@pytest.mark.parametrize("body", [{"name": "Block\n\x1b[2J"}, {"torch": 2}, {"device": "x" * 1000}, {"name": ""}])
+def test_what_a_person_is_to_read_must_be_readable(tmp_path, body):
+    rejected(hostile(tmp_path, {}, **body))
+
+
+@pytest.mark.parametrize("limit, value, message", [
+    ("MAX_BYTES", 5 << 20, "unpacks to more"), ("MAX_FILE_BYTES", 1 << 20, "x in it is too large"), ("MAX_MANIFEST_BYTES", 10, "too large"),
+    ("MAX_ENTRIES", 1, "more than a bundle can hold"), ("MAX_FILES", 1, "more than a bundle can hold")])
+def test_sizes_are_checked_before_anything_is_unpacked(tmp_path, monkeypatch, limit, value, message):
+    path = hostile(tmp_path, {f"{PLACE}/entry/x": bytes(10 << 20)})
+    assert path.stat().st_size < 100_000
+    read_bundle(path)
+    monkeypatch.setattr(cache_bundle, limit, value)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    rejected(path, message)
+
+
+def test_a_file_larger_than_a_bundle_can_be_is_not_read(bundle, monkeypatch):
+    monkeypatch.setattr(cache_bundle, "MAX_BYTES", 1000)
+    rejected(bundle, "larger than a bundle can be")
+
+
+def test_a_file_that_unpacks_to_more_than_it_says_is_refused(tmp_path):
+    path = hostile(tmp_path, {f"{PLACE}/entry/x": bytes(1 << 20)})
+    content = path.read_bytes()
+    assert content.count((1 << 20).to_bytes(4, "little")) == 2
+    path.write_bytes(content.replace((1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    rejected(path)
+
+
+def test_an_encrypted_file_is_refused(tmp_path):
+    path = hostile(tmp_path, {})
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    path.write_bytes(content)
+    rejected(path)

@@ -1,0 +1,55 @@
+"""A fleet: one ComfyUI compiles, another with its own key loads the bundle over HTTP and compiles nothing."""
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from benchmarks.workflows import flux_prompt
+
+from .conftest import GPU_ATTENTION, difference, latent
+
+pytestmark = pytest.mark.e2e
+
+
+def node(class_type, **inputs):
+    return {"node": {"class_type": class_type, "inputs": inputs}}
+
+
+def text_of(result) -> str:
+    assert result.status == "success", result.error
+    (text,) = (output["text"][0] for output in result.outputs.values() if "text" in output)
+    return text
+
+
+def test_a_second_worker_runs_what_the_first_has_compiled(serve, tmp_path):
+    def worker(name):
+        environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / f"{name}.key")}
+        return serve(extra_args=GPU_ATTENTION, env=environment)
+
+    with worker("first") as first:
+        compiled = [("INT8QuantizeModel", {**first.defaults("INT8QuantizeModel"), "method": "rowwise"}),
+                    ("INT8LazyTorchCompile", {**first.defaults("INT8LazyTorchCompile"), "background": True})]
+        prompt = flux_prompt(model_nodes=compiled)
+        prompt["save_cache"] = {"class_type": "SaveCompileCache", "inputs": {
+            "model": ["model_2", 0], "after": ["sampler", 0], "filename_prefix": "fleet"}}
+        path, _, *classes, digest = text_of(first.run(prompt)).splitlines()
+        digest = digest.removeprefix("digest: ")
+        assert path == str(first.base_dir / "user" / "__int8_compile" / "bundles" / "fleet_00001_.zip")
+        assert sorted(line.partition(" for ")[0] for line in classes) == ["DoubleStreamBlock", "SingleStreamBlock"]
+        assert "runs DoubleStreamBlock" not in first.log_text()
+        want = latent(first, first.run(flux_prompt(model_nodes=compiled, seed=2)))
+        assert "runs DoubleStreamBlock" in first.log_text()
+        assert "Deleted 2 compiled" in text_of(first.run(node("ClearCompileCache")))
+    with worker("second") as second:
+        refused = second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest))
+        assert refused.status == "error" and "there is no fleet_00001_.zip in" in refused.error["exception_message"]
+        shutil.copy(path, second.base_dir / "user" / "__int8_compile" / "bundles")
+        refused = second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=""))
+        assert refused.status == "error" and "DoubleStreamBlock for " in refused.error["exception_message"]
+        loaded = text_of(second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest[:12])))
+        assert "2 compiled added" in loaded
+        got = latent(second, second.run(flux_prompt(model_nodes=compiled, seed=2)))
+        assert "step 1 on runs DoubleStreamBlock" in second.log_text() and "step 1 on runs SingleStreamBlock" in second.log_text()
+        assert "building" not in second.log_text()
+    assert difference(got, want) < 1e-6
