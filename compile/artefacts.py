@@ -57,7 +57,7 @@ class RegionArtefacts:
     """
 
     def __init__(self, cache: Cache, name: str, device: torch.device, dynamic: bool, config: dict, background: bool,
-                 note: Callable[[str, str], None]):
+                 note: Callable[[str, str, str], None]):
         self._cache = cache
         self._name = name
         self._device = device
@@ -94,18 +94,20 @@ class RegionArtefacts:
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
-                        self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
+                        self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
 
     def run(self, block: torch.nn.Module, args: tuple, kwargs: dict):
         """The block's result by an artefact; MISSING where none fits this call."""
-        if self._refusal:
+        if self._refusal and not self._loaded:
             return MISSING
         try:
             call = flatten(args, kwargs)
             known = self._known.get(block) or self._learn(block)
             for loaded in self._loaded.get(call.structure, ()):
-                if (loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, known, loaded, call)
-                        and (tensors := known.weights.get()) is not None):
+                if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, known, loaded, call):
+                    tensors = known.weights.get()
+                    if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
+                        return MISSING
                     return loaded.artefact(tensors, call.leaves)
             self._request(block, call)
         except Unsupported as error:
@@ -143,23 +145,23 @@ class RegionArtefacts:
             self._seen.add(entry.folder.name)
             sources = Sources(entry.body["sources"])
             if changed := sources.mismatch():
-                self._note("source", f"{self._name}: {changed} is not the code that its artefact was made of")
+                self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
                 continue
             try:
                 artefact = Artefact(entry, self._device)
-            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
                 store.set_aside(entry.folder, str(error).partition("\n")[0])
                 continue
             store.touch(entry)
             self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources))
-            self._note("loaded", f"{self._name} {entry.folder.name}")
+            self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call):
         asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
         if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
             return
-        if any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
+        if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
             return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
         job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
@@ -170,21 +172,24 @@ class RegionArtefacts:
                              "or its attributes change")
             return
         if entry in self._seen and entry not in self._stale:
-            self._refuse("its artefact is for blocks with other attributes")
+            self._refuse("its artefact is for blocks that were not patched, or with other attributes")
             return
         self._seen.discard(entry)
         self._requested.add(entry)
-        self._note("building", f"{self._name} {entry}")
+        self._note("building", self._name, entry)
         region = weakref.ref(self)
-        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, self._name), self._background,
+        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, entry), self._background,
                                            self._stale.pop(entry, None)))
 
     def _refuse(self, reason: str):
+        """Nothing more is built; what is there goes on."""
+        if self._refusal:
+            return
         self._refusal = reason
-        self._note("refused", f"{self._name}: {reason}")
+        self._note("refused", self._name, reason)
 
 
-def _done(region: weakref.ref, name: str, reason: str):
+def _done(region: weakref.ref, entry: str, reason: str):
     """In the builder's thread."""
     owner = region()
     if owner is None:
@@ -192,7 +197,7 @@ def _done(region: weakref.ref, name: str, reason: str):
     if reason:
         owner._refuse(reason)
     else:
-        owner._note("built", name)
+        owner._note("built", owner._name, entry)
         owner._changed.set()
 
 

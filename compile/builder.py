@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from .aoti import Job
 from .cache_store import LOCK_SECONDS, CacheStore
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).absolute().parent.parent
 _PACK = __name__.rpartition(".compile.")[0]
 IDLE_SECONDS = 3.0
+GPU_MEMORY = 2 << 30  # bytes that must be free before the builder begins: a CUDA context takes about 0.5 GB
 # This pack under the name that it has here (ComfyUI names packs by their path), so that what is pickled is found.
 _BOOT = """
 import importlib, importlib.util, sys
@@ -124,7 +127,7 @@ class Builder:
                         self._close()
                         return
                 continue
-            if late and not self._is_idle():
+            if (late and not self._is_idle()) or not _has_memory(order.job.device):
                 self._orders.put((late, count, order))
                 time.sleep(0.5)
                 continue
@@ -196,6 +199,11 @@ class Builder:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
             self._process = None
+
+
+def _has_memory(device: str) -> bool:
+    """Whether the other process may take what a CUDA context and a kernel's trial runs need."""
+    return device != "cuda" or torch.cuda.mem_get_info()[0] > GPU_MEMORY
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -141,7 +141,7 @@ class CachedMethod:
         except Unsupported as error:
             logger.info("compile cache: %s is not used: %s", entry.folder.name, error)
             return None
-        except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             self._store.set_aside(entry.folder, str(error).partition("\n")[0])
             return None
         self._store.touch(entry)

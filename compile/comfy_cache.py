@@ -10,6 +10,7 @@ from pathlib import Path
 
 import comfy.cli_args
 import folder_paths
+import torch
 
 from .artefacts import Cache
 from .builder import Builder
@@ -17,6 +18,7 @@ from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key
 
 logger = logging.getLogger(__name__)
 
+MIN_TORCH = 2, 8
 # Ids of ComfyUI's settings, and the environment variables that come before them.
 ENABLED, LIMIT, FOLDER = "INT8Compile.Cache.Enabled", "INT8Compile.Cache.SizeLimit", "INT8Compile.Cache.Folder"
 ENABLED_VARIABLE, LIMIT_VARIABLE, FOLDER_VARIABLE = "INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_SIZE", "INT8_COMPILE_CACHE_DIR"
@@ -59,8 +61,10 @@ def open_store() -> CacheStore:
 
 
 def get_cache() -> Cache | None:
-    """The cache of this process, None where it is off or cannot be used (one warning)."""
-    return _cache(folder(), default_key_file(), size_limit()) if is_enabled() else None
+    """The cache of this process, None where it is off, torch is older than 2.8, or it cannot be used (one warning)."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH or not is_enabled():
+        return None
+    return _cache(folder(), default_key_file(), size_limit())
 
 
 @functools.cache

@@ -224,9 +224,12 @@ class CompiledModule:
             self._compiled[key] = entry, _torch_compile(entry, self.options, key[2])
         return self._compiled[key][1]
 
-    def _note(self, event: str, text: str):
-        """Of an artefact; from the builder's thread too."""
+    def _note(self, event: str, name: str, detail: str):
+        """Of a region's artefacts; from the builder's thread too. name: the region's."""
         report = self.report
+        text = f"{name} {detail}" if event in ("loaded", "building", "built") else f"{name}: {detail}"
+        if event in ("built", "refused"):
+            report.building = [building for building in report.building if building.partition(" ")[0] != name]
         if event == "loaded":
             report.artefacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps
@@ -237,6 +240,8 @@ class CompiledModule:
             report.fallbacks.append(f"not kept in the compile cache: {text}")
             logger.info("%s: not kept in the compile cache: %s", self.options.title, text)
         else:
+            if event == "building":
+                report.building.append(text)
             logger.info("%s: %s: %s", self.options.title, event, text)
 
     def _record(self, counters: Counters, seconds: float):

@@ -23,10 +23,10 @@ REMEDIES = (
 @dataclass
 class CompileReport:
     """regions: (class name, number of blocks). graphs: compiled in all. seconds: of the calls that compiled. cache_hits: graphs
-    that came from torch's disk cache. artefacts: those of the compile cache that were loaded, as "class entry". steps: calls of the
-    model so far. compiled_from_step: the first that ran compiled, 0 for none yet. recompiles: the region and the guard that caused
-    each, in order. breaks: why a block is more than one graph -> how often. fallbacks: what was done without, and why. failure: why
-    compile is off, empty while it works."""
+    that came from torch's disk cache. artefacts: those of the compile cache that were loaded, as "class entry". building: those that
+    another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
+    recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
+    fallbacks: what was done without, and why. failure: why compile is off, empty while it works."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -34,6 +34,7 @@ class CompileReport:
     seconds: float = 0.0
     cache_hits: int = 0
     artefacts: list[str] = field(default_factory=list)
+    building: list[str] = field(default_factory=list)
     steps: int = 0
     compiled_from_step: int = 0
     recompiles: list[str] = field(default_factory=list)

@@ -81,7 +81,9 @@ def test_background_runs_eager_until_it_is_built_and_compiled_from_the_next_step
     for _ in range(3):
         assert torch.equal(run(compiled, net, *x), net(*x))  # eager's bits
     assert time.perf_counter() - start < 2 and compiled.report.compiled_from_step == 0
+    assert [building.partition(" ")[0] for building in compiled.report.building] == ["Block"]
     wait(cache)
+    assert not compiled.report.building
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5
     assert compiled.report.compiled_from_step == 4 and compiled.report.graphs == 0 and len(compiled.report.artefacts) == 1
     assert not compiled.report.fallbacks
