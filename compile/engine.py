@@ -21,7 +21,7 @@ from .guards import without_bookkeeping
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
-from .report import NOT_KEPT, CompileReport, Counters, on_compile, remedy
+from .report import NOT_KEPT, CompileReport, Counters, first_lines, on_compile, remedy
 from .settings import compile_settings, recompile_limit
 
 logger = logging.getLogger(__name__)
@@ -148,10 +148,12 @@ class CompiledModule:
                 return call()
             try:
                 result = self._run_compiled(root, call, filter_guards, around_block)
+                self._say()
                 # The memory of a CUDA graph's outputs is written again at the next step.
                 return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
             except Exception as error:
                 if passthrough(error):
+                    self._say()
                     raise
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
@@ -159,7 +161,7 @@ class CompiledModule:
             self.report.failure = cause
             self._told = False
             self._say()
-            logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), _first_lines(cause))
+            logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
             return result
 
     def _run_compiled(self, root, call, filter_guards, around_block):
@@ -172,7 +174,6 @@ class CompiledModule:
         artefacts = filter_guards and self._artefacts_allowed()
         if self._cache and self.options.background and not artefacts:
             self.report.steps += 1
-            self._say()
             return call()  # a compile in this process is what was not asked for
         blocks = self._attachable(filter_guards and self.options.guard_filter, artefacts)
         self.report.steps += 1
@@ -202,7 +203,6 @@ class CompiledModule:
             if not settled:
                 self._record(counters, time.perf_counter() - start)
             self._running = False
-            self._say()
 
     def _say(self, doing: str = ""):
         if self._tell is not None and (doing or not self._told):
@@ -307,7 +307,3 @@ def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -
     if filter_guards:
         torch_options["guard_filter_fn"] = without_bookkeeping
     return torch.compile(fn, **arguments, options=torch_options or None)
-
-
-def _first_lines(text: str, lines: int = 4) -> str:
-    return " | ".join(line.strip() for line in text.splitlines() if line.strip()).strip()[:200 * lines]

@@ -82,7 +82,7 @@ class CompileReport:
 
     def warnings(self) -> list[str]:
         """What is done without, and what to do about it."""
-        failed = [f"Compile failed; running uncompiled. {remedy(self.failure)}{self.failure.splitlines()[0][:200]}"] if self.failure else []
+        failed = [f"Compile failed; running uncompiled. {remedy(self.failure)}{first_lines(self.failure)}"] if self.failure else []
         return failed + [text for text in self.fallbacks if not text.startswith(NOT_KEPT)]
 
     def text(self) -> str:
@@ -129,6 +129,10 @@ def on_compile(begins: Callable):
         yield
     finally:
         callback_handler.remove_start_callback(begins)
+
+
+def first_lines(text: str, lines: int = 4) -> str:
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip()).strip()[:200 * lines]
 
 
 def remedy(cause: str) -> str:
