@@ -1,6 +1,7 @@
 """What a node shows while it works and afterwards: live to the client that queued it, and in the prompt's history."""
 from __future__ import annotations
 
+import re
 import time
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from comfy_execution.utils import get_executing_context
 
 # ComfyUI's message, and the key in a node's ui output, that web/int8_compile.js listens to.
 EVENT = "int8_compile"
-# Seconds between two messages about the same work.
+# Seconds between two messages that differ in a number only.
 INTERVAL = 0.1
 # For the Schema of a node that shows something: another node with the same inputs runs too, and is not served from this one's output.
 # Where the core can, the report is sent again when the node did not run.
@@ -36,10 +37,11 @@ class NodeStatus:
         context = get_executing_context()
         self._node = context.node_id if context else None
         self._client = None
-        self._sent = 0.0
+        self._sent = "", 0.0
         # Its keys stay, for it may be written to a client while it changes.
         self._entry = {"node": self._node, "status": "", "text": "", "warnings": [], "details": {}}
-        self(report)
+        if report is not None:
+            self(report)
 
     @property
     def ui(self) -> dict:
@@ -51,10 +53,10 @@ class NodeStatus:
         """Something has happened, or doing is under way. report None: there is none yet."""
         if report is not None:
             self._entry.update(status=report.status(), text=report.text(), warnings=report.warnings(), details=report.to_dict())
-        now = time.monotonic()
-        if self._node is None or (doing and now - self._sent < INTERVAL):
+        kind, now = re.sub(r"[0-9]+", "", doing), time.monotonic()
+        if self._node is None or (doing and kind == self._sent[0] and now - self._sent[1] < INTERVAL):
             return
-        self._sent = now
+        self._sent = kind, now
         from server import PromptServer  # there is one: a node of it has run
 
         if get_executing_context() is not None:  # else it is the builder's thread, when another client's prompt may run
