@@ -6,6 +6,7 @@ const EVENT = "int8_compile"; // compile/comfy_status.py
 const WORKING = ["CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model"];
 const WIDGET = "shown";
 const LINE = 16; // px
+const MARGIN = 6; // px around the text in the classic renderer
 const MAX_LINES = 14; // longer texts scroll
 const HISTORY = 50; // prompts that are looked through for a report after a reload
 
@@ -22,12 +23,13 @@ function textWidget(node) {
         const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
         return element.textContent.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
     };
-    const height = () => Math.min(lines(), MAX_LINES) * LINE + 10;
+    const height = () => Math.min(lines(), MAX_LINES) * LINE + 10 + 2 * MARGIN;
     const widget = node.addDOMWidget(WIDGET, "int8_compile_text", element, {
         getValue: () => element.textContent,
         setValue: (text) => { element.textContent = text; },
         getMinHeight: height,
         getMaxHeight: height,
+        margin: MARGIN,
         serialize: false,
     });
     widget.serialize = false; // neither in the saved workflow nor in the prompt: it is no input

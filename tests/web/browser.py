@@ -86,6 +86,10 @@ class Browser:
         self.command("Page.navigate", url=url)
         time.sleep(1)  # until the old page's scripts are gone
 
+    def reload(self):
+        self.command("Page.reload")
+        time.sleep(2)  # until the old page is gone
+
     def evaluate(self, expression: str):
         """The value of a JavaScript expression, a promise awaited."""
         answer = self.command("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)

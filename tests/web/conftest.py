@@ -1,6 +1,7 @@
 """ComfyUI in a real browser, in both of its renderers."""
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -53,6 +54,10 @@ def comfy_page(models_dir, tmp_path, request):
     stack = request.getfixturevalue("stack")
 
     def comfy_page(**environment):
+        # Else ComfyUI greets a new user with its templates, in front of the workflow.
+        settings = tmp_path / "comfyui" / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
         server = stack.enter_context(ComfyServer(find_comfyui(), tmp_path / "comfyui", models=models_dir, env=environment,
                                                  extra_args=("--use-pytorch-cross-attention",)))
         page = Comfy(stack.enter_context(Browser(tmp_path / "profile")), server.url)
@@ -63,7 +68,5 @@ def comfy_page(models_dir, tmp_path, request):
 
 @pytest.fixture
 def stack():
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         yield stack
