@@ -18,6 +18,7 @@ from . import warmup
 from .aoti import varying
 from .artefacts import MISSING, Cache, RegionArtefacts
 from .guards import without_bookkeeping
+from .interrupt import Interrupted, interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
@@ -128,21 +129,25 @@ class CompiledModule:
         self._compiling: tuple[str, int, bool] = "", 0, False  # the key in _compiled of the block that is called
         self._tell: Callable[[CompileReport, str], None] | None = None  # of the last call
         self._told = False  # nothing has happened that it does not know of
+        self._interrupted: Callable[[], bool] = bool  # of the call under way
         self._running = False
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
-            around_block: Callable | None = None, tell: Callable[[CompileReport, str], None] | None = None):
+            around_block: Callable | None = None, tell: Callable[[CompileReport, str], None] | None = None,
+            interrupted: Callable[[], bool] = bool):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
         made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on. around_block: wraps
         the call of each block, as around_block(call) -> call. tell: called with the report when something has happened, and what is under
-        way ("" at its end); from the builder's thread too. Must not raise.
+        way ("" at its end); from the builder's thread too. Must not raise. interrupted: asked while something is compiled, from another
+        thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """
         with self._lock:
             if tell is not self._tell:
                 self._tell, self._told = tell, False
+            self._interrupted = interrupted
             if self.report.failure:
                 self._say()
                 return call()
@@ -178,7 +183,7 @@ class CompiledModule:
         blocks = self._attachable(filter_guards and self.options.guard_filter, artefacts)
         self.report.steps += 1
         before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
-        start = time.perf_counter()
+        start, ended = time.perf_counter(), False
         self._running = True
         try:
             for artefacts in self._artefacts.values():
@@ -187,6 +192,9 @@ class CompiledModule:
                 block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 return call()
+        except Interrupted:
+            ended = True
+            raise
         finally:
             for block, previous in zip(blocks, before):
                 if previous is None:
@@ -200,7 +208,7 @@ class CompiledModule:
                 self._settled = settled
                 for block in blocks:
                     block.mark = self.options.mark_sizes and (block.first or not settled)
-            if not settled:
+            if not settled and not ended:
                 self._record(counters, time.perf_counter() - start)
             self._running = False
 
@@ -240,11 +248,12 @@ class CompiledModule:
             if not self._compiled:
                 self._say("loading the compiler")
             warmup.start(self._device.type)
-            warmup.wait()
+            warmup.wait(self._interrupted)
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             self._counters = Counters()
             self._scope.enter_context(on_compile(self._begins_compile))
+            self._scope.enter_context(interruptible(self._interrupted))
             self._scope.enter_context(compile_settings(self.options.cache_size_limit))
         if key not in self._compiled:
             entry = _entry(f"{key[0]}_{key[1]}")

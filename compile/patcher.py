@@ -24,6 +24,7 @@ from . import warmup
 from .comfy_cache import get_cache
 from .comfy_offload import around_block, is_offloaded
 from .engine import CompiledModule
+from .interrupt import Interrupted
 from .options import CompileOptions
 from .report import CompileReport
 
@@ -62,8 +63,13 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
             states[key] = _State(CompiledModule(options, device, get_cache()))
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
-    return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough,
-                              around_block=around_block if state.offloaded else None, tell=tell)
+    try:
+        return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
+                                  around_block=around_block if state.offloaded else None,
+                                  interrupted=comfy.model_management.processing_interrupted)
+    except Interrupted:
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException from None
 
 
 class LazyCompile:
