@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 INTERVAL = 0.1  # seconds between two looks
-PATIENCE = 5.0  # seconds until it comes up again: a destructor may have swallowed it
+PATIENCE = 1.0  # seconds until it comes up again: a callback of the garbage collector swallows it
 # What would not be done again, or leave something locked or registered by half: Python's import, torch's patterns, ends of contexts.
 _IMPORT = "<frozen importlib"
 _WHOLE = frozenset({"__enter__", "__exit__", "__del__", "install_callbacks", "lazy_init"})

@@ -5,10 +5,6 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-# What ComfyUI's own page reports as errors: files of a new user that are not there yet, its own deprecations, reloading a page.
-COMFYUIS_OWN = ("Failed to load resource: the server responded with a status of 404", "accessed before initialization", "beforeunload")
-
-
 def node(number, kind, x, inputs=(), output=None, links=(), values=()):
     return {"id": number, "type": kind, "pos": [x, 60 * number], "inputs": [{"name": n, "type": t, "link": link} for n, t, link in inputs],
             "outputs": [{"name": output, "type": output, "links": list(links)}] if output else [], "widgets_values": list(values)}
@@ -45,10 +41,6 @@ def run(page):
     page.evaluate("new Promise(r => setTimeout(r, 500))")
 
 
-def errors(page) -> list[str]:
-    return [error for error in page.browser.errors if "int8" in error.lower() or not any(own in error for own in COMFYUIS_OWN)]
-
-
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
 def test_text_while_it_works_and_a_report_that_stays(comfy_page, nodes_2):
     page = comfy_page()
@@ -80,7 +72,7 @@ def test_text_while_it_works_and_a_report_that_stays(comfy_page, nodes_2):
     page.wait()
     page.until("app.graph.nodes.some(n => n.type === 'CompileModel' && n.widgets.some(w => w.name === 'shown'))")
     assert (page.text("CompileModel"), page.text("INT8QuantizeModel")) == (compiled, quantized)
-    assert not errors(page)
+    assert not page.errors()
 
 
 def test_a_fallback_is_a_toast_once_and_the_cache_is_cleared_by_a_command(comfy_page):
@@ -95,4 +87,4 @@ def test_a_fallback_is_a_toast_once_and_the_cache_is_cleared_by_a_command(comfy_
     assert "CUDA graphs do not exist on cpu" in page.text("CompileModel")
     page.evaluate("app.extensionManager.command.execute('INT8Compile.ClearCache')")
     page.until("toasts.some(t => t.startsWith('Deleted 0 compiled'))")
-    assert not errors(page)
+    assert not page.errors()
