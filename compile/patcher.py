@@ -9,7 +9,6 @@ import logging
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -23,14 +22,12 @@ from ..int8.structure import repeated_blocks
 from . import warmup
 from .comfy_cache import get_cache
 from .comfy_offload import around_block, is_offloaded
-from .engine import CompiledModule
+from .engine import CompiledModule, Tell
 from .interrupt import Interrupted
 from .options import CompileOptions
-from .report import CompileReport
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[CompileReport, str], None]
 KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"

@@ -1,4 +1,7 @@
-"""The example workflows in a real browser. Their API format and pictures are made here: UPDATE_EXAMPLES=1 pytest tests/web/test_examples.py"""
+"""The example workflows in a real browser. Their API format and pictures are made here:
+
+UPDATE_EXAMPLES=1 pytest -c tests/pytest.ini --rootdir=tests tests/web/test_examples.py
+"""
 from __future__ import annotations
 
 import contextlib
