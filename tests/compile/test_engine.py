@@ -62,14 +62,15 @@ def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=Tru
     return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough, tell=tell)
 
 
-def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs):
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs, fullgraph):
     net, x = Net(depth=7), torch.randn(3, 64)
-    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True))
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True, fullgraph=fullgraph))
     assert graphs() == 0
     torch.testing.assert_close(run(compiled, net, x), net(x))
     assert graphs() == 2
     assert compiled.report.regions == [("Block", 7), ("OtherBlock", 3)]
-    assert compiled.report.graphs == 2 and compiled.report.seconds > 0
+    assert compiled.report.graphs == 2 and compiled.report.seconds > 0 and compiled.report.status().startswith("ready: ")
 
 
 @pytest.mark.parametrize("first", [3, 64], ids=["odd", "as long as the hidden size"])

@@ -34,6 +34,48 @@ class Comfy:
     def errors(self) -> list[str]:
         return [error for error in self.browser.errors if "int8" in error.lower() or not any(own in error for own in COMFYUIS_OWN)]
 
+    def double_click(self, x: float, y: float):
+        for count in (1, 2):
+            self._mouse("mousePressed", x, y, count)
+            self._mouse("mouseReleased", x, y, count)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]):
+        """From here to there, in pixels of the window."""
+        self._mouse("mouseMoved", *start)
+        self._mouse("mousePressed", *start)
+        for part in (0.2, 0.6, 1.0):
+            self._mouse("mouseMoved", *(a + (b - a) * part for a, b in zip(start, end)))
+        self._mouse("mouseReleased", *end)
+
+    def _mouse(self, event: str, x: float, y: float, count: int = 1):
+        self.browser.command("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", buttons=int(event != "mouseReleased"),
+                             clickCount=count)
+
+    def press_enter(self):
+        for event in ({"type": "keyDown", "text": "\r"}, {"type": "keyUp"}):
+            self.browser.command("Input.dispatchKeyEvent", key="Enter", code="Enter", windowsVirtualKeyCode=13, **event)
+
+    def add_by_search(self, words: str, x: float, y: float):
+        """Double-click on the empty canvas at x, y (pixels), words, Enter, and a click where the node shall be."""
+        before = self.evaluate("app.graph.nodes.length")
+        self.double_click(x, y)
+        self.until("document.activeElement.tagName === 'INPUT'")
+        self.browser.command("Input.insertText", text=words)
+        self.until(f"[...document.querySelectorAll('[role=dialog] *')].some(e => e.textContent.trim() === {json.dumps(words)})")
+        self.press_enter()
+        self.until(f"app.graph.nodes.length === {before + 1} && !document.querySelector('[role=dialog]')")
+        self._mouse("mousePressed", x, y)
+        self._mouse("mouseReleased", x, y)
+
+    def connect(self, source: str, output: int, target: str, slot: int):
+        """Drags a link between two nodes, by their types."""
+        places = [self.evaluate(f"""(() => {{
+            const node = app.graph.nodes.find(n => n.type === '{kind}');
+            const [x, y] = app.canvas.ds.convertOffsetToCanvas(node.getConnectionPos({json.dumps(is_input)}, {number}));
+            const box = app.canvas.canvas.getBoundingClientRect();
+            return [x + box.left, y + box.top]; }})()""") for kind, is_input, number in ((source, False, output), (target, True, slot))]
+        self.drag(*places)
+
     def queue(self):
         self.evaluate("app.queuePrompt(0)")
 
