@@ -14,8 +14,10 @@ import datetime
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -46,8 +48,9 @@ class Bench:
         self.models = make_models(self.comfyui, cache_dir(), names)
 
     @contextlib.contextmanager
-    def server(self, folder: Path):
-        env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder), "INT8_COMPILE_CACHE": "1",
+    def server(self, folder: Path, threads: str = ""):
+        env = {**({"OMP_NUM_THREADS": threads} if threads else {}),
+               "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder), "INT8_COMPILE_CACHE": "1",
                "INT8_COMPILE_CACHE_DIR": str(folder / "cache"), "INT8_COMPILE_CACHE_KEY_FILE": str(folder / "key")}
         with tempfile.TemporaryDirectory() as base, ComfyServer(comfyui=self.comfyui, models=self.models, base_dir=Path(base), env=env,
                                                                 extra_args=["--use-pytorch-cross-attention"]) as server:
@@ -77,25 +80,27 @@ class Bench:
     def background(self, nodes: list):
         """(seconds, latent of a compiled image): images until one ran compiled, with the builder on the last core and the server on the
         first."""
-        found = {"images": []}
+        found, images = {}, []
         nodes = [*nodes[:-1], (nodes[-1][0], {**nodes[-1][1], "background": True})]
-        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder)) as server:
+        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1") as server:
             pin(server.process.pid, 0)
             start = time.monotonic()
+            watcher = threading.Thread(target=keep_builder_pinned, args=(server,), daemon=True)
+            watcher.start()
             while time.monotonic() - start < BUILD_TIMEOUT:
-                seconds, _ = self.image(server, nodes, seed=1 + len(found["images"]))
-                pin_builder(server.process.pid)
+                seconds, _ = self.image(server, nodes, seed=1 + len(images))
                 done = re.findall(r"step (\d+) on runs", server.log_text())
-                found["images"].append(seconds)
+                images.append(seconds)
                 if done:
                     found["compiled from step"] = int(done[-1])
                     found["ready after"] = time.monotonic() - start
                     break
+            found |= {"first image": images[0], "eager image": statistics.median(images[1:]), "images until compiled": len(images)}
             found["compiled image"], latent = self.image(server, nodes)
         return found, latent
 
     def eager_on_one_core(self, nodes: list) -> float:
-        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder)) as server:
+        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1") as server:
             pin(server.process.pid, 0)
             return self.image(server, nodes)[0]
 
@@ -105,13 +110,15 @@ def pin(process: int, core: int):
         os.sched_setaffinity(int(thread), {core})
 
 
-def pin_builder(server: int):
-    """Moves the server's builder and its compilers to the last core."""
+def keep_builder_pinned(server: ComfyServer):
+    """Keeps the server's builder and its compilers on the last core, while the server runs."""
     import psutil
 
-    for child in psutil.Process(server).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            child.cpu_affinity([os.cpu_count() - 1])
+    while server.process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, AttributeError):
+            for child in psutil.Process(server.process.pid).children(recursive=True):
+                child.cpu_affinity([os.cpu_count() - 1])
+        time.sleep(0.1)
 
 
 def wait_for_builder(server):
@@ -149,8 +156,6 @@ def main() -> None:
     for name, result in results.items():
         print(f"{name:28}" + ", ".join(f"{key} {value:.2g}" if key.startswith("diff") else f"{key} {value:.2f}"
                                        for key, value in result.items() if isinstance(value, (int, float))))
-        if "images" in result:
-            print(" " * 28 + "images " + " ".join(f"{seconds:.2f}" for seconds in result["images"]))
     if options.json:
         facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "cores": os.cpu_count(), "model": options.model,
                  "size": options.size, "steps": options.steps}

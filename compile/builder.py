@@ -94,7 +94,7 @@ class Builder:
 
     def wait(self, check: Callable[[int], None]) -> None:
         """Until there is nothing left to build. check: called now and then with how many orders are left; may raise to give up."""
-        while unfinished := self._unfinished:
+        while (unfinished := self._unfinished) and self._thread is not None and self._thread.is_alive():
             check(unfinished)
             time.sleep(0.1)
 

@@ -19,8 +19,8 @@ import torch
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
-# What torch and Python's imports call while it traces.
-_HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions", "filelock", "_distutils_hack", "setuptools")
+# What torch calls while it traces.
+_HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions", "filelock")
 PACK = "int8_compile"
 _ROOT = __name__.rpartition(".compile.")[0]
 
@@ -40,13 +40,24 @@ def recording() -> Iterator[dict[tuple[str, str], types.FunctionType | types.Cod
             skipped[code.co_filename] = _is_skipped(code.co_filename, module)
         if not skipped[code.co_filename]:
             # Python 3.10 has no qualified names in code: its functions are known by their file alone.
-            found.setdefault((module, getattr(code, "co_qualname", f"<locals>.{code.co_name}")), code)
+            name = module, getattr(code, "co_qualname", f"<locals>.{code.co_name}")
+            if name not in found and not _in_import(frame):
+                found[name] = code
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
         yield found
     finally:
         sys.setprofile(before)
+
+
+def _in_import(frame) -> bool:
+    """Whether the function runs because something is imported just now."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_skipped(path: str, module: str) -> bool:

@@ -21,7 +21,7 @@ from .guards import without_bookkeeping
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
-from .report import CompileReport, Counters, remedy
+from .report import NOT_KEPT, CompileReport, Counters, first_lines, on_compile, remedy
 from .settings import compile_settings, recompile_limit
 
 logger = logging.getLogger(__name__)
@@ -125,31 +125,43 @@ class CompiledModule:
         # Of the call under way: torch's compiler is set up once a block needs it.
         self._scope = contextlib.ExitStack()
         self._counters: Counters | None = None
+        self._compiling: tuple[str, int, bool] = "", 0, False  # the key in _compiled of the block that is called
+        self._tell: Callable[[CompileReport, str], None] | None = None  # of the last call
+        self._told = False  # nothing has happened that it does not know of
+        self._running = False
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
-            around_block: Callable | None = None):
+            around_block: Callable | None = None, tell: Callable[[CompileReport, str], None] | None = None):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
         made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on. around_block: wraps
-        the call of each block, as around_block(call) -> call.
+        the call of each block, as around_block(call) -> call. tell: called with the report when something has happened, and what is under
+        way ("" at its end); from the builder's thread too. Must not raise.
         """
         with self._lock:
+            if tell is not self._tell:
+                self._tell, self._told = tell, False
             if self.report.failure:
+                self._say()
                 return call()
             try:
                 result = self._run_compiled(root, call, filter_guards, around_block)
+                self._say()
                 # The memory of a CUDA graph's outputs is written again at the next step.
                 return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
             except Exception as error:
                 if passthrough(error):
+                    self._say()
                     raise
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
             self.report.failure = cause
-            logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), _first_lines(cause))
+            self._told = False
+            self._say()
+            logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
             return result
 
     def _run_compiled(self, root, call, filter_guards, around_block):
@@ -167,6 +179,7 @@ class CompiledModule:
         self.report.steps += 1
         before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
         start = time.perf_counter()
+        self._running = True
         try:
             for artefacts in self._artefacts.values():
                 artefacts.begin()
@@ -189,6 +202,16 @@ class CompiledModule:
                     block.mark = self.options.mark_sizes and (block.first or not settled)
             if not settled:
                 self._record(counters, time.perf_counter() - start)
+            self._running = False
+
+    def _say(self, doing: str = ""):
+        if self._tell is not None and (doing or not self._told):
+            self._told = not doing
+            self._tell(self.report, doing)
+
+    def _begins_compile(self, *_):
+        name, index, _ = self._compiling
+        self._say(f"compiling {name} {index + 1}/{len(self._regions)}")
 
     def _artefacts_allowed(self) -> bool:
         """An artefact was made for inference, as it is without autocast."""
@@ -212,12 +235,16 @@ class CompiledModule:
         return self._artefacts[index]
 
     def _compile(self, key: tuple[str, int, bool]) -> Callable:
+        self._compiling = key
         if self._counters is None:
+            if not self._compiled:
+                self._say("loading the compiler")
             warmup.start(self._device.type)
             warmup.wait()
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             self._counters = Counters()
+            self._scope.enter_context(on_compile(self._begins_compile))
             self._scope.enter_context(compile_settings(self.options.cache_size_limit))
         if key not in self._compiled:
             entry = _entry(f"{key[0]}_{key[1]}")
@@ -237,12 +264,15 @@ class CompiledModule:
         elif event == "refused" and self.options.background:
             self._fall_back(f"{text}: running uncompiled. Set background to false to compile it in this process.")
         elif event == "refused":
-            report.fallbacks.append(f"not kept in the compile cache: {text}")
+            report.fallbacks.append(f"{NOT_KEPT}: {text}")
             logger.info("%s: not kept in the compile cache: %s", self.options.title, text)
         else:
             if event == "building":
                 report.building.append(text)
             logger.info("%s: %s: %s", self.options.title, event, text)
+        self._told = False
+        if not self._running:
+            self._say()
 
     def _record(self, counters: Counters, seconds: float):
         first = not self.report.graphs
@@ -261,6 +291,7 @@ class CompiledModule:
     def _fall_back(self, message: str):
         if message not in self.report.fallbacks:
             self.report.fallbacks.append(message)
+            self._told = False
             logger.warning("%s: %s", self.options.title, message)
 
 
@@ -276,7 +307,3 @@ def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -
     if filter_guards:
         torch_options["guard_filter_fn"] = without_bookkeeping
     return torch.compile(fn, **arguments, options=torch_options or None)
-
-
-def _first_lines(text: str, lines: int = 4) -> str:
-    return " | ".join(line.strip() for line in text.splitlines() if line.strip()).strip()[:200 * lines]

@@ -9,6 +9,7 @@ import logging
 import threading
 import uuid
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -24,9 +25,11 @@ from .comfy_cache import get_cache
 from .comfy_offload import around_block, is_offloaded
 from .engine import CompiledModule
 from .options import CompileOptions
+from .report import CompileReport
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[CompileReport, str], None]
 KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
@@ -50,7 +53,7 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool):
+         filter_guards: bool, tell: Tell | None):
     """call() with what is repeated in root compiled."""
     with _LOCK:
         states = _COMPILED.setdefault(model, {})
@@ -60,16 +63,18 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
     return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough,
-                              around_block=around_block if state.offloaded else None)
+                              around_block=around_block if state.offloaded else None, tell=tell)
 
 
 class LazyCompile:
     """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
-    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first."""
+    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
+    tell: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
 
-    def __init__(self, target: str, options: CompileOptions):
+    def __init__(self, target: str, options: CompileOptions, tell: Tell | None = None):
         self.target = target
         self.options = options
+        self.tell = tell
 
     def __call__(self, executor, x, *args, **kwargs):
         model = executor.class_obj
@@ -79,24 +84,25 @@ class LazyCompile:
         if CALIBRATING in transformer_options:
             return executor(x, *args, **kwargs)
         patched = any(transformer_options.get(key) for key in PATCH_KEYS)
-        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), filter_guards=not patched)
+        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), not patched, self.tell)
 
 
 class CompiledMethod:
     """In the place of a method of the module of a VAE, text encoder or ControlNet while the patcher is loaded: the same call with
     target compiled.
-    original: the bound method."""
+    original: the bound method. tell: as of LazyCompile."""
 
-    def __init__(self, original, target: str, options: CompileOptions, device: torch.device):
+    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, tell: Tell | None = None):
         self.original = original
         self.target = target
         self.options = options
         self.device = device
+        self.tell = tell
 
     def __call__(self, *args, **kwargs):
         model = self.original.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model
-        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), filter_guards=True)
+        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.tell)
 
 
 def _is_passthrough(error: Exception) -> bool:
@@ -124,7 +130,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
     return module
 
 
-def add_compile(patcher, target: str, options: CompileOptions) -> None:
+def add_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing."""
     _warm_up(patcher, target, options)
@@ -132,10 +138,10 @@ def add_compile(patcher, target: str, options: CompileOptions) -> None:
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
             patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options))
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options, tell))
 
 
-def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
+def add_method_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
     """Makes patcher (a clone, of a VAE, CLIP or ControlNet) compile target when it is first used, by object patches: on
     while this patcher is loaded, off when another clone is.
 
@@ -150,7 +156,7 @@ def add_method_compile(patcher, target: str, options: CompileOptions) -> None:
         original = patcher.get_model_object(name)
         if isinstance(original, CompiledMethod):
             original = original.original
-        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device))
+        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device, tell))
 
 
 def _warm_up(patcher, target: str, options: CompileOptions) -> None:

@@ -1,8 +1,10 @@
 """What happened when a model was compiled."""
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 # Part of the cause -> what the user can do about it.
@@ -18,6 +20,17 @@ REMEDIES = (
     ("overwritten by a subsequent run", "A patch keeps a block's output between steps, which CUDA graphs overwrite: set mode to default "
                                         "or max-autotune-no-cudagraphs. "),
 )
+
+# Kinds of guards that fail -> what happened.
+CAUSES = (
+    (r"tensor '(.+)' size mismatch at index (\d+)\. expected (\d+), actual (\d+)", r"\1 has the size \4 in dimension \2, not \3 as before"),
+    (r"tensor '(.+)' dtype mismatch\. expected (\w+), actual (\w+)", r"\1 is \3, not \2 as before"),
+    (r"tensor '(.+)' (stride|rank|device|requires_grad|dispatch key set) mismatch", r"\1 has another \2 than before"),
+    (r"(\S+)\.size\(\)\[(\d+)\]", r"\1 has another size in dimension \2 than before"),
+    (r"expected type of '(.+)' to be", r"\1 is of another type than before"),
+)
+# How a fallback begins that costs nothing now: the next start compiles again.
+NOT_KEPT = "not kept in the compile cache"
 
 
 @dataclass
@@ -51,8 +64,75 @@ class CompileReport:
         last = f"; last recompile: {self.recompiles[-1]}" if self.recompiles else ""
         return f"compiled {blocks}: {', '.join(parts)}{last}"
 
+    def status(self) -> str:
+        """What the model is now, in a line."""
+        if self.failure:
+            return "running uncompiled: the compile failed"
+        if self.building:
+            names = dict.fromkeys(building.partition(" ")[0] for building in self.building)
+            building = f"building in the background: {', '.join(names)}"
+            if not self.compiled_from_step:
+                return building
+        if not self.compiled_from_step:
+            return "running uncompiled" if self.warnings() else "compiles at the first sampling"
+        blocks = sum(count for _, count in self.regions)
+        ready = f"ready: {len(self.regions)} region{'s' * (len(self.regions) != 1)}, {blocks} block{'s' * (blocks != 1)}"
+        how = f", {self.seconds:.0f} s" if self.graphs else " from the compile cache" if self.artefacts else ""
+        return ready + how + (f"; {building}" if self.building else "")
+
+    def warnings(self) -> list[str]:
+        """What is done without, and what to do about it."""
+        failed = [f"Compile failed; running uncompiled. {remedy(self.failure)}{first_lines(self.failure)}"] if self.failure else []
+        return failed + [text for text in self.fallbacks if not text.startswith(NOT_KEPT)]
+
+    def text(self) -> str:
+        """All of it in words, a fact a line."""
+        lines = [self.status()]
+        if self.regions:
+            lines.append("blocks: " + ", ".join(f"{name} x{count}" for name, count in self.regions))
+        if self.graphs:
+            cached = f", {self.cache_hits} of them from torch's cache" if self.cache_hits else ""
+            lines.append(f"compiled: {_count(self.graphs, 'graph')} in {self.seconds:.1f} s{cached}")
+        if self.artefacts:
+            found = Counter(artefact.partition(" ")[0] for artefact in self.artefacts)
+            lines.append("from the compile cache: " + ", ".join(f"{name}" + (f" ({n})" if n > 1 else "") for name, n in found.items()))
+        lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
+                  for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]
+        lines += [f"graph break ({n} times): {reason}" for reason, n in self.breaks.items()]
+        lines += self.warnings()
+        return "\n".join(lines + [text for text in self.fallbacks if text.startswith(NOT_KEPT)])
+
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _recompile_sentence(recompile: str) -> str:
+    """'Block: the guard that failed' in words, where it is of a known kind."""
+    region, _, cause = recompile.partition(": ")
+    for pattern, words in CAUSES:
+        if match := re.search(pattern, cause):
+            return f"{region}, since {match.expand(words)}"
+    return f"{region}, since this no longer held: {cause}"
+
+
+@contextlib.contextmanager
+def on_compile(begins: Callable):
+    """begins() is called whenever torch begins to compile something."""
+    from torch._dynamo.callback import callback_handler  # compile machinery: at the first compile, not at import
+
+    callback_handler.register_start_callback(begins)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begins)
+
+
+def first_lines(text: str, lines: int = 4) -> str:
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip()).strip()[:200 * lines]
 
 
 def remedy(cause: str) -> str:

@@ -11,9 +11,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .calibrate import LayerStats, collect
-from .comfy_ops import PREFIX, adopt_native_layers, layers_to_quantize, pristine_parameter, put_int8_layers
+from .comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, pristine_parameter, put_int8_layers
 from .options import Int8Options
 from .plan import LayerPlan, choose_methods, fit_size, measure_layer
+from .quantize import eligible_linears
+from .report import KEPT_BY_NAME, QuantizeReport, Tell, tell_nobody
 from .structure import roles
 
 logger = logging.getLogger(__name__)
@@ -27,21 +29,33 @@ STEPS = 3
 _PLANS: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
-def quantize_model(patcher, options: Int8Options):
+def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
-    in keeps its weights. Layers that are INT8 already stay as they are.
+    in keeps its weights. Layers that are INT8 already stay as they are. tell: called with what is under way, and with the report of it;
+    when the model first samples too.
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
     """
-    names = layers_to_quantize(patcher, options, planned_layers(patcher))
+    planned = planned_layers(patcher)
+    names = layers_to_quantize(patcher, options, planned)
     clone = adopt_native_layers(patcher.clone(), options.kernel)
     if not names:
+        tell(QuantizeReport(native=len(int8_layers(clone))))
         return clone
+    known = {*names, *planned, *int8_layers(patcher)}
+    kept = tuple(name for name in eligible_linears(patcher.model.diffusion_model) if name not in known)
     if options.calibrated:
-        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, QuantizeFirst(tuple(names), options))
+        tell(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, QuantizeFirst(tuple(names), options, tell, kept))
     else:
-        put_int8_layers(clone, [LayerPlan(name, options.method) for name in names], options.kernel)
+        _put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, tell, kept)
     return clone
+
+
+def _put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, tell: Tell, kept: tuple[str, ...]):
+    before = patcher.model_size()
+    put_int8_layers(patcher, plans, options.kernel, tell)
+    tell(QuantizeReport.of(plans, before, patcher.model_size(), kept))
 
 
 def planned_layers(patcher) -> list[str]:
@@ -56,11 +70,14 @@ def plans(patcher) -> list[LayerPlan]:
 
 
 class QuantizeFirst:
-    """The OUTER_SAMPLE wrapper: quantizes the patcher that is sampled, before it is. Once a model is measured the plans are fixed."""
+    """The OUTER_SAMPLE wrapper: quantizes the patcher that is sampled, before it is. Once a model is measured the plans are fixed.
+    kept: names that keep_layers matched, for the report."""
 
-    def __init__(self, names: tuple[str, ...], options: Int8Options):
+    def __init__(self, names: tuple[str, ...], options: Int8Options, tell: Tell = tell_nobody, kept: tuple[str, ...] = ()):
         self.names = names
         self.options = options
+        self.tell = tell
+        self.kept = kept
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         patcher = executor.class_obj.model_patcher
@@ -68,9 +85,10 @@ class QuantizeFirst:
             known = _PLANS.setdefault(patcher.model, {})
             key = (self.names, self.options)
             if key not in known:
+                self.tell(None, f"looking at {min(STEPS, len(sigmas) - 1)} steps in high precision")
                 stats = self._calibrate(executor, patcher, noise, latent_image, sampler, sigmas, args, kwargs)
-                known[key] = plan_model(patcher, self.names, stats, self.options)
-            put_int8_layers(patcher, known[key], self.options.kernel)
+                known[key] = plan_model(patcher, self.names, stats, self.options, self.tell)
+            _put_and_tell(patcher, known[key], self.options, self.tell, self.kept)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _calibrate(self, executor, patcher, noise, latent_image, sampler, sigmas, args, kwargs) -> dict[str, LayerStats]:
@@ -96,7 +114,7 @@ class QuantizeFirst:
         return stats
 
 
-def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options) -> list[LayerPlan]:
+def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, tell: Tell = tell_nobody) -> list[LayerPlan]:
     """A plan for each named layer of patcher from what it was fed; a layer at a time on the patcher's device. Changes nothing: this is
     the dry run as well."""
     progress = comfy.utils.ProgressBar(len(names))
@@ -105,6 +123,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
         measured = []
         for name in group:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            tell(None, f"measuring {len(result) + len(measured)}/{len(names)}")
             if name in stats:
                 weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
                 try:

@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .comfy_calibrate import planned_layers, plans
-from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, is_int8, put_int8_layers, require_native_int8
+from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8, put_int8_layers, require_native_int8
 from .options import Int8Options
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
+from .report import QuantizeReport, Tell, tell_nobody
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,10 @@ class _Checkpoint(Mapping):
     def dtype(self, key: str) -> torch.dtype:
         return DTYPES[self._entries[key]["dtype"]]
 
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(end - start for start, end in (entry["data_offsets"] for entry in self._entries.values()))
+
     def largest(self) -> int:
         """Bytes of the largest tensor."""
         return max((end - start for start, end in (entry["data_offsets"] for entry in self._entries.values())), default=0)
@@ -133,7 +138,7 @@ class _Checkpoint(Mapping):
         return len(self._entries)
 
 
-def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = False):
+def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = False, tell: Tell = tell_nobody):
     """A ModelPatcher of a diffusion model file, with its eligible Linear layers INT8: quantized one by one as they are read, so that the
     float model is never in memory as a whole; a file that is INT8 already (native format) is loaded as it is. Our kernels run both.
 
@@ -149,7 +154,7 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
         raise ValueError(f"Load INT8 Model: '{name}' is not a safetensors file. Use Load Diffusion Model and INT8 Quantize Model.")
     checkpoint = _Checkpoint(path)
     native = _check_format(checkpoint, name)
-    state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options)
+    state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options, tell)
     metadata = dict(checkpoint.metadata) or None
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
@@ -158,7 +163,18 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
     if patcher is None:
         raise ValueError(f"Load INT8 Model: the model type of '{name}' is not known to this ComfyUI.")
     patcher.cached_patcher_init = (load_int8_model, (path, options))
-    return adopt_native_layers(patcher, options.kernel)
+    patcher = adopt_native_layers(patcher, options.kernel)
+    tell(_report(checkpoint, patcher, native, options))
+    return patcher
+
+
+def _report(checkpoint: _Checkpoint, patcher, native: bool, options: Int8Options) -> QuantizeReport:
+    layers = int8_layers(patcher)
+    if native:
+        return QuantizeReport(native=len(layers))
+    kept = tuple(name for name in eligible_linears(patcher.model.diffusion_model) if name not in layers) if options.keep_layers else ()
+    plans = [LayerPlan(name, "convrot" if group else "rowwise") for name, (group, _) in layers.items()]
+    return QuantizeReport.of(plans, checkpoint.size(), patcher.model_size(), kept)
 
 
 def _check_format(checkpoint: _Checkpoint, name: str) -> bool:
@@ -185,7 +201,7 @@ def _check_scale(checkpoint: _Checkpoint, name: str, layer: str):
         raise ValueError(f"Load INT8 Model: '{name}' is damaged: {layer}.weight_scale has the shape {scale}, its weight {weight}.")
 
 
-def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options) -> dict[str, torch.Tensor]:
+def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, tell: Tell) -> dict[str, torch.Tensor]:
     """The state dict in the native format, below the diffusion model's prefix."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(checkpoint)
     prefix = prefix if any(key.startswith(prefix) for key in checkpoint) else ""
@@ -199,12 +215,14 @@ def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options) -> dict
     progress = comfy.utils.ProgressBar(len(keys))
     # Every layer is read into the same memory: allocated one by one they would leave holes of half the model's size.
     memory = torch.empty(checkpoint.largest(), dtype=torch.uint8)
-    state = {}
+    state, done = {}, 0
     for key in keys:
         comfy.model_management.throw_exception_if_processing_interrupted()
         below = key[len(prefix):]
         layer = below.removesuffix(".weight")
         if below.endswith(".weight") and layer in chosen:
+            tell(None, f"quantizing {done}/{len(chosen)}")
+            done += 1
             tensor = checkpoint.read(key, memory)
             if tensor.dtype not in FLOATS:
                 raise ValueError(f"Load INT8 Model: layer '{layer}' of '{name}' is quantized already ({tensor.dtype}). "

@@ -25,6 +25,7 @@ from .kernels.reference import activation
 from .options import Int8Options
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
+from .report import Tell, tell_nobody
 
 try:
     from comfy import quant_ops
@@ -209,7 +210,7 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     return names
 
 
-def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
+def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell = tell_nobody) -> None:
     """Makes the planned layers of patcher (a clone) INT8, as object patches: the model it was cloned from keeps its weights.
 
     Raises ValueError for a weight with NaN or infinity.
@@ -223,7 +224,8 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str) -> None:
     plans = [plan for plan in plans if plan.method != "float"]
     progress = comfy.utils.ProgressBar(len(plans))
     patches, saved = {}, 0
-    for plan in plans:
+    for number, plan in enumerate(plans):
+        tell(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         weight, bias = (pristine_parameter(patcher, f"{PREFIX}{plan.name}.{key}") for key in ("weight", "bias"))
         key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
+from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.modes.comfy_record import recorded, save_model
 from .quantize import int8_options, quantize_inputs
 
@@ -47,6 +48,7 @@ class LoadINT8Model(io.ComfyNode):
                 *quantize_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with INT8 layers.")],
+            **SCHEMA,
         )
 
     @classmethod
@@ -54,4 +56,6 @@ class LoadINT8Model(io.ComfyNode):
         from ..int8.comfy_checkpoint import load_int8_model
 
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        return io.NodeOutput(recorded(load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel))))
+        status = NodeStatus()
+        model = load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel), tell=status)
+        return io.NodeOutput(recorded(model), ui=status.ui)

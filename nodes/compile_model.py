@@ -11,8 +11,10 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..compile import options as compile_options
+from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.options import CompileOptions
 from ..compile.patcher import add_compile, add_method_compile, check_target, non_dynamic_clone, set_memory_format
+from ..compile.report import CompileReport
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class CompileModel(io.ComfyNode):
                 io.Boolean.Input("background", default=False, optional=True, tooltip=BACKGROUND_TOOLTIP),
             ],
             outputs=[model_out],
+            **SCHEMA,
         )
 
     @classmethod
@@ -105,9 +108,10 @@ class CompileModel(io.ComfyNode):
         if layout is not torch.preserve_format:
             changed = set_memory_format(patcher, object_to_patch, layout)
             logger.info("%s: %d weights in %s", TITLE, changed, memory_format)
+        status = NodeStatus(None if disable else CompileReport(TITLE))
         if not disable:
-            (add_compile if is_patcher else add_method_compile)(patcher, object_to_patch, settings)
-        return io.NodeOutput(patched)
+            (add_compile if is_patcher else add_method_compile)(patcher, object_to_patch, settings, status)
+        return io.NodeOutput(patched, ui=status.ui)
 
 
 def _clone(model, disable: bool):

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.options import DYNAMIC, CompileOptions
 from ..compile.patcher import add_compile, non_dynamic_clone
+from ..compile.report import CompileReport
 from .compile_model import BACKGROUND_TOOLTIP
 
 TITLE = "INT8 Lazy Torch Compile"
@@ -44,6 +46,7 @@ class INT8LazyTorchCompile(io.ComfyNode):
                 io.Boolean.Input("background", default=False, optional=True, tooltip=BACKGROUND_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The same model; it compiles when it first samples.")],
+            **SCHEMA,
         )
 
     @classmethod
@@ -53,5 +56,6 @@ class INT8LazyTorchCompile(io.ComfyNode):
                                  blocks_only=compile_transformer_blocks_only, cache_size_limit=dynamo_cache_size_limit,
                                  guard_filter=use_guard_filter, log=log_compile, background=background, title=TITLE)
         patched = non_dynamic_clone(model, TITLE) if disable_dynamic_vram else model.clone()
-        add_compile(patched, "diffusion_model", options)
-        return io.NodeOutput(patched)
+        status = NodeStatus(CompileReport(TITLE))
+        add_compile(patched, "diffusion_model", options, status)
+        return io.NodeOutput(patched, ui=status.ui)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.modes.comfy_record import quantize_and_record
 from ..int8.options import KERNELS, METHODS, Int8Options
 
@@ -44,8 +45,11 @@ class INT8QuantizeModel(io.ComfyNode):
                 *quantize_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The same model with INT8 layers.")],
+            **SCHEMA,
         )
 
     @classmethod
     def execute(cls, model, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
-        return io.NodeOutput(quantize_and_record(model, int8_options(method, keep_layers, min_sqnr_db, kernel)))
+        status = NodeStatus()
+        quantized = quantize_and_record(model, int8_options(method, keep_layers, min_sqnr_db, kernel), status)
+        return io.NodeOutput(quantized, ui=status.ui)

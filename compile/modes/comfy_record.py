@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ...int8.comfy_calibrate import quantize_model
 from ...int8.comfy_ops import int8_layers
 from ...int8.options import Int8Options
+from ...int8.report import Tell, tell_nobody
 from .apply import apply_modes, updated
 from .comfy_modes import PATCHER_MODES, Int8Record, PatcherInt8Config, PatcherSmoothQuantConfig, int8_metadata
 from .config import dump_config, parse_config
@@ -27,9 +28,9 @@ from .state import ModeEntry, ModeState, check_chain
 logger = logging.getLogger(__name__)
 
 
-def quantize_and_record(patcher, options: Int8Options):
+def quantize_and_record(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """quantize_model, recorded as the modes that it is. Raises what quantize_model raises."""
-    clone = quantize_model(patcher, options)
+    clone = quantize_model(patcher, options, tell)
     state = PATCHER_MODES.host.get_state(patcher)
     if Int8.name in state.names or int8_layers(patcher):
         return clone  # recorded, or to be read off its layers

@@ -19,6 +19,8 @@ from int8_compile.compile import cache_key
 from int8_compile.compile.cache import cache_compile, readable_cache
 
 REPO = Path(__file__).resolve().parents[2]
+# torch 2.8 cannot compile a graph with its own sizes by itself (standalone_compile, "from_graph"): the next tier takes its place.
+AOT = ("aot",) if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11) else ("aot", "fx")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +58,7 @@ def test_a_cached_method_equals_the_method(folder, name, aoti_cache):
     module, x = make(), INPUTS[name]()
     cached = cache_compile(module.forward, cache_dir=folder, aoti_cache=aoti_cache)
     assert torch.allclose(cached(x), module(x), atol=1e-6)
-    assert cached.tier == ("aoti" if aoti_cache else "aot")
+    assert cached.tier in (("aoti",) if aoti_cache else AOT)
 
 
 def test_a_second_process_neither_traces_nor_compiles(folder):

@@ -10,6 +10,7 @@ import torch
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.regions import find_regions
+from int8_compile.compile.report import CompileReport
 from torch._dynamo.utils import counters
 
 
@@ -54,8 +55,8 @@ def inference():
         yield
 
 
-def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=True, **kwargs):
-    return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough)
+def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=True, tell=None, **kwargs):
+    return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough, tell=tell)
 
 
 def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs):
@@ -402,3 +403,42 @@ def test_cuda_graphs_are_left_out_with_the_reason_where_they_cannot_be(caplog):
     x = torch.randn(2, 8, 64)
     compiled = CompiledModule(CompileOptions(backend="cudagraphs"))
     assert torch.allclose(run(compiled, net, x), net(x)) and not compiled.report.failure
+
+
+class Told(list):
+    def __call__(self, report, doing=""):
+        self.append(doing or report.status())
+        self.text = report.text()
+
+
+def test_it_tells_what_it_compiles_and_when_it_is_ready_and_nothing_more():
+    compiled, net, told = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True)), Net(), Told()
+    for _ in range(3):
+        run(compiled, net, torch.randn(3, 64), tell=told)
+    assert told[0] == "loading the compiler"
+    assert [text for text in dict.fromkeys(told[1:]) if text.startswith("compiling")] == [
+        f"compiling {name} {number}/{len(compiled.report.regions)}" for number, (name, _) in enumerate(compiled.report.regions, 1)]
+    assert told[-1] == compiled.report.status() and told[-1].startswith("ready: ")
+    before = len(told)
+    run(compiled, net, torch.randn(3, 64), tell=told)
+    assert len(told) == before
+    other = Told()  # a node that came later hears what there is
+    run(compiled, net, torch.randn(3, 64), tell=other)
+    assert other == [compiled.report.status()]
+
+
+def test_a_failure_is_told_with_its_remedy():
+    compiled, net, told = CompiledModule(CompileOptions(backend=_broken_backend)), Net(), Told()
+    run(compiled, net, torch.randn(3, 64), tell=told)
+    assert told[-1] == "running uncompiled: the compile failed" and not [text for text in told if text.startswith("ready")]
+    assert "Compile failed; running uncompiled. " in told.text and "this backend cannot compile" in told.text
+
+
+@pytest.mark.parametrize("cause, sentence", [
+    ("Block: tensor 'args[0]' size mismatch at index 0. expected 1, actual 2",
+     "Block, since args[0] has the size 2 in dimension 0, not 1 as before"),
+    ("Block: tensor 'vec' dtype mismatch. expected BFloat16, actual Float", "Block, since vec is Float, not BFloat16 as before"),
+    ("Block: kwargs['flag'] == 3", "Block, since this no longer held: kwargs['flag'] == 3"),
+])
+def test_a_recompile_is_explained_in_a_sentence(cause, sentence):
+    assert f"compiled again: {sentence}" in CompileReport("t", recompiles=[cause]).text()

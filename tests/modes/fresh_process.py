@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import conftest  # noqa: E402, F401 (offers the pack as int8_compile)
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from benchmarks.wrapper_overhead import load_pack  # noqa: E402 (pytest's conftest needs pytest, which other processes need not find)
+
+load_pack()
 from int8_compile.compile.modes import mode_state  # noqa: E402
 from int8_compile.compile.modes.files import load_model  # noqa: E402
 from modes.small_model import Model, typical  # noqa: E402

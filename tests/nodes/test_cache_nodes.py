@@ -182,7 +182,7 @@ def test_waiting_for_the_builder_can_be_interrupted(store, run, comfy):
     builder = comfy_cache.get_cache().builder
     reasons = []
     with store.lock(PLACE, "eeeeeeeeeeee"):  # another process builds it: this one's builder waits
-        builder.submit(Order(SimpleNamespace(name="Block"), PLACE, "eeeeeeeeeeee", reasons.append, urgent=True))
+        builder.submit(Order(SimpleNamespace(name="Block", device="cpu"), PLACE, "eeeeeeeeeeee", reasons.append, urgent=True))
         threading.Timer(0.3, comfy.model_management.interrupt_current_processing).start()
         started = time.monotonic()
         with pytest.raises(comfy.model_management.InterruptProcessingException):

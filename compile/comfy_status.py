@@ -1,0 +1,65 @@
+"""What a node shows while it works and afterwards: live to the client that queued it, and in the prompt's history."""
+from __future__ import annotations
+
+import re
+import time
+from typing import Protocol
+
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+
+# ComfyUI's message, and the key in a node's ui output, that web/int8_compile.js listens to.
+EVENT = "int8_compile"
+# Seconds between two messages that differ in a number only.
+INTERVAL = 0.1
+# For the Schema of a node that shows something: another node with the same inputs runs too, and is not served from this one's output.
+# Where the core can, the report is sent again when the node did not run.
+SCHEMA = {name: True for name in ("not_idempotent", "has_intermediate_output") if name in io.Schema.__dataclass_fields__}
+
+
+class Report(Protocol):
+    """CompileReport, QuantizeReport."""
+
+    def status(self) -> str: ...
+
+    def text(self) -> str: ...
+
+    def warnings(self) -> list[str]: ...
+
+    def to_dict(self) -> dict: ...
+
+
+class NodeStatus:
+    """Of the node that runs now; calls of it may come much later, from the sampler or another thread. Outside of a server it only keeps
+    the report."""
+
+    def __init__(self, report: Report | None = None):
+        context = get_executing_context()
+        self._node = context.node_id if context else None
+        self._client = None
+        self._sent = "", 0.0
+        # Its keys stay, for it may be written to a client while it changes.
+        self._entry = {"node": self._node, "status": "", "text": "", "warnings": [], "details": {}}
+        if report is not None:
+            self(report)
+
+    @property
+    def ui(self) -> dict:
+        """The node's ui output. ComfyUI writes it into the history when the prompt has ended, and sends it again when the node did not
+        run: by then the report in it is that of the last sampling. (A list in a list: ComfyUI takes a dict for a file.)"""
+        return {EVENT: [[self._entry]]}
+
+    def __call__(self, report: Report | None, doing: str = "") -> None:
+        """Something has happened, or doing is under way. report None: there is none yet."""
+        if report is not None:
+            self._entry.update(status=report.status(), text=report.text(), warnings=report.warnings(), details=report.to_dict())
+        kind, now = re.sub(r"[0-9]+", "", doing), time.monotonic()
+        if self._node is None or (doing and kind == self._sent[0] and now - self._sent[1] < INTERVAL):
+            return
+        self._sent = kind, now
+        from server import PromptServer  # there is one: a node of it has run
+
+        if get_executing_context() is not None:  # else it is the builder's thread, when another client's prompt may run
+            self._client = PromptServer.instance.client_id
+        if self._client is not None:
+            PromptServer.instance.send_sync(EVENT, {**self._entry, "doing": doing}, self._client)

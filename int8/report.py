@@ -1,0 +1,72 @@
+"""What happened when a model was quantized."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+from .plan import LayerPlan
+
+KEPT_BY_NAME = "by keep_layers"
+
+
+@dataclass
+class QuantizeReport:
+    """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first sampling. kept: why
+    layers stay in high precision -> their names. before, after: MB (2**20 bytes) of the model's weights. worst: the least SQNR that was
+    measured, (dB, layer)."""
+
+    methods: dict[str, int] = field(default_factory=dict)
+    native: int = 0
+    waiting: int = 0
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    before: float = 0.0
+    after: float = 0.0
+    worst: tuple[float, str] | None = None
+
+    @classmethod
+    def of(cls, plans: Iterable[LayerPlan], before: int, after: int, kept: Iterable[str] = ()):
+        """before, after: bytes. kept: names that keep_layers matched."""
+        plans = list(plans)
+        reasons = {KEPT_BY_NAME: list(kept)} if kept else {}
+        for plan in plans:
+            if plan.method == "float":
+                reasons.setdefault(plan.reason, []).append(plan.name)
+        measured = [(plan.sqnr[plan.method], plan.name) for plan in plans if plan.method in plan.sqnr]
+        return cls(dict(Counter(plan.method for plan in plans if plan.method != "float")), kept=reasons, before=before / 2**20,
+                   after=after / 2**20, worst=min(measured, default=None))
+
+    def status(self) -> str:
+        if self.waiting:
+            return f"measures and quantizes {self.waiting} layers at the first sampling"
+        if self.native:
+            return f"{self.native} layers are INT8 in the file"
+        kept = sum(map(len, self.kept.values()))
+        return f"quantized {sum(self.methods.values())} layers" + (f", {kept} kept" if kept else "")
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def text(self) -> str:
+        """A fact a line."""
+        lines = [self.status()]
+        if self.methods:
+            lines.append("methods: " + ", ".join(f"{count} {method}" for method, count in self.methods.items()))
+        if self.after and self.before != self.after:
+            lines.append(f"weights: {self.before:.1f} -> {self.after:.1f} MB")
+        if self.worst:
+            lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")
+        for reason, names in self.kept.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"kept in high precision {reason}: {', '.join(names[:3])}{more}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+Tell = Callable[..., None]  # tell(report or None, what is under way, "" for the end)
+
+
+def tell_nobody(report: QuantizeReport | None, doing: str = "") -> None:
+    """Where no node shows what is done."""

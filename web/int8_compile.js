@@ -1,0 +1,182 @@
+// INT8 Compile: what its nodes show while they work and afterwards; two commands; the settings of the compile cache.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const EVENT = "int8_compile"; // compile/comfy_status.py
+const WORKING = ["CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model"];
+const WIDGET = "shown";
+const LINE = 16; // px
+const MARGIN = 6; // px around the text in the classic renderer
+const MAX_LINES = 14; // longer texts scroll
+const HISTORY = 50; // prompts that are looked through for a report after a reload
+
+const doing = new Map(); // node -> { text, since }
+const warned = new Set();
+
+function textWidget(node) {
+    const known = node.widgets?.find((widget) => widget.name === WIDGET);
+    if (known) return known;
+    const element = document.createElement("div");
+    element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
+        overflow-wrap: anywhere; font: 12px/${LINE}px sans-serif; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 6px;`;
+    const lines = () => {
+        const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
+        return element.textContent.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
+    };
+    const height = () => Math.min(lines(), MAX_LINES) * LINE + 10 + 2 * MARGIN;
+    const widget = node.addDOMWidget(WIDGET, "int8_compile_text", element, {
+        getValue: () => element.textContent,
+        setValue: (text) => { element.textContent = text; },
+        getMinHeight: height,
+        getMaxHeight: height,
+        margin: MARGIN,
+        serialize: false,
+    });
+    widget.serialize = false; // neither in the saved workflow nor in the prompt: it is no input
+    return widget;
+}
+
+function show(node, text) {
+    if (!text && !node.widgets?.some((widget) => widget.name === WIDGET)) return;
+    const before = node.computeSize()[1];
+    const widget = textWidget(node);
+    if (widget.value === text) return;
+    widget.value = text;
+    // The room that the user gave to the node beyond its contents stays.
+    const needed = node.computeSize()[1];
+    node.setSize([node.size[0], Math.max(needed, node.size[1] + needed - before)]);
+    app.canvas?.setDirty(true, true);
+}
+
+function showStatus(node) {
+    const work = doing.get(node);
+    const seconds = work ? Math.floor((Date.now() - work.since) / 1000) : 0;
+    show(node, work ? work.text + (seconds ? `, ${seconds} s` : "") : node.int8CompileText ?? "");
+}
+
+// id: of the prompt, "5:3" for node 3 in subgraph 5.
+function findNode(id) {
+    let graph = app.rootGraph ?? app.graph;
+    const path = String(id).split(":");
+    for (const part of path.slice(0, -1)) graph = graph?.getNodeById(Number(part))?.subgraph;
+    const node = graph?.getNodeById(Number(path.at(-1)));
+    return node && WORKING.includes(node.type) ? node : undefined;
+}
+
+function* workingNodes(graph, prefix = "") {
+    for (const node of graph.nodes) {
+        if (WORKING.includes(node.type)) yield [`${prefix}${node.id}`, node];
+        if (node.subgraph) yield* workingNodes(node.subgraph, `${prefix}${node.id}:`);
+    }
+}
+
+function receive(id, entry) {
+    const node = findNode(id);
+    if (!node || !entry) return;
+    node.int8CompileText = entry.text;
+    if (!entry.doing) doing.delete(node);
+    else if (doing.get(node)?.text !== entry.doing) doing.set(node, { text: entry.doing, since: Date.now() });
+    showStatus(node);
+    for (const warning of entry.warnings ?? []) {
+        if (!warned.has(warning)) toast("warn", node.title, warning);
+        warned.add(warning);
+    }
+}
+
+function toast(severity, summary, detail) {
+    app.extensionManager.toast.add({ severity, summary, detail, life: 15000 });
+}
+
+const reportOf = (output) => output?.[EVENT]?.[0]?.[0];
+
+// After a reload: each node's report of its last run in this workflow, which the history has.
+async function restore() {
+    const missing = new Map([...workingNodes(app.rootGraph ?? app.graph)].filter(([, node]) => node.int8CompileText === undefined));
+    if (!missing.size) return;
+    const response = await api.fetchApi(`/history?max_items=${HISTORY}`);
+    if (!response.ok) return;
+    const workflow = (app.rootGraph ?? app.graph).id;
+    const runs = Object.values(await response.json()).sort((a, b) => b.prompt[0] - a.prompt[0]);
+    for (const { prompt, outputs } of runs) {
+        if (prompt[3]?.extra_pnginfo?.workflow?.id !== workflow) continue;
+        for (const [id, node] of missing) {
+            const entry = reportOf(outputs[id]);
+            if (!entry || node.int8CompileText !== undefined) continue;
+            node.int8CompileText = entry.text;
+            showStatus(node);
+        }
+    }
+}
+
+// Runs a node that needs no input but its defaults, and shows its text.
+async function runNode(type, title) {
+    const definition = (await api.getNodeDefs())[type];
+    if (!definition) return toast("warn", title, `This version of INT8 Compile has no node ${type}.`);
+    const inputs = {};
+    for (const [name, [kind, options]] of Object.entries(definition.input.required ?? {})) {
+        inputs[name] = options?.default ?? (Array.isArray(kind) ? kind[0] : options?.options?.[0]);
+    }
+    const id = `${EVENT}_${type}`;
+    const stop = () => {
+        api.removeEventListener("executed", done);
+        api.removeEventListener("execution_error", failed);
+    };
+    const done = ({ detail }) => {
+        if (detail.node !== id) return;
+        stop();
+        toast("info", title, (detail.output?.text ?? []).join("\n"));
+    };
+    const failed = ({ detail }) => {
+        if (detail.node_id !== id) return;
+        stop();
+        toast("error", title, detail.exception_message);
+    };
+    api.addEventListener("executed", done);
+    api.addEventListener("execution_error", failed);
+    try {
+        await api.queuePrompt(0, { output: { [id]: { class_type: type, inputs } }, workflow: {} });
+    } catch (error) {
+        stop();
+        toast("error", title, String(error.message ?? error));
+    }
+}
+
+app.registerExtension({
+    name: "int8_compile",
+    commands: [
+        { id: "INT8Compile.ClearCache", label: "INT8 Compile: Clear compile cache", icon: "pi pi-trash",
+          function: () => runNode("ClearCompileCache", "Clear compile cache") },
+        { id: "INT8Compile.Check", label: "INT8 Compile: Run check", icon: "pi pi-gauge",
+          function: () => runNode("INT8CompileCheck", "INT8 Compile check") },
+    ],
+    menuCommands: [{ path: ["Extensions", "INT8 Compile"], commands: ["INT8Compile.ClearCache", "INT8Compile.Check"] }],
+    settings: [
+        { id: "INT8Compile.Cache.Enabled", name: "Keep what was compiled for the next start", type: "boolean", defaultValue: true,
+          category: ["INT8 Compile", "Compile cache", "Enabled"] },
+        { id: "INT8Compile.Cache.SizeLimit", name: "Size limit (GB)", type: "number", defaultValue: 5, attrs: { min: 0.1, max: 1000 },
+          category: ["INT8 Compile", "Compile cache", "SizeLimit"], tooltip: "What was not used for longest is deleted first." },
+        { id: "INT8Compile.Cache.Folder", name: "Folder", type: "text", defaultValue: "",
+          category: ["INT8 Compile", "Compile cache", "Folder"], tooltip: "Empty: in ComfyUI's user folder. It must be yours alone." },
+    ],
+    setup() {
+        api.addEventListener(EVENT, ({ detail }) => receive(detail.node, detail));
+        api.addEventListener("executed", ({ detail }) => receive(detail.display_node ?? detail.node, reportOf(detail.output)));
+        for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
+            api.addEventListener(end, () => {
+                const nodes = [...doing.keys()];
+                doing.clear();
+                nodes.forEach(showStatus);
+            });
+        }
+        setInterval(() => [...doing.keys()].forEach(showStatus), 1000);
+    },
+    afterConfigureGraph: restore,
+    beforeRegisterNodeDef(nodeType, nodeData) {
+        if (nodeData.name !== "ShowModes") return;
+        const { onExecuted } = nodeType.prototype;
+        nodeType.prototype.onExecuted = function (message) {
+            onExecuted?.apply(this, arguments);
+            show(this, message.text[0]);
+        };
+    },
+});
