@@ -1,6 +1,6 @@
 """INT8 Compile Check from the command line, with the Python that runs ComfyUI:
 
-    python ComfyUI/custom_nodes/int8-compile/check.py [--full] [--json FILE] [--plot FILE] [--device cpu]
+    python ComfyUI/custom_nodes/int8-compile/check.py [--full | --width 3072 --tokens 4608] [--json FILE] [--plot FILE] [--device cpu]
     cd ComfyUI/custom_nodes/int8-compile && python -m check
 
 COMFYUI_PATH: ComfyUI's folder, where this folder is not in its custom_nodes.
@@ -20,7 +20,10 @@ PACKAGE = "int8_compile"  # whatever the folder is called
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check.py", description="What INT8 and torch.compile can do on this machine.")
-    parser.add_argument("--full", action="store_true", help="twelve layer shapes instead of four")
+    parser.add_argument("--full", action="store_true", help="twelve layers instead of four, and a block, compiled: a minute or two")
+    parser.add_argument("--width", type=int, metavar="CHANNELS", help="instead: the layers of a transformer block this wide, and that "
+                        "block, compiled")
+    parser.add_argument("--tokens", type=int, default=1024, help="of that block (1024)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there (PNG; needs matplotlib)")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: although there is a GPU")
@@ -30,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.plot:
         require_matplotlib()
-    result = _run("full" if options.full else "quick", options.device == "cpu")
+    from int8_compile.compile.check_table import sizes, sizes_of
+
+    name = "full" if options.full else "quick"
+    result = _run(lambda device: sizes_of(options.width, options.tokens) if options.width else sizes(name, device), options.device == "cpu")
     sys.stdout.write(result.text() + "\n")
     if options.json:
         options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -49,9 +55,11 @@ def _load_pack():
     spec.loader.exec_module(module)
 
 
-def _run(size: str, cpu: bool):
+def _run(sizes, cpu: bool):
+    """sizes(device): what to measure there."""
     import torch
-    from int8_compile.compile.check import WARNING, Fact, check
+    from int8_compile.compile.check import check
+    from int8_compile.compile.check_facts import WARNING, Fact
 
     shown = -1
 
@@ -59,14 +67,14 @@ def _run(size: str, cpu: bool):
         nonlocal shown
         if done != shown:
             shown = done
-            sys.stderr.write(f"measuring: {done} of {total} shapes\n")
+            sys.stderr.write(f"measuring: {done} of {total}\n")
     # torch.accelerator is of torch 2.6.
     found = None if cpu or not hasattr(torch, "accelerator") else torch.accelerator.current_accelerator(check_available=True)
     device = torch.device(found.type if found else "cpu")
     comfyui = _find_comfyui()
     if comfyui is None:
         fact = Fact("ComfyUI", "not found", WARNING, "Set COMFYUI_PATH to its folder to have it checked too.")
-        return check(device, size, [fact], tick=tick)
+        return check(device, sizes(device), [fact], tick=tick)
     sys.path.insert(0, str(comfyui))
     try:
         import comfy.cli_args
@@ -76,8 +84,8 @@ def _run(size: str, cpu: bool):
     except Exception as error:  # any that ComfyUI raises at import: the machine can be checked without it
         fact = Fact("ComfyUI", f"{comfyui} cannot be imported: {type(error).__name__}: {error}", WARNING,
                     "Run this with the Python that runs ComfyUI.")
-        return check(device, size, [fact], tick=tick)
-    return run_check(size, tick=tick)
+        return check(device, sizes(device), [fact], tick=tick)
+    return run_check(sizes, tick=tick)
 
 
 def _find_comfyui() -> Path | None:

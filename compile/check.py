@@ -2,223 +2,80 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 
 import torch
 
-from ..int8.kernels.ops import TRITON_MIN_CAPABILITY
-from .check_table import INT8, ROTATED, Row, float_dtypes, measure, shapes
+from .check_block import BOTH, COMPILED, EAGER, measure_block
+from .check_facts import Fact, can_compile, device_name, machine_facts
+from .check_table import INT8, ROTATED, Row, Sizes, float_dtypes, measure
 
-OK, WARNING, MISSING = "ok", "warning", "missing"
-COMPILER_TIMEOUT = 60  # seconds
-# NVIDIA's INT8 tensor cores begin with Turing.
-INT8_MIN_CAPABILITY = (7, 5)
-# Instructions that multiply INT8, by the names of /proc/cpuinfo.
-CPU_INT8 = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-CPU_SHOWN = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", *CPU_INT8)
 # Times closer than this are called the same, and a gain below GAIN is none: other work on the machine moves them as much.
 SAME, GAIN = 0.05, 0.10
-COMPILERS = {"Windows": "cl", "Darwin": "clang++"}  # as torch's inductor looks for them; g++ elsewhere
-INSTALL_COMPILER = {
-    "Windows": "Install Visual Studio Build Tools with 'Desktop development with C++', and start ComfyUI from its x64 Native Tools prompt.",
-    "Darwin": "Install one: xcode-select --install.",
-    "Linux": "Install one: apt install g++ (Fedora: dnf install gcc-c++, Arch: pacman -S gcc), or set CXX to one that works.",
-}
-
-
-@dataclass(frozen=True)
-class Fact:
-    """status: OK, WARNING (works, with less than could be) or MISSING (something of this pack does not work). remedy: what to do."""
-    name: str
-    value: str
-    status: str = OK
-    remedy: str = ""
 
 
 @dataclass
 class Check:
-    """rows: see check_table.Row. baseline: the float type that the others are compared with, such as bf16."""
+    """baseline: the float type that the others are compared with, such as bf16. rows: of single layers. block: of a whole block."""
     device: str
     baseline: str
     facts: list[Fact]
     rows: list[Row] = field(default_factory=list)
+    block: Row | None = None
     advice: str = ""
     date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 
+    def groups(self) -> list[tuple[str, Row, str]]:
+        """[(title, row, name of what the others are compared with)] of all that was measured."""
+        layers = [(f"{row.model} layer, {row.m} x {row.k} -> {row.n}", row, self.baseline) for row in self.rows]
+        return layers if self.block is None else [
+            *layers, (f"{self.block.model} block, {self.block.m} tokens x {self.block.k}", self.block, EAGER)]
+
     def to_dict(self) -> dict:
-        rows = [{**asdict(row), "winner": row.winner, "ratios": row.ratios(self.baseline)} for row in self.rows]
-        return {**asdict(self), "rows": rows, "tera_ops": {name: round(rate, 3) for name, rate in rates(self.rows).items()}}
+        measured = [{**asdict(row), "winner": row.winner, "ratios": row.ratios(base)} for _, row, base in self.groups()]
+        tera_ops = {name: round(rate, 3) for name, rate in rates(self.rows).items()}
+        return {**asdict(self), "rows": measured[:len(self.rows)], "block": measured[-1] if self.block else None, "tera_ops": tera_ops}
 
     def text(self) -> str:
-        lines = [f"INT8 Compile check of {self.device}", ""]
+        lines = [f"INT8 Compile Check: {self.device}", "", self.advice, ""]
         for fact in self.facts:
             lines.append(f"{fact.status:8} {fact.name}: {fact.value}")
             lines += [f"{'':8} -> {fact.remedy}"] if fact.remedy else []
         if self.rows:
-            lines += ["", f"One Linear layer, rows x K -> N: milliseconds, and times as fast as {self.baseline}"]
-        for row in self.rows:
-            ratios = row.ratios(self.baseline)
-            lines.append(f"{row.model} {row.m} x {row.k} -> {row.n}: {row.winner or 'nothing'} wins")
-            lines += [f"    {name:36} {ms:9.3f} ms" + (f"  {ratios[name]:.2f}x" if name in ratios else "")
+            lines += ["", f"Times of one call, and times as fast as {self.baseline}. A layer: rows x inputs -> outputs."]
+        for title, row, base in self.groups():
+            ratios = row.ratios(base)
+            lines += ["", title]
+            lines += [f"  {name:32} {ms:9.3f} ms" + (f" {ratios[name]:6.2f}x" if name in ratios else "")
                       for name, ms in sorted(row.milliseconds.items(), key=lambda item: item[1])]
-            lines += [f"    {name:36} failed: {why}" for name, why in row.failed.items()]
+            lines += [f"  {name:32} failed: {why}" for name, why in row.failed.items()]
         if best := rates(self.rows):
-            lines += ["", "Best rate, tera-operations a second: " + ", ".join(f"{name} {rate:.3g}" for name, rate in best.items())]
-        return "\n".join([*lines, "", self.advice])
+            lines += ["", "Best rate of a layer, 10^12 operations a second:"]
+            lines += [f"  {name:32} {rate:9.3f}" for name, rate in sorted(best.items(), key=lambda item: -item[1])]
+        return "\n".join(lines)
 
 
-def check(device: torch.device, size: str, facts: Iterable[Fact] = (), baseline: torch.dtype | None = None,
+def check(device: torch.device, sizes: Sizes, facts: Iterable[Fact] = (), baseline: torch.dtype | None = None,
           tick: Callable[[int, int], object] = lambda done, total: None) -> Check:
-    """The whole check. size: quick or full. facts: of the host, listed before the machine's. baseline: the float type that models compute
-    in here (None: the best that is native). tick(done, total) is called before each contender of each shape; what it raises ends the
-    check."""
+    """The whole check. facts: of the host, listed before the machine's. baseline: the float type that models compute in here (None: the
+    best that is native). tick(done, total) is called before each contender of each shape; what it raises ends the check."""
     native = float_dtypes(device)
     baseline = baseline or next(iter(native.values()))
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     if baseline not in names:  # ComfyUI was told to compute in fp8
         baseline = next(iter(native.values()))
-    found = [*facts, *machine_facts(device)]
-    result = Check(device_name(device), names[baseline], found)
-    result.rows = measure(device, shapes(size, device), {names[baseline]: baseline, **native}, tick)
-    result.advice = advice(result.rows, result.baseline, result.device, can_compile(found))
+    layers, block = sizes
+    total = len(layers) + (block is not None)
+    result = Check(device_name(device), names[baseline], [*facts, *machine_facts(device)])
+    result.rows = measure(device, layers, {names[baseline]: baseline, **native}, lambda done: tick(done, total))
+    compiles = can_compile(result.facts)
+    if block:
+        result.block = measure_block(device, block, baseline, lambda: tick(len(layers), total))
+    tick(total, total)
+    result.advice = advice(result, compiles)
     return result
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpu_name() if device.type == "cpu" else device.type
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.processor() or platform.machine()
-
-
-def machine_facts(device: torch.device) -> Iterator[Fact]:
-    yield Fact("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
-    yield Fact("torch", torch.__version__)
-    yield triton_fact(device)
-    yield compiler_fact(device)
-    yield headers_fact(device)
-    yield gpu_fact(device)
-    yield cpu_fact(device)
-    if importlib.util.find_spec("matplotlib") is None:
-        yield Fact("matplotlib", "not installed: no plot", WARNING, pip_install("matplotlib"))
-
-
-def pip_install(packages: str) -> str:
-    """The command for the Python that runs this, Windows portable's included."""
-    if "python_embeded" in Path(sys.executable).parts:
-        return rf"In the folder of run_nvidia_gpu.bat: .\python_embeded\python.exe -s -m pip install {packages}"
-    return f"{sys.executable} -m pip install {packages}"
-
-
-def triton_fact(device: torch.device) -> Fact:
-    if importlib.util.find_spec("triton") is not None:
-        distribution = next((name for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton")
-                             if _version(name)), None)
-        return Fact("Triton", _version(distribution) if distribution else "installed")
-    if device.type != "cuda":
-        return Fact("Triton", f"not installed; not needed on {device.type}")
-    package = "triton-windows" if platform.system() == "Windows" else "triton"
-    return Fact("Triton", "not installed: torch.compile and this pack's INT8 kernels do not run", MISSING,
-                f"{pip_install(package)} (the version that goes with torch {torch.__version__})")
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def compiler_fact(device: torch.device) -> Fact:
-    """Whether the C++ compiler that torch.compile would take compiles a line of C++."""
-    system = platform.system()
-    command = shlex.split(os.environ.get("CXX") or COMPILERS.get(system, "g++"), posix=system != "Windows")
-    # triton-windows brings a C compiler of its own, and the CPU kernels are not used on a GPU.
-    status = WARNING if system == "Windows" and device.type == "cuda" else MISSING
-    remedy = INSTALL_COMPILER.get(system, INSTALL_COMPILER["Linux"])
-    if shutil.which(command[0]) is None:
-        return Fact("C++ compiler", f"{command[0]} was not found", status, remedy)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "check.cpp"
-        source.write_text("#include <vector>\nint sum(const std::vector<int>& v) { int s = 0; for (int x : v) s += x; return s; }\n")
-        try:
-            subprocess.run([*command, "/c" if command[0] == "cl" else "-c", str(source)], check=True, capture_output=True, text=True,
-                           timeout=COMPILER_TIMEOUT, cwd=folder)
-        except (OSError, subprocess.SubprocessError) as error:
-            text = (getattr(error, "stderr", None) or str(error)).strip()
-            return Fact("C++ compiler", f"{' '.join(command)} fails: {text.partition(chr(10))[0]}", status, remedy)
-    return Fact("C++ compiler", " ".join(command))
-
-
-def headers_fact(device: torch.device) -> Fact:
-    """Compiled code on a CPU, and Triton's launchers, include Python.h."""
-    folder = Path(sysconfig.get_path("include"))
-    if (folder / "Python.h").exists():
-        return Fact("Python headers", str(folder))
-    if platform.system() == "Windows":
-        remedy = (f"Copy the folders include and libs of a Python {platform.python_version()} from python.org beside "
-                  f"{Path(sys.executable).name}; Windows portable comes without them.")
-    else:
-        remedy = "Install them: apt install python3-dev (Fedora: dnf install python3-devel), or use a Python that has them."
-    return Fact("Python headers", f"Python.h is not in {folder}", WARNING if platform.system() == "Windows" else MISSING, remedy)
-
-
-def gpu_fact(device: torch.device) -> Fact:
-    if device.type != "cuda":
-        value = "none that CUDA or ROCm reaches" if device.type == "cpu" else f"{device.type}: INT8 by plain torch, not by our kernels"
-        return Fact("GPU", value, OK if device.type == "cpu" else WARNING)
-    properties = torch.cuda.get_device_properties(device)
-    name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
-    if torch.version.hip:
-        return Fact("GPU", f"{name}, {properties.gcnArchName}: INT8 by Triton")
-    capability = (properties.major, properties.minor)
-    name += ", compute capability {}.{}".format(*capability)
-    if capability < INT8_MIN_CAPABILITY:
-        return Fact("GPU", f"{name}: no INT8 tensor cores", WARNING, "INT8 halves the weights' memory on this card and brings no speed.")
-    if capability < TRITON_MIN_CAPABILITY:
-        return Fact("GPU", f"{name}: INT8 tensor cores by torch._int_mm; our Triton kernels begin with 8.0", WARNING)
-    return Fact("GPU", f"{name}: INT8 tensor cores by Triton and torch._int_mm")
-
-
-def cpu_features() -> set[str]:
-    """Instruction sets by their names in /proc/cpuinfo."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11; what Windows and macOS have
-        found |= {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    return found
-
-
-def cpu_fact(device: torch.device) -> Fact:
-    found = cpu_features()
-    value = f"{_cpu_name()}, {torch.get_num_threads()} threads: {', '.join(name for name in CPU_SHOWN if name in found) or 'no AVX2'}"
-    if device.type == "cpu" and found.isdisjoint(CPU_INT8):
-        return Fact("CPU", value, WARNING, "This CPU has no INT8 instructions (VNNI, AMX): INT8 halves the memory and brings little speed.")
-    return Fact("CPU", value)
-
-
-def can_compile(facts: Iterable[Fact]) -> bool:
-    return all(fact.status != MISSING for fact in facts if fact.name in ("Triton", "C++ compiler", "Python headers"))
 
 
 def rates(rows: Iterable[Row]) -> dict[str, float]:
@@ -236,24 +93,41 @@ def gain(rows: Iterable[Row], name: str, over: str) -> float | None:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
-def advice(rows: list[Row], baseline: str, device: str, compiles: bool) -> str:
+def advice(check: Check, compiles: bool) -> str:
     """A sentence, from the numbers alone. INT8 is what the nodes run by default: rotated, kernel auto."""
-    int8 = gain(rows, ROTATED, baseline)
+    int8 = gain(check.rows, ROTATED, check.baseline)
     if int8 is None:
-        return f"INT8 could not be measured on {device}, so leave the model as it is: what failed stands above."
-    name = "INT8 + compile" if compiles else "INT8"
+        return f"INT8 could not be measured on {check.device}, so leave the model as it is: what failed stands below."
+    measured = check.block.ratios(EAGER) if check.block else {}
+    text = _of_block(check, measured[COMPILED], measured[BOTH]) if {COMPILED, BOTH} <= measured.keys() else _of_layers(check, int8)
+    text += _against_floats(check.rows, check.baseline, int8) + _best_kernel(check.rows, check.baseline, int8)
+    return f"{text}." if compiles else f"{text}. Compile needs what is missing below."
+
+
+def _of_block(check: Check, compiled: float, both: float) -> str:
+    """compiled, both: times as fast as eager."""
+    than = f"{check.baseline} uncompiled on {check.device}, by a block of {check.block.m} tokens x {check.block.k} channels"
+    if both >= max(1 + GAIN, compiled * (1 + SAME)):
+        return f"INT8 + compile: expect about {both:.1f}x as fast as {than} (compile alone {compiled:.1f}x)"
+    if compiled < 1 + GAIN:
+        return (f"Neither compile ({compiled:.2f}x) nor INT8 + compile ({both:.2f}x) is much faster than {than}, so use INT8 only for its "
+                "half of the memory")
+    if both > compiled * (1 - SAME):
+        return f"Compile: expect about {compiled:.1f}x as fast as {than}; INT8 makes it no faster ({both:.1f}x) and takes half the memory"
+    return f"Compile: expect about {compiled:.1f}x as fast as {than}; INT8 makes it slower ({both:.1f}x): only where you need the memory"
+
+
+def _of_layers(check: Check, int8: float) -> str:
+    """int8: times as fast as the baseline."""
+    rows, baseline, device = check.rows, check.baseline, check.device
     if int8 >= 1 + GAIN:
         by_model = {model: gain([row for row in rows if row.model == model], ROTATED, baseline) for model in {row.model: 0 for row in rows}}
         each = ", ".join(f"{model} {ratio:.1f}x" for model, ratio in by_model.items() if ratio)
-        text = (f"{name}: expect Linear layers about {int8:.1f}x as fast as {baseline} on {device} ({each}; a step gains less: attention "
-                "stays as it is)")
-    elif int8 > 1 - SAME:
-        text = f"{name}: Linear layers are about as fast as {baseline} on {device} ({int8:.2f}x), so use it for its half of the memory"
-    else:
-        text = f"INT8 is slower than {baseline} on {device} ({int8:.2f}x): {'compile without it' if compiles else 'leave it out'} " \
-               "unless you need the memory"
-    text += _against_floats(rows, baseline, int8) + _best_kernel(rows, baseline, int8)
-    return f"{text}." if compiles else f"{text}; compile needs what is missing above."
+        return f"INT8: expect Linear layers about {int8:.1f}x as fast as {baseline} on {device} ({each}); what a step gains, with " \
+               "compile, the full check measures"
+    if int8 > 1 - SAME:
+        return f"INT8: Linear layers are about as fast as {baseline} on {device} ({int8:.2f}x), so use it for its half of the memory"
+    return f"INT8 Linear layers are slower than {baseline} on {device} ({int8:.2f}x): leave INT8 out unless you need the memory"
 
 
 def _against_floats(rows: list[Row], baseline: str, int8: float) -> str:
@@ -262,11 +136,11 @@ def _against_floats(rows: list[Row], baseline: str, int8: float) -> str:
     text = ""
     for name, ratio in others.items():
         if ratio / int8 > 1 + SAME:
-            text += f"; {name} is faster here ({ratio:.1f}x)"
+            text += f"; {name} layers are faster here ({ratio:.1f}x, INT8 {int8:.1f}x)"
         elif ratio / int8 >= 1 - SAME:
-            text += f"; {name} is as fast here ({ratio:.1f}x)"
+            text += f"; {name} layers are as fast here ({ratio:.1f}x)"
         elif ratio > 1 + GAIN:
-            text += f"; {name} reaches {ratio:.1f}x"
+            text += f"; {name} layers reach {ratio:.1f}x"
     return text
 
 

@@ -16,9 +16,9 @@ from ..int8.quantize import quantize_weight
 SIZES = ("quick", "full")
 INT8 = "int8"  # begins the name of every INT8 contender; alone it is what the nodes run without rotation
 ROTATED = "int8 rotated"
-SECONDS = 0.4  # that the contenders of a shape are timed for, together, and at least two rounds
+SECONDS = 0.5  # that the contenders of a shape are timed for, together, and at least MIN_ROUNDS
 SAMPLE = 2e-3  # seconds of work between two readings of a GPU's clock: launching it is no part of a layer in a model
-MAX_CALLS, MAX_ROUNDS = 50, 50
+MAX_CALLS, MIN_ROUNDS, MAX_ROUNDS = 50, 3, 50
 # A result that is farther from the baseline's is wrong; INT8 of Gaussian values is at 0.012 (38.4 dB), fp8 at 0.04.
 MAX_ERROR = 0.15
 FP8_MIN_CAPABILITY = (8, 9)
@@ -28,7 +28,7 @@ CPU_ROWS = {"quick": 256, "full": 1024}
 
 
 class Shape(NamedTuple):
-    """A Linear from k to n channels over m tokens, as model has it."""
+    """A Linear, or a whole block, from k to n channels over m tokens, as model has it."""
     model: str
     m: int
     k: int
@@ -42,21 +42,38 @@ QUICK = (Shape("Flux", 4608, 3072, 3072), Shape("Flux", 4608, 3072, 12288), Shap
 FULL = (*QUICK, Shape("Flux", 512, 3072, 9216), Shape("Flux", 4608, 12288, 3072), Shape("Flux", 4608, 15360, 3072),
         Shape("Wan 14B", 8192, 5120, 13824), Shape("Wan 14B", 8192, 13824, 5120), Shape("SDXL", 2048, 1280, 1280),
         Shape("SDXL", 2048, 5120, 1280), Shape("SDXL", 8192, 640, 5120))
+BLOCK = Shape("Flux", 4608, 3072, 3072)
 
 
-def shapes(size: str, device: torch.device) -> list[Shape]:
-    """Raises ValueError for another size than those of SIZES."""
-    if size not in SIZES:
-        raise ValueError(f"Unknown size '{size}'. Choose one of: {', '.join(SIZES)}.")
-    chosen = QUICK if size == "quick" else FULL
+class Sizes(NamedTuple):
+    """What is measured: single layers, and one block, which is compiled too (None: no block)."""
+    layers: list[Shape]
+    block: Shape | None = None
+
+
+def sizes(name: str, device: torch.device) -> Sizes:
+    """quick: four layers. full: twelve, and a block as wide as Flux's. Raises ValueError for another name than those of SIZES."""
+    if name not in SIZES:
+        raise ValueError(f"Unknown size '{name}'. Choose one of: {', '.join(SIZES)}.")
+    layers, block = (list(QUICK), None) if name == "quick" else (list(FULL), BLOCK)
     if device.type != "cpu":
-        return list(chosen)
-    return list(dict.fromkeys(shape._replace(m=min(shape.m, CPU_ROWS[size])) for shape in chosen))
+        return Sizes(layers, block)
+    layers = list(dict.fromkeys(shape._replace(m=min(shape.m, CPU_ROWS[name])) for shape in layers))
+    return Sizes(layers, block and block._replace(m=CPU_ROWS["quick"]))
+
+
+def sizes_of(width: int, tokens: int) -> Sizes:
+    """A transformer block of this many channels over this many tokens, and its four layers. Raises ValueError for what cannot be one."""
+    if width < 64 or width % 64 or tokens < 1:
+        raise ValueError(f"No block is {width} wide over {tokens} tokens. Give a width that 64 divides, and at least one token.")
+    name = f"width {width}"
+    layers = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    return Sizes([Shape(name, tokens, k, n) for k, n in layers], Shape(name, tokens, width, width))
 
 
 @dataclass
 class Row:
-    """What a shape measured. failed: contenders that cannot run here, or compute something else, and why."""
+    """What a shape measured, in milliseconds a call. failed: contenders that cannot run here, or compute something else, and why."""
     model: str
     m: int
     k: int
@@ -92,18 +109,16 @@ def float_dtypes(device: torch.device) -> dict[str, torch.dtype]:
 
 @torch.inference_mode()
 def measure(device: torch.device, shapes: Iterable[Shape], dtypes: Mapping[str, torch.dtype],
-            tick: Callable[[int, int], object] = lambda done, total: None) -> list[Row]:
-    """A row for each shape. dtypes: the float contenders, the baseline first: INT8 layers take and give its type. tick(done, total) is
+            tick: Callable[[int], object] = lambda done: None) -> list[Row]:
+    """A row for each shape. dtypes: the float contenders, the baseline first: INT8 layers take and give its type. tick(shapes done) is
     called between contenders; what it raises ends the measuring. On CUDA our INT8 GEMM measures its tiles on the way and keeps the choice
     on disk, where models find it; that spends nothing of the process's budget for it."""
-    shapes = list(shapes)
     rows = []
     with fastest.choices().without_budget():
         for done, shape in enumerate(shapes):
             row = Row(*shape)
-            _time(contenders(shape, device, dtypes), row, device, lambda done=done: tick(done, len(shapes)))
+            time_in_turn(contenders(shape, device, dtypes), row, device, lambda done=done: tick(done))
             rows.append(row)
-    tick(len(shapes), len(shapes))
     return rows
 
 
@@ -171,8 +186,10 @@ def _kitchen(backend, x, qweight, scale, bias, group) -> torch.Tensor:
         return comfy_kitchen.int8_linear(x, qweight, scale, bias, x.dtype, convrot=bool(group), convrot_groupsize=group)
 
 
-def _time(functions: dict[str, Callable[[], torch.Tensor]], row: Row, device: torch.device, tick: Callable[[], object]):
-    """Into row: each one's best of many rounds. A round runs all in turn, so that other work on the machine meets all alike."""
+def time_in_turn(functions: dict[str, Callable[[], torch.Tensor]], row: Row, device: torch.device, tick: Callable[[], object],
+                 enough: float = SECONDS):
+    """Into row: each one's best of many rounds, for enough seconds. A round runs all in turn, so that other work on the machine meets all
+    alike."""
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
 
     def seconds(function, calls: int) -> float:
@@ -195,7 +212,7 @@ def _time(functions: dict[str, Callable[[], torch.Tensor]], row: Row, device: to
             row.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     del expected
     best, spent, rounds = dict.fromkeys(calls, float("inf")), 0.0, 0
-    while calls and rounds < MAX_ROUNDS and (rounds < 2 or spent < SECONDS):
+    while calls and rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or spent < enough):
         for name, count in calls.items():
             tick()
             took = seconds(functions[name], count)

@@ -12,21 +12,24 @@ import comfyui_version
 import torch
 
 from ..int8.comfy_ops import require_native_int8
-from .check import MISSING, WARNING, Check, Fact, check
-from .check_table import kitchen_backends
+from .check import Check, check
+from .check_facts import MISSING, WARNING, Fact
+from .check_table import Sizes, kitchen_backends
 
 # Bytes that the largest shape takes: its weight in six types, its input and its result in fp32 and int32.
 WORKING_MEMORY = 3 << 30
 INT8_PACKAGE = "comfy_kitchen"
 
 
-def run_check(size: str, own_ids: Iterable[str] = (), tick: Callable[[int, int], object] = lambda done, total: None) -> Check:
-    """The check on the device and in the type that ComfyUI computes with. own_ids: this pack's node ids, where packs are loaded."""
+def run_check(sizes: Callable[[torch.device], Sizes], own_ids: Iterable[str] = (),
+              tick: Callable[[int, int], object] = lambda done, total: None) -> Check:
+    """The check on the device and in the type that ComfyUI computes with. sizes: what to measure there. own_ids: this pack's node ids,
+    where packs are loaded."""
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
         comfy.model_management.free_memory(WORKING_MEMORY, device)
     facts = [*comfy_facts(device), *conflict_facts(own_ids)]
-    return check(device, size, facts, comfy.model_management.unet_dtype(device), tick)
+    return check(device, sizes(device), facts, comfy.model_management.unet_dtype(device), tick)
 
 
 def comfy_facts(device: torch.device) -> Iterator[Fact]:

@@ -1,6 +1,7 @@
 """INT8 Compile Check: what this machine can do, measured."""
 from __future__ import annotations
 
+import functools
 import json
 
 import comfy.model_management
@@ -11,6 +12,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..compile.check_plot import plot, require_matplotlib
 from ..compile.check_table import SIZES
+from ..compile.check_table import sizes as sizes_named
 from ..compile.comfy_check import run_check
 
 
@@ -24,8 +26,8 @@ class INT8CompileCheck(io.ComfyNode):
             description="What this machine can do: what is installed and what is missing, how fast one layer is in bf16, fp8 and INT8 by "
                         "each kernel, and whether INT8 and compile pay here.",
             inputs=[
-                io.Combo.Input("sizes", options=list(SIZES), default=SIZES[0], tooltip="quick: four layer shapes, some seconds. full: "
-                               "twelve, from Flux, Wan and SDXL."),
+                io.Combo.Input("sizes", options=list(SIZES), default=SIZES[0], tooltip="quick: four layers, some seconds. full: twelve "
+                               "from Flux, Wan and SDXL, and a block, compiled: a minute or two."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The report that the node shows."),
@@ -48,7 +50,7 @@ class INT8CompileCheck(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress = progress or comfy.utils.ProgressBar(total)
             progress.update_absolute(done)
-        result = run_check(sizes, _own_ids(), tick)
+        result = run_check(functools.partial(sizes_named, sizes), _own_ids(), tick)
         text = result.text()
         shown = ui.PreviewText(text).as_dict()
         picture = _picture(result)

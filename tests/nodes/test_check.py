@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +13,27 @@ import torch
 pytestmark = pytest.mark.comfy
 
 
+@pytest.fixture(scope="session")
+def comfy_nodes(comfy):
+    """ComfyUI's own module called nodes, which pytest takes this folder for."""
+    spec = importlib.util.spec_from_file_location("nodes", Path(next(iter(comfy.__path__))).parent / "nodes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def tiny(comfy, monkeypatch):
-    """Layer shapes that take no time; everything else is real."""
-    from int8_compile.compile import check, check_table
+def run_node(comfy_nodes, monkeypatch):
+    """The node with layers and a block that take no time, compiled by aot_eager; everything else is real."""
+    from int8_compile.compile import check
+    from int8_compile.compile.check_block import measure_block
+    from int8_compile.compile.check_table import Shape, Sizes
+    from int8_compile.nodes import check as node
 
-    monkeypatch.setattr(check, "shapes", lambda size, device: [check_table.Shape("Tiny", 32, 64, 128)])
-
-
-@pytest.fixture
-def run_node(tiny):
-    from int8_compile.nodes.check import INT8CompileCheck
-
-    return lambda: INT8CompileCheck.execute("quick")
+    monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
+    monkeypatch.setattr(node, "sizes_named", lambda name, device: Sizes([Shape("Tiny", 32, 64, 128)], Shape("Tiny", 32, 64, 64)))
+    monkeypatch.setattr(check, "measure_block", lambda *arguments: measure_block(*arguments, backend="aot_eager"))
+    return lambda: node.INT8CompileCheck.execute("quick")
 
 
 def test_the_node_gives_text_json_and_a_picture(run_node):
@@ -35,6 +44,7 @@ def test_the_node_gives_text_json_and_a_picture(run_node):
     assert facts["native INT8"]["status"] == "ok" and facts["ComfyUI"]["value"].count(".") == 2
     assert {"comfy_kitchen", "dynamic VRAM", "memory compiler", "torch", "CPU"} <= facts.keys()
     assert data["baseline"] == "fp32" and data["advice"] in text  # what ComfyUI computes in on a CPU
+    assert (not data["block"]["failed"] and "compile alone" in text) or "Neither compile" in text or "Compile: expect" in text
     assert output.ui["text"] == (text,)
     if importlib.util.find_spec("matplotlib") is None:
         assert "pip install matplotlib" in picture.message and "images" not in output.ui
@@ -51,8 +61,10 @@ def test_an_interrupt_ends_the_check(comfy, run_node):
     assert run_node().args[0]
 
 
-def test_a_pack_that_registers_an_id_of_ours_is_named_whichever_loaded_last(comfy, monkeypatch):
+def test_a_pack_that_registers_an_id_of_ours_is_named_whichever_loaded_last(comfy_nodes, monkeypatch):
     from int8_compile.compile.comfy_check import conflict_facts
+
+    monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
 
     assert [fact.value for fact in conflict_facts(["CompileModel"])] == ["none"]
 
