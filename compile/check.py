@@ -101,7 +101,9 @@ def advice(check: Check, compiles: bool) -> str:
     measured = check.block.ratios(EAGER) if check.block else {}
     text = _of_block(check, measured[COMPILED], measured[BOTH]) if {COMPILED, BOTH} <= measured.keys() else _of_layers(check, int8)
     text += _against_floats(check.rows, check.baseline, int8) + _best_kernel(check.rows, check.baseline, int8)
-    return f"{text}." if compiles else f"{text}. Compile needs what is missing below."
+    if not compiles:
+        return f"{text}. Compile needs what is missing below."
+    return f"{text}." if check.block else f"{text}. What a step gains with compile, the full check measures."
 
 
 def _of_block(check: Check, compiled: float, both: float) -> str:
@@ -123,8 +125,7 @@ def _of_layers(check: Check, int8: float) -> str:
     if int8 >= 1 + GAIN:
         by_model = {model: gain([row for row in rows if row.model == model], ROTATED, baseline) for model in {row.model: 0 for row in rows}}
         each = ", ".join(f"{model} {ratio:.1f}x" for model, ratio in by_model.items() if ratio)
-        return f"INT8: expect Linear layers about {int8:.1f}x as fast as {baseline} on {device} ({each}); what a step gains, with " \
-               "compile, the full check measures"
+        return f"INT8: expect Linear layers about {int8:.1f}x as fast as {baseline} on {device} ({each})"
     if int8 > 1 - SAME:
         return f"INT8: Linear layers are about as fast as {baseline} on {device} ({int8:.2f}x), so use it for its half of the memory"
     return f"INT8 Linear layers are slower than {baseline} on {device} ({int8:.2f}x): leave INT8 out unless you need the memory"
