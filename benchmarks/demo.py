@@ -28,11 +28,12 @@ from benchmarks.comfy_server import (  # noqa: E402
     load_latent,
     relative_difference,
 )
-from benchmarks.demo_report import TITLES, Variant, comparison, cpu_name, limits, table, write_json  # noqa: E402
-from benchmarks.tiny_models import cache_dir, make_models  # noqa: E402
+from benchmarks.demo_report import TITLES, Variant, beside_check, comparison, cpu_name, limits, table, write_json  # noqa: E402
+from benchmarks.tiny_models import HIDDEN, cache_dir, make_models  # noqa: E402
 from benchmarks.workflows import flux_prompt  # noqa: E402
 
 SIZE = 512  # pixels
+TOKENS = (SIZE // 16) ** 2 + 77  # of the picture and of the prompt
 SAME_SEED = 1
 WARM_SEEDS = (2, 3, 4)  # the fastest counts: other programs can only slow a run down
 BUSY = 1.25  # a load average a core that the demo does not reach on its own
@@ -123,6 +124,18 @@ def _differences(variants: list[Variant], out: Path, dtype: str) -> None:
             variant.error = "no latent to compare with eager's"
 
 
+def checked(comfyui: Path, out: Path) -> dict | None:
+    """What INT8 Compile Check measures and advises for a block of this model's width and tokens: check.py's JSON; None where it fails."""
+    print("check.py ... two compiles more", flush=True)
+    sizes = ["--width", str(HIDDEN), "--tokens", str(TOKENS)]
+    command = [find_python(comfyui), str(ROOT / "check.py"), *sizes, "--json", str(out / "check.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COMFYUI_PATH": str(comfyui)})
+    if done.returncode:
+        print(f"check.py failed:\n{done.stderr}", flush=True)
+        return None
+    return json.loads((out / "check.json").read_text())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo_output")
@@ -145,15 +158,19 @@ def main() -> int:
              "device": seen["device"] or cpu_name(), "cuda_device": seen["device"]}
     if comfyui:
         variants = with_comfyui(comfyui, out, arguments.steps, facts)
+        check = checked(comfyui, out)
     else:
+        check = None
         print("No ComfyUI: running the embedded model. Set COMFYUI_PATH to the folder of ComfyUI's main.py for the real thing.", flush=True)
         from benchmarks import embedded  # imports torch, which the other branch leaves to the server
         variants = embedded.run(out, arguments.steps)
     facts["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     comparison(variants, out)
-    write_json(out / "demo.json", variants, **facts)
+    write_json(out / "demo.json", variants, **facts, check=check and {"advice": check["advice"], "block": check["block"]["ratios"]})
     host = f"ComfyUI {facts['comfyui']}, Flux of 5 blocks, {SIZE}x{SIZE}" if comfyui else "embedded diffusion transformer, 6 blocks"
     print(f"\n{host}; torch {facts['torch']} on {facts['device']}\n\n{table(variants)}\n\nPictures and demo.json: {out}")
+    if check:
+        print(f"\n{beside_check(variants, check['block']['ratios'])}\n{check['advice']}")
     if not facts["cuda_device"] and facts["load"] and facts["load"] > BUSY * os.cpu_count():
         print(f"Other programs keep this machine busy (load {facts['load']:.1f} on {os.cpu_count()} cores): the times say little.")
     return 0 if all(v.passed for v in variants) else 1
