@@ -61,10 +61,17 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
                      extra_args=("--use-pytorch-cross-attention",), env={"INT8_COMPILE_CACHE": "0"}) as server:
         facts["comfyui"] = server.comfyui_version
         try:
-            variants = []
-            for name in TITLES:
+            variants = [Variant(name) for name in TITLES]
+            for variant in variants:
+                name = variant.name
                 print(f"{TITLES[name]} ..." + (" compiling takes a minute or two on a CPU" if NODES[name] else ""), flush=True)
-                variants.append(_variant(server, name, out, steps))
+                variant.first_image_seconds = _run(server, variant, SAME_SEED, out, steps)
+            # In turn, so that other work on the machine meets all alike. Of a warm prompt only the sampler runs.
+            for seed in WARM_SEEDS:
+                for variant in variants:
+                    seconds = None if variant.error else _run(server, variant, seed, out, steps)
+                    if seconds is not None:
+                        variant.seconds_per_step = min(seconds / steps, variant.seconds_per_step or float("inf"))
             for variant in variants:
                 variant.weights_mb = _weights_mb(server.log_text(), variant.name == "int8_compiled")
         finally:
@@ -73,38 +80,32 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
     return variants
 
 
-def _variant(server: ComfyServer, name: str, out: Path, steps: int) -> Variant:
-    variant = Variant(name)
+def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int) -> float | None:
+    """The seconds of a prompt; what it made is copied to out. None where it failed: variant.error says why."""
+    name, first = variant.name, seed == SAME_SEED
     nodes = [(node, {**server.defaults(node), **CHOSEN.get(node, {})}) for node in NODES[name]]
-    prompt = dict(width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
+    # Decoding a picture takes as long as sampling here; the steps are timed without it.
+    prompt = flux_prompt(seed=seed, image=first, width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
     before = len(server.log_text())
     try:
-        runs = []
-        for seed in (SAME_SEED, *WARM_SEEDS):
-            # Decoding a picture takes as long as sampling here; the steps are timed without it.
-            runs.append(server.run(flux_prompt(seed=seed, image=seed == SAME_SEED, **prompt)))
-            if runs[-1].status != "success":
-                return _failed(variant, runs[-1], out)
+        result = server.run(prompt)
     except PromptRejected as error:
         variant.error = str(error)
-        return variant
+        return None
+    if result.status != "success":
+        _failed(variant, result, out)
+        return None
     failures = [line for line in server.log_text()[before:].splitlines() if "compile failed" in line]
-    if failures:
-        variant.error = failures[0]
-    first, *warm = runs
-    for result, kind in ((first, "same"), (warm[0], "warm")):
+    variant.error = failures[0] if failures else ""
+    if first or seed == WARM_SEEDS[0]:
         for path in result.files(server):
-            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{kind}.latent"))
-    variant.first_image_seconds = first.seconds
-    # Of a warm prompt only the sampler ran.
-    variant.seconds_per_step = min(result.seconds for result in warm) / steps
-    return variant
+            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{'same' if first else 'warm'}.latent"))
+    return result.seconds
 
 
-def _failed(variant: Variant, result: RunResult, out: Path) -> Variant:
+def _failed(variant: Variant, result: RunResult, out: Path) -> None:
     what = f"{result.error['node_type']}: {result.error['exception_message'].strip()}" if result.error else result.status
     variant.error = f"{what}\nThe traceback is in {out / 'server.log'}."
-    return variant
 
 
 def _weights_mb(log: str, int8: bool) -> float | None:
