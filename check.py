@@ -30,13 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _load_pack()
     from int8_compile.compile.check_plot import plot, require_matplotlib
-
-    if options.plot:
-        require_matplotlib()
     from int8_compile.compile.check_table import sizes, sizes_of
 
-    name = "full" if options.full else "quick"
-    result = _run(lambda device: sizes_of(options.width, options.tokens) if options.width else sizes(name, device), options.device == "cpu")
+    try:
+        if options.plot:
+            require_matplotlib()
+        chosen = sizes_of(options.width, options.tokens) if options.width else None
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    result = _run(lambda device: chosen or sizes("full" if options.full else "quick", device), options.device == "cpu")
     sys.stdout.write(result.text() + "\n")
     if options.json:
         options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ def check(device: torch.device, sizes: Sizes, facts: Iterable[Fact] = (), baseli
     native = float_dtypes(device)
     baseline = baseline or next(iter(native.values()))
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    if baseline not in names:  # ComfyUI was told to compute in fp8
+    if baseline not in names:  # ComfyUI was told to compute in fp8 or fp64
         baseline = next(iter(native.values()))
     layers, block = sizes
     total = len(layers) + (block is not None)
@@ -103,7 +103,9 @@ def advice(check: Check, compiles: bool) -> str:
     text += _against_floats(check.rows, check.baseline, int8) + _best_kernel(check.rows, check.baseline, int8)
     if not compiles:
         return f"{text}. Compile needs what is missing below."
-    return f"{text}." if check.block else f"{text}. What a step gains with compile, the full check measures."
+    if check.block is None:
+        return f"{text}. What a step gains with compile, the full check measures."
+    return f"{text}." if {COMPILED, BOTH} <= measured.keys() else f"{text}. Compiling failed: the cause stands below."
 
 
 def _of_block(check: Check, compiled: float, both: float) -> str:

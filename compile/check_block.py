@@ -14,7 +14,7 @@ from .engine import CompiledModule
 from .options import CompileOptions
 
 EAGER, COMPILED, BOTH = "eager", "compiled", "INT8 + compiled"
-SECONDS = 2.0  # of timing, after the compiling
+SECONDS = 3.0  # of timing, after the compiling
 LAYERS = ("qkv", "proj", "up", "down")
 
 

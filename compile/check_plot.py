@@ -35,20 +35,21 @@ def plot(check: Check) -> torch.Tensor:
     figure = Figure(figsize=(WIDTH, 1.5 + INCHES_A_BAR * max(bars, 4)), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
+    longest = max((ratio for *_, ratios in groups for _, ratio in ratios), default=1.0)
     y, ticks, names = 0.0, [], []
     for title, row, base, ratios in groups:
-        axes.text(0, y, f"{title.replace('->', '→')}   (1x is {base})", weight="bold", size=9, va="center", bbox=PAPER)
+        axes.text(0.01 * longest, y, f"{title.replace('->', '→')}   (1x is {base})", weight="bold", size=9, va="center", bbox=PAPER)
         for name, ratio in ratios:
             y += 1
             axes.barh(y, ratio, color=_color(name, base))
-            axes.text(ratio, y, f" {ratio:.2f}x, {row.milliseconds[name]:.3g} ms", size=8, va="center", bbox=PAPER)
+            axes.text(ratio + 0.01 * longest, y, f"{ratio:.2f}x, {row.milliseconds[name]:.3g} ms", size=8, va="center", bbox=PAPER)
             ticks.append(y)
             names.append(name)
         y += 1.6
     axes.axvline(1, color=BASE, linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yticks(ticks, names, size=8)
     axes.set_ylim(y - 0.8, -0.8)
-    axes.set_xlim(0, 1.25 * max((ratio for *_, ratios in groups for _, ratio in ratios), default=1))
+    axes.set_xlim(0, 1.25 * longest)
     axes.set_xlabel(f"times as fast as {check.baseline}; milliseconds of one call. Dark blue: what the nodes run by default")
     axes.set_title(f"INT8 Compile Check: {check.device}, {check.date[:10]}", size=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

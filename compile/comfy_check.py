@@ -19,6 +19,8 @@ from .check_table import Sizes, kitchen_backends
 # Bytes that the largest shape takes: its weight in six types, its input and its result in fp32 and int32.
 WORKING_MEMORY = 3 << 30
 INT8_PACKAGE = "comfy_kitchen"
+# In the order in which Flux and Wan prefer them.
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def run_check(sizes: Callable[[torch.device], Sizes], own_ids: Iterable[str] = (),
@@ -29,7 +31,8 @@ def run_check(sizes: Callable[[torch.device], Sizes], own_ids: Iterable[str] = (
     if device.type == "cuda":
         comfy.model_management.free_memory(WORKING_MEMORY, device)
     facts = [*comfy_facts(device), *conflict_facts(own_ids)]
-    return check(device, sizes(device), facts, comfy.model_management.unet_dtype(device), tick)
+    dtype = comfy.model_management.unet_dtype(device, supported_dtypes=DTYPES)
+    return check(device, sizes(device), facts, dtype, tick)
 
 
 def comfy_facts(device: torch.device) -> Iterator[Fact]:

@@ -150,6 +150,12 @@ def test_with_a_block_the_advice_is_about_compiled_blocks(eager, compiled, both,
     assert says in advise(dict(bf16=2.0, int8_rotated=1.0), (eager, compiled, both))
 
 
+def test_a_block_that_did_not_compile_is_not_advised_from():
+    block = Row("Flux", 16, 64, 64, {"eager": 1.0})
+    text = check.advice(check.Check("this card", "bf16", [], rows(bf16=2.0, int8_rotated=1.0), block), True)
+    assert text.startswith("INT8: expect") and text.endswith("Compiling failed: the cause stands below.")
+
+
 def test_without_a_compiler_the_advice_says_so():
     assert advise(dict(bf16=2.0, int8_rotated=1.0), compiles=False).endswith("Compile needs what is missing below.")
 
@@ -182,6 +188,11 @@ def test_the_command_runs_in_a_folder_of_any_name(tmp_path, way):
     arguments = [str(folder / "check.py")] if way == "file" else ["-m", "check"]
     done = run_command(tmp_path if way == "file" else folder, *arguments, "--help")
     assert done.returncode == 0 and "--json" in done.stdout, done.stderr
+
+
+def test_the_command_refuses_what_it_cannot_measure(tmp_path):
+    done = run_command(tmp_path, str(REPO / "check.py"), "--width", "100")
+    assert done.returncode == 2 and "a width that 64 divides" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_command_measures_and_writes_json_without_comfyui(tmp_path):
