@@ -29,7 +29,7 @@ nox.options.sessions = ["tests"]
 TORCH = "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
 # What the demo and the tests use besides; all three are in ComfyUI's requirements too.
 WITHOUT_COMFYUI = ("numpy", "Pillow", "safetensors")
-TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3")
+TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3", "matplotlib")
 COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
 # torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
 RUN_PYTEST = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"

@@ -28,11 +28,12 @@ from benchmarks.comfy_server import (  # noqa: E402
     load_latent,
     relative_difference,
 )
-from benchmarks.demo_report import TITLES, Variant, comparison, cpu_name, limits, table, write_json  # noqa: E402
-from benchmarks.tiny_models import cache_dir, make_models  # noqa: E402
+from benchmarks.demo_report import TITLES, Variant, beside_check, comparison, cpu_name, limits, table, write_json  # noqa: E402
+from benchmarks.tiny_models import HIDDEN, cache_dir, make_models  # noqa: E402
 from benchmarks.workflows import flux_prompt  # noqa: E402
 
 SIZE = 512  # pixels
+TOKENS = (SIZE // 16) ** 2 + 77  # of the picture and of the prompt
 SAME_SEED = 1
 WARM_SEEDS = (2, 3, 4)  # the fastest counts: other programs can only slow a run down
 BUSY = 1.25  # a load average a core that the demo does not reach on its own
@@ -60,10 +61,17 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
                      extra_args=("--use-pytorch-cross-attention",), env={"INT8_COMPILE_CACHE": "0"}) as server:
         facts["comfyui"] = server.comfyui_version
         try:
-            variants = []
-            for name in TITLES:
+            variants = [Variant(name) for name in TITLES]
+            for variant in variants:
+                name = variant.name
                 print(f"{TITLES[name]} ..." + (" compiling takes a minute or two on a CPU" if NODES[name] else ""), flush=True)
-                variants.append(_variant(server, name, out, steps))
+                variant.first_image_seconds = _run(server, variant, SAME_SEED, out, steps)
+            # In turn, so that other work on the machine meets all alike. Of a warm prompt only the sampler runs.
+            for seed in WARM_SEEDS:
+                for variant in variants:
+                    seconds = None if variant.error else _run(server, variant, seed, out, steps)
+                    if seconds is not None:
+                        variant.seconds_per_step = min(seconds / steps, variant.seconds_per_step or float("inf"))
             for variant in variants:
                 variant.weights_mb = _weights_mb(server.log_text(), variant.name == "int8_compiled")
         finally:
@@ -72,38 +80,32 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
     return variants
 
 
-def _variant(server: ComfyServer, name: str, out: Path, steps: int) -> Variant:
-    variant = Variant(name)
+def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int) -> float | None:
+    """The seconds of a prompt; what it made is copied to out. None where it failed: variant.error says why."""
+    name, first = variant.name, seed == SAME_SEED
     nodes = [(node, {**server.defaults(node), **CHOSEN.get(node, {})}) for node in NODES[name]]
-    prompt = dict(width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
+    # Decoding a picture takes as long as sampling here; the steps are timed without it.
+    prompt = flux_prompt(seed=seed, image=first, width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
     before = len(server.log_text())
     try:
-        runs = []
-        for seed in (SAME_SEED, *WARM_SEEDS):
-            # Decoding a picture takes as long as sampling here; the steps are timed without it.
-            runs.append(server.run(flux_prompt(seed=seed, image=seed == SAME_SEED, **prompt)))
-            if runs[-1].status != "success":
-                return _failed(variant, runs[-1], out)
+        result = server.run(prompt)
     except PromptRejected as error:
         variant.error = str(error)
-        return variant
+        return None
+    if result.status != "success":
+        _failed(variant, result, out)
+        return None
     failures = [line for line in server.log_text()[before:].splitlines() if "compile failed" in line]
-    if failures:
-        variant.error = failures[0]
-    first, *warm = runs
-    for result, kind in ((first, "same"), (warm[0], "warm")):
+    variant.error = failures[0] if failures else ""
+    if first or seed == WARM_SEEDS[0]:
         for path in result.files(server):
-            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{kind}.latent"))
-    variant.first_image_seconds = first.seconds
-    # Of a warm prompt only the sampler ran.
-    variant.seconds_per_step = min(result.seconds for result in warm) / steps
-    return variant
+            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{'same' if first else 'warm'}.latent"))
+    return result.seconds
 
 
-def _failed(variant: Variant, result: RunResult, out: Path) -> Variant:
+def _failed(variant: Variant, result: RunResult, out: Path) -> None:
     what = f"{result.error['node_type']}: {result.error['exception_message'].strip()}" if result.error else result.status
     variant.error = f"{what}\nThe traceback is in {out / 'server.log'}."
-    return variant
 
 
 def _weights_mb(log: str, int8: bool) -> float | None:
@@ -121,6 +123,18 @@ def _differences(variants: list[Variant], out: Path, dtype: str) -> None:
             variant.difference = max(relative_difference(load_latent(a), load_latent(b)) for a, b in files)
         elif not variant.error:
             variant.error = "no latent to compare with eager's"
+
+
+def checked(comfyui: Path, out: Path) -> dict | None:
+    """What INT8 Compile Check measures and advises for a block of this model's width and tokens: check.py's JSON; None where it fails."""
+    print("check.py ... two compiles more", flush=True)
+    sizes = ["--width", str(HIDDEN), "--tokens", str(TOKENS)]
+    command = [find_python(comfyui), str(ROOT / "check.py"), *sizes, "--json", str(out / "check.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COMFYUI_PATH": str(comfyui)})
+    if done.returncode:
+        print(f"check.py failed:\n{done.stderr}", flush=True)
+        return None
+    return json.loads((out / "check.json").read_text())
 
 
 def main() -> int:
@@ -145,15 +159,19 @@ def main() -> int:
              "device": seen["device"] or cpu_name(), "cuda_device": seen["device"]}
     if comfyui:
         variants = with_comfyui(comfyui, out, arguments.steps, facts)
+        check = checked(comfyui, out)
     else:
+        check = None
         print("No ComfyUI: running the embedded model. Set COMFYUI_PATH to the folder of ComfyUI's main.py for the real thing.", flush=True)
         from benchmarks import embedded  # imports torch, which the other branch leaves to the server
         variants = embedded.run(out, arguments.steps)
     facts["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     comparison(variants, out)
-    write_json(out / "demo.json", variants, **facts)
+    write_json(out / "demo.json", variants, **facts, check=check and {"advice": check["advice"], "block": check["block"]["ratios"]})
     host = f"ComfyUI {facts['comfyui']}, Flux of 5 blocks, {SIZE}x{SIZE}" if comfyui else "embedded diffusion transformer, 6 blocks"
     print(f"\n{host}; torch {facts['torch']} on {facts['device']}\n\n{table(variants)}\n\nPictures and demo.json: {out}")
+    if check:
+        print(f"\n{beside_check(variants, check['block']['ratios'])}\n{check['advice']}")
     if not facts["cuda_device"] and facts["load"] and facts["load"] > BUSY * os.cpu_count():
         print(f"Other programs keep this machine busy (load {facts['load']:.1f} on {os.cpu_count()} cores): the times say little.")
     return 0 if all(v.passed for v in variants) else 1

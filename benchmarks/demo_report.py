@@ -51,10 +51,8 @@ def limits(name: str, dtype: str) -> tuple[float, float] | None:
 def table(variants: Sequence[Variant]) -> str:
     """The results as text; below it, what failed."""
     rows = [("", "seconds a step", "speed", "first image s", "weights MB", "difference", "verdict")]
-    base = variants[0].seconds_per_step
     for v in variants:
-        speed = base / v.seconds_per_step if base and v.seconds_per_step else None
-        rows.append((TITLES[v.name], _number(v.seconds_per_step, ".4f"), _number(speed, ".2f", "x"),
+        rows.append((TITLES[v.name], _number(v.seconds_per_step, ".4f"), _speed(variants[0], v),
                      _number(v.first_image_seconds, ".1f"), _number(v.weights_mb, ".1f"), _number(v.difference, ".1e"), v.verdict()))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
@@ -62,6 +60,17 @@ def table(variants: Sequence[Variant]) -> str:
     lines.insert(1, "-" * sum(widths, 2 * (len(widths) - 1)))
     lines += [f"\n{TITLES[v.name]}: {v.error}" for v in variants if v.error]
     return "\n".join(lines)
+
+
+def beside_check(variants: Sequence[Variant], expected: dict[str, float]) -> str:
+    """The variants' speeds beside those that INT8 Compile Check measured for one block (times as fast as eager, by a variant's title)."""
+    eager, *others = variants
+    return "\n".join(f"{TITLES[v.name]}: {_speed(eager, v)} a step; check.py's block {_number(expected.get(TITLES[v.name]), '.2f', 'x')}"
+                     for v in others)
+
+
+def _speed(base: Variant, v: Variant) -> str:
+    return _number(base.seconds_per_step / v.seconds_per_step if base.seconds_per_step and v.seconds_per_step else None, ".2f", "x")
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

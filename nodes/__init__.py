@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..compile import warmup
 from ..compile.comfy_cache import get_cache
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
+from .check import INT8CompileCheck
 from .checkpoint import LoadINT8Model, SaveINT8Model
 from .compile_model import CompileModel
 from .lazy_compile import INT8LazyTorchCompile
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 NODES: list[type[io.ComfyNode]] = [
     CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model, ApplyModes, ShowModes, SaveCompileCache,
-    LoadCompileCache, ClearCompileCache,
+    LoadCompileCache, ClearCompileCache, INT8CompileCheck,
 ]
 CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.

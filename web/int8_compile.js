@@ -4,6 +4,9 @@ import { api } from "../../scripts/api.js";
 
 const EVENT = "int8_compile"; // compile/comfy_status.py
 const WORKING = ["CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model"];
+const CHECK = "INT8CompileCheck";
+const CHECK_WIDTH = 520; // px that its table takes
+const SHOWING = ["ShowModes", CHECK]; // show their output text
 const WIDGET = "shown";
 const LINE = 16; // px
 const MARGIN = 6; // px around the text in the classic renderer
@@ -18,7 +21,8 @@ function textWidget(node) {
     if (known) return known;
     const element = document.createElement("div");
     element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
-        overflow-wrap: anywhere; font: 12px/${LINE}px sans-serif; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 6px;`;
+        overflow-wrap: anywhere; font: 12px/${LINE}px ${node.type === CHECK ? "monospace" : "sans-serif"}; color: var(--input-text);
+        background: var(--comfy-input-bg); border-radius: 6px;`;
     const lines = () => {
         const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
         return element.textContent.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
@@ -108,8 +112,28 @@ async function restore() {
     }
 }
 
-// Runs a node that needs no input but its defaults, and shows its text.
-async function runNode(type, title) {
+// A window; the text keeps its columns.
+function openReport(title, text, pictures) {
+    const dialog = document.createElement("dialog");
+    dialog.style.cssText = `width: min(60rem, 92vw); max-height: 88vh; margin: auto; padding: 16px; border: 1px solid var(--border-color);
+        border-radius: 8px; background: var(--comfy-menu-bg); color: var(--input-text); overflow: auto;`;
+    dialog.innerHTML = `<form method="dialog" style="display: flex; justify-content: space-between; align-items: center; font: bold 16px sans-serif">
+        <span></span><button style="padding: 6px 14px; border: 1px solid; border-radius: 6px; cursor: pointer">Close</button></form>
+        <pre style="white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; font: 12px/1.4 monospace"></pre>`;
+    dialog.querySelector("span").textContent = title;
+    dialog.querySelector("pre").textContent = text;
+    for (const picture of pictures) {
+        const image = dialog.appendChild(document.createElement("img"));
+        image.src = api.apiURL(`/view?${new URLSearchParams(picture)}`);
+        image.style.maxWidth = "100%";
+    }
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+}
+
+// Runs a node that needs no input but its defaults; tell(title, text, pictures) shows what it says.
+async function runNode(type, title, tell = (title, text) => toast("info", title, text)) {
     const definition = (await api.getNodeDefs())[type];
     if (!definition) return toast("warn", title, `This version of INT8 Compile has no node ${type}.`);
     const inputs = {};
@@ -120,19 +144,21 @@ async function runNode(type, title) {
     const stop = () => {
         api.removeEventListener("executed", done);
         api.removeEventListener("execution_error", failed);
+        api.removeEventListener("execution_interrupted", failed);
     };
     const done = ({ detail }) => {
         if (detail.node !== id) return;
         stop();
-        toast("info", title, (detail.output?.text ?? []).join("\n"));
+        tell(title, (detail.output?.text ?? []).join("\n"), detail.output?.images ?? []);
     };
     const failed = ({ detail }) => {
         if (detail.node_id !== id) return;
         stop();
-        toast("error", title, detail.exception_message);
+        toast("error", title, detail.exception_message ?? "Interrupted.");
     };
     api.addEventListener("executed", done);
     api.addEventListener("execution_error", failed);
+    api.addEventListener("execution_interrupted", failed);
     try {
         await api.queuePrompt(0, { output: { [id]: { class_type: type, inputs } }, workflow: {} });
     } catch (error) {
@@ -141,13 +167,18 @@ async function runNode(type, title) {
     }
 }
 
+function runCheck() {
+    toast("info", "INT8 Compile Check", "Measuring: some seconds, after what is queued.");
+    return runNode(CHECK, "INT8 Compile Check", openReport);
+}
+
 app.registerExtension({
     name: "int8_compile",
     commands: [
         { id: "INT8Compile.ClearCache", label: "INT8 Compile: Clear compile cache", icon: "pi pi-trash",
           function: () => runNode("ClearCompileCache", "Clear compile cache") },
         { id: "INT8Compile.Check", label: "INT8 Compile: Run check", icon: "pi pi-gauge",
-          function: () => runNode("INT8CompileCheck", "INT8 Compile check") },
+          function: runCheck },
     ],
     menuCommands: [{ path: ["Extensions", "INT8 Compile"], commands: ["INT8Compile.ClearCache", "INT8Compile.Check"] }],
     settings: [
@@ -172,10 +203,11 @@ app.registerExtension({
     },
     afterConfigureGraph: restore,
     beforeRegisterNodeDef(nodeType, nodeData) {
-        if (nodeData.name !== "ShowModes") return;
+        if (!SHOWING.includes(nodeData.name)) return;
         const { onExecuted } = nodeType.prototype;
         nodeType.prototype.onExecuted = function (message) {
             onExecuted?.apply(this, arguments);
+            if (this.type === CHECK) this.setSize([Math.max(this.size[0], CHECK_WIDTH), this.size[1]]);
             show(this, message.text[0]);
         };
     },

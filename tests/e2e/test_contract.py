@@ -39,8 +39,9 @@ CONTRACT = {
     "SaveCompileCache": ("Save Compile Cache", [("filename_prefix", "STRING", "int8_compile")]),
     "LoadCompileCache": ("Load Compile Cache", [("bundle", "STRING", ""), ("trust", "STRING", "")]),
     "ClearCompileCache": ("Clear Compile Cache", []),
+    "INT8CompileCheck": ("INT8 Compile Check", [("sizes", ["quick", "full"], "quick")]),
 }
-OUTPUTS = {"SaveINT8Model": 0, "SaveCompileCache": 2}
+OUTPUTS = {"SaveINT8Model": 0, "SaveCompileCache": 2, "INT8CompileCheck": 3}
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
@@ -57,7 +58,7 @@ def test_object_info_matches_the_contract(server, node_id):
         assert spec[1].get("default") == default, name
         assert len(spec[1]["tooltip"]) > 10, name
     assert len(info["output"]) == OUTPUTS.get(node_id, 1)
-    assert info["output_node"] == (node_id.endswith("Cache") or node_id in ("SaveINT8Model", "ShowModes"))
+    assert info["output_node"] == (node_id.endswith("Cache") or node_id in ("SaveINT8Model", "ShowModes", "INT8CompileCheck"))
 
 
 @pytest.mark.parametrize("node_id", ["CompileModel", "INT8LazyTorchCompile"])

@@ -72,3 +72,5 @@ def test_the_demo_runs_and_judges_itself(tmp_path):
     assert [v["name"] for v in result["variants"]] == ["eager", "compiled", "int8_compiled"]
     assert all((tmp_path / f"{v['name']}.png").exists() for v in result["variants"])
     assert (tmp_path / "comparison.png").exists() and "PASS" in run.stdout
+    # The check of a block of the same sizes is set beside it.
+    assert result["check"]["advice"] in run.stdout and result["check"]["block"].keys() >= {"compiled", "INT8 + compiled"}
