@@ -11,6 +11,10 @@ from benchmarks.comfy_server import ComfyServer, find_comfyui
 # What ComfyUI's own page reports as errors: files of a new user that are not there yet, its own deprecations, reloading a page.
 COMFYUIS_OWN = ("Failed to load resource: the server responded with a status of 404", "accessed before initialization", "beforeunload")
 
+# Empty files of the names in the workflows: else ComfyUI offers to download them, in front of the graph.
+FILES = {"diffusion_models": ("flux1-dev.safetensors", "flux1-dev-int8_00001_.safetensors"),
+         "text_encoders": ("clip_l.safetensors", "t5xxl_fp16.safetensors"), "vae": ("ae.safetensors",)}
+
 
 class Comfy:
     """A page with ComfyUI. browser: a Browser."""
@@ -46,6 +50,17 @@ class Comfy:
         for part in (0.2, 0.6, 1.0):
             self._mouse("mouseMoved", *(a + (b - a) * part for a, b in zip(start, end)))
         self._mouse("mouseReleased", *end)
+
+    def point_at(self, node_type: str, widget: str):
+        """The mouse rests on a widget, in the classic renderer."""
+        x, y = self.evaluate(f"""(() => {{
+            const node = app.graph.nodes.find(n => n.type === '{node_type}');
+            const {{ y }} = node.widgets.find(w => w.name === '{widget}');
+            const [left, top] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + y + 10]);
+            const box = app.canvas.canvas.getBoundingClientRect();
+            return [left + box.left, top + box.top]; }})()""")
+        for nearer in (5, 0):
+            self.browser.command("Input.dispatchMouseEvent", type="mouseMoved", x=x - nearer, y=y)
 
     def _mouse(self, event: str, x: float, y: float, count: int = 1):
         self.browser.command("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", buttons=int(event != "mouseReleased"),
@@ -114,6 +129,19 @@ def open_comfy(stack: contextlib.ExitStack, folder, models_dir, settings: dict |
     page = Comfy(stack.enter_context(Browser(folder / "profile")), server.url)
     page.server = server
     return page
+
+
+@pytest.fixture(scope="session")
+def page_of_examples(models_dir, tmp_path_factory):
+    """For tests that open workflows and run nothing."""
+    folder = tmp_path_factory.mktemp("examples")
+    for kind, names in FILES.items():
+        (folder / "comfyui" / "models" / kind).mkdir(parents=True)
+        for name in names:
+            (folder / "comfyui" / "models" / kind / name).touch()
+    with contextlib.ExitStack() as stack:
+        yield open_comfy(stack, folder, models_dir, settings={
+            "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False})
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_status import errors, node, run
+from .test_status import node, run
 
 pytestmark = pytest.mark.e2e
 
@@ -22,4 +22,4 @@ def test_the_command_opens_the_report_in_a_window_and_the_node_shows_it(comfy_pa
                    "links": []})
         run(page)
         assert page.text("INT8CompileCheck").startswith("INT8 Compile Check: ") and page.seen("INT8CompileCheck")
-    assert not errors(page)
+    assert not page.errors()

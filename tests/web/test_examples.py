@@ -4,37 +4,19 @@ UPDATE_EXAMPLES=1 pytest -c tests/pytest.ini --rootdir=tests tests/web/test_exam
 """
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from .conftest import open_comfy
-
 pytestmark = pytest.mark.e2e
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 WORKFLOWS = sorted(EXAMPLES.glob("*.json"))
 UPDATE = bool(os.environ.get("UPDATE_EXAMPLES"))
-# Empty files of the names in the workflows: else ComfyUI offers to download them, in front of the graph.
-FILES = {"diffusion_models": ("flux1-dev.safetensors", "flux1-dev-int8_00001_.safetensors"),
-         "text_encoders": ("clip_l.safetensors", "t5xxl_fp16.safetensors"), "vae": ("ae.safetensors",)}
 # Of the picture, in pixels.
 WIDTH, MARGIN = 1024, 20
-
-
-@pytest.fixture(scope="module")
-def page(models_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
-    for kind, names in FILES.items():
-        (folder / "comfyui" / "models" / kind).mkdir(parents=True)
-        for name in names:
-            (folder / "comfyui" / "models" / kind / name).touch()
-    with contextlib.ExitStack() as stack:
-        yield open_comfy(stack, folder, models_dir, settings={
-            "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False})
 
 
 def api_path(path: Path) -> Path:
@@ -42,8 +24,8 @@ def api_path(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_an_example_opens_without_missing_nodes_and_its_api_format_is_what_comfyui_queues(page, path):
-    workflow = json.loads(path.read_text())
+def test_an_example_opens_without_missing_nodes_and_its_api_format_is_what_comfyui_queues(page_of_examples, path):
+    page, workflow = page_of_examples, json.loads(path.read_text())
     before = len(page.errors())
     page.load(workflow)
     assert sorted(page.evaluate("app.graph.nodes.map(n => n.type)")) == sorted(node["type"] for node in workflow["nodes"])

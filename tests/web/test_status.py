@@ -96,6 +96,7 @@ def test_text_while_it_works_and_a_report_that_stays(page):
     compiled, quantized = page.text("CompileModel"), page.text("INT8QuantizeModel")
     assert compiled.startswith("ready: 2 regions, 5 blocks") and "graphs in" in compiled
     assert quantized.startswith("quantized 29 layers") and "MB" in quantized and "least SQNR" in quantized
+    assert "CompileModel" in page.evaluate("bars") and page.evaluate("app.graph.nodes.every(node => node.progress === undefined)")
     assert page.seen("CompileModel") and page.seen("INT8QuantizeModel")
 
     set_input(page, "KSampler", "seed", 2)
