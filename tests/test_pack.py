@@ -62,4 +62,5 @@ def test_nothing_below_imports_anything_above_it():
 def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(path):
     workflow = json.loads(path.read_text())
     assert {"nodes", "links", "version"} <= set(workflow)
-    assert path.with_suffix(".jpg").stat().st_size < 200_000
+    assert path.with_suffix(".jpg").stat().st_size < 100_000
+    assert (path.parent / "api" / f"{path.stem.lower().replace(' ', '_')}.json").exists(), "see tests/web/test_examples.py"

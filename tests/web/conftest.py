@@ -73,8 +73,11 @@ class Comfy:
     def add_by_search(self, words: str, x: float, y: float):
         """Double-click on the empty canvas at x, y (pixels), words, Enter, and a click where the node shall be."""
         before = self.evaluate("app.graph.nodes.length")
-        self.double_click(x, y)
-        self.until("document.activeElement.tagName === 'INPUT'")
+        for patience in (5, 5, 30):  # on a busy machine two clicks come too far apart
+            self.double_click(x, y)
+            with contextlib.suppress(TimeoutError):
+                self.until("!!document.activeElement.closest('[role=dialog]') && document.activeElement.tagName === 'INPUT'", patience)
+                break
         self.browser.command("Input.insertText", text=words)
         self.until(f"[...document.querySelectorAll('[role=dialog] *')].some(e => e.textContent.trim() === {json.dumps(words)})")
         self.press_enter()

@@ -50,10 +50,10 @@ def without_compile_model():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
 def page(request, models_dir, tmp_path_factory):
-    """A page and its server for all tests here. What torch keeps of earlier compiles is not there: compiling takes its time."""
+    """A page and its server for all tests here. Without torch's cache of graphs: compiling takes its time."""
     folder = tmp_path_factory.mktemp("status")
     with contextlib.ExitStack() as stack:
-        page = open_comfy(stack, folder, models_dir, env={"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")})
+        page = open_comfy(stack, folder, models_dir, env={"TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
         page.use_renderer(request.param)
         yield page
         assert not page.errors()
