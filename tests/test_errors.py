@@ -113,8 +113,10 @@ def _trimmed(text: str) -> str:
 
 
 def _pattern(text: str) -> re.Pattern:
-    """A page may also say what is known only when it runs: 'velocator is not installed' for '… is not installed'."""
-    return re.compile(".+".join(map(re.escape, text.split(HOLE))))
+    """A page may also say what is known only when it runs: 'velocator is not installed' for '… is not installed'. A HOLE at the end is a
+    word, not all that may follow."""
+    pattern = ".+".join(map(re.escape, text.split(HOLE)))
+    return re.compile(re.sub(r"\.\+$", r"\\S+", pattern))
 
 
 def rows(page: Path) -> list[tuple[list[str], str]]:
