@@ -4,10 +4,12 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -39,6 +41,15 @@ def test_comfyuis_own_parser_accepts_the_project_file(comfy):
     assert config.tool_comfy.publisher_id and not config.tool_comfy.web
     assert config.project.supported_os == ["OS Independent"]
     assert not any("torch" in dependency for dependency in config.project.dependencies)
+
+
+def test_icon_and_banner_are_in_the_repository_in_the_registrys_sizes():
+    text = (REPO / "pyproject.toml").read_text()
+    main = re.escape("https://raw.githubusercontent.com/int8-compile/int8-compile/main/")
+    addresses = dict(re.findall(f'^(Icon|Banner) = "{main}(.+)"$', text, re.MULTILINE))
+    icon, banner = (Image.open(REPO / addresses[name]).size for name in ("Icon", "Banner"))
+    assert icon[0] == icon[1] <= 400  # docs.comfy.org/registry/specifications
+    assert banner[0] / banner[1] == 21 / 9
 
 
 def test_nothing_below_imports_anything_above_it():
