@@ -74,3 +74,23 @@ def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(pa
     workflow = json.loads(path.read_text())
     assert {"nodes", "links", "version"} <= set(workflow)
     assert path.with_suffix(".jpg").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", *(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    """ComfyUI's help panel finds pictures beside a page, and takes any other relative link for one of its own pages."""
+    text = (REPO / page).read_text()
+    main = "https://github.com/int8-compile/int8-compile/blob/main/"
+    for picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text):
+        if target.startswith(main):
+            path = REPO / target.removeprefix(main).partition("#")[0]
+        elif "://" in target or target.startswith("#"):
+            continue
+        else:
+            assert picture or not page.startswith("web/docs"), f"{page}: {target} must be an address"
+            path = (REPO / page).parent / target.partition("#")[0]
+        assert path.exists(), f"{page}: there is no {target}"
+        if "#" in target:
+            headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines()
+                        if line.startswith("#")}
+            assert target.partition("#")[2] in headings, f"{page}: {target}"
