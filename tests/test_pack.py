@@ -76,7 +76,10 @@ def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(pa
     assert path.with_suffix(".jpg").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", *(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))])
+PAGES = ["README.md", "benchmarks/README.md", *sorted(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """ComfyUI's help panel finds pictures beside a page, and takes any other relative link for one of its own pages."""
     text = (REPO / page).read_text()
