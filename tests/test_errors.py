@@ -120,11 +120,12 @@ def _pattern(text: str) -> re.Pattern:
 
 
 def rows(page: Path) -> list[tuple[list[str], str]]:
-    """(messages quoted, what to do) of each row of the tables below headings that begin with "Errors"."""
+    """(messages quoted, what to do) of each item of the lists below headings that begin with "Errors". Lists: the help panel is too narrow
+    for tables of sentences."""
     sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    lines = [line for section in sections if section.startswith("Errors") for line in section.splitlines() if line.startswith("| `")]
-    cells = [re.split(r"(?<=`) \| ", line.removesuffix(" |"), maxsplit=1) for line in lines]
-    return [([_merged(quote) for quote in re.findall(r"`([^`]+)`", message)], remedy) for message, remedy in cells]
+    lines = [line for section in sections if section.startswith("Errors") for line in section.splitlines() if line.startswith("- `")]
+    cells = [line.partition("`: ") for line in lines]
+    return [([_merged(quote) for quote in re.findall(r"`([^`]+)`", f"{message}`")], remedy) for message, _, remedy in cells]
 
 
 def quoted_by(message: str, page_quotes: list[str]) -> bool:
@@ -139,8 +140,8 @@ def pages() -> dict[str, list[str]]:
 @pytest.mark.parametrize(("where", "message"), messages(), ids=lambda value: value[:60])
 def test_every_message_is_explained(pages, where, message):
     on = [name for name, page_quotes in pages.items() if quoted_by(message, page_quotes)]
-    assert on, (f"{where}: no page of web/docs explains\n    {message}\nAdd a row to 'Errors and solutions' of each node that can say it, "
-                f"or to {DEVELOPERS} if no workflow can cause it: | `{message}` | what to change |")
+    assert on, (f"{where}: no page of web/docs explains\n    {message}\nAdd an item to 'Errors and solutions' of each node that says it, "
+                f"or to {DEVELOPERS} if no workflow can cause it: - `{message}`: what to change")
     title = next((title for title in titles() if message.startswith((f"{title}:", f"{title} needs"))), None)
     if title:
         assert f"{titles()[title]}.md" in on, f"{where}: '{message}' is of the node {title}; its own page must explain it"
@@ -150,10 +151,10 @@ def test_every_explained_message_is_one_that_the_code_has(pages):
     known = [pattern for _, message in messages() for pattern in beginnings(message)]
     gone = [(name, quote) for name, page_quotes in pages.items() for quote in page_quotes
             if not any(pattern.fullmatch(_trimmed(quote)) for pattern in known)]
-    assert not gone, "explained, but no code says so (take the row out, or quote the message up to the end of a clause)"
+    assert not gone, "explained, but no code says so (take the item out, or quote the message up to the end of a clause)"
 
 
-def test_every_row_says_what_to_do():
+def test_every_item_says_what_to_do():
     assert not [(page.name, quoted) for page in DOCS.glob("*.md") for quoted, remedy in rows(page) if len(remedy) < len("As above.")]
 
 
