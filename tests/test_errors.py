@@ -120,12 +120,12 @@ def _pattern(text: str) -> re.Pattern:
 
 
 def rows(page: Path) -> list[tuple[list[str], str]]:
-    """(messages quoted, what to do) of each item of the lists below headings that begin with "Errors". Lists: the help panel is too narrow
-    for tables of sentences."""
+    """(messages quoted, what to do) of each item of the lists, and row of the tables, below headings that begin with "Errors". Lists read
+    better: the help panel is too narrow for tables of sentences."""
     sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    lines = [line for section in sections if section.startswith("Errors") for line in section.splitlines() if line.startswith("- `")]
-    cells = [line.partition("`: ") for line in lines]
-    return [([_merged(quote) for quote in re.findall(r"`([^`]+)`", f"{message}`")], remedy) for message, _, remedy in cells]
+    lines = [line for section in sections if section.startswith("Errors") for line in section.splitlines() if line.startswith(("- `", "| `"))]
+    cells = [re.split(r"(?<=`)(?:: | \| )", line.removesuffix(" |"), maxsplit=1) for line in lines]
+    return [([_merged(quote) for quote in re.findall(r"`([^`]+)`", message)], remedy) for message, remedy in cells]
 
 
 def quoted_by(message: str, page_quotes: list[str]) -> bool:
