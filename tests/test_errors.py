@@ -123,7 +123,8 @@ def rows(page: Path) -> list[tuple[list[str], str]]:
     """(messages quoted, what to do) of each item of the lists, and row of the tables, below headings that begin with "Errors". Lists read
     better: the help panel is too narrow for tables of sentences."""
     sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    lines = [line for section in sections if section.startswith("Errors") for line in section.splitlines() if line.startswith(("- `", "| `"))]
+    listed = [section for section in sections if section.startswith("Errors")]
+    lines = [line for section in listed for line in section.splitlines() if line.startswith(("- `", "| `"))]
     cells = [re.split(r"(?<=`)(?:: | \| )", line.removesuffix(" |"), maxsplit=1) for line in lines]
     return [([_merged(quote) for quote in re.findall(r"`([^`]+)`", message)], remedy) for message, remedy in cells]
 
