@@ -52,6 +52,10 @@ def tests(session: nox.Session):
     python, env = environment(session)
     tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
     install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    try:
+        env["COMFY_CLI"] = str(comfy_cli(session))
+    except nox.command.CommandFailed:
+        session.warn("comfy-cli could not be installed: what the registry gets is not tested.")
     pytest = [python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests"]
     # Most of the time goes into Python and g++, which use one core; what the parts share (models, compilers' caches) is made to be shared.
     env = {**os.environ, **env, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
@@ -149,18 +153,23 @@ def install_comfyui(session: nox.Session) -> Path | None:
         return None
     session.log("There is no ComfyUI here: installing it with comfy-cli into its default workspace.")
     try:
-        folder = ROOT / ".nox" / "comfy-cli"
-        if not (folder / "installed.sha256").exists():
-            session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
-        scripts = folder / ("Scripts" if os.name == "nt" else "bin")
-        install(session, str(scripts / "python"), ["comfy-cli"], folder)
         # comfy-cli installs into an activated environment; without one it makes .venv in the workspace.
         apart = {"VIRTUAL_ENV": None, "CONDA_PREFIX": None, "GIT_TERMINAL_PROMPT": "0", "DO_NOT_TRACK": "1"}
-        session.run(str(scripts / "comfy"), "--skip-prompt", "install", hardware(), env=apart, external=True)
+        session.run(str(comfy_cli(session)), "--skip-prompt", "install", hardware(), env=apart, external=True)
     except nox.command.CommandFailed:
         if find_comfyui() is None:  # it may be there, and only its packages missing, which the caller then installs
             warn_without_comfyui(session, "and installing it failed: see above")
     return find_comfyui()
+
+
+def comfy_cli(session: nox.Session) -> Path:
+    """comfy-cli's command, in an environment of its own: what it requires is not what ComfyUI does."""
+    folder = ROOT / ".nox" / "comfy-cli"
+    if not (folder / "installed.sha256").exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+    scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+    install(session, str(scripts / "python"), ["comfy-cli"], folder)
+    return scripts / "comfy"
 
 
 def unreachable(repository: str) -> str:
