@@ -106,7 +106,6 @@ def test_an_interrupted_calibration_leaves_the_model_float_and_is_made_up_for(fl
 
 def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
     import comfy.model_management as mm
-
     from int8_compile.int8.comfy_calibrate import plans, quantize_model
     from int8_compile.int8.options import Int8Options
 
