@@ -24,7 +24,7 @@ MAX_ERROR = 0.15
 FP8_MIN_CAPABILITY = (8, 9)
 FP8_MAX = 448.0  # of float8_e4m3fn
 # A processor needs minutes for a picture's tokens; this many show its ratios.
-CPU_ROWS = {"quick": 256, "full": 1024}
+CPU_ROWS = {"quick": 256, "full": 512}
 
 
 class Shape(NamedTuple):
@@ -39,9 +39,9 @@ class Shape(NamedTuple):
 # channels and 64x64 with 640, times two for CFG.
 QUICK = (Shape("Flux", 4608, 3072, 3072), Shape("Flux", 4608, 3072, 12288), Shape("Wan 14B", 8192, 5120, 5120),
          Shape("SDXL", 2048, 1280, 10240))
-FULL = (*QUICK, Shape("Flux", 512, 3072, 9216), Shape("Flux", 4608, 12288, 3072), Shape("Flux", 4608, 15360, 3072),
-        Shape("Wan 14B", 8192, 5120, 13824), Shape("Wan 14B", 8192, 13824, 5120), Shape("SDXL", 2048, 1280, 1280),
-        Shape("SDXL", 2048, 5120, 1280), Shape("SDXL", 8192, 640, 5120))
+FULL = (*QUICK[:2], Shape("Flux", 512, 3072, 9216), Shape("Flux", 4608, 12288, 3072), Shape("Flux", 4608, 15360, 3072),
+        QUICK[2], Shape("Wan 14B", 8192, 5120, 13824), Shape("Wan 14B", 8192, 13824, 5120),
+        QUICK[3], Shape("SDXL", 2048, 1280, 1280), Shape("SDXL", 2048, 5120, 1280), Shape("SDXL", 8192, 640, 5120))
 BLOCK = Shape("Flux", 4608, 3072, 3072)
 
 
