@@ -112,7 +112,7 @@ def _of_block(check: Check, compiled: float, both: float) -> str:
     """compiled, both: times as fast as eager."""
     than = f"{check.baseline} uncompiled on {check.device}, by a block of {check.block.m} tokens x {check.block.k} channels"
     if both >= max(1 + GAIN, compiled * (1 + SAME)):
-        return f"INT8 + compile: expect about {both:.1f}x as fast as {than} (compile alone {compiled:.1f}x)"
+        return f"INT8 + compile: expect about {both:.1f}x as fast as {than} (compile alone {compiled:.1f}x; a step is more than its blocks)"
     if compiled < 1 + GAIN:
         return (f"Neither compile ({compiled:.2f}x) nor INT8 + compile ({both:.2f}x) is much faster than {than}, so use INT8 only for its "
                 "half of the memory")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -188,8 +189,8 @@ def _kitchen(backend, x, qweight, scale, bias, group) -> torch.Tensor:
 
 def time_in_turn(functions: dict[str, Callable[[], torch.Tensor]], row: Row, device: torch.device, tick: Callable[[], object],
                  enough: float = SECONDS):
-    """Into row: each one's best of many rounds, for enough seconds. A round runs all in turn, so that other work on the machine meets all
-    alike."""
+    """Into row: each one's best of many rounds, for enough seconds. A round runs all, in any order, so that other work on the machine
+    meets all alike."""
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
 
     def seconds(function, calls: int) -> float:
@@ -213,9 +214,9 @@ def time_in_turn(functions: dict[str, Callable[[], torch.Tensor]], row: Row, dev
     del expected
     best, spent, rounds = dict.fromkeys(calls, float("inf")), 0.0, 0
     while calls and rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or spent < enough):
-        for name, count in calls.items():
+        for name in random.sample(list(calls), len(calls)):  # what ran before leaves its caches and clock rates
             tick()
-            took = seconds(functions[name], count)
-            best[name], spent = min(best[name], took), spent + took * count
+            took = seconds(functions[name], calls[name])
+            best[name], spent = min(best[name], took), spent + took * calls[name]
         rounds += 1
     row.milliseconds = {name: round(took * 1e3, 4) for name, took in best.items()}
