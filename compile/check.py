@@ -29,14 +29,14 @@ class Check:
 
     def groups(self) -> list[tuple[str, Row, str]]:
         """[(title, row, name of what the others are compared with)] of all that was measured."""
-        layers = [(f"{row.model} layer, {row.m} x {row.k} -> {row.n}", row, self.baseline) for row in self.rows]
-        return layers if self.block is None else [
-            *layers, (f"{self.block.model} block, {self.block.m} tokens x {self.block.k}", self.block, EAGER)]
+        block = [(f"{self.block.model} block, {self.block.m} tokens x {self.block.k}", self.block, EAGER)] if self.block else []
+        return block + [(f"{row.model} layer, {row.m} x {row.k} -> {row.n}", row, self.baseline) for row in self.rows]
 
     def to_dict(self) -> dict:
         measured = [{**asdict(row), "winner": row.winner, "ratios": row.ratios(base)} for _, row, base in self.groups()]
-        tera_ops = {name: round(rate, 3) for name, rate in rates(self.rows).items()}
-        return {**asdict(self), "rows": measured[:len(self.rows)], "block": measured[-1] if self.block else None, "tera_ops": tera_ops}
+        block = measured.pop(0) if self.block else None
+        return {**asdict(self), "rows": measured, "block": block,
+                "tera_ops": {name: round(rate, 3) for name, rate in rates(self.rows).items()}}
 
     def text(self) -> str:
         lines = [f"INT8 Compile Check: {self.device}", "", self.advice, ""]
@@ -112,7 +112,7 @@ def _of_block(check: Check, compiled: float, both: float) -> str:
     """compiled, both: times as fast as eager."""
     than = f"{check.baseline} uncompiled on {check.device}, by a block of {check.block.m} tokens x {check.block.k} channels"
     if both >= max(1 + GAIN, compiled * (1 + SAME)):
-        return f"INT8 + compile: expect about {both:.1f}x as fast as {than} (compile alone {compiled:.1f}x)"
+        return f"INT8 + compile: expect about {both:.1f}x as fast as {than} (compile alone {compiled:.1f}x; a step is more than its blocks)"
     if compiled < 1 + GAIN:
         return (f"Neither compile ({compiled:.2f}x) nor INT8 + compile ({both:.2f}x) is much faster than {than}, so use INT8 only for its "
                 "half of the memory")

@@ -22,6 +22,7 @@ from ..int8.kernels.ops import TRITON_MIN_CAPABILITY, triton_unavailable
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 COMPILER_TIMEOUT = 60  # seconds
+BUSY = 0.5  # of the cores, on average over the last minute
 # NVIDIA's INT8 tensor cores begin with Turing.
 INT8_MIN_CAPABILITY = (7, 5)
 # Instructions that multiply INT8, by the names of /proc/cpuinfo.
@@ -66,6 +67,9 @@ def machine_facts(device: torch.device) -> Iterator[Fact]:
     yield gpu_fact(device)
     yield cpu_fact(device)
     yield kernel_fact(device)
+    if device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
+        yield Fact("load", f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: other programs make the times say little", WARNING,
+                   "Run this again when the machine is idle.")
     if importlib.util.find_spec("matplotlib") is None:
         yield Fact("matplotlib", "not installed: no plot", WARNING, pip_install("matplotlib"))
 

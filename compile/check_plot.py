@@ -42,7 +42,7 @@ def plot(check: Check) -> torch.Tensor:
         for name, ratio in ratios:
             y += 1
             axes.barh(y, ratio, color=_color(name, base))
-            axes.text(ratio + 0.01 * longest, y, f"{ratio:.2f}x, {row.milliseconds[name]:.3g} ms", size=8, va="center", bbox=PAPER)
+            axes.text(ratio + 0.01 * longest, y, f"{ratio:.2f}x, {_number(row.milliseconds[name])} ms", size=8, va="center", bbox=PAPER)
             ticks.append(y)
             names.append(name)
         y += 1.6
@@ -57,6 +57,10 @@ def plot(check: Check) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
     width, height = canvas.get_width_height()
     return pixels.view(height, width, 4)[..., :3].float() / 255
+
+
+def _number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _color(name: str, base: str) -> str:
