@@ -59,7 +59,7 @@ def version(name):
 p = torch.cuda.get_device_properties(0) if cuda else None
 print(json.dumps({"gpu": p.name if cuda else None, "capability": [p.major, p.minor] if cuda else None,
     "memory_gb": round(p.total_memory / 2**30, 1) if cuda else None, "multiprocessors": p.multi_processor_count if cuda else None,
-    "torch": torch.__version__, "cuda": torch.version.cuda, 
+    "torch": torch.__version__, "cuda": torch.version.cuda,
     **{n: version(n) for n in ("triton", "comfy-kitchen", "comfy-aimdo", "torchao")}}))
 """
 
