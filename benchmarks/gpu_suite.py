@@ -34,7 +34,8 @@ from benchmarks.gpu.context import Context  # noqa: E402
 
 # step -> (module of benchmarks.gpu, its function, seconds it may take, whether it needs ComfyUI); by value, correctness first.
 STEPS = {
-    "kernels": ("kernels", "run", 240, False),
+    "kernels": ("kernels", "run", 300, False),
+    "memcheck": ("kernels", "memcheck", 300, False),
     "tests": ("tests", "run", 420, False),
     "linear": ("linear", "run", 300, False),
     "tune": ("tune", "run", 300, False),

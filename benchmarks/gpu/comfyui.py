@@ -141,17 +141,17 @@ def race(context: Context, name: str, contenders: Sequence[Contender], lora: boo
 
 
 def limit(contender: Contender) -> float:
-    """Relative difference from eager bf16 of a latent after four steps: 0.02 is what fused kernels' fewer roundings to bf16 cost."""
-    return 0.12 if contender.int8 or QUANTIZE in contender.nodes else 0.02
+    """Relative difference from eager bf16 of a latent after four steps. Fused kernels round to bf16 less often, which random blocks
+    amplify; a wrong picture is off by 0.3 or more."""
+    return 0.15 if contender.int8 or QUANTIZE in contender.nodes else 0.06
 
 
 def measure(context: Context, family: Family, contender: Contender, models, row: dict, lora: bool) -> dict:
     """Fills row: -> {change: latent}."""
-    short, long = (2, 4) if context.dry else (4, 12)
+    short, long = (1, 2) if context.dry else (4, 12)
     unet = family.int8 if contender.int8 else family.unet
     if contender.int8:
-        with caches(context) as kept, serve(context, models, kept.env) as suite:
-            save_int8(suite, family, models)
+        save_int8(context, family, models)
     with caches(context) as kept:
         with serve(context, models, kept.env, contender.extra_args, contender.pack) as suite:
             nodes = suite.nodes(contender.nodes)
@@ -159,7 +159,7 @@ def measure(context: Context, family: Family, contender: Contender, models, row:
             latents = {}
             row["first_image"], latents["first"] = suite.image(family, nodes, unet=unet, steps=short)
             row["memory_first"] = suite.memory(reset=True)
-            row["seconds_a_step"] = seconds_a_step(suite, family, nodes, unet, short, long)
+            row["seconds_a_step"] = seconds_a_step(suite, family, nodes, unet, short, long, (2,) if context.dry else (2, 3, 4))
             row["memory_steps"] = suite.memory()
             changes = {"size": {"size": 1}, "batch": {"batch": 2}, **({"lora": {"lora": 1.0}} if lora else {})}
             before = suite.recompiles()
@@ -170,7 +170,7 @@ def measure(context: Context, family: Family, contender: Contender, models, row:
             row |= {"recompiles_first": before, "recompiles_changes": suite.recompiles() - before, **said(suite)}
             if contender.restart and not context.cheap:
                 row["builder_seconds"] = suite.wait_for_builder()
-        if contender.restart and not context.cheap and context.left() > 30:
+        if contender.restart and (contender.nodes or not context.dry) and not context.cheap and context.left() > 30:
             with serve(context, models, kept.env, contender.extra_args, contender.pack) as suite:
                 row["restart_image"], latents["first again"] = suite.image(family, suite.nodes(contender.nodes), unet=unet, steps=short)
                 row["restart_recompiles"] = suite.recompiles()
@@ -178,10 +178,10 @@ def measure(context: Context, family: Family, contender: Contender, models, row:
     return latents
 
 
-def seconds_a_step(suite: Suite, family: Family, nodes, unet: str, short: int, long: int) -> float:
+def seconds_a_step(suite: Suite, family: Family, nodes, unet: str, short: int, long: int, seeds: Sequence[int]) -> float:
     """The median over seeds of the difference between two lengths."""
     found = []
-    for seed in (2, 3, 4):
+    for seed in seeds:
         brief, _ = suite.image(family, nodes, unet=unet, steps=short, seed=seed)
         whole, _ = suite.image(family, nodes, unet=unet, steps=long, seed=seed)
         found.append((whole - brief) / (long - short))

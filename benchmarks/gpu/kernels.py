@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ from benchmarks.wrapper_overhead import load_pack  # noqa: E402
 
 MARGIN = 4096  # bytes on each side, a multiple of every alignment
 CANARY = 0xA5
+SHARES = 8  # processes
+KINDS = ("gaussian", "outliers", "zero row")
 # (M, K, N); the first are real, the others odd. Without their own K and N of 16: no vectors to load or store.
 SHAPES = ((4608, 3072, 3072), (1000, 12288, 640), (1, 3072, 18432), (17, 5120, 1280), (129, 1000, 72), (5, 256, 33), (70, 320, 100),
           (3, 48, 16), (1, 17, 1), (300, 4104, 257))
@@ -35,6 +37,7 @@ ROWS = ((4608, 3072, 256), (512, 15360, 256), (37, 12288, 256), (3, 13824, 256),
         (33, 320, 64), (7, 48, 16), (5, 8960, 256), (300, 640, 64))
 DRY_ROWS = ((5, 256, 256), (3, 320, 64), (7, 100, 0))
 CHEAP_ROWS = ((5, 256, 256),)
+SIZES = {"full": (SHAPES, ROWS), "small": (SHAPES[5:8], ROWS[6:10]), "dry": (DRY_SHAPES, DRY_ROWS), "cheap": (CHEAP_SHAPES, CHEAP_ROWS)}
 # Steps of a quantized value from the exact one: half by rounding; tf32 in the rotation adds a little (triton_quant.py).
 MAX_STEPS = {"tf32": 0.8, "exact": 0.502}
 # Of bf16 and fp16 outputs, relative: the rounding, once.
@@ -85,7 +88,8 @@ def inputs(m: int, k: int, kind: str, generator: torch.Generator) -> torch.Tenso
     return x
 
 
-def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, generator) -> dict:
+def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, generator, oracle: str | None = None) -> dict:
+    """oracle: the device of the float64 products, the operands' own if None."""
     from int8_compile.int8.kernels import torch_mm, triton_gemm
 
     m, k, n = shape
@@ -105,6 +109,7 @@ def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, gener
             y = torch_mm.int8_gemm(q, s, w, ws, b, dtype)
         else:
             y = triton_gemm.int8_gemm(q, s, w, ws, b, dtype, config._replace(split_k=split))
+    q, s, w, ws, b, y = (None if t is None else t.to(oracle or device) for t in (q, s, w, ws, b, y))
     want = (q.double() @ w.double().t()) * s.double()[:, None] * ws.double().reshape(1, -1)
     size = want.abs()
     if b is not None:
@@ -114,7 +119,8 @@ def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, gener
             "ok": error <= 1 and not guard.written_outside() and y.shape == want.shape and y.dtype == dtype}
 
 
-def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: torch.dtype, kind: str, generator) -> dict:
+def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: torch.dtype, kind: str, generator,
+                    oracle: str | None = None) -> dict:
     from int8_compile.int8.hadamard import rotate
     from int8_compile.int8.kernels import triton_quant
     from int8_compile.int8.kernels.reference import MIN_SCALE, QMAX
@@ -126,6 +132,8 @@ def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: t
     triton_quant.quant_rows(x[:0], group, act, scale)  # makes the cached factors: not this call's outputs
     with guard:
         q, s = triton_quant.quant_rows(x, group, act, scale)
+    tf32 = bool(group) and triton_quant.rotation_precision(x) == "tf32"
+    x, scale, q, s = (None if t is None else t.to(oracle or device) for t in (x, scale, q, s))
     exact = x.double()
     if act == "gelu_tanh":
         exact = torch.nn.functional.gelu(exact, approximate="tanh")
@@ -135,45 +143,37 @@ def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: t
     steps = ((q.double() * s.double()[:, None] - exact).abs() / s.double()[:, None]).max().item()
     want = (exact.abs().amax(1) / QMAX).clamp_min(MIN_SCALE)
     scale_error = ((s.double() - want).abs() / want).max().item()
-    tf32 = bool(group) and triton_quant.rotation_precision(x) == "tf32"
     limit = MAX_STEPS["tf32" if tf32 else "exact"]
     return {"steps": steps, "scale_error": scale_error, "outside": guard.written_outside(), "nan": int(s.isnan().sum()),
             "ok": steps <= limit and scale_error < (2e-3 if tf32 else 2e-5) and not guard.written_outside() and int(q.abs().max()) <= 127}
 
 
-def check_all(device: torch.device, gemm_shapes, quantizer_rows, seed: int, left, dry: bool) -> list[dict]:
-    """A row for each tile, torch._int_mm and each kind of quantization: the worst over all shapes and types."""
+def checks(device: torch.device, gemm_shapes, quantizer_rows, seed: int, dry: bool = False, oracle: str | None = None) -> dict:
+    """{kernel: function that checks it in all shapes and types, and gives the worst of each finding}"""
     from int8_compile.int8.kernels import triton_configs, triton_gemm
     from int8_compile.int8.kernels.reference import ACTIVATIONS
 
     generator = torch.Generator(device).manual_seed(seed)
-    arch = triton_gemm.card(device)[0]
-    archs = [arch] if device.type == "cuda" else list(triton_configs.ARCHITECTURES)
-    configs = dict.fromkeys(c for a in archs for tma in (True, False) for c in triton_configs.tiles(a, tma))
+    archs = [triton_gemm.card(device)[0]] if device.type == "cuda" else list(triton_configs.ARCHITECTURES)
+    configs = list(dict.fromkeys(c for a in archs for tma in (True, False) for c in triton_configs.tiles(a, tma)))
     if dry:
-        configs = {c: None for i, c in enumerate(configs) if i % 6 == 0 or (c.kernel == "tma" and i % 3 == 0)}
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if device.type == "cpu":  # the interpreter cuts bits off where it stores half precision, which a GPU rounds
-        dtypes = (torch.float32,)
-    found = []
-    for number, config in enumerate((None, *configs)):
-        if left() < 0:
-            found.append({"kernel": "the others", "ok": False, "why": "no time left"})
-            return found
-        rows = [check_gemm(config, shape, dtypes[(i + number) % len(dtypes)], (i + number) % 3 == 0, (i + number) % 2 == 0,
-                           split, generator)
+        configs = [c for i, c in enumerate(configs) if i % 6 == 0 or (c.kernel == "tma" and i % 3 == 0)]
+    # The interpreter cuts bits off where it stores half precision, which a GPU rounds.
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
+
+    def gemm(number, config):
+        rows = [check_gemm(config, shape, dtypes[(i + number) % len(dtypes)], (i + number) % 3 == 0, (i + number) % 2 == 0, split,
+                           generator, oracle)
                 for i, shape in enumerate(gemm_shapes) for split in ((1,) if config is None else (1, 4))]
-        found.append({"kernel": str(config or "torch._int_mm"), "checks": len(rows), **worst(rows)})
-    kinds = ("gaussian", "outliers", "zero row")
-    for act in ACTIVATIONS:
-        for smooth in (False, True):
-            if left() < 0:
-                found.append({"kernel": "the others", "ok": False, "why": "no time left"})
-                return found
-            rows = [check_quantizer(m, k, group, act, smooth, dtype, kinds[i % 3], generator)
-                    for i, (m, k, group) in enumerate(quantizer_rows) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-            found.append({"kernel": f"quantizer {act}{' smooth' * smooth}", "checks": len(rows), **worst(rows)})
-    return found
+        return {"checks": len(rows), **worst(rows)}
+
+    def quantizer(act, smooth):
+        rows = [check_quantizer(m, k, group, act, smooth, dtype, KINDS[i % len(KINDS)], generator, oracle)
+                for i, (m, k, group) in enumerate(quantizer_rows) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+        return {"checks": len(rows), **worst(rows)}
+    found = {str(config or "torch._int_mm"): functools.partial(gemm, number, config) for number, config in enumerate((None, *configs))}
+    return found | {f"quantizer {act}{' smooth' * smooth}": functools.partial(quantizer, act, smooth)
+                    for act in ACTIVATIONS for smooth in (False, True)}
 
 
 def worst(rows: list[dict]) -> dict:
@@ -181,37 +181,53 @@ def worst(rows: list[dict]) -> dict:
 
 
 def run(context: Context) -> None:
-    """The step."""
+    """The step. On a GPU several processes share the kernels: each variant is compiled first, by one CPU core."""
     load_pack()
     device = torch.device(context.device)
     seed = torch.seed() & 0x7FFFFFFF
     context.add(seed=seed)
-    shapes, rows = ((CHEAP_SHAPES, CHEAP_ROWS) if context.cheap else (DRY_SHAPES, DRY_ROWS)) if context.dry else (SHAPES, ROWS)
+    if not context.cheap:
+        share_out(context, seed, "dry" if context.dry else "full", 2 if context.dry else SHARES)
+        return
     with interpreter_of_today():
-        for row in check_all(device, shapes, rows, seed, context.left, context.dry):
+        for name, check in checks(device, *SIZES["cheap"], seed, dry=True).items():
+            context.add(kernel=name, **check())
+
+
+def share_out(context: Context, seed: int, size: str, shares: int, tool: tuple[str, ...] = (), env: dict | None = None) -> None:
+    """The rows of all shares, from processes run by tool. A kernel that one died of is named, since its row is missing."""
+    arguments = [*tool, sys.executable, __file__, "--device", context.device, "--size", size, "--seed", str(seed)]
+    running = [subprocess.Popen([*arguments, "--share", str(i), "--shares", str(shares)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, env={**os.environ, **(env or {})}) for i in range(shares)]
+    expected = list(checks(torch.device(context.device), (), (), seed, size == "dry"))
+    for number, process in enumerate(running):
+        try:
+            output, _ = process.communicate(timeout=max(5, context.left()))
+            ended = f"it ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            ended = "no time left"
+        rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"kernel"')]
+        said = [line for line in output.splitlines() if line.startswith("=========")] or output.splitlines()
+        for row in rows:
             context.add(**row)
-    if device.type == "cuda":
-        memcheck(context, seed)
+        for name in set(expected[number::shares]) - {row["kernel"] for row in rows}:
+            context.add(kernel=name, ok=False, why=ended)
+        if process.returncode or tool:
+            context.add(share=number, ok=process.returncode == 0, ended=ended, last=said[-1:] if process.returncode == 0 else said[-25:])
 
 
-def memcheck(context: Context, seed: int) -> None:
-    """Once more, small, under compute-sanitizer. Without torch's caching allocator, so that each tensor is an allocation of its own."""
+def memcheck(context: Context) -> None:
+    """The step: once more, in small shapes, under compute-sanitizer, without torch's caching allocator, so that each tensor is an
+    allocation of its own. The float64 products run on the CPU."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        context.add(kernel="memcheck", skipped="compute-sanitizer was not found")
+    if sanitizer is None or context.device != "cuda":
+        context.add(kernel="memcheck", skipped="compute-sanitizer was not found" if context.device == "cuda" else "there is no GPU")
         return
-    start = time.monotonic()
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--memcheck", str(seed)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(10, context.left() - 5),
-                              env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    except subprocess.TimeoutExpired:
-        context.add(kernel="memcheck", skipped="it did not end in time", seconds=time.monotonic() - start)
-        return
-    lines = [line for line in done.stdout.splitlines() if "=========" in line]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    context.add(kernel="memcheck", ok=done.returncode == 0, seconds=time.monotonic() - start, kernels=len(rows), summary=lines[-1:],
-                errors=[] if done.returncode == 0 else (lines or done.stderr.splitlines())[-30:])
+    tool = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9")
+    load_pack()
+    share_out(context, torch.seed() & 0x7FFFFFFF, "small", 4, tool, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 @contextlib.contextmanager
@@ -236,10 +252,14 @@ def interpreter_of_today():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--memcheck", type=int, metavar="SEED", required=True)
-    seed = parser.parse_args().memcheck
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    for number in ("seed", "share", "shares"):
+        parser.add_argument(f"--{number}", type=int, required=True)
+    options = parser.parse_args()
     load_pack()
-    results = check_all(torch.device("cuda"), SHAPES[4:], ROWS[6:], seed, lambda: 1.0, dry=False)
-    for result in results:
-        print(json.dumps(result))
-    sys.exit(0 if all(result["ok"] for result in results) else 3)
+    with interpreter_of_today():
+        mine = checks(torch.device(options.device), *SIZES[options.size], options.seed, options.size == "dry",
+                      "cpu" if options.size == "small" else None)
+        for name in list(mine)[options.share::options.shares]:
+            print(json.dumps({"kernel": name, **mine[name]()}), flush=True)

@@ -49,7 +49,7 @@ def families(dry: bool) -> dict[str, Family]:
         sizes, cond = ((128, 128), (192, 128)), (16, 4096, 2048)
         found = (Family("flux", {**flux, "depth": [1, 2]}, sizes, cond), Family("flux_full", {**flux, "depth": [2, 3]}, sizes, cond),
                  Family("wan", wan, ((64, 64), (96, 64)), cond, 3.0, 5),
-                 Family("sdxl", {"family": "sdxl", "depth": [0, 1, 2]}, sizes, (77, 2048, 1280), 3.0))
+                 Family("sdxl", {"family": "sdxl", "depth": [0, 1, 2]}, ((64, 64), (96, 64)), (77, 2048, 1280), 3.0))
     else:
         flux, wan = {"family": "flux", "hidden": 3072}, {"family": "wan", "depth": 12, "hidden": 5120, "ffn": 13824}
         sizes, cond = ((1024, 1024), (832, 1216)), (512, 4096, 2048)
@@ -161,23 +161,28 @@ class Suite:
 
 @contextlib.contextmanager
 def serve(context: Context, models: Path, env: dict, extra_args: Sequence[str] = (), pack: bool = True) -> Iterator[Suite]:
-    attention = ["--use-pytorch-cross-attention"]
+    # A page of our own: the frontend's package need not be there.
+    page = context.work / "page"
+    page.mkdir(exist_ok=True)
+    (page / "index.html").write_text("<html></html>")
+    attention = ["--use-pytorch-cross-attention", "--front-end-root", str(page)]
     with tempfile.TemporaryDirectory(dir=context.work) as base:
         arguments = dict(models=models, env=env, device=context.device, extra_args=[*attention, *extra_args], extra_packs={"probe": PROBE})
         with ComfyServer(context.comfyui, Path(base), **arguments, **({} if pack else {"pack": None})) as server:
             yield Suite(server, context)
 
 
-def save_int8(suite: Suite, family: Family, models: Path) -> None:
-    """The family's native INT8 checkpoint, beside its bf16 one. Must be done before its server lists models: a later one sees it."""
+def save_int8(context: Context, family: Family, models: Path) -> None:
+    """The family's native INT8 checkpoint, beside its bf16 one, for the servers that start later."""
     target = models / "models" / "diffusion_models" / family.int8
     if target.exists():
         return
-    content = prompt(family, suite.nodes([("INT8QuantizeModel", {"method": "convrot"})]))
-    del content["sampler"], content["save"]
-    content["save"] = _node("SaveINT8Model", model=["model_1", 0], filename_prefix=f"diffusion_models/{family.name}_int8")
-    result = suite.server.run(content, timeout=max(5.0, suite.context.left()))
-    if result.status != "success":
-        raise RuntimeError(f"SaveINT8Model: {result.error}")
-    (saved,) = (suite.server.base_dir / "output" / "diffusion_models").glob(f"{family.name}_int8_*.safetensors")
-    saved.rename(target)
+    with caches(context) as kept, serve(context, models, kept.env) as suite:
+        content = prompt(family, suite.nodes([("INT8QuantizeModel", {"method": "convrot"})]))
+        del content["sampler"], content["save"]
+        content["save"] = _node("SaveINT8Model", model=["model_1", 0], filename_prefix=f"diffusion_models/{family.name}_int8")
+        result = suite.server.run(content, timeout=max(5.0, context.left()))
+        if result.status != "success":
+            raise RuntimeError(f"SaveINT8Model: {result.error}")
+        (saved,) = (suite.server.base_dir / "output" / "diffusion_models").glob(f"{family.name}_int8_*.safetensors")
+        saved.rename(target)

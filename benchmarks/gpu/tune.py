@@ -38,7 +38,7 @@ def run(context: Context) -> None:
                 context.add(**row)
             path = tables.save(context.tables, card, fastest.stack(), facts, found)
     loaded = tables.load(context.tables)
-    context.add(table=str(path), entries=len(found),
+    context.add(table=path.name, entries=len(found), stack=fastest.stack(), choices=found,
                 ok=all(loaded[tables.key(card, fastest.stack(), shape)] == name for shape, name in found.items()))
 
 
