@@ -212,6 +212,7 @@ def main() -> int:
     work = options.work.absolute() if options.work else work_folder()
     work.mkdir(parents=True, exist_ok=True)
     statuses = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step on the way out
     try:
         for name in names:
             needs_comfyui, limit = STEPS[name][3], DRY_LIMIT if options.dry_run else STEPS[name][2]

@@ -198,3 +198,17 @@ def test_linear_compiles_to_one_graph_for_every_size():
         x = torch.randn(m, 64)
         assert torch.equal(compiled(x), ops.int8_linear(x, w, scale, group=64))
     assert counter.frame_count == 1
+
+
+def test_where_triton_cannot_launch_the_reason_and_the_remedy_are_said(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    from int8_compile.int8.kernels import triton_kernels
+
+    assert ops.triton_failure(DEVICE) == "" and not caplog.text
+
+    def broken(x):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+    monkeypatch.setattr(triton_kernels, "quant_rows", broken)
+    reason = ops.triton_failure(DEVICE)
+    assert "Failed to find C compiler" in reason and "apt install gcc" in reason and "more" not in reason
+    assert "torch._int_mm multiplies" in caplog.text
