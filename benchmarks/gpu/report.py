@@ -114,7 +114,7 @@ def plot(whole: dict, path: Path) -> None:
         axis.axvline(1, color="grey", linewidth=1)
         axis.invert_yaxis()
         axis.set_title("Linear layer: times faster than bf16")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=len(names) + 1)
     for axis, (step, found) in zip(axes, contenders.items()):
         axis.barh([row["contender"] for row in found], [row["seconds_a_step"] * 1e3 for row in found])
         axis.invert_yaxis()
