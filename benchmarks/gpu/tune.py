@@ -47,7 +47,7 @@ def tune(fastest, tables, tuning, card, shape, dtype, device, found: dict) -> di
     m, k, n = shape
     q, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
     arguments = (q, torch.rand(m, device=device), w, torch.rand(n, 1, device=device), torch.randn(n, device=device).to(dtype), dtype)
-    candidates = fastest.candidates(q, w)
+    candidates = fastest.candidates(q, w, None)
     names, taken, seconds = iter(candidates), {}, fastest.timer(device)
 
     def measured(call):

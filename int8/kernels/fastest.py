@@ -12,6 +12,9 @@ from .tuning import Choices, bucket, wall_seconds
 
 # What was chosen in this process, by device, shape, dtype and alignment: a lookup a call.
 _CHOSEN: dict[tuple, Callable] = {}
+# Tiles that are measured where no table ships, the ones predicted fastest: each takes Triton a second or two to compile while somebody
+# waits for an image. All of them are for benchmarks/gpu_suite.py.
+TRIED = 5
 RUNS = 7
 FLUSH = 2  # times the L2 cache's size that is written between two runs: a layer finds neither its weight nor its input there
 HEAD_START = 200_000  # cycles that the GPU waits before a run, while the CPU launches it: 0.1 ms
@@ -44,11 +47,12 @@ def shape_key(q: torch.Tensor, qweight: torch.Tensor, out_dtype: torch.dtype) ->
     return f"{out_dtype} | K {q.shape[1]} N {qweight.shape[0]} M {bucket(q.shape[0])}{aligned}"
 
 
-def candidates(q: torch.Tensor, qweight: torch.Tensor) -> dict[str, Callable]:
-    """{name: int8_gemm} of what can run these operands, the one predicted fastest first."""
+def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None = TRIED) -> dict[str, Callable]:
+    """{name: int8_gemm} of what can run these operands, the one predicted fastest first. tried: how many tiles, None for all."""
     from . import triton_kernels
 
-    found = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in triton_kernels.candidates(q, qweight)}
+    configs = triton_kernels.candidates(q, qweight)[:tried]
+    found = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in configs}
     return {**found, "torch._int_mm": torch_mm.int8_gemm}
 
 
@@ -63,8 +67,8 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
     key = (q.device, bucket(m), k, qweight.shape[0], out_dtype, bias is None, (q.data_ptr() | qweight.data_ptr()) % 16 == 0)
     chosen = _CHOSEN.get(key)
     if chosen is None:
-        found = candidates(q, qweight)
         known = tables.key(card(q.device), stack(), shape_key(q, qweight, out_dtype))
+        found = candidates(q, qweight, None if choices().get(known) else TRIED)
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed inside a CUDA graph
             return found.get(choices().get(known), next(iter(found.values())))(*arguments)
         chosen = _CHOSEN[key] = found[choose(choices(), known, found, arguments)]
