@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import cards, kernels, report
+from benchmarks.gpu.server import families
 from benchmarks.gpu_suite import STEPS, add_to, selected
 
 REPO = Path(__file__).resolve().parent.parent
@@ -95,6 +96,15 @@ def test_floors_of_an_h200_say_what_int8_can_gain():
     assert 1.9 < wide["expected_ratio"] < 2.0 and 1.9 < one_row["expected_ratio"] < 2.0
     assert cards.floors(card, 4608, 3072, 3072)["expected_ratio"] < 1.8  # the quantizer's pass weighs more where N is small
     assert wide["bf16"] == 2 * 16384 * 3072 * 12288 / 989e12
+
+
+def test_a_step_of_flux_is_predicted_from_its_layers_and_attention():
+    full = families(dry=False)["flux_full"]
+    found = cards.predicted_step(cards.CARDS["NVIDIA H200"], full.spec, full.sizes[0], full.cond[0], 1, 0)
+    # Of the 12 billion weights 6.5 act on each of 4608 tokens: text and picture have double blocks of their own, modulation is one row.
+    assert 55 < found["bf16_linear"] < 75 and found["int8_linear"] < 0.6 * found["bf16_linear"]
+    assert 1.4 < found["expected_ratio"] < 1.9
+    assert cards.predicted_step(cards.CARDS["NVIDIA H200"], families(dry=False)["sdxl"].spec, (1024, 1024), 77, 2, 0) is None
 
 
 def test_the_report_takes_results_of_any_steps(tmp_path):

@@ -34,3 +34,29 @@ def floors(card: Card, m: int, k: int, n: int) -> dict[str, float]:
     quantizer = quantizer_bytes(m, k) / card.bandwidth
     gemm = max(operations / card.int8, (m * k + n * k + 2 * m * n) / card.bandwidth)
     return {"bf16": bf16, "quantizer": quantizer, "gemm": gemm, "int8": quantizer + gemm, "expected_ratio": bf16 / (quantizer + gemm)}
+
+
+def predicted_step(card: Card, spec: dict, size: tuple[int, int], text: int, batch: int, frames: int) -> dict[str, float] | None:
+    """Milliseconds of a step's Linear layers in bf16 and in INT8 and of its attention, at the card's rates, and the ratio that this gives
+    for the whole step; nothing else is in it (norms, modulation, launches). spec: see models.skeleton; None for a UNet. text: tokens of
+    the prompt."""
+    width = spec.get("hidden")
+    pixels = size[0] * size[1] // 256  # tokens of an image: 8x8 pixels a latent, 2x2 latents a token
+    if spec["family"] == "flux":
+        tokens = pixels + text
+        double, single = spec["depth"]
+        layers = [(double, tokens, width, 3 * width), (double, tokens, width, width), (double, tokens, width, 4 * width),
+                  (double, tokens, 4 * width, width), (single, tokens, width, 7 * width), (single, tokens, 5 * width, width)]
+        attention = (double + single) * 4 * tokens ** 2 * width * batch
+    elif spec["family"] == "wan":
+        tokens, depth, ffn = pixels * ((frames - 1) // 4 + 1), spec["depth"], spec["ffn"]
+        layers = [(6 * depth, tokens, width, width), (2 * depth, text, width, width), (depth, tokens, width, ffn),
+                  (depth, tokens, ffn, width)]
+        attention = depth * 4 * tokens * (tokens + text) * width * batch
+    else:
+        return None
+    found = [(count, floors(card, m * batch, k, n)) for count, m, k, n in layers]
+    bf16, int8 = (sum(count * floor[kind] for count, floor in found) for kind in ("bf16", "int8"))
+    attended = attention / card.bf16
+    return {"bf16_linear": bf16 * 1e3, "int8_linear": int8 * 1e3, "attention": attended * 1e3,
+            "expected_ratio": (bf16 + attended) / (int8 + attended)}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.comfy_server import relative_difference
+from benchmarks.gpu.cards import CARDS, predicted_step
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.server import Family, Suite, caches, families, make_models, save_int8, serve
 
@@ -124,6 +125,8 @@ def race(context: Context, name: str, contenders: Sequence[Contender], lora: boo
     """A row for each contender; the first is the reference of all."""
     family = families(context.dry)[name]
     models = make_models(context, family)
+    if predicted := prediction(context, family):
+        context.add(model=name, predicted=predicted)
     reference = None
     for contender in contenders:
         if context.left() < (5 if context.dry else contender.needs):
@@ -138,6 +141,19 @@ def race(context: Context, name: str, contenders: Sequence[Contender], lora: boo
         except Exception as error:  # the others go on
             row |= {"ok": False, "why": f"{type(error).__name__}: {error}"[:1500]}
         context.add(**row)
+
+
+def prediction(context: Context, family: Family) -> dict | None:
+    """What a step takes at the card's rates, before it is measured; in a dry run, an H200's."""
+    name = "NVIDIA H200"
+    if context.device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(0)
+    if name not in CARDS:
+        return None
+    found = predicted_step(CARDS[name], family.spec, family.sizes[0], family.cond[0], 1 if family.cfg == 1.0 else 2, family.frames)
+    return found and {"card": name, **found}
 
 
 def limit(contender: Contender) -> float:

@@ -73,6 +73,12 @@ def models(whole: dict) -> str:
             lines.append(f"| {step} | {row['contender']} | {row['first_image']:.1f} | {restart} | {row['seconds_a_step']:.4f} | "
                          f"{measured[0]['seconds_a_step'] / row['seconds_a_step']:.2f}x | {peak:.1f} | "
                          f"{row.get('recompiles_changes', '-')} | {difference:.1e} |")
+    for step in ("flux", "flux_full", "wan"):
+        for row in rows(whole, step):
+            if "predicted" in row:
+                p = row["predicted"]
+                lines.append(f"\n{step} at the rates of {p['card']}: Linear layers {p['bf16_linear']:.3g} ms in bf16, "
+                             f"{p['int8_linear']:.3g} in INT8, attention {p['attention']:.3g}: a step {p['expected_ratio']:.2f}x as fast.")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
