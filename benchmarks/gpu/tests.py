@@ -1,6 +1,7 @@
 """The test-suite on a GPU, and the kernels compiled ahead for every architecture."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ def run(context: Context) -> None:
         report = context.work / f"tests_{name.partition(' ')[0]}.xml"
         command = [sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "--rootdir=tests", *paths, "-q", "--show-capture=no",
                    "-p", "no:cacheprovider", f"--junitxml={report}"]
+        if context.device == "cuda" and importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(8, os.cpu_count()))]  # most of the time Triton compiles, on one core
         environment = {name: value for name, value in os.environ.items() if context.device == "cpu" or name != "TRITON_INTERPRET"}
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(10, context.left()))
