@@ -7,7 +7,7 @@ from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from int8_compile.int8 import hadamard
 from int8_compile.int8.kernels import ops, reference
-from int8_compile.int8.linear import Int8Linear
+from int8_compile.int8.linear import Int8Linear, PreparedLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
@@ -67,6 +67,18 @@ def test_what_is_cached_is_made_outside_of_the_call_that_needs_it():
     assert not watch.seen and not h.is_inference()
     with pytest.raises(ValueError, match="power of 4, not 32"):
         hadamard.hadamard(32, torch.device("cpu"))
+
+
+def test_a_trace_takes_the_rotation_in_and_leaves_nothing_in_its_cache():
+    layer = PreparedLinear(torch.nn.Parameter(torch.randn(32, 64)), None, group=64).requires_grad_(False)
+    x = torch.randn(2, 64)
+    hadamard._hadamard.cache_clear()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    exported = torch.export.export(layer, (x,), strict=False).module()(x)
+    assert type(hadamard.hadamard(64, torch.device("cpu"))) is torch.Tensor
+    want = layer(x)
+    torch.testing.assert_close(compiled, want)
+    torch.testing.assert_close(exported, want)
 
 
 @gpu
