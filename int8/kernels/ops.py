@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import torch
 
 from . import cpu, fastest, reference, torch_mm
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "int8_compile"
 # Triton compiles INT8 tl.dot to tensor cores from Ampere on; Turing has only torch._int_mm.
@@ -29,6 +32,21 @@ def triton_unavailable(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < TRITON_MIN_CAPABILITY:
         return f"the triton kernel needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+    return triton_failure(device)
+
+
+def triton_failure(device: torch.device) -> str:
+    """Why Triton cannot launch a kernel here (it builds its launcher with a C compiler), with one warning; empty where it can."""
+    try:
+        from . import triton_kernels
+
+        triton_kernels.quant_rows(torch.zeros(1, 16, device=device))
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = ("the triton kernel needs Triton to run, and here it fails: install a C compiler (Linux: apt install gcc) or reinstall "
+                  f"Triton ({cause})")
+        logger.warning("INT8: %s. Until then torch._int_mm multiplies, which is slower.", reason)
+        return reason
     return ""
 
 
