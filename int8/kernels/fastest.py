@@ -1,4 +1,5 @@
-"""The int8 GEMM of a CUDA device, of all that can run there: our tiles and torch._int_mm, whichever measured fastest for the shape."""
+"""The int8 GEMM of a CUDA device, of all that can run there: our tiles, torch._int_mm and comfy_kitchen's, whichever measured fastest
+for the shape."""
 from __future__ import annotations
 
 import functools
@@ -6,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import tables, torch_mm
+from . import kitchen, tables, torch_mm
 from .native import cache_folder
 from .tuning import Choices, bucket, wall_seconds
 
@@ -53,7 +54,10 @@ def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None = TRIED
 
     configs = triton_kernels.candidates(q, qweight)[:tried]
     found = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in configs}
-    return {**found, "torch._int_mm": torch_mm.int8_gemm}
+    found["torch._int_mm"] = torch_mm.int8_gemm
+    if q.is_cuda and not torch.cuda.is_current_stream_capturing() and not kitchen.why_not(q.device):
+        found["comfy_kitchen"] = kitchen.int8_gemm
+    return found
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
