@@ -232,7 +232,8 @@ def memcheck(context: Context) -> None:
 
 @contextlib.contextmanager
 def interpreter_of_today():
-    """Triton 3.6's interpreter with numpy >= 2.4, see tests/int8/conftest.py."""
+    """Triton 3.6's interpreter makes range() of arrays with one element, which numpy >= 2.4 no longer converts to a number. This is what
+    Triton 3.7 does instead: its line, set beside the others that the interpreter replaces for the length of a launch."""
     import triton
 
     if not os.environ.get("TRITON_INTERPRET") or not triton.__version__.startswith("3.6."):

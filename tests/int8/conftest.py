@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib import metadata
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
+
+from benchmarks.gpu.kernels import interpreter_of_today
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -32,19 +33,8 @@ class On:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_takes_bounds_known_at_run_time():
-    """Triton 3.6's interpreter makes range() of arrays with one element, which numpy >= 2.4 no longer converts to a number. This is what
-    Triton 3.7 does instead: its line, set beside the others that the interpreter replaces for the length of a launch."""
-    if importlib.util.find_spec("triton") is None or torch.cuda.is_available() or not metadata.version("triton").startswith("3.6."):
+    if importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+    with interpreter_of_today():
         yield
