@@ -102,7 +102,8 @@ def plot(whole: dict, path: Path) -> None:
 
     layers = [row for row in rows(whole, "linear") if "ratio_to_bf16" in row and row["M"] > 1]
     layers = list({(row["K"], row["N"], row["M"]): row for row in layers}.values())
-    contenders = {step: [row for row in rows(whole, step) if row.get("seconds_a_step", 0) > 0] for step in ("flux", "flux_full", "wan", "sdxl")}
+    contenders = {step: [row for row in rows(whole, step) if row.get("seconds_a_step", 0) > 0]
+                  for step in ("flux", "flux_full", "wan", "sdxl")}
     contenders = {step: found for step, found in contenders.items() if found}
     count = bool(layers) + len(contenders)
     if not count:
