@@ -70,8 +70,10 @@ def models(whole: dict) -> str:
             peak = (row["memory_steps"]["torch_peak"] or row["memory_steps"]["used_peak"]) / 2**30
             restart = f"{row['restart_image']:.1f}" if "restart_image" in row else "-"
             difference = max(row.get("difference", {}).values(), default=float("nan"))
-            lines.append(f"| {step} | {row['contender']} | {row['first_image']:.1f} | {restart} | {row['seconds_a_step']:.4f} | "
-                         f"{measured[0]['seconds_a_step'] / row['seconds_a_step']:.2f}x | {peak:.1f} | "
+            base, seconds = measured[0]["seconds_a_step"], row["seconds_a_step"]
+            # Of two short runs on a busy machine the longer may take less: no time.
+            speed = f"{seconds:.4f} | {base / seconds:.2f}x" if min(base, seconds) > 0 else "- | -"
+            lines.append(f"| {step} | {row['contender']} | {row['first_image']:.1f} | {restart} | {speed} | {peak:.1f} | "
                          f"{row.get('recompiles_changes', '-')} | {difference:.1e} |")
     for step in ("flux", "flux_full", "wan"):
         for row in rows(whole, step):
@@ -100,7 +102,8 @@ def plot(whole: dict, path: Path) -> None:
 
     layers = [row for row in rows(whole, "linear") if "ratio_to_bf16" in row and row["M"] > 1]
     layers = list({(row["K"], row["N"], row["M"]): row for row in layers}.values())
-    contenders = {step: [row for row in rows(whole, step) if row.get("seconds_a_step")] for step in ("flux", "flux_full", "wan", "sdxl")}
+    contenders = {step: [row for row in rows(whole, step) if row.get("seconds_a_step", 0) > 0]
+                  for step in ("flux", "flux_full", "wan", "sdxl")}
     contenders = {step: found for step, found in contenders.items() if found}
     count = bool(layers) + len(contenders)
     if not count:
