@@ -89,14 +89,14 @@ def write_models(base_dir: Path, names: Sequence[str]) -> list[Path]:
     return written
 
 
-def flux(depth: int, depth_single: int, device: str):
+def flux(depth: int, depth_single: int, device: str, hidden: int = HIDDEN):
     import comfy.ops
     import torch
     from comfy.ldm.flux.model import Flux
 
     return Flux(
-        in_channels=16, out_channels=16, patch_size=2, vec_in_dim=2048, context_in_dim=4096, hidden_size=HIDDEN,
-        num_heads=HIDDEN // 128, depth=depth, depth_single_blocks=depth_single, mlp_ratio=4.0, axes_dim=[16, 56, 56],
+        in_channels=16, out_channels=16, patch_size=2, vec_in_dim=2048, context_in_dim=4096, hidden_size=hidden,
+        num_heads=hidden // 128, depth=depth, depth_single_blocks=depth_single, mlp_ratio=4.0, axes_dim=[16, 56, 56],
         theta=10000, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
         dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
     )
@@ -113,13 +113,13 @@ def flux_weights(depth: int, depth_single: int, seed: int) -> dict:
     }
 
 
-def wan(layers: int, device: str):
+def wan(layers: int, device: str, hidden: int = HIDDEN, ffn: int = 3 * HIDDEN):
     import comfy.ops
     import torch
     from comfy.ldm.wan.model import WanModel
 
     return WanModel(
-        model_type="t2v", dim=HIDDEN, ffn_dim=3 * HIDDEN, num_heads=HIDDEN // 128, num_layers=layers, text_dim=4096,
+        model_type="t2v", dim=hidden, ffn_dim=ffn, num_heads=hidden // 128, num_layers=layers, text_dim=4096,
         dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
     )
 
@@ -159,19 +159,24 @@ def fill(model, seed: int):
 
     rng = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=rng)
-        if "embeddings." in name:  # CLIP's token and position tables
-            pass
-        elif name.endswith("modulation"):  # Wan adds these to the time embedding
-            noise *= 0.3
-        elif weight.ndim > 1:
-            noise /= weight[0].numel() ** 0.5
-        elif name.endswith("bias"):
-            noise *= 0.02
-        else:  # the scale of a norm
-            noise = 1 + 0.05 * noise
-        weight.data.copy_(noise)
+        weight.data.copy_(draw(name, weight.shape, rng))
     return model
+
+
+def draw(name: str, shape: Sequence[int], rng):
+    """The parameter of this name and shape, on rng's device."""
+    import torch
+
+    noise = torch.randn(shape, generator=rng, device=rng.device)
+    if "embeddings." in name:  # CLIP's token and position tables
+        return noise
+    if name.endswith("modulation"):  # Wan adds these to the time embedding
+        return noise * 0.3
+    if len(shape) > 1:
+        return noise / noise[0].numel() ** 0.5
+    if name.endswith("bias"):
+        return noise * 0.02
+    return 1 + 0.05 * noise  # the scale of a norm
 
 
 def lora_factors(model, layers: Sequence[str], seed: int):

@@ -19,6 +19,7 @@ from .cache_block import Spec, attributes_of, load_skeleton, methods_of
 from .cache_call import LAYOUTS, OptionReads, Unsupported, as_tuples, rebuild
 from .cache_sources import recording, sources_of
 from .cache_store import Entry
+from .expressions import parse_expression
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,14 @@ def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
         expression = expression.xreplace(ties)
         if not expression.free_symbols <= set(renamed):
             raise Unsupported(f"it depends on a size that is none of its inputs' ({expression})")
-        return PythonPrinter().doprint(expression.xreplace(renamed)) if expression.free_symbols else int(expression)
+        if not expression.free_symbols:
+            return int(expression)
+        printed = PythonPrinter().doprint(expression.xreplace(renamed))
+        try:
+            parse_expression(printed)
+        except ValueError as error:
+            raise Unsupported(str(error)) from None
+        return printed
     environments = [size.node.shape_env for node in leaves for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
     guards = [environments[0].simplify(guard.expr).xreplace(ties) for guard in environments[0].guards] if environments else []
     ranges = {}
@@ -345,8 +353,8 @@ class Artefact:
         self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]
         self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
         self._names = {name for name, _, _ in self._ranges}
-        self._guards = [_condition(text) for text in body["guards"]]
-        self._expressions = {size: _condition(size) for _, shape, _ in self._leaves for size in shape
+        self._guards = [parse_expression(text) for text in body["guards"]]
+        self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
                              if isinstance(size, str) and size not in self._names}
         self.options = body["options"]
         self.attributes, self.methods = body["attributes"], body["methods"]
@@ -373,8 +381,8 @@ class Artefact:
                 elif sizes.setdefault(expected, size) != size:
                     return False
         return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
-                and all(eval(self._expressions[expected], _MATH, sizes) == size for size, expected in late)
-                and all(eval(guard, _MATH, sizes) for guard in self._guards))
+                and all(self._expressions[expected](sizes) == size for size, expected in late)
+                and all(guard(sizes) for guard in self._guards))
 
     def dense(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """leaves in the layout that was traced; the same tensor where it has it."""
@@ -406,10 +414,3 @@ def _result(structure, tensors):
     if kind == "dict":
         return {key: _result(item, tensors) for key, item in items}
     return items[0]
-
-
-_MATH = {"__builtins__": {}, "min": min, "max": max}
-
-
-def _condition(text: str):
-    return compile(text, "condition", "eval")

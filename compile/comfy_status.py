@@ -5,7 +5,9 @@ import re
 import time
 from typing import Protocol
 
+import comfy.utils
 from comfy_api.latest import io
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 # ComfyUI's message, and the key in a node's ui output, that web/int8_compile.js listens to.
@@ -38,6 +40,7 @@ class NodeStatus:
         self._node = context.node_id if context else None
         self._client = None
         self._sent = "", 0.0
+        self._has_progress = False
         # Its keys stay, for it may be written to a client while it changes.
         self._entry = {"node": self._node, "status": "", "text": "", "warnings": [], "details": {}}
         if report is not None:
@@ -49,10 +52,12 @@ class NodeStatus:
         run: by then the report in it is that of the last sampling. (A list in a list: ComfyUI takes a dict for a file.)"""
         return {EVENT: [[self._entry]]}
 
-    def __call__(self, report: Report | None, doing: str = "") -> None:
-        """Something has happened, or doing is under way. report None: there is none yet."""
+    def __call__(self, report: Report | None, doing: str = "", progress: tuple[int, int] | None = None) -> None:
+        """Something has happened, or doing is under way. report None: there is none yet. progress: (done, in all), for the node's progress
+        bar; raises InterruptProcessingException, as every progress bar of ComfyUI does."""
         if report is not None:
             self._entry.update(status=report.status(), text=report.text(), warnings=report.warnings(), details=report.to_dict())
+        self._show_progress(progress)
         kind, now = re.sub(r"[0-9]+", "", doing), time.monotonic()
         if self._node is None or (doing and kind == self._sent[0] and now - self._sent[1] < INTERVAL):
             return
@@ -63,3 +68,15 @@ class NodeStatus:
             self._client = PromptServer.instance.client_id
         if self._client is not None:
             PromptServer.instance.send_sync(EVENT, {**self._entry, "doing": doing}, self._client)
+
+    def _show_progress(self, progress: tuple[int, int] | None):
+        """On this node, while another one runs: the sampler, whose own bar stays as it is."""
+        context = get_executing_context()
+        if context is None or self._node in (None, context.node_id):
+            return
+        if progress is not None:
+            done, total = progress
+            comfy.utils.ProgressBar(total, node_id=self._node).update_absolute(done)
+        elif self._has_progress:
+            get_progress_state().finish_progress(self._node)
+        self._has_progress = progress is not None

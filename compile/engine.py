@@ -18,6 +18,7 @@ from . import warmup
 from .aoti import varying
 from .artefacts import MISSING, Cache, RegionArtefacts
 from .guards import without_bookkeeping
+from .interrupt import interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .regions import Region, find_regions
@@ -25,6 +26,8 @@ from .report import NOT_KEPT, CompileReport, Counters, first_lines, on_compile, 
 from .settings import compile_settings, recompile_limit
 
 logger = logging.getLogger(__name__)
+
+Tell = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
 _VARYING = {dims: set(varying(dims)) for dims in range(16)}
 
@@ -126,23 +129,28 @@ class CompiledModule:
         self._scope = contextlib.ExitStack()
         self._counters: Counters | None = None
         self._compiling: tuple[str, int, bool] = "", 0, False  # the key in _compiled of the block that is called
-        self._tell: Callable[[CompileReport, str], None] | None = None  # of the last call
+        self._tell: Tell | None = None  # of the last call
         self._told = False  # nothing has happened that it does not know of
+        self._interrupted: Callable[[], bool] = bool  # of the call under way
         self._running = False
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
-            around_block: Callable | None = None, tell: Callable[[CompileReport, str], None] | None = None):
+            around_block: Callable | None = None, tell: Tell | None = None,
+            interrupted: Callable[[], bool] = bool):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
         made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on. around_block: wraps
-        the call of each block, as around_block(call) -> call. tell: called with the report when something has happened, and what is under
-        way ("" at its end); from the builder's thread too. Must not raise.
+        the call of each block, as around_block(call) -> call. tell: called with the report when something has happened, what is under
+        way ("" at its end) and how much of it is done (None: nobody knows); from the builder's thread too. May raise only what
+        passthrough passes on. interrupted: asked while something is compiled, from another
+        thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """
         with self._lock:
             if tell is not self._tell:
                 self._tell, self._told = tell, False
+            self._interrupted = interrupted
             if self.report.failure:
                 self._say()
                 return call()
@@ -186,7 +194,7 @@ class CompiledModule:
             for block in blocks:
                 block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
-                return call()
+                result = call()
         finally:
             for block, previous in zip(blocks, before):
                 if previous is None:
@@ -203,15 +211,18 @@ class CompiledModule:
             if not settled:
                 self._record(counters, time.perf_counter() - start)
             self._running = False
+        if self.report.seconds:  # not after an interrupt, which leaves some of it uncompiled
+            self.report.compiled_from_step = self.report.compiled_from_step or self.report.steps
+        return result
 
-    def _say(self, doing: str = ""):
+    def _say(self, doing: str = "", progress: tuple[int, int] | None = None):
         if self._tell is not None and (doing or not self._told):
             self._told = not doing
-            self._tell(self.report, doing)
+            self._tell(self.report, doing, progress)
 
     def _begins_compile(self, *_):
         name, index, _ = self._compiling
-        self._say(f"compiling {name} {index + 1}/{len(self._regions)}")
+        self._say(f"compiling {name} {index + 1}/{len(self._regions)}", (index, len(self._regions)))
 
     def _artefacts_allowed(self) -> bool:
         """An artefact was made for inference, as it is without autocast."""
@@ -240,11 +251,12 @@ class CompiledModule:
             if not self._compiled:
                 self._say("loading the compiler")
             warmup.start(self._device.type)
-            warmup.wait()
+            warmup.wait(self._interrupted)
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             self._counters = Counters()
             self._scope.enter_context(on_compile(self._begins_compile))
+            self._scope.enter_context(interruptible(self._interrupted))
             self._scope.enter_context(compile_settings(self.options.cache_size_limit))
         if key not in self._compiled:
             entry = _entry(f"{key[0]}_{key[1]}")
@@ -276,7 +288,6 @@ class CompiledModule:
 
     def _record(self, counters: Counters, seconds: float):
         first = not self.report.graphs
-        self.report.compiled_from_step = self.report.compiled_from_step or self.report.steps
         counters.add_to(self.report)
         self.report.seconds += seconds
         if first or self.options.log:

@@ -9,7 +9,6 @@ import logging
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -23,13 +22,12 @@ from ..int8.structure import repeated_blocks
 from . import warmup
 from .comfy_cache import get_cache
 from .comfy_offload import around_block, is_offloaded
-from .engine import CompiledModule
+from .engine import CompiledModule, Tell
+from .interrupt import Interrupted
 from .options import CompileOptions
-from .report import CompileReport
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[CompileReport, str], None]
 KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
@@ -62,8 +60,13 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
             states[key] = _State(CompiledModule(options, device, get_cache()))
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
-    return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough,
-                              around_block=around_block if state.offloaded else None, tell=tell)
+    try:
+        return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
+                                  around_block=around_block if state.offloaded else None,
+                                  interrupted=comfy.model_management.processing_interrupted)
+    except Interrupted:
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException from None
 
 
 class LazyCompile:

@@ -156,8 +156,8 @@ class Counters:
         return Counter(self._counters[name]) - self._start[name]
 
     def new_frames(self) -> bool:
-        """Whether anything was compiled, or tried."""
-        return self._counters["frames"]["total"] != self._start["frames"]["total"]
+        """Whether anything was compiled, or tried. With fullgraph torch counts no frames, only graphs."""
+        return any(self._counters[name][key] != self._start[name][key] for name, key in (("frames", "total"), ("stats", "unique_graphs")))
 
     def add_to(self, report: CompileReport):
         report.graphs += self._new("stats")["unique_graphs"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+from collections.abc import Callable
 from unittest import mock
 
 import torch
+
+from .interrupt import INTERVAL, Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +32,13 @@ def start(device_type: str) -> None:
     threading.Thread(target=_run, args=(device_type, ready), name="int8-compile warm-up", daemon=True).start()
 
 
-def wait() -> None:
+def wait(interrupted: Callable[[], bool]) -> None:
     """Until what was begun can be used: a compile in its midst would do the same work a second time. The header is not waited for:
-    tracing goes on beside the C++ compiler."""
+    tracing goes on beside the C++ compiler. Raises Interrupted once interrupted() is true."""
     for ready in list(_ready.values()):
-        ready.wait()
+        while not ready.wait(INTERVAL):
+            if interrupted():
+                raise Interrupted
 
 
 def _run(device_type: str, ready: threading.Event):

@@ -27,6 +27,8 @@ CALIBRATING = "int8_calibrating"
 STEPS = 3
 # BaseModel -> {(layers, options): plans}: fixed once measured, for every branch (another LoRA) of the model.
 _PLANS: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+# The same, {layer: plan} of a search that was interrupted: the next prompt goes on where it stopped.
+_MEASURED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
@@ -87,7 +89,9 @@ class QuantizeFirst:
             if key not in known:
                 self.tell(None, f"looking at {min(STEPS, len(sigmas) - 1)} steps in high precision")
                 stats = self._calibrate(executor, patcher, noise, latent_image, sampler, sigmas, args, kwargs)
-                known[key] = plan_model(patcher, self.names, stats, self.options, self.tell)
+                measured = _MEASURED.setdefault(patcher.model, {})
+                known[key] = plan_model(patcher, self.names, stats, self.options, self.tell, measured.setdefault(key, {}))
+                del measured[key]
             _put_and_tell(patcher, known[key], self.options, self.tell, self.kept)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -114,9 +118,11 @@ class QuantizeFirst:
         return stats
 
 
-def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, tell: Tell = tell_nobody) -> list[LayerPlan]:
+def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, tell: Tell = tell_nobody,
+               known: dict[str, LayerPlan] | None = None) -> list[LayerPlan]:
     """A plan for each named layer of patcher from what it was fed; a layer at a time on the patcher's device. Changes nothing: this is
-    the dry run as well."""
+    the dry run as well. known: layers that are measured already; it gets those that are measured now, for an interrupted search."""
+    known = {} if known is None else known
     progress = comfy.utils.ProgressBar(len(names))
     result = []
     for group in roles(patcher.model.diffusion_model, names):
@@ -125,11 +131,13 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
             comfy.model_management.throw_exception_if_processing_interrupted()
             tell(None, f"measuring {len(result) + len(measured)}/{len(names)}")
             if name in stats:
-                weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
-                try:
-                    measured.append(measure_layer(name, weight, stats[name], options))
-                except ValueError as error:
-                    raise ValueError(f"INT8 Quantize Model: layer '{name}': {error}. Check the checkpoint file.") from error
+                if name not in known:
+                    weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
+                    try:
+                        known[name] = measure_layer(name, weight, stats[name], options)
+                    except ValueError as error:
+                        raise ValueError(f"INT8 Quantize Model: layer '{name}': {error}. Check the checkpoint file.") from error
+                measured.append(known[name])
             else:  # not used with these inputs (ControlNet branches, unused embedders)
                 result.append(LayerPlan(name, "rowwise" if options.method == "rowwise" else "convrot", reason="never called"))
             progress.update(1)

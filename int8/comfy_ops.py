@@ -26,6 +26,7 @@ from .options import Int8Options
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
 from .report import Tell, tell_nobody
+from .shared_input import SharedInput, share_inputs
 
 try:
     from comfy import quant_ops
@@ -53,10 +54,12 @@ class _Int8Forward(Int8Lora):
     """The multiplication of a mixed-precision Linear through our ops.
 
     kernel: see Int8Options. A smoothed layer has a pre_quant_scale [K] fp32, which the input is multiplied with; core's own forward does
-    so too.
+    so too. shared_input, shares_input: see shared_input.py.
     """
 
     kernel = "auto"
+    shared_input: SharedInput | None = None
+    shares_input: bool | None = None
 
     def forward(self, input, act="none"):
         """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
@@ -77,9 +80,10 @@ class _Int8Forward(Int8Lora):
             # A float weight comes back from the cast where dynamic VRAM streams a patched layer.
             if not isinstance(weight, quant_ops.QuantizedTensor):
                 return ops.float_linear(input, weight, bias, act, scale)
-            # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
-            linear = ops.linear if torch.compiler.is_compiling() else _linear_of_quantized
-            return linear(input, weight, bias, act, scale, self.kernel)
+            if torch.compiler.is_compiling():
+                # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
+                return ops.linear(input, weight, bias, act, scale, self.kernel)
+            return _linear_of_quantized(input, weight, bias, act, scale, self.kernel, self)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
 
@@ -102,10 +106,13 @@ class _Int8Forward(Int8Lora):
         return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
 
 
-def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel):
+def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=None):
     params = weight._params
-    return ops.int8_linear(x, weight._qdata, params.scale, bias, params.convrot_groupsize if params.convrot else 0, act,
-                           pre_quant_scale, kernel)
+    group = params.convrot_groupsize if params.convrot else 0
+    if layer is None or layer.shared_input is None:
+        return ops.int8_linear(x, weight._qdata, params.scale, bias, group, act, pre_quant_scale, kernel)
+    rows = layer.shared_input.quant_rows(layer, x, group, act, pre_quant_scale, kernel)
+    return ops.linear_of_rows(x, rows, weight._qdata, params.scale, bias, kernel)
 
 
 @functools.cache
@@ -240,6 +247,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
         patches[PREFIX + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
+    _share_inputs(patches)
     size = patcher.model_size()
     for name, layer in patches.items():
         patcher.add_object_patch(name, layer)
@@ -249,6 +257,13 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
     methods = Counter(plan.method for plan in plans)
     logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(plans), len(eligible_linears(model.diffusion_model)),
                 ", ".join(f"{count} {method}" for method, count in methods.items()), size / 2**20, patcher.size / 2**20)
+
+
+def _share_inputs(layers: dict[str, torch.nn.Module]):
+    def alike(layer):
+        params, smoothing = layer.weight._params, getattr(layer, "pre_quant_scale", None)
+        return layer.in_features, params.convrot and params.convrot_groupsize, smoothing is not None and id(smoothing)
+    share_inputs((name, layer, alike(layer)) for name, layer in layers.items())
 
 
 def is_int8(weight) -> bool:
@@ -283,14 +298,17 @@ def adopt_native_layers(patcher, kernel: str):
     if hasattr(comfy.ops, "linear_input_act"):
         patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
-    names = native_layers(patcher)
-    for name in names:
+    adopted = {}
+    for name in native_layers(patcher):
         layer = patcher.get_model_object(PREFIX + name)
         ours = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.kernel = kernel
-        patcher.add_object_patch(PREFIX + name, ours)
-    if names:
+        adopted[PREFIX + name] = ours
+    _share_inputs(adopted)
+    for name, ours in adopted.items():
+        patcher.add_object_patch(name, ours)
+    if adopted:
         patcher.patches_uuid = uuid.uuid4()  # ComfyUI then puts them in place of the layers that it loaded
-        logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(names), kernel)
+        logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(adopted), kernel)
     return patcher

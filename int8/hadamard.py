@@ -6,6 +6,8 @@ with Sylvester's. Same matrix as comfy_kitchen's int8_tensorwise layout: H is sy
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,21 +20,31 @@ def group_size(in_features: int) -> int:
     return next((size for size in GROUP_SIZES if in_features % size == 0), 0)
 
 
+def made_apart(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """make(), a CPU tensor, on device, for a cache that outlives the call. A thread of its own has neither the inference mode of this one
+    nor the memory pool of a CUDA graph that is warmed up here, which takes whatever stays for a leak (torch._inductor.cudagraph_trees)."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: make().to(device)).result()  # from pageable memory: there when it returns
+
+
+def _matrix(size: int) -> torch.Tensor:
+    if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0:
+        raise ValueError(f"A Hadamard group must be a power of 4, not {size}.")
+    h = h4 = torch.tensor(_H4, dtype=torch.float64) / 2
+    while h.shape[0] < size:
+        h = torch.kron(h, h4)
+    return h
+
+
 @functools.cache
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    # Cached across prompts: made outside inference mode so that any later mode can use it.
-    with torch.inference_mode(False):
-        h4 = torch.tensor(_H4, dtype=torch.float64) / 2
-        h = h4
-        while h.shape[0] < size:
-            h = torch.kron(h, h4)
-        if h.shape[0] != size:
-            raise ValueError(f"A Hadamard group must be a power of 4, not {size}.")
-        return h.to(device=device, dtype=dtype)
+    return made_apart(lambda: _matrix(size).to(dtype), device)
 
 
 def hadamard(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The orthonormal regular Hadamard matrix [size, size], size a power of 4."""
+    if torch.compiler.is_compiling():  # a trace makes it of its own operations: what it would cache is a fake tensor
+        return _matrix(size).to(device=device, dtype=dtype)
     return _hadamard(size, torch.device(device), dtype)
 
 

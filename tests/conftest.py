@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -56,9 +57,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def comfyui_version(comfyui: Path) -> str:
-    scope: dict = {}
-    exec((comfyui / "comfyui_version.py").read_text(), scope)
-    return scope["__version__"]
+    return runpy.run_path(str(comfyui / "comfyui_version.py"))["__version__"]
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -41,6 +43,15 @@ def test_comfyuis_own_parser_accepts_the_project_file(comfy):
     assert not any("torch" in dependency for dependency in config.project.dependencies)
 
 
+def test_icon_and_banner_are_in_the_repository_in_the_registrys_sizes():
+    text = (REPO / "pyproject.toml").read_text()
+    main = re.escape("https://raw.githubusercontent.com/int8-compile/int8-compile/main/")
+    addresses = dict(re.findall(f'^(Icon|Banner) = "{main}(.+)"$', text, re.MULTILINE))
+    icon, banner = (Image.open(REPO / addresses[name]).size for name in ("Icon", "Banner"))
+    assert icon[0] == icon[1] <= 400  # docs.comfy.org/registry/specifications
+    assert banner[0] / banner[1] == 21 / 9
+
+
 def test_nothing_below_imports_anything_above_it():
     """nodes -> compile -> int8 -> int8/kernels; ComfyUI is known in few files, named for it."""
     allowed = {"int8/kernels": ("..hadamard",), "int8": (".", "..int8"), "compile": ("..int8",),
@@ -62,4 +73,28 @@ def test_nothing_below_imports_anything_above_it():
 def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(path):
     workflow = json.loads(path.read_text())
     assert {"nodes", "links", "version"} <= set(workflow)
-    assert path.with_suffix(".jpg").stat().st_size < 200_000
+    assert path.with_suffix(".jpg").stat().st_size < 100_000
+    assert (path.parent / "api" / f"{path.stem.lower().replace(' ', '_')}.json").exists(), "see tests/web/test_examples.py"
+
+
+PAGES = ["README.md", "benchmarks/README.md", *sorted(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """ComfyUI's help panel finds pictures beside a page, and takes any other relative link for one of its own pages."""
+    text = (REPO / page).read_text()
+    main = "https://github.com/int8-compile/int8-compile/blob/main/"
+    for picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text):
+        if target.startswith(main):
+            path = REPO / target.removeprefix(main).partition("#")[0]
+        elif "://" in target or target.startswith("#"):
+            continue
+        else:
+            assert picture or not page.startswith("web/docs"), f"{page}: {target} must be an address"
+            path = (REPO / page).parent / target.partition("#")[0]
+        assert path.exists(), f"{page}: there is no {target}"
+        if "#" in target:
+            headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines()
+                        if line.startswith("#")}
+            assert target.partition("#")[2] in headings, f"{page}: {target}"

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import torch
 
 from . import cpu, fastest, reference, torch_mm
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "int8_compile"
 # Triton compiles INT8 tl.dot to tensor cores from Ampere on; Turing has only torch._int_mm.
@@ -29,6 +32,21 @@ def triton_unavailable(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < TRITON_MIN_CAPABILITY:
         return f"the triton kernel needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+    return triton_failure(device)
+
+
+def triton_failure(device: torch.device) -> str:
+    """Why Triton cannot launch a kernel here (it builds its launcher with a C compiler), with one warning; empty where it can."""
+    try:
+        from . import triton_kernels
+
+        triton_kernels.quant_rows(torch.zeros(1, 16, device=device))
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = ("the triton kernel needs Triton to run, and here it fails: install a C compiler (Linux: apt install gcc) or reinstall "
+                  f"Triton ({cause})")
+        logger.warning("INT8: %s. Until then torch._int_mm multiplies, which is slower.", reason)
+        return reason
     return ""
 
 
@@ -101,6 +119,12 @@ def int8_linear(x: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tens
     """Linear with both operands in INT8: x [..., K] float, qweight [N, K] int8, weight_scale [N, 1] or one fp32,
     bias [N] or None -> [..., N] in x's dtype. group: the ConvRot group that qweight was rotated with, 0 for none. act, pre_quant_scale:
     applied to x before; see reference.quant_rows."""
-    q, s = quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
-    y = int8_gemm(q, s, qweight, weight_scale, bias, DTYPE_NAMES[x.dtype], kernel)
+    rows = quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
+    return linear_of_rows(x, rows, qweight, weight_scale, bias, kernel)
+
+
+def linear_of_rows(x: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], qweight: torch.Tensor, weight_scale: torch.Tensor,
+                   bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
+    """int8_linear of x whose rows quant_rows has quantized already."""
+    y = int8_gemm(*rows, qweight, weight_scale, bias, DTYPE_NAMES[x.dtype], kernel)
     return y.reshape(*x.shape[:-1], qweight.shape[0])

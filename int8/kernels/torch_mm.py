@@ -1,4 +1,5 @@
-"""CUDA without Triton: torch._int_mm (cuBLASLt), padded to the shapes it takes."""
+"""CUDA without Triton: torch._int_mm (cuBLASLt), padded to the shapes it takes, in blocks of rows: [M, N] in int32 and twice in fp32
+would take gigabytes for a video."""
 from __future__ import annotations
 
 import torch
@@ -6,10 +7,20 @@ import torch.nn.functional as F
 
 from . import reference
 
-quant_rows = reference.quant_rows
 # cuBLASLt's INT8 path takes more than 16 rows, and K and N in multiples of 8.
 MIN_ROWS = 17
 ALIGN = 8
+BLOCK_BYTES = 256 << 20  # of int32 or fp32
+
+
+def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.quant_rows."""
+    rows = max(1, BLOCK_BYTES // (4 * x.shape[1]))
+    if x.shape[0] <= rows:
+        return reference.quant_rows(x, group, act, pre_quant_scale)
+    blocks = [reference.quant_rows(block, group, act, pre_quant_scale) for block in x.split(rows)]
+    return torch.cat([q for q, _ in blocks]), torch.cat([s for _, s in blocks])
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
@@ -18,7 +29,14 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
     m, k = q.shape
     n = qweight.shape[0]
     pad_k, pad_n = -k % ALIGN, -n % ALIGN
-    q = F.pad(q, (0, pad_k, 0, max(0, MIN_ROWS - m)))
     qweight = F.pad(qweight, (0, pad_k, 0, pad_n)) if pad_k or pad_n else qweight
-    acc = torch._int_mm(q, qweight.t())[:m, :n]
-    return reference.epilogue(acc, s, weight_scale, bias, out_dtype)
+    rows = max(MIN_ROWS, BLOCK_BYTES // (4 * n))
+    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
+    for i in range(0, m, rows):
+        block = q[i:i + rows]
+        height = block.shape[0]
+        if pad_k or height < MIN_ROWS:
+            block = F.pad(block, (0, pad_k, 0, max(0, MIN_ROWS - height)))
+        acc = torch._int_mm(block, qweight.t())[:height, :n]
+        y[i:i + height] = reference.epilogue(acc, s[i:i + height], weight_scale, bias, out_dtype)
+    return y

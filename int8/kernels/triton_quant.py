@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..hadamard import hadamard
+from ..hadamard import hadamard, made_apart
 from .reference import ACTIVATIONS, MIN_SCALE
 
 # 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
@@ -141,11 +141,12 @@ def factors(group: int, device: torch.device) -> torch.Tensor:
     """[2, 16, 16] fp32: what a run of group = outer * 16 values is multiplied with along its inner, then along its outer index, as
     H = H_outer (x) H16. The outer product takes 16 / outer columns at once: with H16 for 256, diag(H4, H4, H4, H4) for 64."""
     outer = group // 16
-    # Cached across prompts: made outside inference mode so that any later mode can use it.
-    with torch.inference_mode(False):
-        eye = torch.eye(16 // outer, device=device)
-        second = torch.kron(eye, hadamard(outer, device)) if outer > 1 else torch.eye(16, device=device)
-        return torch.stack((hadamard(16, device), second)).contiguous()
+
+    def make():
+        cpu = torch.device("cpu")
+        second = torch.kron(torch.eye(16 // outer), hadamard(outer, cpu)) if outer > 1 else torch.eye(16)
+        return torch.stack((hadamard(16, cpu), second))
+    return made_apart(make, device)
 
 
 def launch(k: int, group: int, precision: str) -> tuple[object, dict, int]:

@@ -60,14 +60,14 @@ class Choices:
 
     def choose(self, key: str, candidates: Mapping[str, Callable[[], object]], seconds: Callable[[Callable[[], object]], float]) -> str:
         """The name of the fastest candidate: as known, else as measured now with seconds(candidate). A candidate that raises is out. With
-        no budget left it is the first, and stays open."""
+        no budget left it is the first, and stays open; with none left midway it is the fastest of those measured, for this time only."""
         known = self.get(key)
         if known in candidates:
             return known
         first = next(iter(candidates))
         if self.spent >= self.budget:
             return first
-        start = time.perf_counter()
+        start, complete = time.perf_counter(), False
         measured = {}
         for name, candidate in candidates.items():
             try:
@@ -76,6 +76,8 @@ class Choices:
                 logger.debug("INT8: %s cannot run %s: %s", name, key, error)
             if self.spent + time.perf_counter() - start > self.budget:
                 break
+        else:
+            complete = True
         self.spent += time.perf_counter() - start
         if not measured:
             return first
@@ -83,9 +85,10 @@ class Choices:
         if first in measured and measured[best] > (1 - MARGIN) * measured[first]:
             best = first
         logger.debug("INT8: %s: %s of %s", key, best, {name: f"{s * 1e3:.3f} ms" for name, s in measured.items()})
-        with self._lock:
-            self._known[key] = best
-            self._write()
+        if complete:
+            with self._lock:
+                self._known[key] = best
+                self._write()
         return best
 
     def _read(self) -> dict[str, str]:

@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
+import time
 import weakref
 
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.interrupt import Interrupted
 from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.regions import find_regions
 from int8_compile.compile.report import CompileReport
@@ -59,14 +62,15 @@ def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=Tru
     return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough, tell=tell)
 
 
-def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs):
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_each_block_class_is_compiled_once_and_shared_by_its_instances(graphs, fullgraph):
     net, x = Net(depth=7), torch.randn(3, 64)
-    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True))
+    compiled = CompiledModule(CompileOptions(backend="aot_eager", dynamic=True, fullgraph=fullgraph))
     assert graphs() == 0
     torch.testing.assert_close(run(compiled, net, x), net(x))
     assert graphs() == 2
     assert compiled.report.regions == [("Block", 7), ("OtherBlock", 3)]
-    assert compiled.report.graphs == 2 and compiled.report.seconds > 0
+    assert compiled.report.graphs == 2 and compiled.report.seconds > 0 and compiled.report.status().startswith("ready: ")
 
 
 @pytest.mark.parametrize("first", [3, 64], ids=["odd", "as long as the hidden size"])
@@ -406,8 +410,9 @@ def test_cuda_graphs_are_left_out_with_the_reason_where_they_cannot_be(caplog):
 
 
 class Told(list):
-    def __call__(self, report, doing=""):
+    def __call__(self, report, doing="", progress=None):
         self.append(doing or report.status())
+        self.progress = progress
         self.text = report.text()
 
 
@@ -442,3 +447,25 @@ def test_a_failure_is_told_with_its_remedy():
 ])
 def test_a_recompile_is_explained_in_a_sentence(cause, sentence):
     assert f"compiled again: {sentence}" in CompileReport("t", recompiles=[cause]).text()
+
+
+def test_an_interrupt_ends_a_compile_at_once_and_the_next_call_compiles():
+    asked, slow = threading.Event(), True
+
+    def backend(graph, inputs):
+        threading.Timer(0.3, asked.set).start()
+        end = time.monotonic() + 30
+        while slow and time.monotonic() < end:
+            time.sleep(0.01)
+        return graph.forward
+
+    compiled, net, x, told = CompiledModule(CompileOptions(backend=backend)), Net(), torch.randn(3, 64), Told()
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        compiled.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: False, tell=told, interrupted=asked.is_set)
+    assert time.monotonic() - start < 5
+    assert told[-1].startswith("compiling") and told.progress == (0, 2)
+    assert not compiled.report.failure and not compiled.report.graphs and not compiled.report.compiled_from_step
+    slow = False
+    torch.testing.assert_close(run(compiled, net, x), net(x))
+    assert compiled.report.graphs == 2 and not compiled.report.failure

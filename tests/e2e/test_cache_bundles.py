@@ -1,15 +1,18 @@
 """A fleet: one ComfyUI compiles, another with its own key loads the bundle over HTTP and compiles nothing."""
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent
+from .conftest import GPU_ATTENTION, difference, latent, with_small_models
 
 pytestmark = pytest.mark.e2e
+EXAMPLE = Path(__file__).resolve().parents[2] / "example_workflows" / "api" / "export_compile_cache.json"
 
 
 def node(class_type, **inputs):
@@ -28,11 +31,14 @@ def test_a_second_worker_runs_what_the_first_has_compiled(serve, tmp_path):
         return serve(extra_args=GPU_ATTENTION, env=environment)
 
     with worker("first") as first:
-        compiled = [("INT8QuantizeModel", {**first.defaults("INT8QuantizeModel"), "method": "rowwise"}),
-                    ("INT8LazyTorchCompile", {**first.defaults("INT8LazyTorchCompile"), "background": True})]
-        prompt = flux_prompt(model_nodes=compiled)
-        prompt["save_cache"] = {"class_type": "SaveCompileCache", "inputs": {
-            "model": ["model_2", 0], "after": ["sampler", 0], "filename_prefix": "fleet"}}
+        prompt = with_small_models(json.loads(EXAMPLE.read_text()))
+        compiled = []
+        for node_type, inputs in (("INT8QuantizeModel", {"method": "rowwise"}), ("INT8LazyTorchCompile", {"background": True})):
+            (found,) = (node for node in prompt.values() if node["class_type"] == node_type)
+            found["inputs"].update(inputs)
+            compiled.append((node_type, {name: value for name, value in found["inputs"].items() if name != "model"}))
+        (save,) = (node for node in prompt.values() if node["class_type"] == "SaveCompileCache")
+        save["inputs"]["filename_prefix"] = "fleet"
         path, _, *classes, digest = text_of(first.run(prompt)).splitlines()
         digest = digest.removeprefix("digest: ")
         assert path == str(first.base_dir / "user" / "__int8_compile" / "bundles" / "fleet_00001_.zip")

@@ -1,4 +1,4 @@
-"""Triton's interpreter with the numpy that is installed."""
+"""Where the kernels run: on a GPU where there is one, else in Triton's interpreter, with the numpy that is installed."""
 from __future__ import annotations
 
 import importlib.util
@@ -6,6 +6,28 @@ from importlib import metadata
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+class On:
+    """quant_rows and int8_gemm of an implementation on a device, for tensors of the CPU."""
+
+    def __init__(self, module, device: torch.device = DEVICE):
+        self.module, self.device = module, device
+
+    def __str__(self):
+        return f"{self.module.__name__.rsplit('.', 1)[-1]} {self.device.type}"
+
+    def __getattr__(self, name):
+        function = getattr(self.module, name)
+
+        def on_device(*args, **kwargs):
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, function(*args, **kwargs))
+        return on_device
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,10 +8,14 @@ import torch
 from int8_compile.int8.hadamard import hadamard, rotate
 from int8_compile.int8.kernels import cpu, native, ops, reference, torch_mm
 
-IMPLEMENTATIONS = [cpu, torch_mm]
-if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+from .conftest import CUDA, DEVICE, On
+
+IMPLEMENTATIONS = [On(cpu, torch.device("cpu")), On(torch_mm, torch.device("cpu"))]
+if CUDA:
+    IMPLEMENTATIONS.append(On(torch_mm))
+if importlib.util.find_spec("triton"):
     from int8_compile.int8.kernels import triton_kernels
-    IMPLEMENTATIONS.append(triton_kernels)  # in Triton's interpreter
+    IMPLEMENTATIONS.append(On(triton_kernels))
 
 # (M, K, N, ConvRot group)
 SHAPES = [(1, 64, 64, 64), (5, 256, 33, 256), (70, 320, 100, 64), (3, 48, 16, 16), (129, 1000, 72, 0), (33, 768, 130, 256),
@@ -34,10 +38,6 @@ def make(request):
     return make
 
 
-def short(module):
-    return module.__name__.rsplit(".", 1)[-1]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_reference_quantizes_to_within_half_a_step(make, shape, dtype):
@@ -51,7 +51,7 @@ def test_reference_quantizes_to_within_half_a_step(make, shape, dtype):
     assert ((q.double() * s.double()[:, None] - exact).abs() <= 0.501 * s.double()[:, None] + 1e-30).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_quantizers_agree_with_reference(make, implementation, shape):
     m, k, _, group = shape
@@ -64,7 +64,7 @@ def test_quantizers_agree_with_reference(make, implementation, shape):
     assert (q != want_q).sum() <= max(2, 1e-3 * q.numel())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -77,10 +77,11 @@ def test_activation_and_smoothing_come_before_the_rotation(make, implementation,
     x = torch.nn.functional.gelu(x, approximate="tanh") if act == "gelu_tanh" else torch.nn.functional.silu(x[:, :k]) * x[:, k:]
     exact = rotate(x * scale.double(), group)
     assert q.shape == (m, k) and q.dtype == torch.int8 and s.dtype == torch.float32
-    assert ((q.double() * s.double()[:, None] - exact).abs() <= 0.51 * s.double()[:, None] + 1e-30).all()
+    steps = 0.65 if implementation.device.type == "cuda" and dtype is torch.float16 and group else 0.51  # tf32 in the rotation
+    assert ((q.double() * s.double()[:, None] - exact).abs() <= steps * s.double()[:, None] + 1e-30).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=short)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("scalar_scale", [True, False], ids=["scalar scale", "row scale"])
@@ -101,7 +102,7 @@ def test_saturated_operands_do_not_overflow():
     q = torch.full((20, 20000), -127, dtype=torch.int8)
     for implementation in IMPLEMENTATIONS:
         y = implementation.int8_gemm(q, torch.ones(20), q, torch.ones(20, 1), None, torch.float32)
-        assert (y == 127 * 127 * 20000).all(), short(implementation)
+        assert (y == 127 * 127 * 20000).all(), str(implementation)
 
 
 @pytest.mark.parametrize("m", [1, 700, 3000])
@@ -165,12 +166,13 @@ def test_linear_is_as_accurate_as_int8_allows():
     assert sqnr(spiky, 256) > sqnr(spiky, 0) + 8
 
 
-def test_linear_takes_any_leading_shape_and_half_precision():
-    w, b = torch.randn(40, 64), torch.randn(40)
+def test_linear_takes_any_leading_shape_and_half_precision(tmp_path, monkeypatch):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path))
+    w, b = torch.randn(40, 64, device=DEVICE), torch.randn(40, device=DEVICE)
     qw, ws = reference.quant_rows(w)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((64,), (3, 64), (2, 5, 64), (2, 0, 64)):
-            x = torch.randn(shape).to(dtype)
+            x = torch.randn(shape, device=DEVICE).to(dtype)
             y = ops.int8_linear(x, qw, ws[:, None], b)
             assert y.shape == (*shape[:-1], 40) and y.dtype == dtype
             torch.testing.assert_close(y.float(), x.float() @ w.t() + b, rtol=0.05, atol=0.5)
@@ -196,3 +198,33 @@ def test_linear_compiles_to_one_graph_for_every_size():
         x = torch.randn(m, 64)
         assert torch.equal(compiled(x), ops.int8_linear(x, w, scale, group=64))
     assert counter.frame_count == 1
+
+
+def test_where_triton_cannot_launch_the_reason_and_the_remedy_are_said(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    from int8_compile.int8.kernels import triton_kernels
+
+    assert ops.triton_failure(DEVICE) == "" and not caplog.text
+
+    def broken(x):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+    monkeypatch.setattr(triton_kernels, "quant_rows", broken)
+    reason = ops.triton_failure(DEVICE)
+    assert "Failed to find C compiler" in reason and "apt install gcc" in reason and "more" not in reason
+    assert "torch._int_mm multiplies" in caplog.text
+
+
+def test_comfy_kitchens_gemm_is_a_candidate_where_it_agrees():
+    from int8_compile.int8.kernels import fastest, kitchen
+
+    q, w = (torch.randint(-127, 128, (rows, 512), dtype=torch.int8, device=DEVICE) for rows in (70, 96))
+    reason = kitchen.why_not(q.device)
+    if not CUDA:
+        assert reason == "comfy_kitchen's cuda backend is off"
+        return
+    assert ("comfy_kitchen" in fastest.candidates(q, w)) == (reason == "")
+    if reason == "":
+        for dtype in (torch.bfloat16, torch.float16):
+            arguments = q, torch.rand(70, device=DEVICE) / 512, w, torch.rand(96, 1, device=DEVICE) / 512, None, dtype
+            want = reference.int8_gemm(*arguments)
+            torch.testing.assert_close(kitchen.int8_gemm(*arguments), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The Triton quantizer in the interpreter: any length of row, activations at their extremes, and what tf32 costs."""
+"""The Triton quantizer, on a GPU or in the interpreter: any length of row, activations at their extremes, and what tf32 costs."""
 from __future__ import annotations
 
 import importlib.util
@@ -6,21 +6,29 @@ import importlib.util
 import pytest
 import torch
 
-if not importlib.util.find_spec("triton") or torch.cuda.is_available():
-    pytest.skip("needs Triton in its interpreter", allow_module_level=True)
+if not importlib.util.find_spec("triton"):
+    pytest.skip("Triton is not installed on this platform", allow_module_level=True)
 
 from int8_compile.int8.hadamard import hadamard
 from int8_compile.int8.kernels import reference, triton_quant
 from int8_compile.int8.plan import smoothing_scale
 
+from .conftest import CUDA, On
+
+QUANT = On(triton_quant).quant_rows
+
 
 def assert_agrees(x, group=0, act="none", scale=None):
-    q, s = triton_quant.quant_rows(x, group, act, scale)
+    q, s = QUANT(x, group, act, scale, precision="tf32x3")
     want_q, want_s = reference.quant_rows(x, group, act, scale)
     torch.testing.assert_close(s, want_s, rtol=1e-5, atol=0, equal_nan=True)
     # A value on a rounding boundary may fall to either side, where sums are taken in another order.
     assert (q.int() - want_q.int()).abs().max() <= 1
     assert (q != want_q).sum() <= max(2, 1e-3 * q.numel())
+    if CUDA and group:  # what half-precision x runs there
+        q, s = QUANT(x, group, act, scale, precision="tf32")
+        torch.testing.assert_close(s, want_s, rtol=1e-3, atol=0, equal_nan=True)
+        assert (q.int() - want_q.int()).abs().max() <= 1 and (q != want_q).sum() <= max(2, 0.05 * q.numel())
 
 
 @pytest.mark.parametrize("k", [1, 17, 255, 257, 1000, 3072, 3840, 8960, 13824, 18944, 24576, 24577, 28672, 40000], ids=str)
@@ -53,14 +61,14 @@ def test_zero_rows_and_what_is_not_a_number():
     x = torch.randn(5, 512)
     x[0], x[1, 7], x[2, 9], x[3] = 0, float("nan"), float("inf"), 1e-38
     for group in (0, 256):
-        q, s = triton_quant.quant_rows(x, group)
+        q, s = QUANT(x, group)
         assert not q[0].any() and not q[3].any() and s[0] == s[3] == torch.tensor(reference.MIN_SCALE)
         assert s[1].isnan() and not s[2].isfinite() and s[4].isfinite()
 
 
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="Unknown activation 'relu'"):
-        triton_quant.quant_rows(torch.randn(1, 16), 0, "relu")
+        QUANT(torch.randn(1, 16), 0, "relu")
 
 
 @pytest.mark.parametrize("group", [16, 64, 256])
@@ -96,7 +104,7 @@ def test_tf32_costs_less_than_a_tenth_of_a_decibel(group, act, smooth):
             got = (q.float() @ qw.float().t()) * s[:, None] * ws
             return 10 * torch.log10(y.square().mean() / (got - y).square().mean())
 
-        ours = sqnr(*triton_quant.quant_rows(x, group, act, scale, precision="tf32"))
+        ours = sqnr(*QUANT(x, group, act, scale, precision="tf32"))
         best = sqnr(*reference.quant_rows(x, group, act, scale))
         print(f"{name}: {best:.3f} dB, tf32 {ours - best:+.4f}")
         assert ours > best - 0.1, name

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -69,3 +70,13 @@ def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path):
 
 def test_rows_fall_into_the_next_bucket():
     assert [bucket(m) for m in (1, 16, 17, 4097, 10**6)] == [16, 16, 32, 6144, BUCKETS[-1]]
+
+
+def test_a_measurement_that_the_budget_cut_off_is_not_kept(tmp_path):
+    choices = Choices(tmp_path / "choices.json", budget=0.05)
+
+    def slow(candidate):
+        time.sleep(0.06)
+        return 1.0
+    assert choices.choose("a", {"first": None, "second": None}, slow) == "first"
+    assert choices.get("a") is None and not (tmp_path / "choices.json").exists()

@@ -1,9 +1,12 @@
 """Real checkpoints through ComfyUI's own loader, sampler and ModelPatcher, in this process."""
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +107,15 @@ def nodes(comfy):
             return _cls.execute(**dict(zip(["model"], model)), **{**_defaults, **inputs})[0]
         setattr(Nodes, schema.node_id, staticmethod(run))
     return Nodes
+
+
+class Ops(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))

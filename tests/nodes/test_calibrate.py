@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import difference
+from .conftest import Ops, difference
 
 pytestmark = pytest.mark.comfy
 
@@ -102,3 +102,27 @@ def test_an_interrupted_calibration_leaves_the_model_float_and_is_made_up_for(fl
         sample(quantized)
     assert not quantized.object_patches and torch.equal(sample(flux), eager)
     assert snr_db(sample(quantized), eager) > 35 and quantized.object_patches
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
+    import comfy.model_management as mm
+    from int8_compile.int8.comfy_calibrate import plans, quantize_model
+    from int8_compile.int8.options import Int8Options
+
+    def stop(report, text=""):
+        if text.startswith("measuring 9/"):
+            mm.interrupt_current_processing()
+
+    def sampled(model, **tell):
+        quantized = quantize_model(model, Int8Options(method="auto"), **tell)
+        with Ops() as ops:
+            image = sample(quantized)
+        return image, ops.counts["int8_compile::quant_rows"], {plan.name: plan.method for plan in plans(quantized)}
+
+    want, whole, methods = sampled(load())
+    model = load()
+    with pytest.raises(mm.InterruptProcessingException):
+        sampled(model, tell=stop)
+    image, rest, found = sampled(model)
+    # Each layer is measured with four kinds of quantization.
+    assert whole - rest == 4 * 10 and found == methods and torch.equal(image, want)

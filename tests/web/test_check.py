@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_status import errors, node, run
+from .test_status import node, run
 
 pytestmark = pytest.mark.e2e
 
@@ -23,4 +23,4 @@ def test_the_command_opens_the_report_in_a_window_and_the_node_shows_it(comfy_pa
         page.use_renderer(nodes_2)
         page.until("new Promise(r => setTimeout(r, 1000)).then(() => true)")
         assert page.text("INT8CompileCheck").startswith("INT8 Compile Check: ") and page.seen("INT8CompileCheck")
-    assert not errors(page)
+    assert not page.errors()

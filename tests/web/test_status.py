@@ -1,13 +1,15 @@
 """What the nodes show, in a real browser with ComfyUI's own frontend, in both of its renderers."""
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+
 import pytest
 
+from .conftest import open_comfy
+
 pytestmark = pytest.mark.e2e
-
-# What ComfyUI's own page reports as errors: files of a new user that are not there yet, its own deprecations, reloading a page.
-COMFYUIS_OWN = ("Failed to load resource: the server responded with a status of 404", "accessed before initialization", "beforeunload")
-
 
 def node(number, kind, x, inputs=(), output=None, links=(), values=()):
     return {"id": number, "type": kind, "pos": [x, 60 * number], "inputs": [{"name": n, "type": t, "link": link} for n, t, link in inputs],
@@ -33,29 +35,58 @@ def workflow(backend="aot_eager"):
             "links": links}
 
 
-def finished(page) -> list:
-    """History entries of the prompts that have ended, oldest first."""
+def without_compile_model():
+    made = workflow()
+    made["nodes"] = [n for n in made["nodes"] if n["type"] != "CompileModel"]
+    made["links"] = [link for link in made["links"] if link[0] not in (6, 7)]
+    for n in made["nodes"]:
+        for slot in (*n["inputs"], *n["outputs"]):
+            if slot.get("link") in (6, 7):
+                slot["link"] = None
+            elif slot.get("links") == [6]:
+                slot["links"] = []
+    return made
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
+def page(request, models_dir, tmp_path_factory):
+    """A page and its server for all tests here. Without torch's cache of graphs: compiling takes its time."""
+    folder = tmp_path_factory.mktemp("status")
+    with contextlib.ExitStack() as stack:
+        page = open_comfy(stack, folder, models_dir, env={"TORCHINDUCTOR_FX_GRAPH_CACHE": "0"})
+        page.use_renderer(request.param)
+        yield page
+        assert not page.errors()
+
+
+def watch(page):
+    """From now on: seen, the texts that nodes have shown, and bars, the types of those that have shown progress."""
+    page.evaluate("""(() => { clearInterval(window.watching); window.seen = []; window.bars = [];
+        window.watching = setInterval(() => app.graph.nodes.forEach(n => {
+            const text = n.widgets?.find(w => w.name === 'shown')?.value; if (text && !seen.includes(text)) seen.push(text);
+            if (n.progress !== undefined && !bars.includes(n.type)) bars.push(n.type); }), 20); })()""")
+
+
+def history(page) -> list:
+    """Of the prompts that have ended, oldest first."""
     return sorted(page.server._get("/history").values(), key=lambda entry: entry["prompt"][0])
 
 
 def run(page):
-    before = len(finished(page))
+    before = len(history(page))
     page.queue()
     page.until(f"fetch('/history').then(r => r.json()).then(h => Object.keys(h).length > {before})", 180)
     page.evaluate("new Promise(r => setTimeout(r, 500))")
 
 
-def errors(page) -> list[str]:
-    return [error for error in page.browser.errors if "int8" in error.lower() or not any(own in error for own in COMFYUIS_OWN)]
+def set_input(page, node_type: str, name: str, value):
+    page.evaluate(f"app.graph.nodes.find(n => n.type === '{node_type}').widgets.find(w => w.name === '{name}').value = {json.dumps(value)}")
 
 
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
-def test_text_while_it_works_and_a_report_that_stays(comfy_page, nodes_2):
-    page = comfy_page()
-    page.use_renderer(nodes_2)
+def test_text_while_it_works_and_a_report_that_stays(page):
     page.load(workflow())
-    page.evaluate("""(() => { window.seen = []; setInterval(() => app.graph.nodes.forEach(n => {
-        const text = n.widgets?.find(w => w.name === 'shown')?.value; if (text && !seen.includes(text)) seen.push(text); }), 20); })()""")
+    watch(page)
+    before = len(history(page))
     run(page)
     seen = page.evaluate("seen")
     assert any(text.startswith("compiling DoubleStreamBlock 1/2") for text in seen), seen
@@ -65,14 +96,15 @@ def test_text_while_it_works_and_a_report_that_stays(comfy_page, nodes_2):
     compiled, quantized = page.text("CompileModel"), page.text("INT8QuantizeModel")
     assert compiled.startswith("ready: 2 regions, 5 blocks") and "graphs in" in compiled
     assert quantized.startswith("quantized 29 layers") and "MB" in quantized and "least SQNR" in quantized
+    assert "CompileModel" in page.evaluate("bars") and page.evaluate("app.graph.nodes.every(node => node.progress === undefined)")
     assert page.seen("CompileModel") and page.seen("INT8QuantizeModel")
 
-    page.evaluate("app.graph.nodes.find(n => n.type === 'KSampler').widgets[0].value = 2")
+    set_input(page, "KSampler", "seed", 2)
     run(page)  # the nodes are served from ComfyUI's cache; the sampler runs
     assert (page.text("CompileModel"), page.text("INT8QuantizeModel")) == (compiled, quantized)
     run(page)  # everything is
     assert (page.text("CompileModel"), page.text("INT8QuantizeModel")) == (compiled, quantized)
-    for entry in finished(page):  # what API clients get
+    for entry in history(page)[before:]:  # what API clients get
         ((report,),) = entry["outputs"]["6"]["int8_compile"]
         assert report["text"] == compiled and report["details"]["graphs"] == 2
 
@@ -80,7 +112,41 @@ def test_text_while_it_works_and_a_report_that_stays(comfy_page, nodes_2):
     page.wait()
     page.until("app.graph.nodes.some(n => n.type === 'CompileModel' && n.widgets.some(w => w.name === 'shown'))")
     assert (page.text("CompileModel"), page.text("INT8QuantizeModel")) == (compiled, quantized)
-    assert not errors(page)
+
+
+def test_a_node_is_found_by_search_dropped_connected_and_queued(page):
+    page.load(without_compile_model())
+    page.evaluate("app.canvas.ds.scale = 0.7, app.canvas.ds.offset = [120, 60], app.canvas.setDirty(true, true)")
+    page.add_by_search("Compile Model", 700, 560)
+    page.connect("INT8QuantizeModel", 0, "CompileModel", 0)
+    page.connect("CompileModel", 0, "KSampler", 0)
+    names = "(id) => app.graph.getNodeById(id).type"
+    links = page.evaluate(f"[...app.graph.links.values()].map(l => [l.origin_id, l.target_id].map({names}))")
+    assert ["INT8QuantizeModel", "CompileModel"] in links and ["CompileModel", "KSampler"] in links
+    set_input(page, "CompileModel", "backend", "aot_eager")
+    set_input(page, "KSampler", "seed", 3)
+    run(page)
+    assert page.text("CompileModel").startswith("ready: ") and page.text("INT8QuantizeModel").startswith("quantized ")
+
+
+def test_an_interrupt_ends_a_compile_and_the_next_prompt_works(page):
+    page.load(workflow(backend="inductor"))
+    watch(page)
+    before = len(history(page))
+    page.queue()
+    page.until("seen.some(text => text.startsWith('compiling DoubleStreamBlock'))", 120)
+    start = time.monotonic()
+    page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
+    while len(history(page)) == before:
+        assert time.monotonic() - start < 2, "no kernel is built yet, and it still compiles"
+        time.sleep(0.05)
+    assert "execution_interrupted" in [message[0] for message in history(page)[-1]["status"]["messages"]]
+    assert "CompileModel" in page.evaluate("bars")
+    page.until("!app.graph.nodes.some(n => n.widgets?.find(w => w.name === 'shown')?.value.startsWith('compiling'))", 5)
+    set_input(page, "CompileModel", "backend", "aot_eager")
+    set_input(page, "CompileModel", "fullgraph", True)  # as nothing before it was compiled
+    run(page)
+    assert page.text("CompileModel").startswith("ready: 2 regions, 5 blocks")
 
 
 def test_a_fallback_is_a_toast_once_and_the_cache_is_cleared_by_a_command(comfy_page):
@@ -89,10 +155,10 @@ def test_a_fallback_is_a_toast_once_and_the_cache_is_cleared_by_a_command(comfy_
         toast.add = (message) => { toasts.push(message.detail); add(message); }; })()""")
     page.load(workflow(backend="cudagraphs"))
     run(page)
-    page.evaluate("app.graph.nodes.find(n => n.type === 'KSampler').widgets[0].value = 2")
+    set_input(page, "KSampler", "seed", 2)
     run(page)
     assert page.evaluate("toasts.filter(t => t.startsWith('CUDA graphs do not exist on cpu')).length") == 1
     assert "CUDA graphs do not exist on cpu" in page.text("CompileModel")
     page.evaluate("app.extensionManager.command.execute('INT8Compile.ClearCache')")
     page.until("toasts.some(t => t.startsWith('Deleted 0 compiled'))")
-    assert not errors(page)
+    assert not page.errors()

@@ -1,0 +1,62 @@
+"""One quantization of x for q, k and v where nothing is compiled (graph_pass.py does the same in graphs)."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+
+from .kernels import ops
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+class SharedInput:
+    """The rows that the last of some sibling layers quantized; held no longer than their input lives.
+
+    Under inference mode a tensor does not count its changes, so that two siblings get the same values is not taken for granted: the
+    first time that a layer meets its sibling's input it quantizes too, and shares from then on only if both came out equal.
+    """
+
+    def __init__(self):
+        self._last: tuple | None = None
+
+    def __deepcopy__(self, memo) -> SharedInput:
+        return memo.setdefault(id(self), SharedInput())
+
+    def quant_rows(self, layer: torch.nn.Module, x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None,
+                   kernel: str) -> Rows:
+        """ops.quant_rows of x [..., K] as rows [M, K]. layer: who asks; it keeps whether it shares, in its attribute shares_input."""
+        version = None if x.is_inference() else x._version
+        key = (version, group, act, pre_quant_scale is None, kernel)
+        last = self._last
+        met = last is not None and last[0]() is x and last[1] == key
+        if met and layer.shares_input:
+            return last[2]
+        rows = ops.quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
+        if not met:
+            self._last = (weakref.ref(x, self._forget), key, rows)
+        elif layer.shares_input is None:
+            layer.shares_input = all(torch.equal(mine, theirs) for mine, theirs in zip(rows, last[2]))
+        return rows
+
+    def _forget(self, reference: weakref.ref) -> None:
+        last = self._last
+        if last is not None and last[0] is reference:
+            self._last = None
+
+
+def share_inputs(layers: Iterable[tuple[str, torch.nn.Module, tuple]]) -> None:
+    """Gives layers of one parent that quantize their input alike a SharedInput, as attribute shared_input.
+
+    layers: (dotted name, layer, what must be equal besides the parent: the number of channels, the rotation, the smoothing).
+    """
+    siblings: dict[tuple, list[torch.nn.Module]] = {}
+    for name, layer, alike in layers:
+        siblings.setdefault((name.rpartition(".")[0], alike), []).append(layer)
+    for group in siblings.values():
+        if len(group) > 1:
+            # Layers are reused by later models: a new sibling joins what the others share.
+            shared = next((layer.shared_input for layer in group if layer.shared_input is not None), None) or SharedInput()
+            for layer in group:
+                layer.shared_input = shared
