@@ -18,6 +18,12 @@ SECONDS = 6.0  # of timing on a CPU, after the compiling; a GPU has its rounds s
 LAYERS = ("qkv", "proj", "up", "down")
 
 
+def rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """x [B, heads, tokens, D] turned by its tokens' positions, as Flux does it. turns: [tokens, D / 2, 2, 2] fp32."""
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    return (turns[..., 0] * pairs[..., 0] + turns[..., 1] * pairs[..., 1]).flatten(-2).to(x.dtype)
+
+
 class Block(nn.Module):
     """Attention and MLP, shifted, scaled and gated by the conditioning, as diffusion transformers have them."""
 
@@ -29,12 +35,12 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x, conditioning):
-        """x [B, tokens, width], conditioning [B, 1, 6 * width] -> [B, tokens, width]"""
+    def forward(self, x, conditioning, turns):
+        """x [B, tokens, width], conditioning [B, 1, 6 * width], turns: see rope -> [B, tokens, width]"""
         shift1, scale1, gate1, shift2, scale2, gate2 = conditioning.chunk(6, dim=-1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
         q, k, v = self.qkv(h).unflatten(-1, (3, -1, self.head)).permute(2, 0, 3, 1, 4)
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        q, k = rope(F.rms_norm(q, q.shape[-1:]), turns), rope(F.rms_norm(k, k.shape[-1:]), turns)
         x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.gelu(self.up(h), approximate="tanh"))
@@ -48,14 +54,17 @@ def measure_block(device: torch.device, shape: Shape, dtype: torch.dtype, tick: 
     with torch.device(device):
         block = Block(shape.k)
         x, conditioning = torch.randn(1, shape.m, shape.k, dtype=dtype), torch.randn(1, 1, 6 * shape.k, dtype=dtype) / 4
+        angles = torch.rand(shape.m, block.head // 2)
+        turns = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=-1).unflatten(-1, (2, 2))
     quantized = copy.deepcopy(block)
     for name in LAYERS:
         layer = block.get_submodule(name)
         setattr(quantized, name, Int8Linear.from_float(layer.weight, layer.bias.to(dtype), rotated=True))
     block.to(dtype)
-    functions = {EAGER: lambda: block(x, conditioning), "INT8": lambda: quantized(x, conditioning)}
+    arguments = x, conditioning, turns
+    functions = {EAGER: lambda: block(*arguments), "INT8": lambda: quantized(*arguments)}
     for name, module in ((COMPILED, block), (BOTH, quantized)):
-        functions[name] = _compiled(module, (x, conditioning), CompileOptions(backend=backend, title="INT8 Compile Check"), device)
+        functions[name] = _compiled(module, arguments, CompileOptions(backend=backend, title="INT8 Compile Check"), device)
     row = Row(*shape)
     time_in_turn(functions, row, device, tick, SECONDS)
     return row
