@@ -36,7 +36,7 @@ class SharedInput:
         rows = ops.quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
         if not met:
             self._last = (weakref.ref(x, self._forget), key, rows)
-        elif layer.shares_input is None:
+        elif layer.shares_input is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # no value can be read there
             layer.shares_input = all(torch.equal(mine, theirs) for mine, theirs in zip(rows, last[2]))
         return rows
 
