@@ -41,6 +41,8 @@ def test_comfyuis_own_parser_accepts_the_project_file(comfy):
     assert config.tool_comfy.publisher_id and not config.tool_comfy.web
     assert config.project.supported_os == ["OS Independent"]
     assert not any("torch" in dependency for dependency in config.project.dependencies)
+    # The Manager reads this file, the registry the other.
+    assert (REPO / "requirements.txt").read_text().split() == config.project.dependencies
 
 
 def test_icon_and_banner_are_in_the_repository_in_the_registrys_sizes():
