@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     load_pack()
+    torch._dynamo.config.recompile_limit = 1000  # each shape compiles anew; at the default of 8 the later ones would run uncompiled
     device = torch.device(options.device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rows = options.rows or (GPU_ROWS if device.type == "cuda" else ROWS)
