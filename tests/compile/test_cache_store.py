@@ -498,7 +498,7 @@ def test_leftovers_of_other_hosts_are_given_time(store):
 
 
 def test_running_out_of_file_handles_sets_nothing_aside(store, warnings):
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
     folder = put(store)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []

@@ -37,7 +37,7 @@ def test_an_empty_path_has_no_compiler(monkeypatch, tmp_path):
     assert fact.status == check_facts.MISSING and "was not found" in fact.value
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="this machine has no g++")
 def test_a_compiler_that_works_is_ok(monkeypatch):
     monkeypatch.setenv("CXX", "g++ -O1")
     assert check_facts.compiler_fact(CPU) == check_facts.Fact("C++ compiler", "g++ -O1")

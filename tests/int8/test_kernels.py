@@ -201,7 +201,7 @@ def test_linear_compiles_to_one_graph_for_every_size():
 
 
 def test_where_triton_cannot_launch_the_reason_and_the_remedy_are_said(monkeypatch, caplog):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from int8_compile.int8.kernels import triton_kernels
 
     assert ops.triton_failure(DEVICE) == "" and not caplog.text

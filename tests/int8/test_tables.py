@@ -89,7 +89,7 @@ def test_a_gpu_chooses_keeps_and_computes(tmp_path, monkeypatch):
 
 
 def test_an_unaligned_weight_is_another_shape():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from int8_compile.int8.kernels import fastest
 
     q, storage = torch.zeros((32, 64), dtype=torch.int8), torch.zeros(64 * 64 + 1, dtype=torch.int8)
