@@ -40,6 +40,7 @@ SECONDS = 0.5  # that a contender is timed for in the mean, at least twice
 
 def contenders(k: int, n: int, device: torch.device, skip: set[str]) -> dict:
     """{name: function of x [M, K] bf16}; those that this machine has."""
+    from int8_compile.compile.check_table import kitchen_linear
     from int8_compile.int8.kernels import ops
     from int8_compile.int8.quantize import quantize_weight
 
@@ -70,7 +71,7 @@ def contenders(k: int, n: int, device: torch.device, skip: set[str]) -> dict:
         for backend, state in comfy_kitchen.list_backends().items():
             if state["available"] and "int8_linear" in state["capabilities"]:
                 found[f"comfy_kitchen {backend} ConvRot"] = functools.partial(
-                    kitchen, backend=backend, qweight=rotated, scale=rotated_scale, bias=bias, group=group)
+                    kitchen_linear, backend=backend, qweight=rotated, scale=rotated_scale, bias=bias, group=group)
     if importlib.util.find_spec("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -80,13 +81,6 @@ def contenders(k: int, n: int, device: torch.device, skip: set[str]) -> dict:
         found["torchao"] = layer
         found["torchao compiled"] = torch.compile(copy.deepcopy(layer), dynamic=True)
     return {name: f for name, f in found.items() if name not in skip}
-
-
-def kitchen(x, backend, qweight, scale, bias, group):
-    import comfy_kitchen
-
-    with comfy_kitchen.use_backend(backend):
-        return comfy_kitchen.int8_linear(x, qweight, scale, bias, x.dtype, convrot=bool(group), convrot_groupsize=group)
 
 
 def best_seconds(functions: dict, synchronize) -> dict[str, float]:

@@ -51,10 +51,14 @@ def device_name(device: torch.device) -> str:
     return _cpu_name() if device.type == "cpu" else device.type
 
 
-def _cpu_name() -> str:
+def _cpuinfo() -> list[str]:
+    """Linux's lines about the processor; none elsewhere."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return info.read_text().splitlines() if info.exists() else []
+
+
+def _cpu_name() -> str:
+    name = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
     return name or platform.processor() or platform.machine()
 
 
@@ -155,9 +159,7 @@ def gpu_fact(device: torch.device) -> Fact:
 
 def cpu_features() -> set[str]:
     """Instruction sets by their names in /proc/cpuinfo."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    found = {word for line in _cpuinfo() if line.startswith(("flags", "Features")) for word in line.split()}
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11; what Windows and macOS have
         found |= {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     return found

@@ -133,8 +133,8 @@ def contenders(shape: Shape, device: torch.device, dtypes: Mapping[str, torch.dt
     found: dict[str, Callable] = {name: _float(source, weight, bias, dtype) for name, dtype in dtypes.items()}
     first = next(iter(dtypes.values()))
     x, bias = source.to(first), bias.to(first)
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= FP8_MIN_CAPABILITY):
-        found["fp8"] = _fp8(x, weight, bias)
+    if has_fp8(device):
+        found["fp8"] = _bind(fp8_linear(weight, bias), x)
     for rotated in (False, True):
         qweight, scale, group = quantize_weight(weight, rotated)
         if rotated and not group:
@@ -143,7 +143,7 @@ def contenders(shape: Shape, device: torch.device, dtypes: Mapping[str, torch.dt
         found[INT8 + end] = _bind(ops.int8_linear, x, qweight, scale, bias, group)
         found[f"{INT8} torch._int_mm{end}"] = _bind(_int_mm, x, qweight, scale, bias, group)
         for backend in kitchen_backends():
-            found[f"{INT8} comfy_kitchen {backend}{end}"] = _bind(_kitchen, backend, x, qweight, scale, bias, group)
+            found[f"{INT8} comfy_kitchen {backend}{end}"] = _bind(kitchen_linear, x, backend, qweight, scale, bias, group)
     return found
 
 
@@ -155,12 +155,16 @@ def _float(x, weight, bias, dtype) -> Callable[[], torch.Tensor]:
     return _bind(F.linear, x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
-def _fp8(x, weight, bias) -> Callable[[], torch.Tensor]:
-    """As ComfyUI multiplies in fp8: input clamped and cast, no scale."""
-    one = torch.ones((), device=x.device)
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and bool(torch.version.hip or torch.cuda.get_device_capability(device) >= FP8_MIN_CAPABILITY)
+
+
+def fp8_linear(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of weight [N, K] and bias [N] in x's type: x [M, K] -> [M, N], as ComfyUI multiplies in fp8: input clamped and cast, no scale."""
+    one = torch.ones((), device=weight.device)
     weight = weight.to(torch.float8_e4m3fn).t()
 
-    def linear():
+    def linear(x):
         q = x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return torch._scaled_mm(q, weight, scale_a=one, scale_b=one, bias=bias, out_dtype=x.dtype)
     return linear
@@ -181,7 +185,9 @@ def kitchen_backends() -> list[str]:
     return [name for name in found if name != "eager"] or found
 
 
-def _kitchen(backend, x, qweight, scale, bias, group) -> torch.Tensor:
+def kitchen_linear(x: torch.Tensor, backend: str, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor,
+                   group: int) -> torch.Tensor:
+    """ops.int8_linear by one of comfy_kitchen's backends."""
     import comfy_kitchen
 
     with comfy_kitchen.use_backend(backend):

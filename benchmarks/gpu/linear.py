@@ -22,8 +22,6 @@ ROWS = (4608, 1536, 16384, 512, 1)
 # Compiled by inductor, or tuned by Triton, anew for each shape: minutes.
 SKIP = {"fp32", "ours ConvRot compiled", "torchao compiled"}
 SKIP_ON_GPU = {"comfy_kitchen triton ConvRot", "comfy_kitchen eager ConvRot"}
-FP8_MIN_CAPABILITY = (8, 9)
-FP8_MAX = 448.0  # of float8_e4m3fn
 
 
 def run(context: Context) -> None:
@@ -88,21 +86,17 @@ def parts(x: torch.Tensor, n: int) -> dict:
 
 def fp8(k: int, n: int, device: torch.device) -> dict:
     """torch._scaled_mm: as ComfyUI uses it (one scale, x cast as it is), and with a scale for each row, as accurate inference does."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_MIN_CAPABILITY:
+    from int8_compile.compile.check_table import FP8_MAX, fp8_linear, has_fp8
+
+    if not has_fp8(device):
         return {}
     weight = torch.randn(n, k, device=device) / k ** 0.5
     bias = torch.randn(n, device=device).bfloat16()
-    one = torch.ones((), device=device)
-    cast = weight.to(torch.float8_e4m3fn).t()
     scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).float()
     scaled = (weight / scale).to(torch.float8_e4m3fn).t()
-
-    def plain(x):
-        q = x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(q, cast, scale_a=one, scale_b=one, bias=bias, out_dtype=torch.bfloat16)
 
     def rowwise(x):
         s = (x.abs().amax(1, keepdim=True) / FP8_MAX).float().clamp_min(1e-12)
         q = (x / s).to(torch.float8_e4m3fn)
         return torch._scaled_mm(q, scaled, scale_a=s, scale_b=scale.t(), bias=bias, out_dtype=torch.bfloat16)
-    return {"fp8": plain, "fp8 rows": rowwise}
+    return {"fp8": fp8_linear(weight, bias), "fp8 rows": rowwise}
