@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import logging
 import operator
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from . import warmup
-from .cache_block import Spec, attributes_of, load_skeleton
+from .cache_block import Spec, attributes_of, classes_of, load_skeleton
 from .cache_call import LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, rebuild
 from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
+from .describe import Names
 from .expressions import parse_expression
 
 logger = logging.getLogger(__name__)
@@ -126,12 +128,17 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
 
     Raises Unsupported, and what torch raises.
     """
-    traced, body = _trace(job)
+    state = random.getstate()  # a trace in this process may draw from it
+    try:
+        traced, body = _trace(job)
+    finally:
+        random.setstate(state)
     found = traced.seen.recording
     found.require_pure()
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
-             "names": None if names is None else sorted(names), "attributes": _unchanged_attributes(job, traced, names),
+             "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
+             "classes": classes_of(traced.block, names),
              "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
              "sources": sources_of(found, names), "torch": torch.__version__}
     program = traced.program
@@ -151,10 +158,9 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     return body
 
 
-def _unchanged_attributes(job: Job, traced: _Traced, names: set[str] | None) -> list[list]:
+def _unchanged_attributes(job: Job, traced: _Traced, names: Names) -> list[list]:
     """attributes_of the traced block. Raises Unsupported where the trace has changed one: what a call leaves behind is no output."""
-    everything = names if names is not None else {name for module in traced.block.modules() for name in module.__dict__}
-    before, after = (attributes_of(block, everything) for block in (_skeleton(job), traced.block))
+    before, after = (attributes_of(block, names) for block in (_skeleton(job), traced.block))
     if changed := next((f"{path}.{name}".strip(".") for path, name, value in after if [path, name, value] not in before), ""):
         raise Unsupported(f"it changes its attribute {changed}")
     return after
@@ -430,8 +436,8 @@ class Artefact:
         self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
                              if isinstance(size, str) and size not in self._names}
         self.options, self._writes = body["options"], body["writes"]
-        self.attributes = body["attributes"]
-        self.names = None if body["names"] is None else frozenset(body["names"])
+        self.attributes, self.classes = body["attributes"], body["classes"]
+        self.names = Names(body["names"])
         self._outputs = as_tuples(body["outputs"])
         self.written = body["written"]
         self._same = body["same"]

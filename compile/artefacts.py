@@ -14,10 +14,11 @@ from torch import Tensor
 from . import cache_key
 from .aoti import Artefact, Job, varying
 from .builder import Builder, Order
-from .cache_block import BlockGuards, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore
+from .describe import Names
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Cache:
 class _Loaded:
     artefact: Artefact
     sources: Sources
+    classes: ClassGuards
     usable: bool = True
 
 
@@ -70,6 +72,7 @@ class RegionArtefacts:
         self._note = note
         self._place = ""
         self._specs: list = []
+        self._example: weakref.ref | None = None  # one of the blocks
         self._loaded: dict[tuple, list[_Loaded]] = {}
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
@@ -94,7 +97,7 @@ class RegionArtefacts:
             self._load()
         for group in self._loaded.values():
             for loaded in group:
-                changed = loaded.sources.mismatch()
+                changed = loaded.sources.mismatch() or loaded.classes.difference()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
@@ -120,6 +123,7 @@ class RegionArtefacts:
         return MISSING
 
     def _learn(self, block: torch.nn.Module, info: BlockInfo) -> None:
+        self._example = weakref.ref(block)
         if not self._place:
             structure = structure_of(block)
             self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
@@ -148,8 +152,7 @@ class RegionArtefacts:
             if entry.folder.name in self._seen:
                 continue
             self._seen.add(entry.folder.name)
-            names = entry.body["names"]
-            sources = Sources(entry.body["sources"], None if names is None else frozenset(names))
+            sources = Sources(entry.body["sources"], Names(entry.body["names"]))
             if changed := sources.mismatch():
                 self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
@@ -164,7 +167,8 @@ class RegionArtefacts:
                 self._note("not used", self._name, f"{entry.folder.name} cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
-            self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources))
+            classes = ClassGuards(self._example(), artefact.classes, artefact.names)
+            self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call):
@@ -227,5 +231,5 @@ def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, 
     tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
-    return Job(name, skeleton(block), attributes_of(block), tensors, call.structure, leaves, list(map(simple_options, call.options)),
-               batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)
+    return Job(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
+               list(map(simple_options, call.options)), batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)

@@ -22,10 +22,11 @@ from . import cache_key, warmup
 from .aoti import FILES, READABLE, Artefact, build, varying
 from .artefacts import MAX_SIGNATURES, job_of
 from .block_tree import Hooks, has_global_hooks
-from .cache_block import BlockGuards, Weights, copy_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockGuards, ClassGuards, Weights, copy_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore, default_key_file
+from .describe import Names
 
 logger = logging.getLogger(__name__)
 
@@ -197,22 +198,23 @@ class _Method:
     """An artefact of a module's method. Raises Unsupported where the module or the code is not what it was made of."""
 
     def __init__(self, module: torch.nn.Module, entry, call: Call):
-        names = entry.body["names"]
-        names = None if names is None else frozenset(names)
+        names = Names(entry.body["names"])
         self.sources = Sources(entry.body["sources"], names)
         if changed := self.sources.mismatch():
             raise Unsupported(f"{changed} has changed")
         self.artefact = Artefact(entry, _device(call))
         self.weights = Weights(module, [spec_of(tensor) for _, tensor in tensors_of(module)], _device(call))
         self._guards = BlockGuards(module, self.artefact.attributes, names)
+        self._classes = ClassGuards(module, self.artefact.classes, names)
         self._hooks = Hooks(module)
-        if not self._guards.is_unchanged():
-            raise Unsupported(f"{self._guards.difference} differs")
+        if not self._guards.is_unchanged() or self._classes.difference():
+            raise Unsupported(f"{self._guards.difference or self._classes.difference()} differs")
 
     def fits(self, call: Call) -> bool:
         artefact = self.artefact
         return (artefact.structure == call.structure and artefact.accepts(call.leaves) and not self.sources.mismatch()
                 and all(map(options_match, call.options, artefact.options)) and not self._hooks and not has_global_hooks()
+                and not self._classes.difference()
                 and self._guards.is_unchanged() and self.weights.get() is not None)
 
 

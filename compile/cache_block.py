@@ -12,13 +12,12 @@ import pickle
 import sys
 import types
 import weakref
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .cache_call import Unsupported, layout
-from .describe import Describer, Watch
+from .describe import Describer, Names, Watch, path_of
 
 # A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
@@ -62,21 +61,20 @@ def _kind(module: torch.nn.Module) -> list:
     return [f"{type(module).__module__}.{type(module).__qualname__}", module.training]
 
 
-def attributes_of(block: torch.nn.Module, names: Iterable[str] | None = None, watch: Watch | None = None) -> list[list]:
-    """[[module, attribute, description]] of the attributes with these names, and of those that stand before their class's (forward);
-    [[module, "", description]] of its class, with the methods and class attributes of these names. names None: all, for a key only: what
-    cannot be described is named by its type.
+def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
+    """[[module, attribute, description]] of the attributes with these names, and of those that stand before their class's
+    (forward). lenient: for a key only: what cannot be described is named by its type.
 
     Raises Unsupported."""
     modules = dict(block.named_modules())
-    describe = Describer(names, watch, {id(module): path for path, module in modules.items()}, lenient=names is None)
+    describe = Describer(names, watch, {id(module): path for path, module in modules.items()}, lenient)
     result = []
     for path, module in modules.items():
         if hasattr(module, TENSORS):
             continue
         state = module.__dict__
         for name in sorted(state):
-            if name not in _MODULE_STATE and (names is None or name in names or hasattr(type(module), name)):
+            if name not in _MODULE_STATE and (name in names or hasattr(type(module), name)):
                 if watch is not None:
                     watch.binding(state, name, state[name])
                 try:
@@ -84,19 +82,54 @@ def attributes_of(block: torch.nn.Module, names: Iterable[str] | None = None, wa
                 except Unsupported as error:
                     raise Unsupported(f"its attribute {path}.{name}: {error}") from None
         result.append([path, "training", str(module.training)])
-        if names is not None:
-            result.append([path, "", describe(type(module))])
     return result
+
+
+def classes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
+    """[[class, description]] of the classes of block's modules, with forward and the methods and class attributes of these names: another
+    pack may have put its own there. Raises Unsupported."""
+    describe = Describer(names, watch, lenient=lenient)
+    classes = dict.fromkeys(type(m) for m in block.modules() if not hasattr(m, TENSORS))
+    return sorted([path_of(kind), describe(kind)] for kind in classes)
+
+
+class ClassGuards:
+    """Checks that the classes of a block's modules are as they were when an artefact was traced. Asked once a step.
+
+    expected: classes_of the traced block."""
+
+    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names, lenient: bool = False):
+        self._block = weakref.ref(block)
+        self._expected = expected
+        self._names = names
+        self._lenient = lenient
+        self._watch: Watch | None = None
+        self._difference = ""
+
+    def difference(self) -> str:
+        """A class that is another one now, empty where there is none."""
+        if self._watch is None or not self._watch.unchanged():
+            block = self._block()
+            if block is None:
+                return self._difference
+            self._watch = Watch()
+            try:
+                found = classes_of(block, self._names, self._watch, self._lenient)
+            except Unsupported as error:
+                self._difference = str(error)
+            else:
+                self._difference = next((path for path, _ in _differing(found, self._expected)), "")
+        return self._difference
 
 
 class BlockGuards:
     """Checks that a block's modules are as they were when an artefact was traced. Asked at every call.
 
-    expected: attributes_of the traced block. Slots, classes, hooks and methods are looked at once a step, for all blocks (block_tree)."""
+    expected: attributes_of the traced block. Slots and classes are looked at once a step, for all blocks (block_tree, ClassGuards)."""
 
     __slots__ = ("_expected", "_layout", "_matches", "_names", "_watch", "block", "difference")
 
-    def __init__(self, block: torch.nn.Module, expected: list[list], names: Iterable[str] | None):
+    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names):
         self.block = weakref.ref(block)
         self.difference = ""  # what is another
         self._expected = expected
@@ -112,8 +145,7 @@ class BlockGuards:
         except Unsupported as error:
             self.difference = str(error)
         else:
-            self.difference = next((f"{path}.{name}".strip(".") or "its class" for (path, name, _), _ in
-                                    zip(*_differing(found, self._expected))), "")
+            self.difference = next((f"{path}.{name}".strip(".") for path, name, _ in _differing(found, self._expected)), "")
 
     def is_unchanged(self) -> bool:
         """Whether the block is as the artefact's. What was changed once and is put back is so again."""
@@ -134,10 +166,9 @@ def _layout(states: list[dict]) -> list:
 _training = operator.itemgetter("training")
 
 
-def _differing(found: list[list], expected: list[list]) -> tuple[list, list]:
-    """The items of one that are not in the other, whichever has some."""
-    ours = [item for item in found if item not in expected] or [item for item in expected if item not in found]
-    return ours, ours
+def _differing(found: list[list], expected: list[list]) -> list[list]:
+    """The items of one that are not in the other."""
+    return [item for item in found if item not in expected] or [item for item in expected if item not in found]
 
 
 class Weights:

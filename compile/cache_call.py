@@ -246,9 +246,9 @@ def _raise_used(self, *_, **__):
     raise self._used()
 
 
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains", "int", "float", "index", "str", "repr", "format", "add", "radd",
-              "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "abs", "and",
-              "or", "xor", "call", "enter", "array", "torch_function"):
+_USES = ("eq ne lt le gt ge len iter contains int float index str repr format add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod "
+         "rmod pow rpow neg abs and or xor call enter array torch_function").split()
+for _name in _USES:
     setattr(_Untouchable, f"__{_name}__", _raise_used)
 
 

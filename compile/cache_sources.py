@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import os
 import random
+import re
 import sys
 import textwrap
 import time
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from .cache_call import Unsupported
-from .describe import ABSENT, Describer, Watch, is_own, is_pristine_package, local, portable
+from .describe import ABSENT, Describer, Names, Watch, is_own, is_pristine_package, local, portable
 
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "comfy_execution")  # packaged forks have it in site-packages
@@ -51,11 +52,19 @@ class Recording:
     functions: dict[tuple[str, str], types.CodeType] = field(default_factory=dict)
     effects: set[str] = field(default_factory=set)
 
-    def names(self) -> set[str] | None:
-        """Of the attributes and globals that the code can read; None where it reads some by a computed name: all count then."""
-        if any(_reads_computed_names(code) for code in self.functions.values()):
-            return None
-        return {name for code in self.functions.values() for name in identifiers(code)}
+    @classmethod
+    def of(cls, traced: Iterable[types.CodeType]) -> Recording:
+        """Of the code that dynamo has traced, apart from torch's, Python's and this pack's."""
+        modules = _modules_by_file()
+        found = {(modules.get(code.co_filename, ""), getattr(code, "co_qualname", f"<locals>.{code.co_name}")): code for code in traced}
+        return cls({(module, name): code for (module, name), code in found.items() if module and not _is_skipped(code.co_filename, module)})
+
+    def names(self) -> Names:
+        """Of the attributes and globals that the code can read."""
+        computed = {code: _computed_names(code) for code in self.functions.values()}
+        if None in computed.values():
+            return Names(None)
+        return Names({name for code, patterns in computed.items() for name in (*identifiers(code), *patterns)})
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""
@@ -64,6 +73,10 @@ class Recording:
                 self.effects.add(f"it writes the global {written}")
         if self.effects:
             raise Unsupported(min(self.effects))
+
+
+def _modules_by_file() -> dict[str, str]:
+    return {file: name for name, module in list(sys.modules.items()) if (file := getattr(module, "__file__", None))}
 
 
 @contextmanager
@@ -145,18 +158,31 @@ def identifiers(code: types.CodeType) -> frozenset[str]:
 
 
 @functools.lru_cache(4096)
-def _reads_computed_names(code: types.CodeType) -> bool:
+def _computed_names(code: types.CodeType) -> frozenset[str] | None:
+    """Patterns of the names that code puts together to read an attribute; None where nothing is known of one."""
     names = _global_names(code)
     if names.intersection(_ALL_NAMES):
-        return True
+        return None
     if not names.intersection(_BY_NAME):
-        return False
+        return frozenset()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError, ValueError):
-        return True
-    return any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME
-               and not (len(node.args) > 1 and isinstance(node.args[1], ast.Constant)) for node in ast.walk(tree))
+        return None
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME]
+    patterns = {_pattern(call.args[1]) if len(call.args) > 1 else "*" for call in calls}
+    return None if "*" in patterns else frozenset(pattern for pattern in patterns if "*" in pattern)
+
+
+def _pattern(name: ast.expr) -> str:
+    """What is known of a text: its constant parts, and * for the others."""
+    if isinstance(name, ast.Constant):
+        return str(name.value)
+    if isinstance(name, ast.JoinedStr):
+        return re.sub(r"\*+", "*", "".join(map(_pattern, name.values)))
+    if isinstance(name, ast.BinOp) and isinstance(name.op, ast.Add):
+        return re.sub(r"\*+", "*", _pattern(name.left) + _pattern(name.right))
+    return "*"
 
 
 def _written_globals(code: types.CodeType) -> str:
@@ -167,14 +193,16 @@ def _written_globals(code: types.CodeType) -> str:
     return next((found for c in code.co_consts if isinstance(c, types.CodeType) and (found := _written_globals(c))), "")
 
 
-def sources_of(recorded: Recording, names: Iterable[str] | None) -> list[list[str]]:
-    """[[module, qualified name, fingerprint]] of the functions, and [[module, "", digest of its file]] of all that they are from. A function
-    that has no place of its own (a closure) is known by its file. Modules of this pack are named from its root. Raises Unsupported."""
-    result = {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
+def sources_of(recorded: Recording, names: Names, lenient: bool = False) -> list[list[str]]:
+    """[[module, qualified name, fingerprint]] of the functions, and [[module, "", digest of its file]] of all that they are from. A
+    function that has no place of its own (a closure) is known by its file. Modules of this pack are named from its root.
+
+    lenient: of code that this process itself has traced, whose files and odd values dynamo looks after. Raises Unsupported without."""
+    result = {} if lenient else {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
     for module, name in recorded.functions:
         function = _resolve(module, name)[0]
         if function is not None:
-            result[portable(module), name] = _fingerprint(function, Describer(names))
+            result[portable(module), name] = _fingerprint(function, Describer(names, lenient=lenient))
     result["torch", "Tensor"] = _patched_methods(names, Watch())
     return [[*key, value] for key, value in sorted(result.items())]
 
@@ -182,9 +210,10 @@ def sources_of(recorded: Recording, names: Iterable[str] | None) -> list[list[st
 class Sources:
     """The functions that an artefact was made from, as they are in this process. names: see Recording.names."""
 
-    def __init__(self, recorded: list[list[str]], names: Iterable[str] | None):
+    def __init__(self, recorded: list[list[str]], names: Names, lenient: bool = False):
         self._recorded = recorded
         self._names = names
+        self._lenient = lenient
         self._watch: Watch | None = None
         self._mismatch = ""
 
@@ -210,7 +239,8 @@ class Sources:
                 function, bindings = _resolve(local(module), name)
                 for binding in bindings:
                     self._watch.binding(*binding)
-                if function is None or _fingerprint(function, Describer(self._names, self._watch), self._watch) != expected:
+                describe = Describer(self._names, self._watch, lenient=self._lenient)
+                if function is None or _fingerprint(function, describe, self._watch) != expected:
                     return f"{module}.{name}"
         return ""
 
@@ -255,11 +285,12 @@ def _is_its_own(value, folder: str) -> bool:
     return folder in _SKIPPED_FOLDERS or not isinstance(value, (bool, int, float, str, type(None), enum.Enum))
 
 
-def _patched_methods(names: Iterable[str] | None, watch: Watch) -> str:
+def _patched_methods(names: Names, watch: Watch) -> str:
     """What others have put in the place of torch.Tensor's methods of these names."""
     found = []
     for space in (vars(torch.Tensor), vars(torch.Tensor.__base__)):
-        for name in sorted(names if names is not None else space):
+        watch.size(space)
+        for name in sorted(names.exact if names.items is not None else space):
             value = space.get(name, ABSENT)
             if value is not ABSENT:
                 watch.binding(space, name, value)

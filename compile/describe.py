@@ -35,6 +35,7 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(El
 _IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
              types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _get, _get_of_class = dict.get, types.MappingProxyType.get
 
@@ -43,12 +44,13 @@ class Watch:
     """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
     Asked at every step or call, so its loops run in C."""
 
-    __slots__ = ("_cells", "_class_bindings", "_codes", "_containers", "_dicts")
+    __slots__ = ("_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes")
 
     def __init__(self):
         self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
         self._class_bindings: tuple[list, list, list] = [], [], []
-        self._codes: list[tuple[types.FunctionType, types.CodeType]] = []
+        self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
+        self._functions: list[tuple] = []  # function, its code, its defaults
         self._cells: list[tuple[types.CellType, object]] = []
         self._containers: list[tuple[object, list]] = []
 
@@ -58,8 +60,13 @@ class Watch:
         for column, item in zip(columns, (space, name, value)):
             column.append(item)
 
+    def size(self, space: dict | types.MappingProxyType) -> None:
+        """space gets no new name: one might come before what is looked up further on."""
+        self._sizes[0].append(space)
+        self._sizes[1].append(len(space))
+
     def function(self, function: types.FunctionType) -> None:
-        self._codes.append((function, function.__code__))
+        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         self._cells += [(cell, _content(cell)) for cell in function.__closure__ or ()]
 
     def container(self, container, items: list) -> None:
@@ -73,8 +80,11 @@ class Watch:
         spaces, names, values = self._class_bindings
         if not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
             return False
-        for function, code in self._codes:
-            if function.__code__ is not code:
+        spaces, sizes = self._sizes
+        if list(map(len, spaces)) != sizes:
+            return False
+        for function, code, defaults, keywords in self._functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
                 return False
         for cell, content in self._cells:
             if _content(cell) is not content:
@@ -84,6 +94,20 @@ class Watch:
             if len(now) != len(items) or not all(map(is_, now, items)):
                 return False
         return True
+
+
+class Names:
+    """Names of attributes, and patterns with * of those that code puts together (f"scale_{i}"). All where items is None."""
+
+    def __init__(self, items: Iterable[str] | None):
+        self.items = None if items is None else sorted(items)
+        self.exact = frozenset(item for item in self.items or () if "*" not in item)
+        patterns = [re.escape(item).replace(r"\*", ".*") for item in self.items or () if "*" in item]
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def __contains__(self, name: str) -> bool:
+        return (self.items is None or name in self.exact
+                or (self._pattern is not None and self._pattern.fullmatch(name) is not None))
 
 
 class _Forever:
@@ -107,13 +131,12 @@ def _content(cell: types.CellType):
 
 
 class Describer:
-    """describer(value) -> text. names: the attributes of objects and classes that count, None: all. watch: gets all that is looked at.
+    """describer(value) -> text. names: the attributes of objects and classes that count. watch: gets all that is looked at.
     modules: those that have a place in the block, by id -> its path. lenient: what cannot be described is named by its type; without, it
     is refused with Unsupported."""
 
-    def __init__(self, names: Iterable[str] | None, watch: Watch | None = None, modules: dict[int, str] | None = None,
-                 lenient: bool = False):
-        self._names = None if names is None else frozenset(names)
+    def __init__(self, names: Names, watch: Watch | None = None, modules: dict[int, str] | None = None, lenient: bool = False):
+        self._names = names
         self._watch = watch or Watch()
         self._modules = modules or {}
         self._lenient = lenient
@@ -182,12 +205,13 @@ class Describer:
         for state in (getattr(value, "__dict__", None), _slots(value)):
             if isinstance(state, dict):
                 found = True
-                content += [f"{name}={self(item)}" for name, item in sorted(state.items()) if self._counts(name)]
+                content += [f"{name}={self(item)}" for name, item in sorted(state.items()) if name in self._names]
                 if state is getattr(value, "__dict__", None):
+                    self._watch.size(state)
                     for name in state:
-                        if self._counts(name):
+                        if name in self._names:
                             self._watch.binding(state, name, state[name])
-        if not found and not content and not isinstance(value, (list, tuple, dict, set, frozenset, collections.deque)):
+        if not found and not isinstance(value, _CONTAINERS):
             return self._refuse(f"a {kind.__name__}", value)
         return f"{self(kind)} {' '.join(content)}"
 
@@ -214,23 +238,35 @@ class Describer:
         return " ".join(parts)
 
     def _class(self, kind: type) -> str:
+        """By its name, and by the methods and attributes that count; of torch's and Python's own classes what others have put there."""
         parts = [f"class {path_of(kind)}"]
         for base in kind.__mro__:
-            if not is_pristine_package(base.__module__):
-                space = vars(base)
-                for name in sorted(space):
-                    if self._counts(name) if not name.startswith("__") else isinstance(space[name], types.FunctionType):
-                        self._watch.binding(space, name, space[name])
-                        parts.append(f"{name}={self(space[name])}")
+            if base is object:
+                continue
+            space, pristine = vars(base), is_pristine_package(base.__module__)
+            self._watch.size(space)
+            for name in sorted(space):
+                value = space[name]
+                function = _function_of(value)
+                if not (name in self._names or name == "forward" or (name.startswith("__") and isinstance(function, types.FunctionType))):
+                    continue
+                self._watch.binding(space, name, value)
+                if not pristine:
+                    parts.append(f"{name}={self(value)}")
+                elif isinstance(function, types.FunctionType):
+                    self._watch.function(function)
+                    if not is_own(function, _TORCH):
+                        parts.append(f"{name}={self(value)}")
         return " ".join(parts)
-
-    def _counts(self, name: str) -> bool:
-        return self._names is None or name in self._names
 
     def _refuse(self, what: str, value) -> str:
         if self._lenient:
             return path_of(type(value))
         raise Unsupported(f"it depends on {what}, which cannot be described")
+
+
+def _function_of(value):
+    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
 
 
 def _slots(value) -> dict | None:

@@ -24,7 +24,7 @@ from .block_tree import has_global_hooks
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
-from .torch_compiler import MAX_METHOD_STATES, CompileScope, RegionCode
+from .torch_compiler import MAX_STATES, CompileScope, RegionCode
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class _RegionState:
     """What was compiled of the blocks that are made of the same. Kept when an object patch changes the blocks: the same branch may be back
     at the next prompt."""
 
+    name: str
     code: RegionCode
     artefacts: RegionArtefacts | None = None
 
@@ -202,6 +203,8 @@ class CompiledModule:
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
+            if any(state.code.replaced() for state in self._states.values()):
+                return result  # the next step says so
             self._failures[self._regions.key] = self.report.failure = cause
             self._told = False
             self._say()
@@ -217,7 +220,7 @@ class CompiledModule:
         return self._lock.acquire(blocking=not getattr(self._nested, "depth", 0))
 
     def _refresh(self, root: torch.nn.Module) -> None:
-        if self._root is None or self._root() is not root or self._regions is None or not self._regions.holds_blocks():
+        if self._root is None or self._root() is not root or self._regions is None or not self._regions.is_current():
             self._root = weakref.ref(root)
             self._find_regions()
 
@@ -240,7 +243,8 @@ class CompiledModule:
         for region in self._regions:
             state = self._states.get(region.key)
             if state is None:
-                state = self._states[region.key] = _RegionState(RegionCode(f"{region.name}_{len(self._states)}", self.options))
+                state = self._states[region.key] = _RegionState(
+                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options))
             for module in region.modules:
                 first = module is region.modules[0]
                 blocks[id(module)] = _Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
@@ -327,7 +331,6 @@ class CompiledModule:
         if has_global_hooks():
             step.blocks = {}
             step.uncompiled = "there are forward hooks on all modules of the process: running uncompiled while they are there."
-        self._regions.methods.update()
         if step.use_artefacts:
             for region in self._regions:
                 state = self._states[region.key]
@@ -344,12 +347,12 @@ class CompiledModule:
                 self._say("loading the compiler")
             step.scope.open()
         if id(code) not in step.functions:
-            region = next(region for region in self._regions if self._states[region.key] is block.region)
-            found = code.find(step.filter_guards, self._regions.method_state(region))
-            step.functions[id(code)] = None if found is None else found.call
-            if found is None:
-                self._fall_back(f"the methods of {region.name} were replaced more than {MAX_METHOD_STATES} times (by another pack): it runs "
-                                "uncompiled with new ones.")
+            step.functions[id(code)] = found = code.find(step.filter_guards)
+            if found is None and (replaced := code.replaced()):
+                step.uncompiled = f"{replaced} has been replaced (by another pack): running uncompiled while it is."
+            elif found is None:
+                self._fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another pack): it "
+                                "runs uncompiled with new code or values.")
         return step.functions[id(code)]
 
     def _region_artefacts(self, region: Region) -> RegionArtefacts:
@@ -401,11 +404,11 @@ class CompiledModule:
         if first or self.options.log:
             logger.info("%s: %s", self.options.title, self.report.summary())
         limit = scope.limit()
-        for key, state in self._states.items():
-            state.code.after_compile()
-            if state.code.is_at_limit(limit):
-                name = next((region.name for region in self._regions if region.key == key), state.code.name)
-                self._fall_back(f"{name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
+        for region in self._regions:
+            code = self._states[region.key].code
+            code.after_compile(region.modules[0])
+            if code.is_at_limit(limit):
+                self._fall_back(f"{region.name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
                                 "it runs uncompiled wherever it would need another compile.")
 
     def _fall_back(self, message: str):

@@ -37,8 +37,8 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
 
 
 class GuardFilter:
-    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. reads_environment: whether what was compiled asked os.getenv,
-    which dynamo takes for a constant."""
+    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. reads_environment: whether what was compiled asked
+    os.getenv, which dynamo takes for a constant."""
 
     def __init__(self, drop_bookkeeping: bool):
         self._drop_bookkeeping = drop_bookkeeping

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 INTERVAL = 0.1  # seconds between two looks
+SETTLE = 100  # turns of a loop, each of which lets a pending exception come up
 PATIENCE = 1.0  # seconds until it comes up again: a callback of the garbage collector swallows it
 # What would not be done again, or leave something locked or registered by half: Python's import, torch's patterns, ends of contexts.
 _IMPORT = "<frozen importlib"
@@ -37,10 +38,17 @@ def interruptible(interrupted: Callable[[], bool]):
             threading.Thread(target=_watch, args=(thread, interrupted, lock, over), name="int8-compile interrupt", daemon=True).start()
 
     def ends(*_):
-        if threading.get_ident() == thread:
+        if threading.get_ident() != thread:
+            return
+        try:
             with lock:
                 over.set()
-                _raise_in(thread, None)  # what has not come up yet: whoever interrupts asks again after the compile
+            # What has been raised and not come up does so here: whoever interrupts asks again after the compile. (Taking it back by
+            # PyThreadState_SetAsyncExc(NULL) would leave Python 3.11 looking for it for ever, and hang it under a profiler.)
+            for _ in range(SETTLE):
+                pass
+        except Interrupted:
+            over.set()
 
     callback_handler.register_start_callback(begins)
     callback_handler.register_end_callback(ends)
@@ -58,7 +66,7 @@ def _watch(thread: int, interrupted: Callable[[], bool], lock: threading.Lock, o
             continue
         with lock:
             if not over.is_set() and _may_end(sys._current_frames().get(thread)):
-                _raise_in(thread, Interrupted)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
                 raised = time.monotonic()
 
 
@@ -68,7 +76,3 @@ def _may_end(frame) -> bool:
             return False
         frame = frame.f_back
     return True
-
-
-def _raise_in(thread: int, error: type[BaseException] | None):
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)

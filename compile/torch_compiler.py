@@ -8,10 +8,14 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from . import warmup
+from .cache_block import ClassGuards, classes_of
+from .cache_sources import Recording, Sources, sources_of
+from .describe import is_own
 from .guards import GuardFilter
 from .interrupt import interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
@@ -19,8 +23,8 @@ from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile
 from .settings import compile_settings, recompile_limit
 
-# States of their classes' methods that a region is compiled for. A pack that patches a class anew each time would compile each time.
-MAX_METHOD_STATES = 8
+# States of the code and values that a region is compiled for. A pack that patches anew each time would compile each time.
+MAX_STATES = 8
 
 
 def _entry(name: str) -> types.FunctionType:
@@ -31,14 +35,79 @@ def _entry(name: str) -> types.FunctionType:
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 
 
+class _Backend:
+    """A backend for torch.compile that notes what dynamo has traced. Unequal to any other: dynamo shares frames that it compiled for equal
+    backends (below a graph break), whatever was patched between."""
+
+    def __init__(self, inner: Callable, name: str):
+        self.__name__ = name
+        self.traced: dict[types.CodeType, None] = {}
+        self.replaced: tuple[object, str, object] | None = None  # where a function of torch stands, its name, what stands there instead
+        self._inner = inner
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
+        context = torch._guards.TracingContext.try_get()
+        self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
+        self._require_torchs_own(graph)
+        return self._inner(graph, inputs, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)  # reset, for cudagraphs
+
+    def _require_torchs_own(self, graph: torch.fx.GraphModule) -> None:
+        """Raises RuntimeError where a function of torch in graph, which calls it by its name, would be another one by then."""
+        for node in graph.graph.nodes:
+            owner, name = None, getattr(node.target, "__name__", "")
+            if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
+                owner, name = torch.Tensor, node.target
+            elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
+                owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
+                              and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
+            if owner is not None:
+                self.replaced = owner, name, getattr(owner, name)
+                raise RuntimeError(f"{owner.__module__ if owner is torch.Tensor else owner.__name__}.{name} has been replaced")
+
+
+def _is_of(function, space: types.ModuleType) -> bool:
+    """Whether it would be called as space.its name. torch's builtins know no module."""
+    module = getattr(function, "__module__", None)
+    return module == space.__name__ or (module is None and space is torch)
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
 @dataclass
 class _Compiled:
-    """environment: of the process when it was compiled, where it depends on that."""
+    """guards, code, classes: what it depends on that dynamo does not look at; known from the first compile on. environment: of the process
+    when it was compiled, where it depends on that."""
 
     entry: types.FunctionType
     call: Callable
+    backend: _Backend | None
     guards: GuardFilter
+    traced: int = 0  # functions, when code and classes were described
+    code: Sources | None = None
+    classes: ClassGuards | None = None
     environment: dict | None = None
+
+    def fits(self) -> bool:
+        if self.backend is not None and self.backend.replaced is not None:
+            owner, name, value = self.backend.replaced
+            return getattr(owner, name, None) is value
+        return ((self.environment is None or self.environment == dict(os.environ))
+                and (self.code is None or not self.code.mismatch()) and (self.classes is None or not self.classes.difference()))
+
+    def look(self, block: torch.nn.Module) -> None:
+        """After a compile: describes what was traced, as it is now."""
+        if self.guards.reads_environment and self.environment is None:
+            self.environment = dict(os.environ)
+        if self.backend is not None and len(self.backend.traced) > self.traced:
+            self.traced = len(self.backend.traced)
+            found = Recording.of(self.backend.traced)
+            names = found.names()
+            self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
+            self.classes = ClassGuards(block, classes_of(block, names, lenient=True), names, lenient=True)
 
 
 class RegionCode:
@@ -47,29 +116,40 @@ class RegionCode:
     def __init__(self, name: str, options: CompileOptions):
         self.name = name
         self._options = options
-        self._compiled: dict[tuple, _Compiled] = {}
+        self._compiled: dict[bool, list[_Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
-    def find(self, filter_guards: bool, methods: tuple) -> _Compiled | None:
-        """methods: what the classes of the blocks answer with. None: there have been too many states."""
-        key = filter_guards, methods
-        found = self._compiled.get(key)
-        if found is not None and found.environment is not None and found.environment != dict(os.environ):
-            found = None
+    def find(self, filter_guards: bool) -> Callable | None:
+        """What was, or will be, compiled for the code and values of now. Asked once a step. None where it must not be compiled."""
+        known = self._compiled[filter_guards]
+        found = next((compiled for compiled in known if compiled.fits()), None)
         if found is None:
-            if key not in self._compiled and len(self._compiled) >= 2 * MAX_METHOD_STATES:
+            known[:] = [compiled for compiled in known if compiled.environment in (None, dict(os.environ))]
+            if len(known) >= MAX_STATES:
                 return None
             entry, guards = _entry(self.name), GuardFilter(filter_guards)
-            found = self._compiled[key] = _Compiled(entry, _torch_compile(entry, self._options, guards), guards)
-        return found
+            found = _Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
+            known.insert(0, found)
+        return found.call if found.backend is None or found.backend.replaced is None else None
 
-    def after_compile(self) -> None:
-        for compiled in self._compiled.values():
-            if compiled.guards.reads_environment and compiled.environment is None:
-                compiled.environment = dict(os.environ)
+    def replaced(self) -> str:
+        """The function of torch that another pack has replaced, empty for none."""
+        for compiled in (*self._compiled[False], *self._compiled[True]):
+            if compiled.backend is not None and compiled.backend.replaced is not None and compiled.fits():
+                owner, name, _ = compiled.backend.replaced
+                return f"{'torch.Tensor' if owner is torch.Tensor else owner.__name__}.{name}"
+        return ""
+
+    def is_full(self, filter_guards: bool) -> bool:
+        return len(self._compiled[filter_guards]) >= MAX_STATES
+
+    def after_compile(self, block: torch.nn.Module) -> None:
+        """block: one of the region."""
+        for compiled in (*self._compiled[False], *self._compiled[True]):
+            compiled.look(block)
 
     def is_at_limit(self, limit: int) -> bool:
         entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
-        return any(len(entries(compiled.entry.__code__)) >= limit for compiled in self._compiled.values())
+        return any(len(entries(compiled.entry.__code__)) >= limit for compiled in (*self._compiled[False], *self._compiled[True]))
 
 
 class CompileScope:
@@ -115,17 +195,20 @@ class CompileScope:
             return recompile_limit()
 
 
-def _torch_compile(fn: Callable, options: CompileOptions, guards: GuardFilter) -> Callable:
+def _torch_compile(fn: Callable, options: CompileOptions, guards: GuardFilter) -> tuple[Callable, _Backend | None]:
     torch_options = options.torch_options()
     # With its sizes marked, what else varies is torch's to find out.
-    arguments = dict(backend=options.backend, fullgraph=options.fullgraph, dynamic=None if options.mark_sizes else options.dynamic)
+    arguments = dict(fullgraph=options.fullgraph, dynamic=None if options.mark_sizes else options.dynamic)
     if options.backend in OPTIONAL_BACKENDS:
-        return compile_optional(fn, mode=options.mode, options=torch_options, **arguments)
+        return compile_optional(fn, backend=options.backend, mode=options.mode, options=torch_options, **arguments), None
     if options.backend == "inductor":
         from ..int8.graph_pass import MergeQuantizations  # inductor: at the first compile, not at import
         torch_options.setdefault("post_grad_custom_pre_pass", MergeQuantizations())
+        # What torch.compile makes of the name.
+        inner = torch._TorchCompileInductorWrapper(None, torch_options, arguments["dynamic"])
     else:
-        # Unequal backends: dynamo shares frames that it compiled for equal ones (below a graph break), whatever was patched between.
-        arguments["backend"] = functools.partial(torch._dynamo.lookup_backend(options.backend))
-    torch_options["guard_filter_fn"] = guards
-    return torch.compile(fn, **arguments, options=torch_options)
+        inner = torch._dynamo.lookup_backend(options.backend)
+        if torch_options:
+            inner = functools.partial(inner, options=torch_options)
+    backend = _Backend(inner, options.backend if isinstance(options.backend, str) else getattr(options.backend, "__name__", "backend"))
+    return torch.compile(fn, backend=backend, options={"guard_filter_fn": guards}, **arguments), backend
