@@ -232,4 +232,5 @@ def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, 
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
     return Job(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
-               list(map(simple_options, call.options)), batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)
+               list(map(simple_options, call.options)), batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type,
+               torch.get_num_threads(), config, method)

@@ -246,9 +246,10 @@ def _raise_used(self, *_, **__):
     raise self._used()
 
 
-_USES = ("eq ne lt le gt ge len iter contains int float index str repr format add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod "
-         "rmod pow rpow neg abs and or xor call enter array torch_function").split()
-for _name in _USES:
+_COMPARE = "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains", "call", "enter"
+_CONVERT = "int", "float", "index", "str", "repr", "format", "array", "torch_function"
+_COMPUTE = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs", "and", "or", "xor"
+for _name in (*_COMPARE, *_CONVERT, *_COMPUTE, *(f"r{name}" for name in _COMPUTE)):
     setattr(_Untouchable, f"__{_name}__", _raise_used)
 
 
