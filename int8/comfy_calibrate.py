@@ -72,11 +72,12 @@ def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
         tell(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
         QuantizeFirst(clone, tuple(names), options, tell, kept).attach(clone)
     else:
-        _put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, tell, kept)
+        put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, tell, kept)
     return clone
 
 
-def _put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, tell: Tell, kept: tuple[str, ...]):
+def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, tell: Tell, kept: tuple[str, ...]):
+    """put_int8_layers, with its report."""
     before = patcher.model_size()
     put_int8_layers(patcher, plans, options.kernel, tell)
     tell(QuantizeReport.of(plans, before, patcher.model_size(), kept))
@@ -129,7 +130,10 @@ class QuantizeFirst:
     def waits(self, patcher) -> bool:
         """Whether nothing has been seen of patcher's layers yet."""
         found = self.findings(patcher)
-        return found.stats is None and found.plans is None
+        return found.stats is None and found.plans is None and not self._is_quantized(patcher)
+
+    def _is_quantized(self, patcher) -> bool:
+        return any(isinstance(patcher.object_patches.get(PREFIX + name), Int8Lora) for name in self.names)
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -174,12 +178,14 @@ class QuantizeFirst:
 
     def quantize(self, patcher) -> None:
         """Puts INT8 layers into patcher if what they are fed is known and they are not there yet."""
+        if self._is_quantized(patcher):
+            return
         found = self.findings(patcher)
         if found.stats is not None:
             found.plans = plan_model(patcher, self.names, found.stats, self.options, self.tell, found.measured)
             found.stats, found.measured = None, {}
-        if found.plans is not None and not any(isinstance(patcher.object_patches.get(PREFIX + name), Int8Lora) for name in self.names):
-            _put_and_tell(patcher, found.plans, self.options, self.tell, self.kept)
+        if found.plans is not None:
+            put_and_tell(patcher, found.plans, self.options, self.tell, self.kept)
 
 
 def _patchers(guider) -> list[ModelPatcher]:
@@ -197,7 +203,7 @@ def _quantize_known(patcher) -> None:
         wrapper.quantize(patcher)
 
 
-def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs) -> None:
+def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
     """Samples in a few long steps over the whole schedule and keeps what the layers get. Leaves the guider, the random numbers and what
     other nodes know of the sampling as they were."""
     # outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, latent_shapes)
@@ -219,8 +225,8 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
-        logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked at "
-                       "while the image is made, and are INT8 from the next one on.", type(error).__name__, error)
+        logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked "
+                       "at while the image is made, and are INT8 from the next one on.", type(error).__name__, error)
         return
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)

@@ -253,7 +253,7 @@ def test_every_model_that_a_guider_holds_is_quantized(comfy, load, nodes, guide)
                 comfy.sampler_helpers.prepare_sampling(model, noise.shape, conds, model.model_options)
             return super().outer_sample(noise, *args, **kwargs)
 
-        def predict_noise(self, x, timestep, model_options={}, seed=None):
+        def predict_noise(self, x, timestep, model_options, seed=None):
             out = super().predict_noise(x, timestep, model_options, seed)
             for model in self.others:
                 model.pre_run()
@@ -270,8 +270,9 @@ def test_every_model_that_a_guider_holds_is_quantized(comfy, load, nodes, guide)
 
 def test_branches_of_one_model_share_no_plan_that_differs(load, nodes, sample_steps, lora):
     """Each branch has what the same settings give on a model of its own, whatever was measured before."""
-    kinds = [{"method": "auto"}, {"method": "smoothquant"}, {"method": "rowwise", "min_sqnr_db": 30.0}, {"method": "auto", "kernel": "torch"},
-             {"method": "auto", "keep_layers": "double_blocks.0.*"}, {"method": "smoothquant", "min_sqnr_db": 36.0}]
+    kinds = [{"method": "auto"}, {"method": "smoothquant"}, {"method": "rowwise", "min_sqnr_db": 30.0},
+             {"method": "auto", "kernel": "torch"}, {"method": "auto", "keep_layers": "double_blocks.0.*"},
+             {"method": "smoothquant", "min_sqnr_db": 36.0}]
     shared = load()
     branches = [nodes.INT8QuantizeModel(shared, **kind) for kind in kinds]
     images = [sample_steps(branch, 2) for branch in branches]
