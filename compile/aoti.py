@@ -5,9 +5,12 @@ same operations. A package checks nothing of its inputs, so all that its trace r
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import warmup
-from .cache_block import Spec, attributes_of, load_skeleton, methods_of
-from .cache_call import LAYOUTS, OptionReads, Unsupported, as_tuples, rebuild
-from .cache_sources import recording, sources_of
+from .cache_block import Spec, attributes_of, load_skeleton
+from .cache_call import LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, rebuild
+from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
 from .expressions import parse_expression
 
@@ -63,11 +66,11 @@ def varying(dims: int) -> range:
 
 @dataclasses.dataclass
 class _Seen:
-    """What a trace shows besides its graph. outputs: the structure of the result. code: see recording."""
+    """What a trace shows besides its graph. outputs: the structure of the result."""
 
     options: list[OptionReads]
     outputs: object = None
-    code: dict = dataclasses.field(default_factory=dict)
+    recording: Recording = dataclasses.field(default_factory=Recording)
 
 
 class _Caller(torch.nn.Module):
@@ -92,13 +95,16 @@ class _Program(torch.nn.Module):
 
     def forward(self, tensors, leaves):
         args, kwargs = rebuild(self._job.structure, leaves, self._seen.options)
+        containers = Containers(args, kwargs)
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
-        with recording() as code:
+        with recording() as found:
             result = torch.func.functional_call(self._caller[0], named, args, kwargs)
-        self._seen.code.update(code)
-        found: list[Tensor] = []
-        self._seen.outputs = _output_structure(result, found)
-        return found
+        self._seen.recording.functions.update(found.functions)
+        self._seen.recording.effects.update(found.effects)
+        containers.require_unchanged()
+        outputs: list[Tensor] = []
+        self._seen.outputs = _output_structure(result, outputs)
+        return outputs
 
 
 def _output_structure(value, found: list[Tensor]):
@@ -121,10 +127,13 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     Raises Unsupported, and what torch raises.
     """
     traced, body = _trace(job)
-    names = {name for code in traced.seen.code.values() for name in _identifiers(code)}
-    body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs, "names": sorted(names),
-             "attributes": attributes_of(traced.block, names), "methods": methods_of(traced.block, names),
-             "sources": sources_of(traced.seen.code), "torch": torch.__version__}
+    found = traced.seen.recording
+    found.require_pure()
+    names = found.names()
+    body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
+             "names": None if names is None else sorted(names), "attributes": _unchanged_attributes(job, traced, names),
+             "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
+             "sources": sources_of(found, names), "torch": torch.__version__}
     program = traced.program
     if decompositions:
         program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions})
@@ -142,15 +151,23 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     return body
 
 
-def _identifiers(code) -> set[str]:
-    """Names of attributes and globals, and texts that may be one (getattr)."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
-        elif hasattr(constant, "co_names"):
-            names |= _identifiers(constant)
-    return names
+def _unchanged_attributes(job: Job, traced: _Traced, names: set[str] | None) -> list[list]:
+    """attributes_of the traced block. Raises Unsupported where the trace has changed one: what a call leaves behind is no output."""
+    everything = names if names is not None else {name for module in traced.block.modules() for name in module.__dict__}
+    before, after = (attributes_of(block, everything) for block in (_skeleton(job), traced.block))
+    if changed := next((f"{path}.{name}".strip(".") for path, name, value in after if [path, name, value] not in before), ""):
+        raise Unsupported(f"it changes its attribute {changed}")
+    return after
+
+
+def _operators(program) -> list[str]:
+    """Namespaces of operators that are not torch's own: who runs the artefact must have imported what defines them."""
+    names = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes if node.op == "call_function"}
+    return sorted(names - {"aten", "prims", "prim", "higher_order", "_operator", "int8_compile"})
+
+
+def _skeleton(job: Job) -> torch.nn.Module:
+    return load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
 
 
 @dataclasses.dataclass
@@ -171,7 +188,7 @@ def _trace(job: Job) -> tuple[_Traced, dict]:
         if isinstance(body["leaves"][job.batched[0]][1][0], int):
             raise Unsupported("its batch is fixed")
         alone = _export(job, 1, any_batch=False)
-        if _operations(traced) == _operations(alone):
+        if _same_program(traced, alone, job):
             return traced, _inputs(traced, job, least_batch=1)
         if batch > 1:
             return traced, body
@@ -181,10 +198,57 @@ def _trace(job: Job) -> tuple[_Traced, dict]:
     return traced, _inputs(traced, job, least_batch=0)
 
 
-def _operations(traced: _Traced) -> list[str]:
-    """What the program does, without what a known size leaves out: slices of all there is, and reading sizes."""
-    names = [str(node.target) if node.op == "call_function" else node.op for node in traced.program.graph.nodes]
-    return [name for name in names if not name.startswith(("aten.sym_size", "aten.slice.Tensor", "aten._assert", "aten.sym_constrain"))]
+def _same_program(many: _Traced, one: _Traced, job: Job) -> bool:
+    """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
+    slice bounds and sizes."""
+    return (many.seen.outputs == one.seen.outputs and [options.writes() for options in many.seen.options] == [
+        options.writes() for options in one.seen.options] and _operations(many, job) == _operations(one, job))
+
+
+def _operations(traced: _Traced, job: Job) -> list[tuple]:
+    """What the program does at batch 1, each tensor by the number of the operation that makes it. Sizes are written in terms of the inputs'
+    sizes; what only works them out or takes all of a tensor, which a known size leaves out, is not listed."""
+    import sympy
+
+    nodes = list(traced.program.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"][len(job.tensors):]
+    sizes: dict = {}  # symbol -> what it is at batch 1
+    for index, node in enumerate(inputs):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(expression := _expression(size), sympy.Symbol):
+                batch = dim == 0 and index in job.batched
+                sizes.setdefault(expression, sympy.Integer(1) if batch else sympy.Symbol(f"leaf{index}_{dim}", integer=True, positive=True))
+    made: dict = {}
+    result = []
+
+    def text(value):
+        if isinstance(value, torch.fx.Node):
+            return made[value]
+        if isinstance(value, (list, tuple)):
+            return [text(item) for item in value]
+        if isinstance(value, slice):
+            return "slice", text(value.start), text(value.stop), text(value.step)
+        if isinstance(value, torch.SymInt):
+            return f"size {_expression(value).xreplace(sizes)}"
+        return f"size {value}" if type(value) is int else f"{type(value).__name__} {value!r}"
+
+    def shape(node):
+        value = node.meta.get("val")
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [text(list(item.shape)) if isinstance(item, Tensor) else None for item in values]
+    for node in nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+            made[node] = text(value)
+        elif node.op == "call_function" and value is None and ("assert" in str(node.target) or "constrain" in str(node.target)):
+            continue
+        elif str(node.target) == "aten.slice.Tensor" and shape(node) == shape(node.args[0]):
+            made[node] = made[node.args[0]]
+        else:
+            result.append((node.op if node.op != "call_function" else str(node.target), text(node.args),
+                           sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node)))
+            made[node] = f"#{len(result)}"
+    return result
 
 
 def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
@@ -199,7 +263,7 @@ def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
         def make(dtype: str, shape: tuple, kind: str) -> Tensor:
             with mode:
                 return torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
-        block = load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
+        block = _skeleton(job)
         tensors = [make(dtype, shape, kind) for _, dtype, shape, kind in job.tensors]
         leaves, shapes = [], []
         for index, (dtype, shape, kind) in enumerate(job.leaves):
@@ -268,12 +332,21 @@ def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
     if not set(changed.values()) <= set(by_name):
         raise Unsupported("it changes its weights")
     outputs = [spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    if any(_is_view_of_input(node) for node in program.graph.output_node().all_input_nodes):
+        raise Unsupported("it returns a part of its input, which later code might write into")
     return {
         "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
         "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
         "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
         "options": [options.constants() for options in traced.seen.options],
     }
+
+
+def _is_view_of_input(node: torch.fx.Node) -> bool:
+    start = node
+    while node.op == "call_function" and (getattr(node.target, "is_view", False) or node.target is operator.getitem):
+        node = node.args[0]
+    return node is not start and node.op == "placeholder"
 
 
 def _expression(size):
@@ -356,17 +429,21 @@ class Artefact:
         self._guards = [parse_expression(text) for text in body["guards"]]
         self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
                              if isinstance(size, str) and size not in self._names}
-        self.options = body["options"]
-        self.attributes, self.methods = body["attributes"], body["methods"]
-        self.names = set(body["names"])
+        self.options, self._writes = body["options"], body["writes"]
+        self.attributes = body["attributes"]
+        self.names = None if body["names"] is None else frozenset(body["names"])
         self._outputs = as_tuples(body["outputs"])
         self.written = body["written"]
         self._same = body["same"]
         self._device = device
+        for namespace in body["operators"]:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(namespace)  # comfy_kitchen's operators are there once it is imported
         self._run = LOADERS[self.kind](entry.read(FILES[self.kind]), device)
 
     def accepts(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether leaves, of this structure, are what was traced; their layout aside, see dense."""
+        """Whether leaves, of this structure, are what was traced; their layout aside, see dense. What it writes into must not be seen
+        through another of them."""
         sizes: dict[str, int] = {}
         late = []
         for leaf, (dtype, shape, _) in zip(leaves, self._leaves):
@@ -380,6 +457,10 @@ class Artefact:
                     late.append((size, expected))
                 elif sizes.setdefault(expected, size) != size:
                     return False
+        if self.written:
+            memory = [leaf.untyped_storage().data_ptr() for leaf in leaves]
+            if any(memory[index] and memory.count(memory[index]) > 1 for index in self.written):
+                return False
         return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
                 and all(self._expressions[expected](sizes) == size for size, expected in late)
                 and all(guard(sizes) for guard in self._guards))
@@ -389,13 +470,15 @@ class Artefact:
         return [_aligned(leaf.contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else leaf.contiguous())
                 for leaf, (_, _, kind) in zip(leaves, self._leaves)]
 
-    def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor]):
-        """The block's result; leaves must be accepted."""
+    def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor], options: Sequence[dict] = ()):
+        """The block's result; leaves must be accepted. What the block writes into options is written."""
         inputs = self.dense(leaves)
         results = self._run([*tensors, *inputs])
         for index in self.written:
             if inputs[index] is not leaves[index]:
                 leaves[index].copy_(inputs[index])
+        for target, values in zip(options, self._writes):
+            target.update(values)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
         return _result(self._outputs, iter(results))
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from . import cache_key
 from .aoti import Artefact, Job, varying
 from .builder import Builder, Order
-from .cache_block import BlockState, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
-from .cache_call import Call, Unsupported, flatten, options_match, simple_options
+from .cache_block import BlockGuards, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore
 
@@ -41,16 +41,19 @@ class _Loaded:
     usable: bool = True
 
 
-@dataclass
-class _Known:
-    """What is found out once a block. states: of an artefact; None where the block differs from what it was made of."""
+class BlockInfo:
+    """What is found out once about a block that is made of what it is made of now."""
 
-    weights: Weights
-    states: dict[int, BlockState | None] = field(default_factory=dict)
+    __slots__ = ("block", "guards", "weights")
+
+    def __init__(self, block: torch.nn.Module):
+        self.block = weakref.ref(block)
+        self.weights: Weights | None = None
+        self.guards: dict[int, BlockGuards] = {}  # by id of what is loaded
 
 
 class RegionArtefacts:
-    """For the blocks of one region on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
+    """For blocks that are made of the same on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
 
     background: an artefact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
     report.
@@ -72,8 +75,9 @@ class RegionArtefacts:
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
-        self._known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
+        self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
         self._refusal = ""
+        self._said: set[str] = set()
         self._changed = threading.Event()  # set by the builder
         self._changed.set()
 
@@ -96,46 +100,47 @@ class RegionArtefacts:
                     if changed:
                         self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
 
-    def run(self, block: torch.nn.Module, args: tuple, kwargs: dict):
+    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict):
         """The block's result by an artefact; MISSING where none fits this call."""
         if self._refusal and not self._loaded:
             return MISSING
         try:
             call = flatten(args, kwargs)
-            known = self._known.get(block) or self._learn(block)
+            if info.weights is None:
+                self._learn(block, info)
             for loaded in self._loaded.get(call.structure, ()):
-                if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, known, loaded, call):
-                    tensors = known.weights.get()
+                if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
+                    tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
                         return MISSING
-                    return loaded.artefact(tensors, call.leaves)
+                    return loaded.artefact(tensors, call.leaves, call.options)
             self._request(block, call)
         except Unsupported as error:
             self._refuse(str(error))
         return MISSING
 
-    def _learn(self, block) -> _Known:
+    def _learn(self, block: torch.nn.Module, info: BlockInfo) -> None:
         if not self._place:
             structure = structure_of(block)
             self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
             group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
             self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
             self._load()
-        known = self._known[block] = _Known(Weights(block, self._specs, self._device))
-        return known
+        info.weights = Weights(block, self._specs, self._device)
 
-    def _fits(self, block, known: _Known, loaded: _Loaded, call: Call) -> bool:
+    def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: _Loaded, call: Call) -> bool:
         artefact = loaded.artefact
         if not all(map(options_match, call.options, artefact.options)):
             return False
-        state = known.states.get(id(loaded), MISSING)
-        if state is MISSING or (state is not None and not state.holds()):
-            try:
-                state = BlockState(block, artefact.attributes, artefact.methods, artefact.names)
-            except Unsupported:
-                state = None
-            known.states[id(loaded)] = state
-        return state is not None and state.holds()
+        guards = info.guards.get(id(loaded))
+        if guards is None:
+            guards = info.guards[id(loaded)] = BlockGuards(block, artefact.attributes, artefact.names)
+        if guards.is_unchanged():
+            return True
+        if guards.difference not in self._said:
+            self._said.add(guards.difference)
+            self._note("not used", self._name, f"{guards.difference} is not as in the blocks that its artefact was made of")
+        return False
 
     def _load(self):
         store = self._cache.store
@@ -143,15 +148,20 @@ class RegionArtefacts:
             if entry.folder.name in self._seen:
                 continue
             self._seen.add(entry.folder.name)
-            sources = Sources(entry.body["sources"])
+            names = entry.body["names"]
+            sources = Sources(entry.body["sources"], None if names is None else frozenset(names))
             if changed := sources.mismatch():
                 self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
                 continue
             try:
                 artefact = Artefact(entry, self._device)
-            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-                store.set_aside(entry.folder, str(error).partition("\n")[0])
+            except CacheError as error:
+                store.set_aside(entry.folder, str(error))
+                continue
+            except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+                # It is what was signed: this process cannot run it (a full /tmp, an operator that nothing has defined).
+                self._note("not used", self._name, f"{entry.folder.name} cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
             self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources))
@@ -159,11 +169,17 @@ class RegionArtefacts:
 
     def _request(self, block, call: Call):
         asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
-        if asked in self._asked or len(self._requested) >= MAX_SIGNATURES:
+        if asked in self._asked:
             return
         if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
             return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
+        if self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure:
+            self._refuse("a number among its arguments differs from call to call")
+            return
+        if len(self._requested) >= MAX_SIGNATURES:
+            self._refuse(f"it is called in more than {MAX_SIGNATURES} ways")
+            return
         job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
         entry = cache_key.entry_name(job)
         if entry in self._requested:

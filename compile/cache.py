@@ -21,7 +21,8 @@ from ..int8.kernels.native import cache_folder
 from . import cache_key, warmup
 from .aoti import FILES, READABLE, Artefact, build, varying
 from .artefacts import MAX_SIGNATURES, job_of
-from .cache_block import BlockState, Weights, copy_skeleton, spec_of, structure_of, tensors_of
+from .block_tree import Hooks, has_global_hooks
+from .cache_block import BlockGuards, Weights, copy_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore, default_key_file
@@ -105,7 +106,7 @@ class CachedMethod:
                 if known is not None:
                     self.tier = known.artefact.kind
                     try:
-                        return known.artefact(known.weights.get(), call.leaves)
+                        return known.artefact(known.weights.get(), call.leaves, call.options)
                     except RuntimeError:
                         return self.method(*args, **kwargs)  # the error is the method's own, and says more
             except Unsupported as error:
@@ -196,25 +197,23 @@ class _Method:
     """An artefact of a module's method. Raises Unsupported where the module or the code is not what it was made of."""
 
     def __init__(self, module: torch.nn.Module, entry, call: Call):
-        self._module = module
-        self.sources = Sources(entry.body["sources"])
+        names = entry.body["names"]
+        names = None if names is None else frozenset(names)
+        self.sources = Sources(entry.body["sources"], names)
         if changed := self.sources.mismatch():
             raise Unsupported(f"{changed} has changed")
         self.artefact = Artefact(entry, _device(call))
         self.weights = Weights(module, [spec_of(tensor) for _, tensor in tensors_of(module)], _device(call))
-        self._state = BlockState(module, self.artefact.attributes, self.artefact.methods, self.artefact.names)
+        self._guards = BlockGuards(module, self.artefact.attributes, names)
+        self._hooks = Hooks(module)
+        if not self._guards.is_unchanged():
+            raise Unsupported(f"{self._guards.difference} differs")
 
     def fits(self, call: Call) -> bool:
         artefact = self.artefact
-        if not (artefact.structure == call.structure and artefact.accepts(call.leaves) and not self.sources.mismatch()
-                and all(map(options_match, call.options, artefact.options)) and self.weights.get() is not None):
-            return False
-        if not self._state.holds():
-            try:
-                self._state = BlockState(self._module, artefact.attributes, artefact.methods, artefact.names)
-            except Unsupported:
-                return False
-        return True
+        return (artefact.structure == call.structure and artefact.accepts(call.leaves) and not self.sources.mismatch()
+                and all(map(options_match, call.options, artefact.options)) and not self._hooks and not has_global_hooks()
+                and self._guards.is_unchanged() and self.weights.get() is not None)
 
 
 def _nothing():

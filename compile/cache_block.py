@@ -7,15 +7,18 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import operator
 import pickle
 import sys
 import types
+import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .cache_call import CONSTANTS, Unsupported, layout
-from .cache_sources import describe
+from .cache_call import Unsupported, layout
+from .describe import Describer, Watch
 
 # A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
@@ -23,7 +26,6 @@ from .cache_sources import describe
 TENSORS, REPLACEMENT = "artefact_tensors", "artefact_replacement"
 # nn.Module's own, apart from the hooks.
 _MODULE_STATE = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 Spec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
 
 
@@ -60,125 +62,142 @@ def _kind(module: torch.nn.Module) -> list:
     return [f"{type(module).__module__}.{type(module).__qualname__}", module.training]
 
 
-def attributes_of(block: torch.nn.Module, names: set[str] | None = None) -> list[list]:
-    """[[module, attribute, value]] of the attributes that code with these names in it may have read (None: of all), where they differ
-    from the class's own; see attribute_value."""
-    return [[path, name, described] for path, module in block.named_modules() if not hasattr(module, TENSORS)
-            for name, value in sorted(module.__dict__.items()) if (names is None or name in names) and name not in _MODULE_STATE
-            and (described := attribute_value(value)) != attribute_value(getattr(type(module), name, _ABSENT))]
+def attributes_of(block: torch.nn.Module, names: Iterable[str] | None = None, watch: Watch | None = None) -> list[list]:
+    """[[module, attribute, description]] of the attributes with these names, and of those that stand before their class's (forward);
+    [[module, "", description]] of its class, with the methods and class attributes of these names. names None: all, for a key only: what
+    cannot be described is named by its type.
+
+    Raises Unsupported."""
+    modules = dict(block.named_modules())
+    describe = Describer(names, watch, {id(module): path for path, module in modules.items()}, lenient=names is None)
+    result = []
+    for path, module in modules.items():
+        if hasattr(module, TENSORS):
+            continue
+        state = module.__dict__
+        for name in sorted(state):
+            if name not in _MODULE_STATE and (names is None or name in names or hasattr(type(module), name)):
+                if watch is not None:
+                    watch.binding(state, name, state[name])
+                try:
+                    result.append([path, name, describe(state[name])])
+                except Unsupported as error:
+                    raise Unsupported(f"its attribute {path}.{name}: {error}") from None
+        result.append([path, "training", str(module.training)])
+        if names is not None:
+            result.append([path, "", describe(type(module))])
+    return result
 
 
-_ABSENT = object()
+class BlockGuards:
+    """Checks that a block's modules are as they were when an artefact was traced. Asked at every call.
 
+    expected: attributes_of the traced block. Slots, classes, hooks and methods are looked at once a step, for all blocks (block_tree)."""
 
-def attribute_value(value):
-    if isinstance(value, CONSTANTS):
-        return [type(value).__name__, value]
-    if isinstance(value, _CONTAINERS):
-        return ["items", repr(value)] if _is_plain(value) else ["size", len(value)]
-    return ["is", describe(value)]
+    __slots__ = ("_expected", "_layout", "_matches", "_names", "_watch", "block", "difference")
 
+    def __init__(self, block: torch.nn.Module, expected: list[list], names: Iterable[str] | None):
+        self.block = weakref.ref(block)
+        self.difference = ""  # what is another
+        self._expected = expected
+        self._names = names
+        self._look(block)
 
-_CONTAINERS = (list, tuple, dict, set)
+    def _look(self, block: torch.nn.Module) -> None:
+        self._watch = Watch()
+        states = [module.__dict__ for module in block.modules() if not hasattr(module, TENSORS)]
+        self._layout = states, _layout(states)
+        try:
+            found = attributes_of(block, self._names, self._watch)
+        except Unsupported as error:
+            self.difference = str(error)
+        else:
+            self.difference = next((f"{path}.{name}".strip(".") or "its class" for (path, name, _), _ in
+                                    zip(*_differing(found, self._expected))), "")
 
-
-def _is_plain(container) -> bool:
-    """Whether its content is known by its text: no objects that change, or whose address is in their text."""
-    items = container.values() if isinstance(container, dict) else container
-    return not isinstance(container, set) and all(isinstance(item, (*CONSTANTS, torch.dtype, torch.Size)) for item in items)
-
-
-def methods_of(block: torch.nn.Module, names: set[str]) -> list[list]:
-    """[[class, name, what it is]] of the functions of these names, and forward, that the classes of block's modules have: another pack
-    may have put its own there."""
-    classes = {f"{type(m).__module__}.{type(m).__qualname__}": type(m) for m in block.modules() if not hasattr(m, TENSORS)}
-    return [[path, name, describe(value)] for path, kind in classes.items() for name, value in _functions(kind, names)]
-
-
-def _functions(kind: type, names: set[str]) -> list[tuple[str, object]]:
-    found = [(name, getattr(kind, name, None)) for name in sorted({*names, "forward"})]
-    return [(name, value) for name, value in found if isinstance(value, (types.FunctionType, property))]
-
-
-class BlockState:
-    """Checks that a block's modules are as they were when an artefact was traced. Made once a block, asked at every call.
-
-    attributes, methods: of attributes_of and methods_of. Raises Unsupported where they differ now.
-    """
-
-    __slots__ = ("_checks", "_containers", "_hooks", "_items", "_methods", "_sizes")
-
-    def __init__(self, block: torch.nn.Module, attributes: list[list], methods: list[list], names: set[str]):
-        if attributes_of(block, names) != attributes:
-            raise Unsupported("attributes of its modules differ")
-        if methods_of(block, names) != methods:
-            raise Unsupported("methods of its modules are others")
-        modules = [module for module in block.modules() if not hasattr(module, TENSORS)]
-        self._methods = [(kind, *function) for kind in {type(m) for m in modules} for function in _functions(kind, names)]
-        states = [module.__dict__ for module in modules]
-        self._sizes = [(state, len(state)) for state in states]
-        self._hooks = [state[name] for state in states for name in _HOOKS]
-        read = [(state, name, value) for state in states for name, value in state.items() if name in names and name not in _MODULE_STATE]
-        containers = [(state, name, value) for state, name, value in read if isinstance(value, _CONTAINERS)]
-        self._containers = [(state, name, len(value)) for state, name, value in containers]
-        self._items = [(state, name, repr(value)) for state, name, value in containers if value and _is_plain(value)]
-        self._checks = [check for check in read if not isinstance(check[2], _CONTAINERS)]
-        self._checks += [(state, "training", state["training"]) for state in states]
-
-    def holds(self) -> bool:
-        for hooks in self._hooks:
-            if hooks:
+    def is_unchanged(self) -> bool:
+        """Whether the block is as the artefact's. What was changed once and is put back is so again."""
+        states, layout = self._layout
+        if _layout(states) != layout or not self._watch.unchanged():
+            block = self.block()
+            if block is None:
                 return False
-        for state, size in self._sizes:
-            if len(state) != size or "forward" in state:
-                return False
-        for kind, name, value in self._methods:
-            if getattr(kind, name, None) is not value:
-                return False
-        for state, name, value in self._checks:
-            if (now := state.get(name)) is not value and (now != value or type(now) is not type(value)):
-                return False
-        return (all(len(state[name]) == size for state, name, size in self._containers)
-                and all(repr(state[name]) == text for state, name, text in self._items))
+            self._look(block)
+        return not self.difference
+
+
+def _layout(states: list[dict]) -> list:
+    """How many attributes each module has (one more may hide its class's), and whether it trains."""
+    return [*map(len, states), *map(_training, states)]
+
+
+_training = operator.itemgetter("training")
+
+
+def _differing(found: list[list], expected: list[list]) -> tuple[list, list]:
+    """The items of one that are not in the other, whichever has some."""
+    ours = [item for item in found if item not in expected] or [item for item in expected if item not in found]
+    return ours, ours
 
 
 class Weights:
     """The plain tensors of a block, looked up at every call: an offload, a LoRA or a loader may have put others there.
 
-    specs: those the artefact was made for, on device."""
+    specs: those the artefact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
 
-    __slots__ = ("_places", "_specs", "device")
+    __slots__ = ("_absent", "_owners", "_sizes", "_spaces", "_specs", "_ties", "device")
 
     def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
-        modules = dict(block.named_modules())
-        names = [name for name, _ in tensors_of(block)]
-        self._places: list[tuple] = []
-        for name in names:
-            path, _, last = name.rpartition(".")
-            module = modules[path]
+        self._owners: list[tuple[dict | weakref.ref, str]] = []
+        self._absent: list[tuple[dict, str]] = []  # what was None
+        self._ties: list[tuple[dict, str, int]] = []  # what was the same tensor as that of the index
+        self._spaces: list[dict] = []
+        seen: dict[int, int] = {}
+        for _, module in block.named_modules():
             if hasattr(module, TENSORS):
-                self._places.append((getattr(module, TENSORS), last))
+                space, tensors = weakref.ref(module), getattr(module, TENSORS)()
             else:
-                self._places.append((module._parameters if last in module._parameters else module._buffers, last))
+                space, tensors = None, {**module._parameters, **module._buffers}
+                self._spaces += [module._parameters, module._buffers]
+            for name, tensor in tensors.items():
+                owner = space or (module._parameters if name in module._parameters else module._buffers)
+                if tensor is None:
+                    self._absent.append((owner, name))
+                elif id(tensor) in seen:
+                    self._ties.append((owner, name, seen[id(tensor)]))
+                else:
+                    seen[id(tensor)] = len(self._owners)
+                    self._owners.append((owner, name))
+        self._sizes = list(map(len, self._spaces))
         self._specs = [(getattr(torch, dtype), torch.Size(shape), kind) for dtype, shape, kind in specs]
         self.device = device
 
     def get(self) -> list[Tensor] | None:
         """In the order of tensors_of; None where one is not what the artefact was made for."""
         result, made = [], {}
-        for (place, name), (dtype, shape, kind) in zip(self._places, self._specs):
-            if isinstance(place, dict):
-                tensor = place[name]
-            else:
-                if place not in made:
-                    made[place] = place()
-                tensor = made[place].get(name)
+        if len(self._owners) != len(self._specs) or list(map(len, self._spaces)) != self._sizes:
+            return None
+        for (owner, name), (dtype, shape, kind) in zip(self._owners, self._specs):
+            tensor = owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name)
             if (tensor is None or tensor.shape != shape or tensor.dtype is not dtype or tensor.device != self.device
                     or type(tensor) not in (Tensor, torch.nn.Parameter)
                     or not (tensor.is_contiguous() if kind == "c" else layout(tensor) == kind)):
                 return None
             result.append(tensor)
+        for owner, name in self._absent:
+            if owner[name] is not None:
+                return None
+        for owner, name, index in self._ties:
+            if (owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
+                return None
         return result
+
+
+def _of_layer(owner: weakref.ref, made: dict) -> dict:
+    if owner not in made:
+        layer = owner()
+        made[owner] = {} if layer is None else getattr(layer, TENSORS)()
+    return made[owner]
 
 
 class _Pickler(pickle.Pickler):

@@ -13,7 +13,7 @@ from torch import Tensor
 from .guards import BOOKKEEPING
 
 CONSTANTS = (type(None), bool, int, float, str)
-_ABSENT = ["absent"]
+_ABSENT, _PRESENT = ["absent"], ["present"]
 LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.channels_last_3d}
 
 
@@ -56,6 +56,13 @@ def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
             return "options"
         return ("dict", *[(key, _shape_of(item, leaves, options)) for key, item in value.items()])
     raise Unsupported(f"an argument is a {type(value).__name__}")
+
+
+def without_numbers(structure):
+    """The structure of all calls that differ from this one's in a number only."""
+    if isinstance(structure, tuple):
+        return ("number",) if structure[:1] in (("int",), ("float",)) else tuple(map(without_numbers, structure))
+    return structure
 
 
 def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple, dict]:
@@ -103,38 +110,54 @@ def layout(tensor: Tensor) -> str:
 
 
 class OptionReads(dict):
-    """A dict of settings that notes what is read of it while a block is traced."""
+    """A dict of settings that notes what is read and written of it while a block is traced.
+
+    What ComfyUI writes there for patches (guards.BOOKKEEPING) shows as there, but whoever computes with it or branches on it gets
+    Unsupported: it differs from block to block and from step to step. read: keys; "" stands for all of them (its length or truth)."""
 
     def __init__(self, values: dict):
-        super().__init__(values)
+        super().__init__({key: _Untouchable(key) if key in BOOKKEEPING and value is not None else value for key, value in values.items()})
+        self._before = dict(dict.items(self))
+        self._written: set[str] = set()
         self.read: set[str] = set()
 
+    def _reads(self, key):
+        if key not in self._written:
+            self.read.add(key)
+
+    def _all(self):
+        self.read.add("")
+        self.read.update(self._before.keys())
+        return self
+
     def __getitem__(self, key):
-        self.read.add(key)
+        self._reads(key)
         return super().__getitem__(key)
 
     def get(self, key, default=None):
-        self.read.add(key)
+        self._reads(key)
         return super().get(key, default)
 
     def __contains__(self, key):
-        self.read.add(key)
+        self._reads(key)
         return super().__contains__(key)
 
-    def pop(self, key, *default):
-        self.read.add(key)
-        return super().pop(key, *default)
+    def __len__(self):
+        return dict.__len__(self._all())
 
-    def setdefault(self, key, default=None):
-        self.read.add(key)
-        return super().setdefault(key, default)
+    def __bool__(self):
+        return dict.__len__(self._all()) > 0
 
-    def _all(self):
-        self.read.update(super().keys())
-        return self
+    def __eq__(self, other):
+        return dict.__eq__(self._all(), other)
+
+    __hash__ = None
 
     def __iter__(self):
         return dict.__iter__(self._all())
+
+    def __reversed__(self):
+        return dict.__reversed__(self._all())
 
     def keys(self):
         return dict.keys(self._all())
@@ -146,21 +169,97 @@ class OptionReads(dict):
         return dict.items(self._all())
 
     def copy(self):
-        # Reading the copy is reading this.
-        copied = OptionReads(dict.copy(self))
-        copied.read = self.read
+        """Reading the copy is reading this; writing into it is not."""
+        copied = OptionReads({})
+        dict.update(copied, dict.items(self))
+        copied._before, copied._written, copied.read = self._before, set(self._written), self.read
         return copied
 
+    def __or__(self, other):
+        copied = self.copy()
+        copied.update(other)
+        return copied
+
+    def __ror__(self, other):
+        return {**other, **self}
+
+    def __ior__(self, other):
+        self.update(other)
+        return self
+
+    def __setitem__(self, key, value):
+        self._written.add(key)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key, default=None):
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *others, **values):
+        for key, value in dict(*others, **values).items():
+            self[key] = value
+
+    def writes(self) -> dict:
+        """{key: constant} of what was written, for the caller to write again. Bookkeeping of sizes is left out: who reads it is refused.
+        Raises Unsupported for anything else that was changed."""
+        changed = {key: value for key, value in dict.items(self) if key not in self._before or value is not self._before[key]}
+        constants = {key: value for key, value in changed.items() if type(value) in CONSTANTS}
+        if changed.keys() - constants.keys() - BOOKKEEPING or self._before.keys() - dict.keys(self):
+            raise Unsupported("it changes transformer_options")
+        return constants
+
     def constants(self) -> dict:
-        """{key: value} of what was read and can change a result, values as option_value gives them. Raises Unsupported."""
-        return {key: option_value(self, key) for key in sorted(self.read - BOOKKEEPING)}
+        """{key: value} of what was read and can change a result, values as option_value gives them; "": the keys but for bookkeeping,
+        where they counted. Raises Unsupported."""
+        found = {key: option_value(self._before, key) for key in sorted(self.read - {""})}
+        return {**found, "": ["keys", *_keys(self._before)]} if "" in self.read else found
+
+
+def _keys(options: dict) -> list[str]:
+    return sorted(map(str, dict.keys(options) - BOOKKEEPING))
+
+
+class _Untouchable:
+    """Stands for a value in transformer_options that nothing may be computed from. It may be handed on, put into tuples and looked up."""
+
+    def __init__(self, key: str):
+        self.key = key
+
+    def __hash__(self):
+        return id(self)
+
+    def __getitem__(self, index):
+        return _Untouchable(self.key)
+
+    def __bool__(self):
+        raise self._used()
+
+    def _used(self, *_, **__):
+        return Unsupported(f"the block reads transformer_options['{self.key}']")
+
+    def __getattr__(self, name):
+        raise self._used()
+
+
+def _raise_used(self, *_, **__):
+    raise self._used()
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains", "int", "float", "index", "str", "repr", "format", "add", "radd",
+              "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "abs", "and",
+              "or", "xor", "call", "enter", "array", "torch_function"):
+    setattr(_Untouchable, f"__{_name}__", _raise_used)
 
 
 def option_value(options: dict, key: str):
-    """options[key] as JSON: a constant, a container that is empty, or that there is none. Raises Unsupported for anything else."""
+    """options[key] as JSON: a constant, a container that is empty, that there is none, or (of bookkeeping) that there is one. Raises
+    Unsupported for anything else."""
     value = dict.get(options, key, _ABSENT)
     if value is _ABSENT:
         return _ABSENT
+    if key in BOOKKEEPING and value is not None:
+        return _PRESENT
     if isinstance(value, CONSTANTS):
         return [type(value).__name__, value]
     if isinstance(value, (dict, list, tuple)) and not value:
@@ -169,9 +268,10 @@ def option_value(options: dict, key: str):
 
 
 def simple_options(options: dict) -> dict:
-    """What of a dict of settings a trace in another process is given: the rest shows as absent there, and is compared before the
-    artefact is used."""
-    return {key: value for key, value in options.items() if _is_simple(value) and (key in BOOKKEEPING or not _is_filled(value))}
+    """What of a dict of settings a trace in another process is given: of bookkeeping that it is there; the rest shows as absent there, and
+    is compared before the artefact is used."""
+    return {key: value if value is None or key not in BOOKKEEPING else True for key, value in options.items()
+            if key in BOOKKEEPING or (_is_simple(value) and not _is_filled(value))}
 
 
 def _is_simple(value) -> bool:
@@ -188,7 +288,13 @@ def options_match(options: dict, constants: dict) -> bool:
     for key, expected in constants.items():
         value = options.get(key, _ABSENT)
         if value is _ABSENT:
-            if expected != _ABSENT:
+            if key == "" and expected[0] == "keys":
+                if expected[1:] != _keys(options):
+                    return False
+            elif expected != _ABSENT:
+                return False
+        elif key in BOOKKEEPING and value is not None:
+            if expected != _PRESENT:
                 return False
         elif isinstance(value, CONSTANTS):
             if expected != [type(value).__name__, value]:
@@ -196,3 +302,28 @@ def options_match(options: dict, constants: dict) -> bool:
         elif not isinstance(value, (dict, list, tuple)) or value or expected != ["empty", type(value).__name__]:
             return False
     return True
+
+
+class Containers:
+    """The lists and dicts among the arguments of a call, to see whether the call has changed one."""
+
+    def __init__(self, *values):
+        self._before: list[tuple] = []
+        self._add(values)
+
+    def _add(self, value):
+        if isinstance(value, OptionReads):
+            return  # it knows by itself
+        if isinstance(value, dict):
+            self._before.append((value, [*value, *value.values()]))
+        elif isinstance(value, list):
+            self._before.append((value, list(value)))
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            self._add(item)
+
+    def require_unchanged(self) -> None:
+        """Raises Unsupported."""
+        for container, before in self._before:
+            now = [*container, *container.values()] if isinstance(container, dict) else container
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
+                raise Unsupported(f"it changes a {type(container).__name__} that it gets")

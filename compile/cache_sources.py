@@ -1,54 +1,117 @@
-"""Which Python code an artefact was made from, so that it is used only where that code is what would run.
+"""Which Python code and which values an artefact was made from, so that it is used only where that is what would run.
 
-While a block is traced, every function called outside torch is noted. A function's fingerprint covers its bytecode, constants and
-defaults, and what its global names stand for: other functions by name and bytecode, numbers and texts by value. So an edited file, another
-pack's monkeypatch of ComfyUI and another attention function all show, in the process that would use the artefact.
+While a block is traced, every function called outside torch is noted. Each is known by the file it is from (an update or an edit makes
+another), by its own code as it is in the process, and by what its global names stand for, described to the end (see describe). So an edited
+file, another pack's monkeypatch of ComfyUI or of torch, another attention function and a changed setting all show, in the process that
+would use the artefact. What a trace reads that no description can hold (the clock, random numbers, the environment) is refused by name.
 """
 from __future__ import annotations
 
+import ast
+import dis
+import enum
 import functools
 import hashlib
 import importlib.util
+import inspect
+import os
+import random
 import sys
+import textwrap
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+from .cache_call import Unsupported
+from .describe import ABSENT, Describer, Watch, is_own, is_pristine_package, local, portable
+
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
+COMFYUI = ("comfy", "comfy_api", "comfy_extras", "comfy_execution")  # packaged forks have it in site-packages
 # What torch calls while it traces.
 _HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions", "filelock")
-PACK = "int8_compile"
 _ROOT = __name__.rpartition(".compile.")[0]
+# When this process had its code: a file that changed later is not what runs here.
+_STARTED = time.time()
+# Builtins whose answer differs from call to call.
+_CLOCKS = {getattr(time, name) for name in ("time", "time_ns", "monotonic", "perf_counter", "perf_counter_ns", "monotonic_ns")}
+# What reads attributes by names that the code does not contain.
+_BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
+_ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__")
+
+
+@dataclass
+class Recording:
+    """What was seen of a trace. functions: {(module, qualified name): code}. effects: what it did that cannot be kept, in words."""
+
+    functions: dict[tuple[str, str], types.CodeType] = field(default_factory=dict)
+    effects: set[str] = field(default_factory=set)
+
+    def names(self) -> set[str] | None:
+        """Of the attributes and globals that the code can read; None where it reads some by a computed name: all count then."""
+        if any(_reads_computed_names(code) for code in self.functions.values()):
+            return None
+        return {name for code in self.functions.values() for name in identifiers(code)}
+
+    def require_pure(self) -> None:
+        """Raises Unsupported where what the trace did would not be done again."""
+        for code in self.functions.values():
+            if written := _written_globals(code):
+                self.effects.add(f"it writes the global {written}")
+        if self.effects:
+            raise Unsupported(min(self.effects))
 
 
 @contextmanager
-def recording() -> Iterator[dict[tuple[str, str], types.FunctionType | types.CodeType]]:
-    """Gives a dict that fills with {(module, qualified name): code} of the functions called in this thread."""
-    found: dict[tuple[str, str], types.CodeType] = {}
+def recording() -> Iterator[Recording]:
+    """Gives a Recording that fills with the functions called in this thread, outside torch, Python and this pack."""
+    found = Recording()
     skipped: dict[str, bool] = {}
 
-    def profile(frame, event, _):
-        if event != "call":
-            return
-        code = frame.f_code
-        module = frame.f_globals.get("__name__", "")
-        if code.co_filename not in skipped:
-            skipped[code.co_filename] = _is_skipped(code.co_filename, module)
-        if not skipped[code.co_filename]:
-            # Python 3.10 has no qualified names in code: its functions are known by their file alone.
-            name = module, getattr(code, "co_qualname", f"<locals>.{code.co_name}")
-            if name not in found and not _in_import(frame):
-                found[name] = code
+    def is_skipped(frame) -> bool:
+        path = frame.f_code.co_filename
+        if path not in skipped:
+            skipped[path] = _is_skipped(path, frame.f_globals.get("__name__", ""))
+        return skipped[path]
+
+    def profile(frame, event, value):
+        if event == "call":
+            code = frame.f_code
+            if not is_skipped(frame):
+                # Python 3.10 has no qualified names in code: its functions are known by their file alone.
+                name = frame.f_globals.get("__name__", ""), getattr(code, "co_qualname", f"<locals>.{code.co_name}")
+                if name not in found.functions and not _in_import(frame):
+                    found.functions[name] = code
+            elif frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv") and _caller_counts(frame, is_skipped):
+                found.effects.add("it reads an environment variable")
+            elif frame.f_globals is random.__dict__ and _caller_counts(frame, is_skipped):
+                found.effects.add(f"it draws random numbers (random.{code.co_name})")
+        elif event == "c_call" and not is_skipped(frame):
+            owner = getattr(value, "__self__", None)
+            if isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy.random"):
+                found.effects.add(f"it draws random numbers ({value.__name__})")
+            elif value in _CLOCKS:
+                found.effects.add(f"it reads the clock (time.{value.__name__})")
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
         yield found
     finally:
         sys.setprofile(before)
+
+
+def _caller_counts(frame, is_skipped) -> bool:
+    """Whether a function of Python's library works for the code that is traced, not for torch: by the first frame outside the library."""
+    frame = frame.f_back
+    while frame is not None and frame.f_code.co_filename.startswith((_SKIPPED_FOLDERS[1], "<frozen")):
+        if "site-packages" in frame.f_code.co_filename:
+            break
+        frame = frame.f_back
+    return frame is not None and not is_skipped(frame)
 
 
 def _in_import(frame) -> bool:
@@ -61,172 +124,193 @@ def _in_import(frame) -> bool:
 
 
 def _is_skipped(path: str, module: str) -> bool:
-    """Of torch, Python or this pack, whose versions are in the key of the environment, or of what they call."""
+    """Whether it is torch's, Python's or this pack's, whose versions are in the key of the environment, or what they call."""
     if "site-packages" in path:
         return module.partition(".")[0] in ("torch", *_HELPERS)
     return path.startswith(("<", *_SKIPPED_FOLDERS)) or f"{module}.".startswith(f"{_ROOT}.")
 
 
-def sources_of(found: dict[tuple[str, str], types.CodeType]) -> list[list[str]]:
-    """[[module, qualified name, fingerprint]] of what was recorded. A function that has no place of its own (a closure) is known by its
-    file. Modules of this pack are named from its root, whatever ComfyUI calls that."""
-    result = {}
-    for module, name in found:
-        function = None if _is_installed(module) else _resolve(module, name)[0]
-        if function is None:
-            name, value = "", _file_digest(module)
-        else:
-            value = fingerprint(function)
-        result[_portable(module), name] = value
+@functools.lru_cache(4096)
+def identifiers(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes and globals, and texts that may be one (getattr)."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
+        elif isinstance(constant, types.CodeType):
+            names |= identifiers(constant)
+        elif isinstance(constant, tuple):
+            names.update(item for item in constant if isinstance(item, str) and item.isidentifier())
+    return frozenset(names)
+
+
+@functools.lru_cache(4096)
+def _reads_computed_names(code: types.CodeType) -> bool:
+    names = _global_names(code)
+    if names.intersection(_ALL_NAMES):
+        return True
+    if not names.intersection(_BY_NAME):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return True
+    return any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME
+               and not (len(node.args) > 1 and isinstance(node.args[1], ast.Constant)) for node in ast.walk(tree))
+
+
+def _written_globals(code: types.CodeType) -> str:
+    """The first global that code assigns to, empty for none."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return instruction.argval
+    return next((found for c in code.co_consts if isinstance(c, types.CodeType) and (found := _written_globals(c))), "")
+
+
+def sources_of(recorded: Recording, names: Iterable[str] | None) -> list[list[str]]:
+    """[[module, qualified name, fingerprint]] of the functions, and [[module, "", digest of its file]] of all that they are from. A function
+    that has no place of its own (a closure) is known by its file. Modules of this pack are named from its root. Raises Unsupported."""
+    result = {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
+    for module, name in recorded.functions:
+        function = _resolve(module, name)[0]
+        if function is not None:
+            result[portable(module), name] = _fingerprint(function, Describer(names))
+    result["torch", "Tensor"] = _patched_methods(names, Watch())
     return [[*key, value] for key, value in sorted(result.items())]
 
 
 class Sources:
-    """The functions that an artefact was made from, as they are in this process."""
+    """The functions that an artefact was made from, as they are in this process. names: see Recording.names."""
 
-    def __init__(self, recorded: list[list[str]]):
+    def __init__(self, recorded: list[list[str]], names: Iterable[str] | None):
         self._recorded = recorded
-        self._names: list[tuple[dict, str, object]] | None = None
+        self._names = names
+        self._watch: Watch | None = None
+        self._mismatch = ""
 
     def mismatch(self) -> str:
-        """The first function that is another one here, empty where all are the same."""
-        if self._names is not None and all(space.get(name) is value for space, name, value in self._names):
-            return ""
-        names: list[tuple[dict, str, object]] = []
+        """The first function that is another one here, empty where all are the same. Fast where nothing has changed since."""
+        if self._watch is None or not self._watch.unchanged():
+            self._watch = Watch()
+            try:
+                self._mismatch = self._look()
+            except Unsupported as error:
+                self._mismatch = f"code of which {error}"
+        return self._mismatch
+
+    def _look(self) -> str:
         for module, name, expected in self._recorded:
-            local = _local(module)
             if not name:
-                if _file_digest(local) != expected:
+                if _file_digest(local(module)) != expected:
                     return module
-                continue
-            function, place = _resolve(local, name)
-            if function is None or fingerprint(function, names) != expected:
-                return f"{module}.{name}"
-            names.append(place)
-        self._names = names
+            elif (module, name) == ("torch", "Tensor"):
+                if _patched_methods(self._names, self._watch) != expected:
+                    return "torch.Tensor"
+            else:
+                function, bindings = _resolve(local(module), name)
+                for binding in bindings:
+                    self._watch.binding(*binding)
+                if function is None or _fingerprint(function, Describer(self._names, self._watch), self._watch) != expected:
+                    return f"{module}.{name}"
         return ""
 
 
-def fingerprint(function: Callable, names: list | None = None) -> str:
-    """names: gets (namespace, name, value) of every global that was looked at."""
-    parts: list[str] = []
-    _describe(_unwrap(function), parts, names if names is not None else [])
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-
-def _describe(function: types.FunctionType, parts: list[str], names: list):
-    code = function.__code__
-    parts.append(_code_digest(code))
-    parts += [describe(v) for v in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())]
-    parts += [describe(cell.cell_contents) for cell in function.__closure__ or () if _filled(cell)]
-    used = _names_of(code)
-    modules = [function.__globals__]
-    seen = set()
-    for space in modules:
+def _fingerprint(function: types.FunctionType, describe: Describer, watch: Watch | None = None) -> str:
+    """Of a function and of what its global names stand for."""
+    watch = watch or Watch()
+    parts = [describe(function)]
+    used = sorted(_global_names(function.__code__))
+    spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
+    for space, folder in spaces:
         for name in used:
-            value = space.get(name, _ABSENT)
-            if value is _ABSENT or name == "__builtins__":
+            value = space.get(name, ABSENT)
+            if name == "__builtins__" or (value is ABSENT and space is not function.__globals__):
                 continue
-            names.append((space, name, value))
+            watch.binding(space, name, value)
             if isinstance(value, types.ModuleType):
-                # What is reached through a module (comfy.model_management.cast_to) is looked up there.
-                if value.__name__ not in seen and not _is_installed(value.__name__):
-                    seen.add(value.__name__)
-                    modules.append(value.__dict__)
-            else:
+                # What is reached through a module (comfy.model_management.cast_to, torch.nn.functional.silu) is looked up there.
+                if all(value.__dict__ is not seen for seen, _ in spaces):
+                    spaces.append((value.__dict__, _package_folder(value.__name__)))
+            elif value is not ABSENT and not (folder and _is_its_own(value, folder)):
                 parts.append(f"{name}={describe(value)}")
+    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()[:24]
 
 
-_ABSENT = object()
+@functools.lru_cache(1024)
+def _package_folder(module: str) -> str:
+    """Of an installed library, which is known by its version or its files; empty for the modules of ComfyUI, wherever it is, and of packs,
+    whose values are described."""
+    package = module.partition(".")[0]
+    path = getattr(sys.modules.get(package), "__file__", None)
+    if is_pristine_package(module):
+        return str(Path(path).parent) if path and package == "torch" else _SKIPPED_FOLDERS[1]
+    return str(Path(path).parent) if path and "site-packages" in path and package not in COMFYUI else ""
+
+
+def _is_its_own(value, folder: str) -> bool:
+    """Whether a library's value is known with the library: its functions as long as nothing else stands in their place; its classes,
+    tables and objects; of torch and Python, whose settings are in the key (cache_key.settings), its numbers too."""
+    if isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
+        return is_own(value, folder)
+    return folder in _SKIPPED_FOLDERS or not isinstance(value, (bool, int, float, str, type(None), enum.Enum))
+
+
+def _patched_methods(names: Iterable[str] | None, watch: Watch) -> str:
+    """What others have put in the place of torch.Tensor's methods of these names."""
+    found = []
+    for space in (vars(torch.Tensor), vars(torch.Tensor.__base__)):
+        for name in sorted(names if names is not None else space):
+            value = space.get(name, ABSENT)
+            if value is not ABSENT:
+                watch.binding(space, name, value)
+                if isinstance(value, types.FunctionType) and not is_own(value, _SKIPPED_FOLDERS[0]):
+                    found.append(f"{name}={Describer(names, watch)(value)}")
+    return " ".join(found)
 
 
 @functools.lru_cache(4096)
-def _names_of(code: types.CodeType) -> tuple[str, ...]:
+def _global_names(code: types.CodeType) -> frozenset[str]:
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= set(_names_of(constant))
-    return tuple(sorted(names))
+            names |= _global_names(constant)
+    return frozenset(names)
 
 
-@functools.lru_cache(4096)
-def _code_digest(code: types.CodeType) -> str:
-    constants = [_code_digest(c) if isinstance(c, types.CodeType) else repr(sorted(map(repr, c))) if isinstance(c, frozenset) else repr(c)
-                 for c in code.co_consts]
-    whole = repr((code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_flags))
-    return hashlib.sha256(whole.encode()).hexdigest()[:24]
+def _unwrap_descriptor(function):
+    """The function below a property, a staticmethod or a classmethod. What functools.wraps has put around one stays: it is what runs."""
+    if isinstance(function, property):
+        function = function.fget
+    return getattr(function, "__func__", function)
 
 
-def describe(value) -> str:
-    """What counts of a global, default or closed-over value: functions and classes by name and code, scalars by value, the rest by type."""
-    if isinstance(value, _SCALARS):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return f"partial {describe(value.func)} {value.args!r} {sorted(value.keywords.items())!r}"
-    if isinstance(value, (tuple, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
-        return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
-    target = _unwrap(value.fget if isinstance(value, property) else value)
-    if isinstance(target, types.FunctionType):
-        # A wrapper of this pack's own is known by the version of the pack.
-        ours = getattr(value, "__globals__", {}).get("__name__", "").startswith(f"{_ROOT}.")
-        outer = _code_digest(value.__code__) if isinstance(value, types.FunctionType) and not ours else ""
-        return f"{_portable(target.__module__ or '')}.{target.__qualname__} {_code_digest(target.__code__)} {outer}"
-    kind = value if isinstance(value, (type, types.BuiltinFunctionType)) else type(value)
-    return f"{_portable(kind.__module__)}.{kind.__qualname__}"
-
-
-def _unwrap(function):
-    """The function below functools.partial, bound methods, staticmethod and functools.wraps."""
-    for _ in range(10):
-        inner = (getattr(function, "__wrapped__", None) or getattr(function, "__func__", None)
-                 or (function.func if isinstance(function, functools.partial) else None))
-        if inner is None:
-            break
-        function = inner
-    return function
-
-
-def _filled(cell) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (raises where it is empty)
-    except ValueError:
-        return False
-    return True
-
-
-def _resolve(module: str, name: str) -> tuple[types.FunctionType | None, tuple]:
-    """(the function of that name here, or None where names do not lead to it; (namespace, name, value) of where it was found)."""
-    place = ({}, "", None)
+def _resolve(module: str, name: str) -> tuple[types.FunctionType | None, list[tuple]]:
+    """(the function of that name here, or None where names do not lead to it; the bindings on the way: namespace, name, value)."""
+    bindings = []
     target = sys.modules.get(module)
     for part in name.split("."):
         if not isinstance(target, (types.ModuleType, type)):
-            return None, place
-        place = (vars(target), part, vars(target).get(part))
-        target = place[2]
-    target = _unwrap(target.fget if isinstance(target, property) else target)
-    return (target if isinstance(target, types.FunctionType) else None), place
-
-
-def _is_installed(module: str) -> bool:
-    """Whether it is torch's, Python's or an installed package's."""
-    path = getattr(sys.modules.get(module), "__file__", None)
-    return path is None or "site-packages" in path or path.startswith(_SKIPPED_FOLDERS)
+            return None, bindings
+        space = vars(target)
+        value = space.get(part, ABSENT)
+        bindings.append((space, part, value))
+        target = value
+    target = _unwrap_descriptor(target)
+    return (target if isinstance(target, types.FunctionType) else None), bindings
 
 
 @functools.lru_cache(1024)
 def _file_digest(module: str) -> str:
+    """Of the file that a module is from; that it has changed since this process started is part of it."""
     path = getattr(sys.modules.get(module), "__file__", None)
     try:
         if module not in sys.modules:  # an installed package that this process has not needed yet
             path = getattr(importlib.util.find_spec(module), "origin", None)
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:24] if path else ""
+        if not path:
+            return ""
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:24]
+        info = os.stat(path)
     except (OSError, ImportError, ValueError):
         return ""
-
-
-def _portable(module: str) -> str:
-    return PACK + module.removeprefix(_ROOT) if module == _ROOT or module.startswith(f"{_ROOT}.") else module
-
-
-def _local(module: str) -> str:
-    return _ROOT + module.removeprefix(PACK) if module == PACK or module.startswith(f"{PACK}.") else module
+    changed = max(info.st_mtime, info.st_ctime if os.name == "posix" else 0) > _STARTED and module in sys.modules
+    return f"{digest} of {os.getpid()}" if changed else digest

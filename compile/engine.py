@@ -1,43 +1,38 @@
-"""Runs a call with its regions compiled. Plain torch: works on any nn.Module."""
+"""Runs a call with its regions compiled: by an artefact of the compile cache where one fits, else by torch.compile in this process. Plain
+torch: works on any nn.Module.
+
+What compiled code depends on is looked at (once a process, entry, step or call) or refused; the table is in web/docs/CompileCache.md.
+"""
 from __future__ import annotations
 
 import contextlib
-import functools
+import dis
 import logging
 import threading
-import time
-import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import warmup
 from .aoti import varying
-from .artefacts import MISSING, Cache, RegionArtefacts
-from .guards import without_bookkeeping
-from .interrupt import interruptible
-from .optional import OPTIONAL_BACKENDS, compile_optional
+from .artefacts import MISSING, BlockInfo, Cache, RegionArtefacts
+from .block_tree import has_global_hooks
 from .options import CompileOptions
-from .regions import Region, find_regions
-from .report import NOT_KEPT, CompileReport, Counters, first_lines, on_compile, remedy
-from .settings import compile_settings, recompile_limit
+from .regions import Region, RegionSet
+from .report import NOT_KEPT, CompileReport, first_lines, remedy
+from .torch_compiler import MAX_METHOD_STATES, CompileScope, RegionCode
 
 logger = logging.getLogger(__name__)
 
 Tell = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
-_VARYING = {dims: set(varying(dims)) for dims in range(16)}
-
-
-def _entry(name: str) -> types.FunctionType:
-    """A function with a code object of its own. Dynamo keeps what it compiled on the code object: so one region never uses up
-    the recompile limit of another, and all of it is freed with the region."""
-    def call(module, *args, **kwargs):
-        return module._call_impl(*args, **kwargs)
-    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
+_VARYING = {dims: frozenset(varying(dims)) for dims in range(16)}
+_NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def _strided(value: Tensor) -> bool:
@@ -51,58 +46,102 @@ def _strided(value: Tensor) -> bool:
 def _mark(value):
     """What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost."""
     if isinstance(value, Tensor):
-        value._dynamo_weak_dynamic_indices = _VARYING[value.dim()]
+        value._dynamo_weak_dynamic_indices = set(_VARYING[value.dim()])  # its own: torch adds to it
     elif isinstance(value, (tuple, list)):
         for item in value:
             _mark(item)
 
 
+def _storages(value) -> list[int]:
+    if isinstance(value, Tensor):
+        return [value.untyped_storage()._cdata]
+    return [found for item in value for found in _storages(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _dense_copies(values: tuple) -> dict[int, tuple[Tensor, Tensor]]:
+    """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
+    into the original would break; none where memory is shared, or the original may not be written."""
+    loose = [v for v in values if isinstance(v, Tensor) and not v.is_contiguous() and _strided(v)]
+    if not loose or torch.is_grad_enabled():
+        return {}
+    if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
+        return {}
+    storages = _storages(values)
+    if len(set(storages)) < len(storages):
+        return {}
+    return {id(value): (value, value.contiguous()) for value in loose}
+
+
+def _is_models_own(error: Exception) -> bool:
+    """Whether the model's code, or another pack's, has raised it with these words: neither torch nor what it compiled."""
+    if type(error).__module__.partition(".")[0] in ("torch", "triton"):
+        return False
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    code = traceback.tb_frame.f_code
+    return (not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename
+            and code.co_code[traceback.tb_lasti] == _RAISE)
+
+
+@dataclass
 class _Block:
+    """What is known of one block while the regions are what they are."""
+
+    region: _RegionState
+    info: BlockInfo
+    is_first: bool  # of its region
+    mark: bool
+
+
+@dataclass
+class _RegionState:
+    """What was compiled of the blocks that are made of the same. Kept when an object patch changes the blocks: the same branch may be back
+    at the next prompt."""
+
+    code: RegionCode
+    artefacts: RegionArtefacts | None = None
+
+
+@dataclass
+class _Step:
+    """A call of the model that is under way. calls: of blocks, by what ran them."""
+
+    thread: int
+    filter_guards: bool
+    use_artefacts: bool
+    scope: CompileScope
+    blocks: dict[int, _Block] | None = None  # by id of the module, from the first call of a block on
+    uncompiled: str = ""  # why all blocks run eager
+    functions: dict[int, Callable | None] = field(default_factory=dict)  # compiled, by id of the region's state
+    compiling: str = ""  # the region that is called
+    calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
+
+
+class _Attached:
     """The call of one block, in its ``_compiled_call_impl``."""
 
-    __slots__ = ("artefacts", "compiled", "first", "mark", "module")
+    __slots__ = ("module", "owner")
 
-    def __init__(self, module: torch.nn.Module, compiled: Callable[[], Callable], artefacts: RegionArtefacts | None, mark: bool,
-                 first: bool):
+    def __init__(self, owner: CompiledModule, module: torch.nn.Module):
+        self.owner = owner
         self.module = module
-        self.compiled = compiled  # gives the compiled function: nothing of the compiler is needed where an artefact fits
-        self.artefacts = artefacts
-        self.mark = mark
-        self.first = first  # of its class
 
     def __call__(self, *args, **kwargs):
-        if self.artefacts is not None:
-            result = self.artefacts.run(self.module, args, kwargs)
-            if result is not MISSING:
-                return result
-            if self.artefacts.instead:
-                return self.module._call_impl(*args, **kwargs)
-        compiled = self.compiled()
-        copies = {}
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and not value.is_contiguous() and _strided(value):
-                copies[id(value)] = value, value.contiguous()
-        if self.mark:
-            _mark((*args, *kwargs.values(), *copies.values()))
-        if not copies:
-            return compiled(self.module, *args, **kwargs)
-        # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
-        args = [copies[id(v)][1] if id(v) in copies else v for v in args]
-        kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
-        result = compiled(self.module, *args, **kwargs)
-        originals = {}
-        for value, copy in copies.values():
-            value.copy_(copy)  # a block may have written into its input, or return it
-            originals[id(copy)] = value
-        return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)
+        return self.owner.call_block(self.module, args, kwargs)
 
 
 class CompiledModule:
     """The compiled regions of one module on one device. Thread-safe; built at the first call.
 
     While ``run`` is under way the blocks' ``_compiled_call_impl`` (the slot of nn.Module.compile) is set; names, parameters and
-    the modules themselves stay as they are, and everything is put back afterwards.
+    the modules themselves stay as they are, and everything is put back afterwards. Branches of a model (INT8 and float, two methods) may
+    take turns: what was compiled belongs to what the blocks are made of.
     """
+
+    _nested = threading.local()  # depth: of runs in this thread
 
     def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
         self.report = CompileReport(title=options.title)
@@ -117,22 +156,15 @@ class CompiledModule:
             if options.background:
                 self._fall_back(f"{self.options.artefact_refusal}: compiling when it first samples, not in the background.")
         self._root: weakref.ref | None = None
-        self._regions: list[Region] = []
-        # (class, region's index, guards filtered) -> the entry function and the compiled one. Kept when an object patch changes the
-        # blocks: the same branch may be back at the next prompt.
-        self._compiled: dict[tuple[str, int, bool], tuple[types.FunctionType, Callable]] = {}
-        self._artefacts: dict[int, RegionArtefacts] = {}
-        self._blocks: dict[tuple[bool, bool], list[_Block]] = {}
+        self._regions: RegionSet | None = None
+        self._blocks: dict[int, _Block] = {}  # by id of the module, of the regions
+        self._states: dict[tuple, _RegionState] = {}  # by what blocks are made of
+        self._failures: dict[tuple, str] = {}  # why compile is off, by what all the regions are made of
         self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
-        # Of the call under way: torch's compiler is set up once a block needs it.
-        self._scope = contextlib.ExitStack()
-        self._counters: Counters | None = None
-        self._compiling: tuple[str, int, bool] = "", 0, False  # the key in _compiled of the block that is called
+        self._step: _Step | None = None
         self._tell: Tell | None = None  # of the last call
         self._told = False  # nothing has happened that it does not know of
-        self._interrupted: Callable[[], bool] = bool  # of the call under way
-        self._running = False
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
             around_block: Callable | None = None, tell: Tell | None = None,
@@ -140,128 +172,205 @@ class CompiledModule:
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
-        exception is never a failure of compile (out of memory, interrupt). On any other exception of a compiled call the same call is
-        made once more eager: if that fails too, its error is the model's own; if not, compile is off from then on. around_block: wraps
-        the call of each block, as around_block(call) -> call. tell: called with the report when something has happened, what is under
-        way ("" at its end) and how much of it is done (None: nobody knows); from the builder's thread too. May raise only what
-        passthrough passes on. interrupted: asked while something is compiled, from another
-        thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
+        exception is never a failure of compile (out of memory, interrupt). An error that the model's own code raises is raised. On any
+        other of a compiled call the same call is made once more eager: if that fails too, its error is the model's own; if not, compile is
+        off from then on for what the blocks are made of now. around_block: wraps the call of each block, as around_block(call) -> call.
+        tell: called with the report when something has happened, what is under way ("" at its end) and how much of it is done (None:
+        nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
+        compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """
-        with self._lock:
+        if not self._acquire():
+            return call()
+        self._nested.depth = getattr(self._nested, "depth", 0) + 1
+        try:
             if tell is not self._tell:
                 self._tell, self._told = tell, False
-            self._interrupted = interrupted
+            self._refresh(root)
             if self.report.failure:
+                self.report.steps += 1
                 self._say()
                 return call()
             try:
-                result = self._run_compiled(root, call, filter_guards, around_block)
+                result = self._run_compiled(call, filter_guards, around_block, interrupted)
                 self._say()
                 # The memory of a CUDA graph's outputs is written again at the next step.
                 return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
             except Exception as error:
-                if passthrough(error):
+                if passthrough(error) or _is_models_own(error):
                     self._say()
                     raise
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
-            self.report.failure = cause
+            self._failures[self._regions.key] = self.report.failure = cause
             self._told = False
             self._say()
             logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
             return result
+        finally:
+            self._nested.depth -= 1
+            self._lock.release()
 
-    def _run_compiled(self, root, call, filter_guards, around_block):
-        if self._root is None or self._root() is not root or not all(region.is_current() for region in self._regions):
+    def _acquire(self) -> bool:
+        """The lock; False where waiting for it might be for ever: this thread is in another model's run, and the one that holds this lock
+        may be waiting for that. The blocks run eager then."""
+        return self._lock.acquire(blocking=not getattr(self._nested, "depth", 0))
+
+    def _refresh(self, root: torch.nn.Module) -> None:
+        if self._root is None or self._root() is not root or self._regions is None or not self._regions.holds_blocks():
             self._root = weakref.ref(root)
-            self._regions = find_regions(root, self.options.blocks_only)
-            self._blocks.clear()
-            self._artefacts.clear()
-            self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
-        artefacts = filter_guards and self._artefacts_allowed()
-        if self._cache and self.options.background and not artefacts:
-            self.report.steps += 1
-            return call()  # a compile in this process is what was not asked for
-        blocks = self._attachable(filter_guards and self.options.guard_filter, artefacts)
+            self._find_regions()
+
+    def _find_regions(self) -> None:
+        owner = weakref.ref(self)
+
+        def forget():
+            # A layer was freed: nothing here may keep its weights.
+            if (compiled := owner()) is not None:
+                compiled._blocks = {}
+        self._regions = RegionSet(self._root(), self.options.blocks_only, forget)
+        self._blocks = self._describe_blocks()
+        self.report.regions = [(region.name, len(region.modules)) for region in self._regions]
+        failure = self._failures.get(self._regions.key, "")
+        if failure != self.report.failure:
+            self.report.failure, self._told = failure, False
+
+    def _describe_blocks(self) -> dict[int, _Block]:
+        blocks = {}
+        for region in self._regions:
+            state = self._states.get(region.key)
+            if state is None:
+                state = self._states[region.key] = _RegionState(RegionCode(f"{region.name}_{len(self._states)}", self.options))
+            for module in region.modules:
+                first = module is region.modules[0]
+                blocks[id(module)] = _Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
+        return blocks
+
+    def _run_compiled(self, call, filter_guards, around_block, interrupted):
+        use_artefacts = filter_guards and self._artefacts_allowed()
         self.report.steps += 1
-        before = [block.module.__dict__.get("_compiled_call_impl") for block in blocks]
-        start = time.perf_counter()
-        self._running = True
+        if self._cache and self.options.background and not use_artefacts:
+            return call()  # a compile in this process is what was not asked for
+        outer = self._step
+        scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
+        step = self._step = _Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope)
+        attached = [_Attached(self, module) for module in self._regions.blocks]
+        before = [module.__dict__.get("_compiled_call_impl") for module in self._regions.blocks]
         try:
-            for artefacts in self._artefacts.values():
-                artefacts.begin()
-            for block in blocks:
+            for block in attached:
                 block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
-            for block, previous in zip(blocks, before):
+            for block, previous in zip(attached, before):
                 if previous is None:
                     block.module.__dict__.pop("_compiled_call_impl", None)
                 else:
                     block.module.__dict__["_compiled_call_impl"] = previous
-            counters, self._counters = self._counters, None
-            self._scope.close()
-            settled = counters is None or not counters.new_frames()
-            if settled != self._settled:
-                self._settled = settled
-                for block in blocks:
-                    block.mark = self.options.mark_sizes and (block.first or not settled)
-            if not settled:
-                self._record(counters, time.perf_counter() - start)
-            self._running = False
-        if self.report.seconds:  # not after an interrupt, which leaves some of it uncompiled
+            compiled = scope.close()
+            self._step = outer
+            self._after_step(step, compiled)
+        if self.report.graphs:  # not after an interrupt, which leaves some of it uncompiled
             self.report.compiled_from_step = self.report.compiled_from_step or self.report.steps
         return result
+
+    def _after_step(self, step: _Step, compiled: bool) -> None:
+        if compiled == self._settled:
+            self._settled = not compiled
+            for block in self._blocks.values():
+                block.mark = self.options.mark_sizes and (block.is_first or compiled)
+        if compiled:
+            self._record(step.scope)
+        if step.calls != self.report.last_calls:
+            self.report.last_calls, self._told = dict(step.calls), False
+        for kind, count in step.calls.items():
+            self.report.calls[kind] = self.report.calls.get(kind, 0) + count
+        if step.uncompiled:
+            self._fall_back(step.uncompiled)
+
+    def call_block(self, module: torch.nn.Module, args: tuple, kwargs: dict):
+        """The call of a block during a run."""
+        step = self._step
+        if step is None or step.thread != threading.get_ident():
+            return module._call_impl(*args, **kwargs)
+        if step.blocks is None:
+            self._begin(step)
+        block = step.blocks.get(id(module))
+        if block is None or self._regions.hooks[id(module)]:
+            if block is not None:
+                step.uncompiled = "some blocks have forward hooks: they run uncompiled."
+            step.calls["eager"] += 1
+            return module._call_impl(*args, **kwargs)
+        if step.use_artefacts:
+            artefacts = block.region.artefacts
+            result = artefacts.run(module, block.info, args, kwargs)
+            if result is not MISSING:
+                step.calls["artefact"] += 1
+                return result
+            if artefacts.instead:
+                step.calls["eager"] += 1
+                return module._call_impl(*args, **kwargs)
+        function = self._function(step, block)
+        if function is None:
+            step.calls["eager"] += 1
+            return module._call_impl(*args, **kwargs)
+        step.calls["graph"] += 1
+        return _call_compiled(function, module, args, kwargs, block.mark)
+
+    def _begin(self, step: _Step) -> None:
+        """At the first block of a step, when every wrapper around the model has done what it does."""
+        if not self._regions.is_current():
+            self._find_regions()
+        if not self._blocks:  # forgotten
+            self._blocks = self._describe_blocks()
+        step.blocks = self._blocks
+        if has_global_hooks():
+            step.blocks = {}
+            step.uncompiled = "there are forward hooks on all modules of the process: running uncompiled while they are there."
+        self._regions.methods.update()
+        if step.use_artefacts:
+            for region in self._regions:
+                state = self._states[region.key]
+                if state.artefacts is None:
+                    state.artefacts = self._region_artefacts(region)
+                state.artefacts.begin()
+
+    def _function(self, step: _Step, block: _Block) -> Callable | None:
+        """What torch compiled for the block's region as its classes are now; None where it is not compiled."""
+        code = block.region.code
+        step.compiling = code.name
+        if not step.scope.is_open:
+            if not self.report.graphs:
+                self._say("loading the compiler")
+            step.scope.open()
+        if id(code) not in step.functions:
+            region = next(region for region in self._regions if self._states[region.key] is block.region)
+            found = code.find(step.filter_guards, self._regions.method_state(region))
+            step.functions[id(code)] = None if found is None else found.call
+            if found is None:
+                self._fall_back(f"the methods of {region.name} were replaced more than {MAX_METHOD_STATES} times (by another pack): it runs "
+                                "uncompiled with new ones.")
+        return step.functions[id(code)]
+
+    def _region_artefacts(self, region: Region) -> RegionArtefacts:
+        options = self.options
+        return RegionArtefacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
+                               options.torch_options(), options.background, self._note)
+
+    def _artefacts_allowed(self) -> bool:
+        """An artefact was made for inference, as it is without autocast."""
+        return self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
 
     def _say(self, doing: str = "", progress: tuple[int, int] | None = None):
         if self._tell is not None and (doing or not self._told):
             self._told = not doing
             self._tell(self.report, doing, progress)
 
-    def _begins_compile(self, *_):
-        name, index, _ = self._compiling
-        self._say(f"compiling {name} {index + 1}/{len(self._regions)}", (index, len(self._regions)))
-
-    def _artefacts_allowed(self) -> bool:
-        """An artefact was made for inference, as it is without autocast."""
-        return self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
-
-    def _attachable(self, filter_guards: bool, artefacts: bool) -> list[_Block]:
-        if (filter_guards, artefacts) not in self._blocks:
-            blocks = self._blocks[filter_guards, artefacts] = []
-            for index, region in enumerate(self._regions):
-                compiled = functools.partial(self._compile, (region.name, index, filter_guards))
-                blocks += [_Block(module, compiled, self._region_artefacts(index) if artefacts else None, self.options.mark_sizes,
-                                  module is region.modules[0]) for module in region.modules]
-        return self._blocks[filter_guards, artefacts]
-
-    def _region_artefacts(self, index: int) -> RegionArtefacts:
-        if index not in self._artefacts:
-            options = self.options
-            self._artefacts[index] = RegionArtefacts(
-                self._cache, self._regions[index].name, self._device, options.mark_sizes or options.dynamic is not False,
-                options.torch_options(), options.background, self._note)
-        return self._artefacts[index]
-
-    def _compile(self, key: tuple[str, int, bool]) -> Callable:
-        self._compiling = key
-        if self._counters is None:
-            if not self._compiled:
-                self._say("loading the compiler")
-            warmup.start(self._device.type)
-            warmup.wait(self._interrupted)
-            if self._cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-            self._counters = Counters()
-            self._scope.enter_context(on_compile(self._begins_compile))
-            self._scope.enter_context(interruptible(self._interrupted))
-            self._scope.enter_context(compile_settings(self.options.cache_size_limit))
-        if key not in self._compiled:
-            entry = _entry(f"{key[0]}_{key[1]}")
-            self._compiled[key] = entry, _torch_compile(entry, self.options, key[2])
-        return self._compiled[key][1]
+    def _begins_compile(self):
+        names = [self._states[region.key].code.name for region in self._regions]
+        if self._step is not None and self._step.compiling in names:
+            index = names.index(self._step.compiling)
+            self._say(f"compiling {self._regions[index].name} {index + 1}/{len(names)}", (index, len(names)))
 
     def _note(self, event: str, name: str, detail: str):
         """Of a region's artefacts; from the builder's thread too. name: the region's."""
@@ -283,19 +392,19 @@ class CompiledModule:
                 report.building.append(text)
             logger.info("%s: %s: %s", self.options.title, event, text)
         self._told = False
-        if not self._running:
+        if self._step is None:
             self._say()
 
-    def _record(self, counters: Counters, seconds: float):
+    def _record(self, scope: CompileScope):
         first = not self.report.graphs
-        counters.add_to(self.report)
-        self.report.seconds += seconds
+        scope.record(self.report)
         if first or self.options.log:
             logger.info("%s: %s", self.options.title, self.report.summary())
-        with compile_settings(self.options.cache_size_limit):
-            limit = recompile_limit()
-        for (name, _, _), (entry, _) in self._compiled.items():
-            if len(torch._dynamo.eval_frame._debug_get_cache_entry_list(entry.__code__)) >= limit:
+        limit = scope.limit()
+        for key, state in self._states.items():
+            state.code.after_compile()
+            if state.code.is_at_limit(limit):
+                name = next((region.name for region in self._regions if region.key == key), state.code.name)
                 self._fall_back(f"{name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
                                 "it runs uncompiled wherever it would need another compile.")
 
@@ -306,15 +415,18 @@ class CompiledModule:
             logger.warning("%s: %s", self.options.title, message)
 
 
-def _torch_compile(fn: Callable, options: CompileOptions, filter_guards: bool) -> Callable:
-    torch_options = options.torch_options()
-    # With its sizes marked, what else varies is torch's to find out.
-    arguments = dict(backend=options.backend, fullgraph=options.fullgraph, dynamic=None if options.mark_sizes else options.dynamic)
-    if options.backend in OPTIONAL_BACKENDS:
-        return compile_optional(fn, mode=options.mode, options=torch_options, **arguments)
-    if options.backend == "inductor":
-        from ..int8.graph_pass import MergeQuantizations  # inductor: at the first compile, not at import
-        torch_options.setdefault("post_grad_custom_pre_pass", MergeQuantizations())
-    if filter_guards:
-        torch_options["guard_filter_fn"] = without_bookkeeping
-    return torch.compile(fn, **arguments, options=torch_options or None)
+def _call_compiled(compiled: Callable, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
+    copies = _dense_copies((*args, *kwargs.values()))
+    if mark:
+        _mark((*args, *kwargs.values(), *copies.values()))
+    if not copies:
+        return compiled(module, *args, **kwargs)
+    # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
+    args = [copies[id(v)][1] if id(v) in copies else v for v in args]
+    kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
+    result = compiled(module, *args, **kwargs)
+    originals = {}
+    for value, copy in copies.values():
+        value.copy_(copy)  # a block may have written into its input, or return it
+        originals[id(copy)] = value
+    return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)

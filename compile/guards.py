@@ -1,7 +1,12 @@
 """Which guards on ComfyUI's transformer_options a compiled block can do without."""
 from __future__ import annotations
 
+import functools
+import os
 import re
+import sys
+
+import torch
 
 # What ComfyUI writes there for patches to read, anew for every block, step or prompt. Blocks themselves read it for nothing else
 # (comfy/ldm, 0.33), so that without patches it cannot change a result; guards on it would compile again for each block.
@@ -12,22 +17,43 @@ BOOKKEEPING = {
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
+_NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(functools.__file__) + os.sep + "collections",
+                os.path.dirname(functools.__file__) + os.sep + "_collections_abc")
 _KEY = re.compile(r"\['(\w+)'")
 
 
-def needed(name: str, guard_type: str, value=None) -> bool:
+def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool:
     """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``;
-    value: what it is about, where dynamo tells.
+    value: what it is about, where dynamo tells. by_core: it is ComfyUI's own code that reads it.
 
-    A flag or number that a block reads, and whether a key is there at all, can change the result: their guards stay.
+    A flag or number that a block reads, whether a key is there at all, and that there are options, can change the result: their guards
+    stay. So does whatever other code than ComfyUI's reads.
     """
     options = _OPTIONS.search(name)
-    if not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name)):
+    if not by_core or (not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name))):
         return True
     key = _KEY.match(name, options.end()) if options else None
-    return key[1] not in BOOKKEEPING if key else guard_type == "DICT_CONTAINS"
+    return key[1] not in BOOKKEEPING if key else guard_type in ("DICT_CONTAINS", "TYPE_MATCH")
 
 
-def without_bookkeeping(entries) -> list[bool]:
-    """A guard_filter_fn for torch.compile."""
-    return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None) for entry in entries]
+class GuardFilter:
+    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. reads_environment: whether what was compiled asked os.getenv,
+    which dynamo takes for a constant."""
+
+    def __init__(self, drop_bookkeeping: bool):
+        self._drop_bookkeeping = drop_bookkeeping
+        self.reads_environment = False
+
+    def __call__(self, entries) -> list[bool]:
+        self.reads_environment |= any(entry.has_value and entry.value is os.getenv for entry in entries)
+        if not self._drop_bookkeeping:
+            return [True] * len(entries)
+        return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]
+
+
+def _is_by_core(entry) -> bool:
+    """Whether the innermost code that made dynamo guard a value, torch's and Python's aside, is ComfyUI's."""
+    core = sys.modules.get("comfy")
+    stack = getattr(getattr(entry, "orig_guard", None), "user_stack", None) or ()
+    reader = next((frame.filename for frame in reversed(stack) if not frame.filename.startswith(_NOT_READERS)), "")
+    return core is not None and any(reader.startswith(os.path.join(folder, "")) for folder in core.__path__)

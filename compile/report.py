@@ -39,7 +39,8 @@ class CompileReport:
     that came from torch's disk cache. artefacts: those of the compile cache that were loaded, as "class entry". building: those that
     another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
-    fallbacks: what was done without, and why. failure: why compile is off, empty while it works."""
+    fallbacks: what was done without, and why. failure: why compile is off, empty while it works. calls: of blocks in all, by what ran
+    them: "artefact", "graph" or "eager"; last_calls: in the last step."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -54,6 +55,8 @@ class CompileReport:
     breaks: dict[str, int] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     failure: str = ""
+    calls: dict[str, int] = field(default_factory=dict)
+    last_calls: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -74,11 +77,15 @@ class CompileReport:
             if not self.compiled_from_step:
                 return building
         if not self.compiled_from_step:
-            return "running uncompiled" if self.warnings() else "compiles at the first sampling"
+            return "running uncompiled" if self.warnings() or self.steps else "compiles at the first sampling"
+        eager, calls = self.last_calls.get("eager", 0), sum(self.last_calls.values())
+        if calls and eager == calls:
+            return "running uncompiled" + (f"; {building}" if self.building else "")
         blocks = sum(count for _, count in self.regions)
         ready = f"ready: {len(self.regions)} region{'s' * (len(self.regions) != 1)}, {blocks} block{'s' * (blocks != 1)}"
         how = f", {self.seconds:.0f} s" if self.graphs else " from the compile cache" if self.artefacts else ""
-        return ready + how + (f"; {building}" if self.building else "")
+        partly = f"; {eager} of {calls} block calls ran uncompiled" if eager else ""
+        return ready + how + partly + (f"; {building}" if self.building else "")
 
     def warnings(self) -> list[str]:
         """What is done without, and what to do about it."""

@@ -12,11 +12,21 @@ MIN_LINEARS = 2
 
 
 def signature(module: torch.nn.Module) -> tuple:
-    """What two blocks must share to run the same program: the class of every submodule, and the shape and dtype of every
-    parameter and buffer. Never a value."""
-    modules = tuple((name, type(m)) for name, m in module.named_modules())
-    tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in (*module.named_parameters(), *module.named_buffers()))
+    """What two blocks must share to run the same program: the class of every submodule, what an INT8 layer does with its weight, and the
+    shape, dtype and density of every parameter and buffer. Never a value."""
+    modules = tuple((name, type(m), _replacement(m)) for name, m in module.named_modules())
+    tensors = tuple((name, tuple(t.shape), t.dtype, t.is_contiguous()) for name, t in (*module.named_parameters(), *module.named_buffers()))
     return modules, tensors
+
+
+def _replacement(module: torch.nn.Module) -> str:
+    """Rotation, kernel and parts of a layer of this pack (comfy_ops.artefact_replacement), which its class does not tell."""
+    if not hasattr(module, "artefact_replacement"):
+        return ""
+    try:
+        return repr(module.artefact_replacement()[1])
+    except AttributeError:  # its weight is a float tensor just now
+        return "float"
 
 
 def _is_block(module: torch.nn.Module) -> bool:

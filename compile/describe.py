@@ -1,0 +1,282 @@
+"""What Python values are, in words that two processes agree on exactly where code compiled from them would be the same; and whether
+they still are what they were.
+
+Values are described by their content, to the end: what cannot be described is refused, never taken "by type".
+"""
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import hashlib
+import logging
+import pathlib
+import re
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable
+from operator import is_
+
+import torch
+
+from .cache_call import Unsupported
+
+PACK = "int8_compile"
+_ROOT = __name__.rpartition(".compile.")[0]
+# A block's state has some hundred values. More is data, which belongs into tensors.
+MAX_VALUES = 20_000
+ABSENT = object()
+
+_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
+                      torch.memory_format, torch.Size, range, re.Pattern, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath,
+                      pathlib.PureWindowsPath})
+# They guard, log or order; nothing that is computed depends on them.
+_IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
+_BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
+             types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_get, _get_of_class = dict.get, types.MappingProxyType.get
+
+
+class Watch:
+    """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
+    Asked at every step or call, so its loops run in C."""
+
+    __slots__ = ("_cells", "_class_bindings", "_codes", "_containers", "_dicts")
+
+    def __init__(self):
+        self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
+        self._class_bindings: tuple[list, list, list] = [], [], []
+        self._codes: list[tuple[types.FunctionType, types.CodeType]] = []
+        self._cells: list[tuple[types.CellType, object]] = []
+        self._containers: list[tuple[object, list]] = []
+
+    def binding(self, space: dict | types.MappingProxyType, name: str, value) -> None:
+        """name in space is value, or not there (ABSENT)."""
+        columns = self._dicts if isinstance(space, dict) else self._class_bindings
+        for column, item in zip(columns, (space, name, value)):
+            column.append(item)
+
+    def function(self, function: types.FunctionType) -> None:
+        self._codes.append((function, function.__code__))
+        self._cells += [(cell, _content(cell)) for cell in function.__closure__ or ()]
+
+    def container(self, container, items: list) -> None:
+        """items: of a list, set or deque; of a dict its keys, then its values."""
+        self._containers.append((container, items))
+
+    def unchanged(self) -> bool:
+        spaces, names, values = self._dicts
+        if not all(map(is_, map(_get, spaces, names, _ABSENTS), values)):
+            return False
+        spaces, names, values = self._class_bindings
+        if not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
+            return False
+        for function, code in self._codes:
+            if function.__code__ is not code:
+                return False
+        for cell, content in self._cells:
+            if _content(cell) is not content:
+                return False
+        for container, items in self._containers:
+            now = [*container, *container.values()] if isinstance(container, dict) else container
+            if len(now) != len(items) or not all(map(is_, now, items)):
+                return False
+        return True
+
+
+class _Forever:
+    """An endless supply of ABSENT, for map()."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return ABSENT
+
+
+_ABSENTS = _Forever()
+
+
+def _content(cell: types.CellType):
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+class Describer:
+    """describer(value) -> text. names: the attributes of objects and classes that count, None: all. watch: gets all that is looked at.
+    modules: those that have a place in the block, by id -> its path. lenient: what cannot be described is named by its type; without, it
+    is refused with Unsupported."""
+
+    def __init__(self, names: Iterable[str] | None, watch: Watch | None = None, modules: dict[int, str] | None = None,
+                 lenient: bool = False):
+        self._names = None if names is None else frozenset(names)
+        self._watch = watch or Watch()
+        self._modules = modules or {}
+        self._lenient = lenient
+        self._known: dict[int, str] = {}  # by id, of objects that are being described or have been
+        self._alive: list = []  # so that no id is given twice
+        self._count = 0
+
+    def __call__(self, value) -> str:
+        kind = type(value)
+        if kind in _SCALARS:
+            return f"{kind.__name__} {value!r}"
+        if (known := self._known.get(id(value))) is not None:
+            return known
+        self._count += 1
+        if self._count > MAX_VALUES:
+            raise Unsupported(f"it depends on more than {MAX_VALUES} values")
+        self._known[id(value)] = f"#{len(self._known)}"  # where it contains itself
+        self._alive.append(value)
+        text = self._describe(value, kind)
+        if len(text) > 100:
+            text = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:24]
+        self._known[id(value)] = text
+        return text
+
+    def _describe(self, value, kind: type) -> str:
+        if isinstance(value, enum.Enum):
+            return f"enum {path_of(kind)}.{value.name} {self(value.value)}"
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, types.ModuleType):
+            return f"module {portable(value.__name__)}"
+        if isinstance(value, types.MethodType):
+            return f"method {self(value.__func__)} of {self(value.__self__)}"
+        if isinstance(value, torch.nn.Module):
+            if id(value) in self._modules:
+                return f"submodule {self._modules[id(value)]}"
+            return self._refuse(f"the module {kind.__name__}, which is none of its own", value)
+        if isinstance(value, (staticmethod, classmethod)):
+            return f"{kind.__name__} {self(value.__func__)}"
+        if isinstance(value, property):
+            return f"property {self(value.fget)} {self(value.fset)} {self(value.fdel)}"
+        if isinstance(value, functools.cached_property):
+            return f"cached_property {self(value.func)}"
+        if isinstance(value, (functools.partial, functools.partialmethod)):
+            return f"partial {self(value.func)} {self(value.args)} {self(dict(sorted(value.keywords.items())))}"
+        if isinstance(value, functools._lru_cache_wrapper):
+            return f"lru_cache {self(value.__wrapped__)}"
+        if isinstance(value, _BUILTINS):
+            owner = getattr(value, "__self__", None)
+            of = "" if owner is None or isinstance(owner, (types.ModuleType, type)) else f" of {self(owner)}"
+            return f"builtin {getattr(value, '__module__', None)}.{value.__qualname__}{of}"
+        if isinstance(value, _OPS):
+            return f"op {value}"
+        if isinstance(value, slice):
+            return f"slice {self(value.start)} {self(value.stop)} {self(value.step)}"
+        if isinstance(value, torch.Tensor):
+            return self._refuse("a tensor that is neither a parameter nor a buffer", value)
+        if isinstance(value, _IRRELEVANT):
+            return path_of(kind)
+        return self._object(value, kind)
+
+    def _object(self, value, kind: type) -> str:
+        content, found = self._content(value), False
+        for state in (getattr(value, "__dict__", None), _slots(value)):
+            if isinstance(state, dict):
+                found = True
+                content += [f"{name}={self(item)}" for name, item in sorted(state.items()) if self._counts(name)]
+                if state is getattr(value, "__dict__", None):
+                    for name in state:
+                        if self._counts(name):
+                            self._watch.binding(state, name, state[name])
+        if not found and not content and not isinstance(value, (list, tuple, dict, set, frozenset, collections.deque)):
+            return self._refuse(f"a {kind.__name__}", value)
+        return f"{self(kind)} {' '.join(content)}"
+
+    def _content(self, value) -> list[str]:
+        """Of a container."""
+        if isinstance(value, (dict, types.MappingProxyType)):
+            if isinstance(value, dict):
+                self._watch.container(value, [*value, *value.values()])
+            return [f"{self(key)}: {self(item)}" for key, item in value.items()]
+        if isinstance(value, (set, frozenset)):
+            if isinstance(value, set):
+                self._watch.container(value, list(value))
+            return sorted(map(self, value))
+        if isinstance(value, (list, collections.deque)):
+            self._watch.container(value, list(value))
+        return list(map(self, value)) if isinstance(value, (list, tuple, collections.deque)) else []
+
+    def _function(self, function: types.FunctionType) -> str:
+        """By its code and by what it was made with; what its global names stand for counts where it is called, see cache_sources."""
+        self._watch.function(function)
+        parts = [f"function {portable(function.__module__ or '')}.{function.__qualname__}", code_digest(function.__code__)]
+        parts += [self(value) for value in (function.__defaults__, function.__kwdefaults__) if value]
+        parts += [self(content) for cell in function.__closure__ or () if (content := _content(cell)) is not ABSENT]
+        return " ".join(parts)
+
+    def _class(self, kind: type) -> str:
+        parts = [f"class {path_of(kind)}"]
+        for base in kind.__mro__:
+            if not is_pristine_package(base.__module__):
+                space = vars(base)
+                for name in sorted(space):
+                    if self._counts(name) if not name.startswith("__") else isinstance(space[name], types.FunctionType):
+                        self._watch.binding(space, name, space[name])
+                        parts.append(f"{name}={self(space[name])}")
+        return " ".join(parts)
+
+    def _counts(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def _refuse(self, what: str, value) -> str:
+        if self._lenient:
+            return path_of(type(value))
+        raise Unsupported(f"it depends on {what}, which cannot be described")
+
+
+def _slots(value) -> dict | None:
+    names = [name for base in type(value).__mro__ for name in (getattr(base, "__slots__", None) or ()) if isinstance(name, str)]
+    names = [name for name in names if name not in ("__dict__", "__weakref__")]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} if names else None
+
+
+def path_of(kind: type) -> str:
+    return f"{portable(kind.__module__)}.{kind.__qualname__}"
+
+
+@functools.lru_cache(8192)
+def code_digest(code: types.CodeType) -> str:
+    constants = [code_digest(c) if isinstance(c, types.CodeType) else repr(sorted(map(repr, c))) if isinstance(c, frozenset) else repr(c)
+                 for c in code.co_consts]
+    whole = repr((code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_flags))
+    return hashlib.sha256(whole.encode()).hexdigest()[:24]
+
+
+_PYTHON = str(pathlib.Path(functools.__file__).parent)
+_TORCH = str(pathlib.Path(torch.__file__).parent)
+
+
+def is_pristine_package(module: str) -> bool:
+    """Whether a module is torch's or Python's own, whose versions are in the key of the environment."""
+    if module.partition(".")[0] in ("torch", "builtins"):
+        return True
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None:
+        return module in sys.builtin_module_names or module in getattr(sys, "stdlib_module_names", ())
+    return "site-packages" not in path and path.startswith(_PYTHON)
+
+
+def is_own(function: Callable, folder: str) -> bool:
+    """Whether a function of a package that lies in folder is the package's, not one that something else has put in its place."""
+    if isinstance(function, types.FunctionType):
+        file = function.__code__.co_filename
+        return file.startswith((folder, _TORCH, "<frozen ")) or (file.startswith(_PYTHON) and "site-packages" not in file)
+    return not isinstance(function, (functools.partial, types.MethodType))
+
+
+def portable(module: str) -> str:
+    """A module's name, from this pack's root whatever ComfyUI calls that."""
+    return PACK + module.removeprefix(_ROOT) if module == _ROOT or module.startswith(f"{_ROOT}.") else module
+
+
+def local(module: str) -> str:
+    return _ROOT + module.removeprefix(PACK) if module == PACK or module.startswith(f"{PACK}.") else module
