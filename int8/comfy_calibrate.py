@@ -119,7 +119,7 @@ class QuantizeFirst:
     def attach(self, patcher) -> None:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)
         # In model_options: of a guider's second model these are the only wrappers that core calls.
-        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self._before_load, patcher.model_options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
         for call, callback in ((CallbacksMP.ON_PRE_RUN, self._begin), (CallbacksMP.ON_PREPARE_STATE, self._step),
                                (CallbacksMP.ON_CLEANUP, self._end)):
             patcher.add_callback_with_key(call, KEY, callback)
@@ -144,10 +144,6 @@ class QuantizeFirst:
         for patcher in patchers:
             _quantize_known(patcher)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-
-    def _before_load(self, executor, model, *args, **kwargs):
-        _quantize_known(model)
-        return executor(model, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
         if self.waits(patcher):
@@ -201,6 +197,12 @@ def _patchers(guider) -> list[ModelPatcher]:
 def _quantize_known(patcher) -> None:
     for wrapper in _wrappers(patcher):
         wrapper.quantize(patcher)
+
+
+def _quantize_before_load(executor, model, *args, **kwargs):
+    """The PREPARE_SAMPLING wrapper. A function: other packs copy model_options deeply."""
+    _quantize_known(model)
+    return executor(model, *args, **kwargs)
 
 
 def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
