@@ -139,14 +139,15 @@ class QuantizeFirst:
         guider = executor.class_obj
         patchers = _patchers(guider)
         waiting = [(wrapper, patcher) for patcher in patchers for wrapper in _wrappers(patcher) if wrapper.waits(patcher)]
-        if waiting and len(sigmas) > 1:
+        # A training run is no image: its sampler changes what it trains.
+        if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
             _look(guider, patchers, waiting, noise, latent_image, sampler, sigmas, args, kwargs)
         for patcher in patchers:
             _quantize_known(patcher)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
-        if self.waits(patcher):
+        if self._watch is None and self.waits(patcher):
             self._watch = contextlib.ExitStack()
             self._seen = self._watch.enter_context(self.collect(patcher))
 
