@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..int8.user_folder import user_folder
+from ..int8.kernels.user_folder import user_folder
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import comfy.cli_args
 import folder_paths
 import torch
 
-from ..int8.user_folder import is_kept
+from ..int8.kernels.user_folder import is_kept
 from .artefacts import Cache
 from .builder import Builder
 from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file

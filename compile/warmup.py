@@ -2,9 +2,7 @@
 probe of its vector instructions (12 s as torch does it) and the precompiled header of its kernels (5 s, once a machine)."""
 from __future__ import annotations
 
-import getpass
 import logging
-import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from unittest import mock
 
 import torch
 
-from ..int8.kernels.native import cache_folder
 from .interrupt import INTERVAL, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -58,21 +55,12 @@ def _run(device_type: str, ready: threading.Event):
 
 def prepare(device_type: str) -> None:
     """The imports and, on a CPU, the probe."""
-    _name_inductors_folder()
     import torch._inductor.compile_fx
 
     if device_type == "cpu":
         _probe_vector_instructions()
     else:
         import torch._inductor.runtime.triton_heuristics  # noqa: F401
-
-
-def _name_inductors_folder():
-    """torch names its folder after the user, and fails where the user id has no name (a container's)."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def _probe_vector_instructions():

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ..user_folder import user_folder
+from .user_folder import user_folder
 
 logger = logging.getLogger(__name__)
 

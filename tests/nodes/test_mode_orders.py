@@ -63,7 +63,7 @@ def play(flux, ways, sample, last, rounds, seed, first_time=lambda: None):
     return seen
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_lists_alternate_in_any_order_each_compiled_and_itself(load, nodes, ways, sample, seed):
     assert play(load(), ways, sample, {"backend": "aot_eager"}, 45, seed) == QUANTIZED.keys()
 
@@ -76,9 +76,12 @@ def test_compile_alone_behind_an_int8_list_of_the_same_session_compiles(load, no
     eager = {name: sample(ways["one node"](flux, QUANTIZED[name], None)) for name in ("float", "convrot")}
     for name in ("convrot", "float", "convrot", "float"):
         model = ways["one node"](flux, QUANTIZED[name], last)
-        assert difference(sample(model), eager[name]) < 1e-3
+        first = sample(model)
         wait(cache)
-        assert difference(sample(model), eager[name]) < 1e-3
+        for image in (first, sample(model)):
+            # Inductor rounds norms and activations otherwise in the last bit, which INT8 blows up to its own noise.
+            assert difference(image, eager[name]) < (1e-3 if name == "float" else 0.01)
+            assert name == "float" or difference(image, eager["float"]) > 2e-3
         assert served(model).keys() == {"artefact"}, name
     places = {path.parent for path in cache.store.base.glob("*/*/*/*")}
     assert len(places) >= 4  # two regions of two structures
