@@ -19,8 +19,8 @@ import comfy.utils
 import torch
 
 from .artefact_layer import ArtefactLinear
-from .comfy_core import patch_core
 from .comfy_lora import Int8Lora
+from .comfy_merge import patch_merging_and_saving
 from .kernels import ops
 from .kernels.reference import activation
 from .options import Int8Options
@@ -231,7 +231,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
     Raises ValueError for a weight with NaN or infinity.
     """
     _register_layout_op()
-    patch_core()
+    patch_merging_and_saving()
     if hasattr(comfy.ops, "linear_input_act"):
         patch_linear_input_act()
     model = patcher.model
@@ -306,7 +306,7 @@ def adopt_native_layers(patcher, kernel: str):
     """Gives the INT8 layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
     returned: the same weights, nothing is quantized again."""
     _register_layout_op()
-    patch_core()
+    patch_merging_and_saving()
     if hasattr(comfy.ops, "linear_input_act"):
         patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()

@@ -17,7 +17,7 @@ from .comfy_lora import Int8Lora, QuantizedTensor
 
 
 @functools.cache
-def patch_core() -> None:
+def patch_merging_and_saving() -> None:
     """Makes ComfyUI's merging and saving right for models with INT8 layers; all others go on as before."""
     get_key_patches, state_dict_for_saving = ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving
     save_checkpoint = comfy.sd.save_checkpoint
