@@ -72,7 +72,6 @@ def test_what_int8_compile_cache_dir_says_is_where_things_are_kept(run, tmp_path
     said, lines = run(INT8_COMPILE_CACHE_DIR=str(tmp_path / "kept"))
     check(said, lines)
     assert said["cache"] and not any(LINE in line for line in lines)
-    assert list((tmp_path / "kept" / "native").glob("*.so")) and list((tmp_path / "kept" / "compiled").iterdir())
-    again, _ = run(INT8_COMPILE_CACHE_DIR=str(tmp_path / "kept"))
-    check(again, lines)
-    assert any("from the compile cache" in status for statuses in again["status"].values() for status in statuses), again
+    assert list((tmp_path / "kept" / "native").glob("*.so")) and (tmp_path / "kept" / "compiled").is_dir()
+    # The key is outside of the cache that it signs.
+    assert (tmp_path / "kept-home" / ".config" / "int8-compile" / "cache.key").stat().st_uid == NOBODY
