@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..int8.kernels.user_folder import user_folder
+
 logger = logging.getLogger(__name__)
 
 LAYOUT = "v1"
@@ -261,8 +263,7 @@ def default_key_file() -> Path:
     """Of this user's signing key: INT8_COMPILE_CACHE_KEY_FILE, else in the user's configuration, outside every cache."""
     if chosen := os.environ.get("INT8_COMPILE_CACHE_KEY_FILE"):
         return Path(chosen)
-    home = os.environ.get("APPDATA") if os.name == "nt" else os.environ.get("XDG_CONFIG_HOME")
-    return Path(home or Path.home() / ".config") / "int8-compile" / "cache.key"
+    return user_folder("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME", ".config") / "int8-compile" / "cache.key"
 
 
 def canonical(value) -> bytes:

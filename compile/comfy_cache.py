@@ -12,6 +12,7 @@ import comfy.cli_args
 import folder_paths
 import torch
 
+from ..int8.kernels.user_folder import is_kept
 from .artefacts import Cache
 from .builder import Builder
 from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file
@@ -62,7 +63,7 @@ def open_store() -> CacheStore:
 
 def get_cache() -> Cache | None:
     """The cache of this process, None where it is off, torch is older than 2.8, or it cannot be used (one warning)."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH or not is_enabled():
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH or not is_enabled() or not is_kept(default_key_file()):
         return None
     return _cache(folder(), default_key_file(), size_limit())
 

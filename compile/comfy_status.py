@@ -20,7 +20,7 @@ SCHEMA = {name: True for name in ("not_idempotent", "has_intermediate_output") i
 
 
 class Report(Protocol):
-    """CompileReport, QuantizeReport."""
+    """CompileReport, QuantizeReport, ModesReport."""
 
     def status(self) -> str: ...
 
@@ -32,13 +32,14 @@ class Report(Protocol):
 
 
 class NodeStatus:
-    """Of the node that runs now; calls of it may come much later, from the sampler or another thread. Outside of a server it only keeps
-    the report."""
+    """Of the node that runs now; calls of it may come much later, from the sampler or another thread. A node that does several things has a
+    report of each kind. Outside of a server it only keeps the reports."""
 
     def __init__(self, report: Report | None = None):
         context = get_executing_context()
         self._node = context.node_id if context else None
         self._client = None
+        self._reports: dict[type, Report] = {}  # the last of each kind, in the order in which they first came
         self._sent = "", 0.0
         self._has_progress = False
         # Its keys stay, for it may be written to a client while it changes.
@@ -56,7 +57,11 @@ class NodeStatus:
         """Something has happened, or doing is under way. report None: there is none yet. progress: (done, in all), for the node's progress
         bar; raises InterruptProcessingException, as every progress bar of ComfyUI does."""
         if report is not None:
-            self._entry.update(status=report.status(), text=report.text(), warnings=report.warnings(), details=report.to_dict())
+            self._reports[type(report)] = report
+            reports = list(self._reports.values())
+            self._entry.update(status="; ".join(r.status() for r in reports), text="\n".join(r.text() for r in reports),
+                               warnings=[text for r in reports for text in r.warnings()],
+                               details={key: value for r in reports for key, value in r.to_dict().items()})
         self._show_progress(progress)
         kind, now = re.sub(r"[0-9]+", "", doing), time.monotonic()
         if self._node is None or (doing and kind == self._sent[0] and now - self._sent[1] < INTERVAL):

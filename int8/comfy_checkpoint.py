@@ -51,7 +51,7 @@ def native_model(patcher):
     for name in smoothed:
         del patcher.object_patches[PREFIX + name]
     if smoothed or waiting:
-        logger.info("Save INT8 Model: %d smoothed layers and %d that were not measured yet are written as convrot.", len(smoothed),
+        logger.info("INT8: %d smoothed layers and %d that were not measured yet are written as convrot.", len(smoothed),
                     len(waiting))
         methods = {name: measured.get(name, "convrot") for name in (*smoothed, *waiting)}
         put_int8_layers(patcher, [LayerPlan(name, "convrot" if method == "smoothquant" else method) for name, method in methods.items()],

@@ -20,6 +20,7 @@ import torch
 
 from .artefact_layer import ArtefactLinear
 from .comfy_lora import Int8Lora
+from .comfy_merge import patch_merging_and_saving
 from .kernels import ops
 from .kernels.reference import activation
 from .options import Int8Options
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 PREFIX = "diffusion_model."
 LAYOUT = "TensorWiseINT8Layout"
 FORMAT = "int8_tensorwise"
-# BaseModel -> {(layer, method, smoothing, kernel, dtype): INT8 layer}: nodes that run again (a LoRA changed upstream) reuse the layers
-# that are still alive, so that weights are not quantized twice and compiled code keeps serving.
+# BaseModel -> {(layer, method, smoothing, kernel, dtype, what its weight is from): INT8 layer}: nodes that run again (a LoRA changed
+# upstream) reuse the layers that are still alive, so that weights are not quantized twice and compiled code keeps serving.
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 
@@ -186,6 +187,13 @@ def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
     return getattr(patcher.get_model_object(layer), key)
 
 
+def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
+    """What the weight of a layer below the diffusion model is from: the layer, or the weight alone where that is patched by itself. Its
+    identity stays while weights are moved, patched with a LoRA, and swapped by other clones."""
+    weight = f"{PREFIX}{name}.weight"
+    return patcher.object_patches[weight] if weight in patcher.object_patches else patcher.get_model_object(PREFIX + name)
+
+
 def _check_float(name: str, weight: torch.Tensor):
     if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         kind = type(weight).__name__ if weight.dtype.is_floating_point and weight.element_size() > 1 else weight.dtype
@@ -223,6 +231,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
     Raises ValueError for a weight with NaN or infinity.
     """
     _register_layout_op()
+    patch_merging_and_saving()
     if hasattr(comfy.ops, "linear_input_act"):
         patch_linear_input_act()
     model = patcher.model
@@ -235,7 +244,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
         tell(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         weight, bias = (pristine_parameter(patcher, f"{PREFIX}{plan.name}.{key}") for key in ("weight", "bias"))
-        key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype)
+        key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype, weakref.ref(_origin(patcher, plan.name)))
         layer = layers.get(key)
         if layer is None:
             try:
@@ -247,6 +256,8 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
         patches[PREFIX + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
+    if not patches:
+        return
     _share_inputs(patches)
     size = patcher.model_size()
     for name, layer in patches.items():
@@ -295,6 +306,7 @@ def adopt_native_layers(patcher, kernel: str):
     """Gives the INT8 layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
     returned: the same weights, nothing is quantized again."""
     _register_layout_op()
+    patch_merging_and_saving()
     if hasattr(comfy.ops, "linear_input_act"):
         patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()

@@ -5,6 +5,7 @@ import json
 
 from comfy_api.latest import io, ui
 
+from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.modes.comfy_modes import PATCHER_MODES
 from ..compile.modes.comfy_record import apply_to_patcher, describe
 from ..compile.modes.mode import Mode
@@ -32,11 +33,14 @@ class ApplyModes(io.ComfyNode):
                                 "Empty: only what the file records."),
             ],
             outputs=[io.Model.Output(tooltip="The model with these modes, recorded.")],
+            **SCHEMA,
         )
 
     @classmethod
     def execute(cls, model, modes) -> io.NodeOutput:
-        return io.NodeOutput(apply_to_patcher(model, _parse(modes)))
+        status = NodeStatus()
+        applied = apply_to_patcher(model, _parse(modes), status)
+        return io.NodeOutput(applied, ui=status.ui)
 
 
 class ShowModes(io.ComfyNode):

@@ -11,12 +11,14 @@ from typing import Literal
 
 from comfy.patcher_extension import WrappersMP
 
-from ...int8.comfy_calibrate import planned_layers, plans, quantize_model
-from ...int8.comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
+from ...int8.comfy_calibrate import planned_layers, plans, put_and_tell, quantize_model
+from ...int8.comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize
 from ...int8.hadamard import group_size
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
+from ...int8.report import Tell, tell_nobody
 from ..patcher import LazyCompile, add_compile, check_target, non_dynamic_clone
+from ..report import CompileReport
 from .compile import Compile, CompileConfig
 from .convrot import ConvRot
 from .errors import ApplyModeError, ModeConfigError
@@ -135,11 +137,12 @@ class PatcherInt8(Mode):
     next_prohibited_modes = Int8.next_prohibited_modes
     export_mode = Int8.export_mode
 
-    def convert(self, model, config, **_):
+    def convert(self, model, config, tell: Tell = tell_nobody, **_):
+        """tell: see quantize_model."""
         if config.chosen is None:
-            model = quantize_model(model, config.to_options(_method(model)))
+            model = quantize_model(model, config.to_options(_method(model)), tell)
         else:
-            put_int8_layers(model, _chosen_plans(model, config), config.kernel)
+            put_and_tell(model, _chosen_plans(model, config), config.to_options(_method(model)), tell, ())
         return model, int8_metadata(model)
 
     def restore(self, model, config, metadata):
@@ -233,12 +236,15 @@ class PatcherCompile(Compile):
 
     config_class = PatcherCompileConfig
 
-    def convert(self, model, config, **_):
+    def convert(self, model, config, tell=None, **_):
+        """tell: see CompiledModule.run."""
         options = config.to_options(TITLE)
         check_target(model, config.target)
         try:
             model = non_dynamic_clone(model, TITLE)
         except RuntimeError as error:
             logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
-        add_compile(model, config.target, options)
+        if tell is not None:
+            tell(CompileReport(TITLE))
+        add_compile(model, config.target, options, tell)
         return model, {}

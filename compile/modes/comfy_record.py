@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
@@ -13,8 +14,16 @@ from ...int8.comfy_calibrate import quantize_model
 from ...int8.comfy_ops import int8_layers
 from ...int8.options import Int8Options
 from ...int8.report import Tell, tell_nobody
-from .apply import apply_modes, updated
-from .comfy_modes import PATCHER_MODES, Int8Record, PatcherInt8Config, PatcherSmoothQuantConfig, int8_metadata
+from .apply import apply_modes, parse_modes, updated
+from .comfy_modes import (
+    PATCHER_MODES,
+    Int8Record,
+    PatcherCompile,
+    PatcherInt8,
+    PatcherInt8Config,
+    PatcherSmoothQuantConfig,
+    int8_metadata,
+)
 from .config import dump_config, parse_config
 from .convrot import ConvRot
 from .errors import ApplyModeError, ModeRecordError
@@ -52,9 +61,34 @@ def _entry(name: str, config, metadata: dict | None = None) -> ModeEntry:
     return ModeEntry.of(PATCHER_MODES[name], config, metadata or {})
 
 
-def apply_to_patcher(patcher, modes):
-    """apply_modes on a MODEL from any loader: its record is that of its file."""
-    return apply_modes(recorded(patcher), modes, registry=PATCHER_MODES)
+@dataclass(frozen=True)
+class ModesReport:
+    """modes: the names of all that the model now has, in order."""
+
+    modes: tuple[str, ...]
+
+    def status(self) -> str:
+        return f"modes: {', '.join(self.modes)}" if self.modes else "no modes: the model is as it was loaded"
+
+    def text(self) -> str:
+        return self.status()
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def to_dict(self) -> dict:
+        return {"modes": list(self.modes)}
+
+
+def apply_to_patcher(patcher, modes, tell: Tell = tell_nobody):
+    """apply_modes on a MODEL from any loader: its record is that of its file. tell: called with a ModesReport, and with what int8 and
+    compile report, when the model first samples too."""
+    patcher = recorded(patcher)
+    wanted = parse_modes(modes, PATCHER_MODES)
+    names = (*PATCHER_MODES.host.get_state(patcher).names, *(mode.name for mode, _ in wanted))
+    tell(ModesReport(names))
+    kwargs = [{"tell": tell} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
+    return apply_modes(patcher, wanted, kwargs, registry=PATCHER_MODES)
 
 
 def recorded(patcher):

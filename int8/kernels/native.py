@@ -13,6 +13,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from .user_folder import user_folder
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_native.cpp")
@@ -39,7 +41,7 @@ def _openmp_of_torch() -> str | None:
 def cache_folder() -> Path:
     """Where what was built and measured for this machine is kept: INT8_COMPILE_CACHE_DIR, else the user's cache folder."""
     chosen = os.environ.get("INT8_COMPILE_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "int8-compile"
+    return Path(chosen) if chosen else user_folder("XDG_CACHE_HOME", ".cache") / "int8-compile"
 
 
 def _processor() -> str:
