@@ -22,6 +22,7 @@ from .convrot import ConvRot
 from .errors import ApplyModeError, ModeConfigError
 from .export import Export
 from .int8 import Int8, finite
+from .layers import check_record
 from .mode import Mode, NoConfig
 from .record import METADATA_KEY
 from .registry import ModeRegistry
@@ -81,6 +82,9 @@ class PatcherSmoothQuant(SmoothQuant):
     def convert(self, model, config, **_):
         return model, {}
 
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name, NoConfig)
+
     def restore(self, model, config, metadata):
         raise ApplyModeError("smoothquant: its factors are in no file. Apply smoothquant and int8 to the float model again.")
 
@@ -93,6 +97,9 @@ class PatcherConvRot(ConvRot):
 
     def convert(self, model, config, **_):
         return model, {}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name, NoConfig)
 
     def restore(self, model, config, metadata):
         return model
@@ -141,6 +148,10 @@ class PatcherInt8(Mode):
         else:
             put_int8_layers(model, _chosen_plans(model, config), config.kernel)
         return model, int8_metadata(model)
+
+    def update_for_restore(self, config, metadata):
+        """The kernel is this machine's choice, not the file's."""
+        return dataclasses.replace(config, kernel="auto"), check_record(metadata, self.name, Int8Record)
 
     def restore(self, model, config, metadata):
         if not int8_layers(model):
@@ -217,6 +228,10 @@ class PatcherExport(Export):
     def convert(self, model, config, **_):
         from ...int8.comfy_checkpoint import native_model  # needs a core with native INT8; the compile modes do not
         return native_model(model), {}
+
+    def update_for_restore(self, config, metadata):
+        """A record says what the layers are, not where a file is to be written."""
+        return dataclasses.replace(config, filename_prefix=""), check_record(metadata, self.name, NoConfig)
 
     def restore(self, model, config, metadata):
         return model

@@ -15,7 +15,7 @@ from ...int8.plan import measure
 from ...int8.precision import FLOAT, choose_precision
 from ...int8.structure import roles
 from .errors import ApplyModeError, ModeConfigError
-from .layers import LayersConfig, float_linears, recorded, replace, select
+from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 from .search import Searcher
@@ -80,6 +80,9 @@ class Int8(Mode):
             except ValueError as error:
                 raise ApplyModeError(f"int8: layer '{name}': {error}. Check the checkpoint file.") from error
         return replace(model, new), {"layers": [[name, layer.group, layer.pre_quant_scale is not None] for name, layer in new.items()]}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name)
 
     def restore(self, model, config, metadata):
         new = {}

@@ -26,6 +26,12 @@ class LayerRecord:
     layers: tuple[tuple[str, int, bool], ...] = ()
 
 
+def check_record(metadata: dict, owner: str, record_class: type = LayerRecord) -> dict:
+    """metadata of a file's record, which has the fields of record_class and no others. Raises ModeConfigError."""
+    parse_config(record_class, metadata, f"{owner} in the record")
+    return metadata
+
+
 def float_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """{name: layer} of the eligible Linear layers that are float, prepared or not. A subclass of Linear does something of its own."""
     layers = {name: model.get_submodule(name) for name in eligible_linears(model)}
