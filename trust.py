@@ -19,8 +19,8 @@ PACKAGE = "int8_compile"  # whatever the folder is called
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trust", description="Which bundles of compiled code may be loaded on this machine.")
-    parser.add_argument("bundle", nargs="?", metavar="FILE-or-DIGEST", help="a bundle that you trust, or the whole digest that Save Compile "
-                        "Cache showed for it; nothing: print the list")
+    parser.add_argument("bundle", nargs="?", metavar="FILE-or-DIGEST", help="a bundle that you trust, or the whole digest that Save "
+                        "Compile Cache showed for it; nothing: print the list")
     parser.add_argument("--remove", action="store_true", help="trust it no longer")
     options = parser.parse_args(arguments)
     _load_pack()

@@ -17,6 +17,7 @@ import comfy.cli_args
 import folder_paths
 import torch
 
+from ..int8.echo import echo
 from .artefacts import Cache
 from .builder import Builder
 from .cache_bundle import sweep
@@ -85,8 +86,10 @@ def is_enabled() -> bool:
         return chosen not in ("0", "false", "off")
     value = _settings().get(ENABLED, True)
     if type(value) is not bool:
-        _warn_once(ENABLED, "INT8 Compile: %s is neither true nor false; using true.", ENABLED)
-    return value is not False
+        if _is_first(ENABLED):
+            logger.warning("INT8 Compile: %s is neither true nor false; using true.", ENABLED)
+        return True
+    return value
 
 
 def size_limit() -> int:
@@ -96,7 +99,8 @@ def size_limit() -> int:
         LIMIT, _settings().get(LIMIT, DEFAULT_LIMIT / GIB), SETTING_RANGE)
     if type(value) in (int, float) and least <= value <= most and value:
         return int(value * GIB)
-    _warn_once(name, "INT8 Compile: %s is not a number of GB; using %d.", name, DEFAULT_LIMIT // GIB)
+    if _is_first(name):
+        logger.warning("INT8 Compile: %s is not a number of GB; using %d.", name, DEFAULT_LIMIT // GIB)
     return DEFAULT_LIMIT
 
 
@@ -120,17 +124,19 @@ def _settings() -> dict:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RecursionError) as error:
-        _warn_once("settings", "INT8 Compile: ComfyUI's settings cannot be read (%s): the defaults are used.", str(error)[:200])
+        if _is_first("settings"):
+            logger.warning("INT8 Compile: ComfyUI's settings cannot be read (%s): the defaults are used.", echo(str(error)))
     return {}
 
 
-_warned: set[str] = set()
+_said: set[str] = set()
 
 
-def _warn_once(what: str, text: str, *values) -> None:
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning(text, *values)
+def _is_first(what: str) -> bool:
+    """Whether nothing was said of it: settings are read at every prompt."""
+    is_first = what not in _said
+    _said.add(what)
+    return is_first
 
 
 def bundles() -> Path:

@@ -17,6 +17,7 @@ DYNAMIC = {"auto": None, "true": True, "false": False}
 # Not in torch's public list, but useful to find out which stage fails, and what other packs' nodes offer.
 DIAGNOSTIC_BACKENDS = ("eager", "aot_eager")
 MAX_RECOMPILES = 2048
+MAX_PATH = 200  # characters of the path of a module
 # Settings that are true or false.
 SWITCHES = ("fullgraph", "mark_sizes", "blocks_only", "guard_filter", "background", "log")
 
@@ -117,6 +118,12 @@ def require_backend(backend: str) -> None:
         raise ValueError(f"Unknown backend '{echo(backend)}'. Choose one of: {', '.join(list_backends())}.")
 
 
+def check_path(path: str) -> None:
+    """Raises ValueError for a dotted path that is longer than any: the nearest that exists is not looked for."""
+    if len(path) > MAX_PATH:
+        raise ValueError(f"object_to_patch: a path of {len(path)} characters; {MAX_PATH} are the limit.")
+
+
 def parse_options(text: str, backend: str) -> str:
     """The options input of CompileModel, checked: a JSON object of options that a workflow may set, see allowed_options.
 
@@ -129,7 +136,8 @@ def parse_options(text: str, backend: str) -> str:
     try:
         options = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{INVALID_OPTIONS}: not JSON ({echo(str(error))}). Write an object such as {{"epilogue_fusion": true}}.') from None
+        raise ValueError(f'{INVALID_OPTIONS}: not JSON ({echo(str(error))}). '
+                         'Write an object such as {"epilogue_fusion": true}.') from None
     if not isinstance(options, dict):
         raise ValueError(f'{INVALID_OPTIONS}: a JSON {type(options).__name__}, not an object. '
                          'Write an object such as {"epilogue_fusion": true}.')

@@ -40,8 +40,8 @@ class SaveCompileCache(io.ComfyNode):
                                 "cache; a counter is added."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file."),
-                     io.String.Output(display_name="digest", tooltip="Its SHA-256: to be trusted on the machine that loads it, and to enter "
-                                      "there.")],
+                     io.String.Output(display_name="digest", tooltip="Its SHA-256: to be trusted on the machine that loads "
+                                      "it, and to enter there.")],
             is_output_node=True,
         )
 
@@ -52,7 +52,8 @@ class SaveCompileCache(io.ComfyNode):
     @classmethod
     def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
         if not _FILE_NAME.fullmatch(filename_prefix):
-            raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at most.")
+            raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
+                             "most.")
         _wait_for_builder()
         store = comfy_cache.open_store()
         entries = store.own() if model is None else _entries_of(model, store)
@@ -75,13 +76,12 @@ class LoadCompileCache(io.ComfyNode):
             display_name="Load Compile Cache",
             category="INT8 Compile",
             description="Adds a file from Save Compile Cache to the compile cache of this machine. The file holds code that will run here: "
-                        "it is added only if this server's owner has put its digest on the list of trusted bundles, see the help page.",
+                        "it is added only if its digest is on this server's list of trusted bundles (see help).",
             inputs=[
                 io.String.Input("bundle", default="", tooltip="Name of a file in the bundles folder of the compile cache. Put it there by "
                                 "hand: files from elsewhere are not loaded."),
-                io.String.Input("trust", default="", tooltip="The whole digest that Save Compile Cache showed: of the file that is meant. It "
-                                "must be on the server's list of trusted bundles as well. Empty: says what the file holds and loads "
-                                "nothing."),
+                io.String.Input("trust", default="", tooltip="The whole digest that Save Compile Cache showed for that file. It must be on "
+                                "the server's list of trusted bundles as well. Empty: says what the file holds and loads nothing."),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="What was added.")],
             is_output_node=True,
@@ -161,8 +161,8 @@ def _entries_of(model, store: CacheStore) -> list[Path]:
 def _path_of(bundle: str) -> Path:
     folder = comfy_cache.bundles()
     if not _FILE_NAME.fullmatch(bundle):
-        raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile cache "
-                         "and enter its name, without a folder.")
+        raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
+                         "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():
         raise ValueError(f"Load Compile Cache: there is no {bundle} in the bundles folder of the compile cache. "
                          f"There: {echo(', '.join(sorted(comfy_cache.bundle_sizes()))) or 'nothing'}.")
@@ -178,5 +178,5 @@ def _require_trust(bundle: Bundle, trust: str):
     unknown = "" if listed else "it is not on this server's list of trusted bundles. "
     raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {unknown}{entered}"
                      f"it was not loaded. It holds ({bundle.size / 1e6:.1f} MB):\n{bundle.contents()}\n"
-                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust, all of it, "
-                     "and have it put on the list, in this pack's folder on the server: python -m trust DIGEST")
+                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust, all of "
+                     "it, and have it put on the list, in this pack's folder on the server: python -m trust DIGEST")

@@ -13,9 +13,11 @@ from comfy.patcher_extension import WrappersMP
 
 from ...int8.comfy_calibrate import planned_layers, plans, quantize_model
 from ...int8.comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
+from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
+from ..options import check_path
 from ..patcher import LazyCompile, add_compile, check_target, non_dynamic_clone
 from .compile import Compile, CompileConfig
 from .convrot import ConvRot
@@ -40,6 +42,9 @@ class PatcherCompileConfig(CompileConfig):
     """target: dotted path below the BaseModel of what is compiled."""
 
     target: str = "diffusion_model"
+
+    def __post_init__(self):
+        check_path(self.target)
 
 
 class PatcherHost:
@@ -178,10 +183,10 @@ def _chosen_plans(patcher, config: PatcherInt8Config) -> list[LayerPlan]:
     names = layers_to_quantize(patcher, config.to_options("convrot"))
     for name, method in config.chosen:
         if name not in names:
-            raise ModeConfigError(f"int8: chosen names the layer '{name[:200]}', which is no float Linear layer of this model's blocks. "
+            raise ModeConfigError(f"int8: chosen names the layer '{echo(name)}', which is no float Linear layer of this model's blocks. "
                                   "Set chosen to null to measure again.")
         if method == "smoothquant":
-            raise ModeConfigError(f"int8: chosen has smoothquant for '{name}', whose factors are in no record. Set chosen to null to "
+            raise ModeConfigError(f"int8: chosen has smoothquant for '{echo(name)}', whose factors are in no record. Set chosen to null to "
                                   "measure again.")
     return [LayerPlan(name, method) for name, method in config.chosen]
 

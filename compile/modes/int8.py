@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.linear import Int8Linear, marker
 from ...int8.plan import measure
@@ -40,6 +41,7 @@ class Int8Config(LayersConfig):
     chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.min_sqnr_db <= 100:
             raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {self.min_sqnr_db:g}.")
         if self.max_bytes < 0:
@@ -69,7 +71,7 @@ class Int8(Mode):
         else:
             rotate = {name: method == "convrot" for name, method in config.chosen if method != FLOAT}
             if unknown := [name for name in rotate if name not in layers]:
-                raise ModeConfigError(f"int8: chosen names the layer '{unknown[0]}', which is no float Linear layer of this model. "
+                raise ModeConfigError(f"int8: chosen names the layer '{echo(unknown[0])}', which is no float Linear layer of this model. "
                                       "Set chosen to null to search again.")
         new = {}
         for name, rotated in rotate.items():

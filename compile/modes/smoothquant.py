@@ -22,6 +22,7 @@ class SmoothQuantConfig(LayersConfig):
     alpha: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is a share from 0 to 1, not {self.alpha:g}.")
 

@@ -12,6 +12,7 @@ from int8_compile.compile.modes import (
     ModeConfigError,
     ModelRecipe,
     ModeOrderError,
+    ModeRecordError,
     ModeRegistryError,
     UnknownModeError,
     apply_modes,
