@@ -105,6 +105,10 @@ class _Checkpoint(Mapping):
             raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({echo(str(error))}). "
                              "Download it again.") from error
         header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
+                                 "which no model has.")
         self._start = 8 + size
         self._entries = header
 
@@ -112,11 +116,7 @@ class _Checkpoint(Mapping):
         return self._entries[key]["shape"] if key in self._entries else []
 
     def dtype(self, key: str) -> torch.dtype:
-        name = self._entries[key]["dtype"]
-        if name not in DTYPES:
-            raise ValueError(f"Load INT8 Model: '{Path(self.path).name}' is damaged: {echo(key)} has the type {echo(name)}, which no model "
-                             "has.")
-        return DTYPES[name]
+        return DTYPES[self._entries[key]["dtype"]]
 
     def size(self) -> int:
         """Bytes of all tensors."""

@@ -19,6 +19,8 @@ def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
     config: an object, an instance of the mode's config_class, or None. Raises UnknownModeError and ModeConfigError."""
     if isinstance(modes, (str, Mode, Mapping)) or (isinstance(modes, tuple) and len(modes) == 2 and not _is_mode(modes[1])):
         modes = [modes]
+    if not isinstance(modes, Sequence):
+        raise ModeConfigError(f"A mode is a name, or a name and its configuration, not a {type(modes).__name__}.")
     if len(modes) > MAX_MODES:
         raise ModeConfigError(f"{len(modes)} modes; {MAX_MODES} are the limit.")
     result = []
