@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parent
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.remove:  # of any content
                 digest = trusted_bundles.digest_of(path)
             else:
-                with (found := read_bundle(path)).copy:
+                with (found := read_bundle(path, Path(tempfile.gettempdir()))).copy:
                     digest, note = found.digest, path.name
                     sys.stdout.write(f"{found.contents()}\n")
         written = trusted_bundles.set_trusted(digest, note, not options.remove)

@@ -80,13 +80,13 @@ def check_options(options: dict) -> None:
     more = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")}
     for key, value in options.items():
         name = key.replace("-", "_")
-        if name in ALLOWED and name in known:
-            if not _is_allowed(value, ALLOWED[name]):
-                raise ValueError(f"{INVALID_OPTIONS}: '{name}' takes {_describe(ALLOWED[name])}, not {echo(_quoted(value))}.")
-        elif name in known and name in more:
+        if name in known and name in more:
             default = known[name]
             if default is not None and type(value) is not type(default):
                 raise ValueError(f"{INVALID_OPTIONS}: '{name}' takes a {type(default).__name__}, not {echo(_quoted(value))}.")
+        elif name in known and name in ALLOWED:
+            if not _is_allowed(value, ALLOWED[name]):
+                raise ValueError(f"{INVALID_OPTIONS}: '{name}' takes {_describe(ALLOWED[name])}, not {echo(_quoted(value))}.")
         else:
             what = "a workflow may not set" if name in known else "inductor has no option"
             raise ValueError(f"{INVALID_OPTIONS}: {what} '{echo(key)}'. {_near(name, known)}")

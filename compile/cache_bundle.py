@@ -97,7 +97,8 @@ def save_bundle(store: CacheStore, entries: list[Path], path: Path, limit: int =
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
     try:
         with os.fdopen(handle, "w+b") as file:
-            _lock(file.fileno())
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing is swept either
+                _lock(file.fileno())
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for folder in sorted(entries):
                     with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
@@ -145,11 +146,11 @@ def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
         archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Copies it, and checks all of the copy; runs nothing. Raises ValueError for what is damaged or no bundle, OSError where there is no
-    room for the copy."""
+def read_bundle(path: Path, scratch: Path | None = None) -> Bundle:
+    """Copies it, into the folder scratch or that of path, and checks all of the copy; runs nothing. Raises ValueError for what is damaged
+    or no bundle, OSError where there is no room for the copy."""
     with _open(path) as file, contextlib.ExitStack() as stack:
-        copy = stack.enter_context(tempfile.TemporaryFile(dir=path.parent, prefix=PREFIX))
+        copy = stack.enter_context(tempfile.TemporaryFile(dir=scratch or path.parent, prefix=PREFIX))
         digest = _copy(file, copy)
         try:
             with zipfile.ZipFile(copy) as archive:

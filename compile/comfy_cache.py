@@ -154,9 +154,10 @@ def bundle_sizes() -> dict[str, int]:
     """{name: bytes} of the bundles, those that somebody put there too."""
     sizes = {}
     try:
-        for entry in os.scandir(folder() / "bundles"):
-            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
-                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+        with os.scandir(folder() / "bundles") as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
     except OSError:
         pass
     return sizes

@@ -11,9 +11,11 @@ from comfy_api.latest import io
 
 from ..compile import comfy_cache
 from ..compile.cache_store import default_key_file
-from ..int8.echo import without_folders
+from ..int8.echo import echo, without_folders
 
 logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 6000  # of what core or torch says; this pack's longest message lists the options of the compiler
 
 
 def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -36,8 +38,8 @@ def _clean(error: Exception) -> None:
     if isinstance(error, OSError):  # its text is made of these
         for name in ("filename", "filename2"):
             if isinstance(path := getattr(error, name), (str, bytes, os.PathLike)):
-                setattr(error, name, Path(os.fsdecode(path)).name)
-    error.args = tuple(without_folders(part, folders) if isinstance(part, str) else part for part in error.args)
+                setattr(error, name, echo(Path(os.fsdecode(path)).name))
+    error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
     if str(error) != before:
         logger.error("%s", before)
 

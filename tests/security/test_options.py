@@ -126,8 +126,11 @@ def test_the_same_holds_for_the_optional_backends_and_others_take_none():
 
 def test_whoever_administers_the_server_may_allow_more_and_a_type_is_still_a_type(monkeypatch):
     monkeypatch.setenv(VARIABLE, "compile_threads, trace.debug_dir,no_such_option")
+    assert accepted({"max_autotune_gemm_backends": "ATEN"}) and not accepted({"max_autotune_gemm_backends": "CUTLASS"})
     assert accepted({"compile_threads": 4}) and accepted({"trace.debug_dir": "x"})
     assert not accepted({"compile_threads": "4"}) and not accepted({"no_such_option": 1}) and not accepted({"cpp.cxx": ["g++"]})
+    monkeypatch.setenv(VARIABLE, "max_autotune_gemm_backends")
+    assert accepted({"max_autotune_gemm_backends": "CUTLASS"}) and not accepted({"compile_threads": 4})
 
 
 @pytest.mark.parametrize("change", [
