@@ -29,6 +29,7 @@ MIN_TORCH = 2, 8
 # Ids of ComfyUI's settings, and the environment variables that come before them.
 ENABLED, LIMIT = "INT8Compile.Cache.Enabled", "INT8Compile.Cache.SizeLimit"
 ENABLED_VARIABLE, LIMIT_VARIABLE, FOLDER_VARIABLE = "INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_SIZE", "INT8_COMPILE_CACHE_DIR"
+OLD_FOLDER = "INT8Compile.Cache.Folder"  # a setting of versions before 0.2
 # GB. The first as in web/int8_compile.js.
 SETTING_RANGE, VARIABLE_RANGE = (0.1, 1000.0), (0.0, 1e6)
 MAX_SETTINGS = 4 << 20  # bytes of ComfyUI's settings file
@@ -198,6 +199,9 @@ def _cache(*_) -> Cache | None:
         logger.warning("INT8 Compile: %s: nothing is kept for the next start.", error)
         return None
     sweep(folder() / "bundles")
+    if _settings().get(OLD_FOLDER):
+        logger.warning("INT8 Compile: the setting %s does not count any more, as every client could write it. Set %s instead.", OLD_FOLDER,
+                       FOLDER_VARIABLE)
     return Cache(store, Builder(store, ("compile.comfy_cache", "prepare", (vars(comfy.cli_args.args),))), _host)
 
 

@@ -17,7 +17,7 @@ DYNAMIC = {"auto": None, "true": True, "false": False}
 # Not in torch's public list, but useful to find out which stage fails, and what other packs' nodes offer.
 DIAGNOSTIC_BACKENDS = ("eager", "aot_eager")
 MAX_RECOMPILES = 2048
-MAX_PATH = 200  # characters of the path of a module
+MAX_PATH = 200  # characters of the path of a module, or of a file below ComfyUI's output folder
 # Settings that are true or false.
 SWITCHES = ("fullgraph", "mark_sizes", "blocks_only", "guard_filter", "background", "log")
 
@@ -118,10 +118,10 @@ def require_backend(backend: str) -> None:
         raise ValueError(f"Unknown backend '{echo(backend)}'. Choose one of: {', '.join(list_backends())}.")
 
 
-def check_path(path: str) -> None:
-    """Raises ValueError for a dotted path that is longer than any: the nearest that exists is not looked for."""
+def check_path(path: str, name: str = "object_to_patch") -> None:
+    """Raises ValueError for a path, of a module or file, that is longer than any: the nearest that exists is not looked for."""
     if len(path) > MAX_PATH:
-        raise ValueError(f"object_to_patch: a path of {len(path)} characters; {MAX_PATH} are the limit.")
+        raise ValueError(f"{name}: a path of {len(path)} characters; {MAX_PATH} are the limit.")
 
 
 def parse_options(text: str, backend: str) -> str:

@@ -223,6 +223,9 @@ class PatcherExportConfig:
 
     filename_prefix: str = "diffusion_models/int8"
 
+    def __post_init__(self):
+        check_path(self.filename_prefix, "filename_prefix")
+
 
 @PATCHER_MODES.register
 class PatcherExport(Export):

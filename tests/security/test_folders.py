@@ -238,3 +238,21 @@ def test_every_node_is_guarded(comfy):
     from int8_compile.nodes import NODES
 
     assert all(hasattr(node.execute.__func__, "__wrapped__") for node in NODES)
+
+
+def test_a_setting_that_says_where_code_lies_is_answered_once(cache, tmp_path, caplog):
+    settings(tmp_path, json.dumps({"INT8Compile.Cache.Folder": str(tmp_path / "output")}))
+    for _ in range(3):
+        assert cache.get_cache() is not None
+    assert sum("INT8Compile.Cache.Folder does not count any more" in record.message for record in caplog.records) == 1
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_a_long_name_of_a_file_is_refused_before_anything_is_done(comfy):
+    from int8_compile.compile.modes.comfy_modes import PatcherExportConfig
+    from int8_compile.compile.modes.comfy_record import save_model
+
+    for make in (lambda name: PatcherExportConfig(name), lambda name: save_model(None, name)):
+        with pytest.raises(ValueError, match="filename_prefix: a path of 1000000 characters; 200 are the limit") as raised:
+            make("x" * 1_000_000)
+        assert len(str(raised.value)) < 200
