@@ -1,4 +1,4 @@
-"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s lint`.
+"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s fuzz`, `nox -s lint`.
 
 Needs Python 3.10 or later, pip and nox; everything else is installed here. Environment variables:
 COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -66,6 +67,20 @@ def tests(session: nox.Session):
         shutil.copyfileobj(output, sys.stdout.buffer)
     if codes - {0, NO_TESTS_COLLECTED} or codes == {NO_TESTS_COLLECTED}:
         session.error("tests failed" if codes != {NO_TESTS_COLLECTED} else "no test was chosen")
+
+
+@nox.session(venv_backend="virtualenv")
+def fuzz(session: nox.Session):
+    """Generated inputs for everything that a prompt, a workflow, a file or a setting can say, with another seed each time:
+    nox -s fuzz -- 1000000 [seed]. The default is 300000 inputs, a quarter of an hour."""
+    python, env = environment(session)
+    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
+    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    count, seed = [*session.posargs, *("300000", str(random.randrange(10**6)))[len(session.posargs):]][:2]
+    session.log(f"{count} inputs, seed {seed}")
+    env = {**os.environ, **env, "INT8_COMPILE_FUZZ": count, "INT8_COMPILE_FUZZ_SEED": seed}
+    session.run(python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests", "tests/security/test_fuzz.py", env=env,
+                external=True)
 
 
 @nox.session

@@ -1,8 +1,9 @@
 """Cache entries in one file, to carry to other machines of the same kind. Plain Python: knows nothing of torch.
 
 A zip of <group>/<distribution>/<method>/<entry>/<file>; the manifest.json of an entry holds the SHA-256 of its other files. There is no
-signature that another machine could check: whoever loads a bundle has compared its digest with that of its source. Loading signs the
-entries with the key of the machine. Their group says what they were built for, so what does not fit a machine is never run.
+signature that another machine could check: whoever loads a bundle has made sure that its digest is one that the machine's owner trusts
+(trusted_bundles.py). Loading signs the entries with the key of the machine. Their group says what they were built for, so what does not
+fit a machine is never run.
 """
 from __future__ import annotations
 
@@ -14,14 +15,21 @@ import re
 import stat
 import struct
 import tempfile
+import time
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from ..int8.echo import echo
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not delete a file that is open
+    fcntl = None
 
 MIB = 1 << 20
 MAX_BYTES = 4096 * MIB  # of a bundle, packed and unpacked
@@ -29,7 +37,9 @@ MAX_FILE_BYTES = 1024 * MIB
 MAX_MANIFEST_BYTES = 16 * MIB
 MAX_ENTRIES = 4096
 MAX_FILES = 16  # of an entry, its manifest included
-TRUST_DIGITS = 12
+MAX_LINES = 40  # of what is shown of it
+PREFIX = ".bundle-"  # of what is being written
+YOUNG = 2.0  # seconds in which what is being written may not be locked yet
 _DEPTH = 5
 _NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")  # a file name on every system
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
@@ -52,20 +62,17 @@ class Held:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. digest: SHA-256 of the file, in hex."""
+    """A checked bundle. path: where it was read. digest: SHA-256 of the file, in hex. copy: the content that both are of, which nobody
+    else can change: an unnamed file of this process."""
 
     path: Path
     digest: str
     held: tuple[Held, ...]
+    copy: BinaryIO = field(repr=False, compare=False)
 
     @property
     def size(self) -> int:
         return sum(held.size for held in self.held)
-
-    def is_trusted(self, digits: str) -> bool:
-        """Whether digits are those of its digest, the first 12 at least."""
-        digits = digits.strip().lower()
-        return len(digits) >= TRUST_DIGITS and self.digest.startswith(digits)
 
     def contents(self) -> str:
         """For a person: a line for each class, device and torch version."""
@@ -75,23 +82,30 @@ class Bundle:
             kind = tuple(map(held.label, ("name", "device", "torch")))
             counts[kind] += 1
             sizes[kind] += held.size
-        return "\n".join(f"{name} for {device}, torch {torch}: {counts[name, device, torch]} compiled, "
-                         f"{sizes[name, device, torch] / 1e6:.1f} MB" for name, device, torch in sorted(counts))
+        lines = [f"{name} for {device}, torch {torch}: {counts[name, device, torch]} compiled, "
+                 f"{sizes[name, device, torch] / 1e6:.1f} MB" for name, device, torch in sorted(counts)]
+        more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        return "\n".join(lines[:MAX_LINES] + more)
 
 
-def save_bundle(store: CacheStore, entries: list[Path], path: Path) -> str:
+def save_bundle(store: CacheStore, entries: list[Path], path: Path, limit: int = MAX_BYTES) -> str:
     """Writes the good ones of entries, which are this store's own, to path: -> its digest. The file appears whole or not at all.
 
-    Raises ValueError where there is none, OSError where it cannot be written.
+    Raises ValueError where there is none or the file would have more than limit bytes, OSError where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".bundle-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
     try:
         with os.fdopen(handle, "w+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing is swept either
+                _lock(file.fileno())
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                 for folder in sorted(entries):
                     with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
                         _pack(store, folder, archive)
+                    if file.tell() > limit:
+                        raise ValueError(f"the bundle would be larger than the {limit / 1e6:.1f} MB that bundles may still take of the "
+                                         "compile cache's limit. Delete some from its bundles folder, or raise the limit")
                 if not archive.infolist():
                     raise ValueError("there is nothing compiled to save")
             file.flush()
@@ -103,6 +117,27 @@ def save_bundle(store: CacheStore, entries: list[Path], path: Path) -> str:
     return digest
 
 
+def sweep(folder: Path) -> None:
+    """Deletes what writers that are no more have left in folder."""
+    with contextlib.suppress(OSError):
+        for left in folder.glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):  # locked: its writer is at it
+                handle = os.open(left, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+                try:
+                    _lock(handle)
+                    is_young = time.time() - os.fstat(handle).st_mtime < YOUNG
+                finally:
+                    os.close(handle)
+                if not is_young:
+                    left.unlink()
+
+
+def _lock(handle: int) -> None:
+    """Until it is closed. Raises OSError where another process has it."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
     body = store.whole(folder).body
     prefix = folder.relative_to(store.base).as_posix()
@@ -111,39 +146,65 @@ def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
         archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Checks all of it; runs and writes nothing. Raises ValueError for what is damaged or no bundle."""
+def read_bundle(path: Path, scratch: Path | None = None) -> Bundle:
+    """Copies it, into the folder scratch or that of path, and checks all of the copy; runs nothing. Raises ValueError for what is damaged
+    or no bundle, OSError where there is no room for the copy."""
+    with _open(path) as file, contextlib.ExitStack() as stack:
+        copy = stack.enter_context(tempfile.TemporaryFile(dir=scratch or path.parent, prefix=PREFIX))
+        digest = _copy(file, copy)
+        try:
+            with zipfile.ZipFile(copy) as archive:
+                if archive.comment:  # any bytes: room to look for another file of a wanted digest
+                    raise ValueError("it has a comment")
+                held = tuple(_check(archive, place, files) for place, files in sorted(_folders(archive).items()))
+        except _DAMAGE as error:
+            raise ValueError(f"{path.name} is damaged or no bundle of compiled code ({echo(str(error))}): copy it again from where it was "
+                             "saved") from None
+        stack.pop_all()  # the copy stays open for as long as the bundle lives
+        return Bundle(path, digest, held, copy)
+
+
+def _open(path: Path) -> BinaryIO:
+    refusal = f"{path.name} is a link or a folder: put the bundle itself there"
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError(f"{path.name} is a link or a folder: put the bundle itself there")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)")
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            held = tuple(_check(archive, place, files) for place, files in sorted(_folders(archive).items()))
-            return Bundle(path, _digest_of(file), held)
-    except _DAMAGE as error:
-        raise ValueError(f"{path.name} is damaged or no bundle of compiled code ({error}): copy it again from where it was saved") from None
+        raise ValueError(refusal)
+    # Swapped meanwhile, a link is not followed and a pipe not waited for.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)),
+                     "rb")
+    info = os.fstat(file.fileno())
+    if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_BYTES:
+        return file
+    file.close()
+    raise ValueError(f"{path.name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)" if stat.S_ISREG(info.st_mode) else refusal)
+
+
+def _copy(file: BinaryIO, copy: BinaryIO) -> str:
+    """Copies as much as a bundle can have: -> the digest of what was written."""
+    hashed, left = hashlib.sha256(), MAX_BYTES + 1
+    while left and (content := file.read(min(left, MIB))):
+        hashed.update(content)
+        copy.write(content)
+        left -= len(content)
+    copy.flush()
+    return hashed.hexdigest()
 
 
 def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
     """Signs what the store lacks and adds it: -> (added, already present). The caller has made sure that bundle is trusted.
 
-    Raises ValueError where it does not fit the store's limit or was changed since it was read, OSError where it cannot be written.
+    Raises ValueError where it does not fit the store's limit, OSError where it cannot be written.
     """
     if bundle.size > store.limit:
         raise ValueError(f"{bundle.path.name} holds {bundle.size / 1e6:.0f} MB and the limit of the compile cache is "
                          f"{store.limit / 1e6:.0f} MB: raise it in ComfyUI's settings, or with INT8_COMPILE_CACHE_SIZE (GB)")
     added = 0
-    with bundle.path.open("rb") as file:
-        if _digest_of(file) != bundle.digest:
-            raise ValueError(f"{bundle.path.name} was changed after it was checked")
-        with zipfile.ZipFile(file) as archive:
-            for held in bundle.held:
-                with contextlib.suppress(CacheError):
-                    store.touch(store.whole(store.base / held.place / held.name))
-                    continue
-                _unpack(store, held, archive)
-                added += 1
+    with zipfile.ZipFile(bundle.copy) as archive:
+        for held in bundle.held:
+            with contextlib.suppress(CacheError):
+                store.touch(store.whole(store.base / held.place / held.name))
+                continue
+            _unpack(store, held, archive)
+            added += 1
     return added, len(bundle.held) - added
 
 

@@ -10,6 +10,8 @@ from comfy_api.latest import io
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
+from ..int8.echo import without_folders
+
 # ComfyUI's message, and the key in a node's ui output, that web/int8_compile.js listens to.
 EVENT = "int8_compile"
 # Seconds between two messages that differ in a number only.
@@ -29,6 +31,15 @@ class Report(Protocol):
     def warnings(self) -> list[str]: ...
 
     def to_dict(self) -> dict: ...
+
+
+def for_client(value):
+    """JSON values without the folders in their texts: what a compiler complains of names some."""
+    if isinstance(value, str):
+        return without_folders(value)
+    if isinstance(value, dict):
+        return {key: for_client(item) for key, item in value.items()}
+    return [for_client(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class NodeStatus:
@@ -59,9 +70,9 @@ class NodeStatus:
         if report is not None:
             self._reports[type(report)] = report
             reports = list(self._reports.values())
-            self._entry.update(status="; ".join(r.status() for r in reports), text="\n".join(r.text() for r in reports),
-                               warnings=[text for r in reports for text in r.warnings()],
-                               details={key: value for r in reports for key, value in r.to_dict().items()})
+            self._entry.update(for_client({"status": "; ".join(r.status() for r in reports), "text": "\n".join(r.text() for r in reports),
+                                           "warnings": [text for r in reports for text in r.warnings()],
+                                           "details": {key: value for r in reports for key, value in r.to_dict().items()}}))
         self._show_progress(progress)
         kind, now = re.sub(r"[0-9]+", "", doing), time.monotonic()
         if self._node is None or (doing and kind == self._sent[0] and now - self._sent[1] < INTERVAL):
@@ -72,7 +83,7 @@ class NodeStatus:
         if get_executing_context() is not None:  # else it is the builder's thread, when another client's prompt may run
             self._client = PromptServer.instance.client_id
         if self._client is not None:
-            PromptServer.instance.send_sync(EVENT, {**self._entry, "doing": doing}, self._client)
+            PromptServer.instance.send_sync(EVENT, {**self._entry, "doing": without_folders(doing)}, self._client)
 
     def _show_progress(self, progress: tuple[int, int] | None):
         """On this node, while another one runs: the sampler, whose own bar stays as it is."""

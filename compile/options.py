@@ -2,20 +2,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 from dataclasses import dataclass
 
 import torch
 
+from ..int8.echo import echo
+from .allowed_options import INVALID_OPTIONS, MAX_CHARACTERS, check_options
 from .optional import OPTIONAL_BACKENDS, package_of
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DYNAMIC = {"auto": None, "true": True, "false": False}
 # Not in torch's public list, but useful to find out which stage fails, and what other packs' nodes offer.
 DIAGNOSTIC_BACKENDS = ("eager", "aot_eager")
-INVALID_OPTIONS = "Compilation failed due to invalid options"
+MAX_RECOMPILES = 2048
+MAX_PATH = 200  # characters of the path of a module, or of a file below ComfyUI's output folder
+# Settings that are true or false.
+SWITCHES = ("fullgraph", "mark_sizes", "blocks_only", "guard_filter", "background", "log")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,22 @@ class CompileOptions:
     background: bool = False
     log: bool = False
     title: str = "Compile Model"
+
+    def __post_init__(self):
+        """Raises ValueError, and RuntimeError for an optional backend whose package is absent: wherever the values come from (a node, a
+        linked input, the settings of a mode, a file), none of them reaches torch unchecked."""
+        if self.mode not in MODES:
+            raise ValueError(f"{self.title}: unknown mode '{echo(self.mode)}'. Choose one of: {', '.join(MODES)}.")
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{self.title}: {name} is true or false, not {echo(getattr(self, name))}.")
+        if self.dynamic is not None and type(self.dynamic) is not bool:
+            raise ValueError(f"{self.title}: dynamic is true, false or nothing, not {echo(self.dynamic)}.")
+        if type(self.cache_size_limit) is not int or not 0 <= self.cache_size_limit <= MAX_RECOMPILES:
+            raise ValueError(f"{self.title}: dynamo_cache_size_limit is from 0 to {MAX_RECOMPILES}, not {echo(self.cache_size_limit)}.")
+        if isinstance(self.backend, str) and self.backend not in ("inductor", "cudagraphs"):  # those are always there
+            require_backend(self.backend)
+        parse_options(self.options, self.backend)
 
     def torch_options(self) -> dict:
         """mode expanded into options, so that both can be given together; a fresh dict, since torch.compile pops from it."""
@@ -95,40 +115,34 @@ def require_backend(backend: str) -> None:
     if backend in OPTIONAL_BACKENDS:
         package_of(backend)
     elif backend not in list_backends():
-        raise ValueError(f"Unknown backend '{backend}'. Choose one of: {', '.join(list_backends())}.")
+        raise ValueError(f"Unknown backend '{echo(backend)}'. Choose one of: {', '.join(list_backends())}.")
+
+
+def check_path(path: str, name: str = "object_to_patch") -> None:
+    """Raises ValueError for a path, of a module or file, that is longer than any: the nearest that exists is not looked for."""
+    if len(path) > MAX_PATH:
+        raise ValueError(f"{name}: a path of {len(path)} characters; {MAX_PATH} are the limit.")
 
 
 def parse_options(text: str, backend: str) -> str:
-    """The options input of CompileModel, checked: a JSON object whose keys inductor knows, with values of its types.
+    """The options input of CompileModel, checked: a JSON object of options that a workflow may set, see allowed_options.
 
     Returns canonical JSON. Raises ValueError that starts with INVALID_OPTIONS and names the key and its near matches.
     """
     if not text.strip():
         return "{}"
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{INVALID_OPTIONS}: {len(text)} characters; {MAX_CHARACTERS} are the limit.")
     try:
         options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{INVALID_OPTIONS}: not JSON ({error}). Write an object such as {{"epilogue_fusion": true}}.') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{INVALID_OPTIONS}: not JSON ({echo(str(error))}). '
+                         'Write an object such as {"epilogue_fusion": true}.') from None
     if not isinstance(options, dict):
         raise ValueError(f'{INVALID_OPTIONS}: a JSON {type(options).__name__}, not an object. '
                          'Write an object such as {"epilogue_fusion": true}.')
-    if backend == "inductor":
-        _check_inductor(options)
-    elif options and backend not in OPTIONAL_BACKENDS:
-        raise ValueError(f"{INVALID_OPTIONS}: backend '{backend}' takes no options. Leave them empty, or set backend to inductor.")
+    if options and backend != "inductor" and backend not in OPTIONAL_BACKENDS:
+        raise ValueError(f"{INVALID_OPTIONS}: backend '{echo(backend)}' takes no options. Leave them empty, or set backend to inductor.")
+    if options:
+        check_options(options)  # velocator and xelerate hand them on to inductor
     return json.dumps(options, sort_keys=True)
-
-
-def _check_inductor(options: dict) -> None:
-    from torch._inductor import config  # compile machinery: when options are given, not at import
-
-    known = config.get_config_copy()
-    for key, value in options.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else "See torch._inductor.config for the names."
-            raise ValueError(f"{INVALID_OPTIONS}: inductor has no option '{key}'. {hint}")
-        want = type(known[name])
-        if known[name] is not None and type(value) is not want:
-            raise ValueError(f"{INVALID_OPTIONS}: '{key}' takes a {want.__name__}, not {json.dumps(value)}.")

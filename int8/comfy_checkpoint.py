@@ -1,8 +1,10 @@
 """INT8 checkpoints in ComfyUI's native format: written so that the stock loader reads them, and made while a float file is read."""
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from .comfy_calibrate import planned_layers, plans
 from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8, put_int8_layers, require_native_int8
+from .echo import echo
+from .hadamard import check_group
 from .options import Int8Options
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
@@ -28,9 +32,11 @@ logger = logging.getLogger(__name__)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.utils.convert_old_quants reads it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
+MAX_ENTRY_BYTES = 4096  # of a layer's comfy_quant, which has about 100
 # Endings of keys by which other quantized formats are known.
 FOREIGN = {
     ".qweight": "Nunchaku or GPTQ", ".wscales": "Nunchaku", ".scale_weight": "scaled fp8", ".weight_scale_2": "NVFP4",
@@ -95,10 +101,14 @@ class _Checkpoint(Mapping):
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({error}). "
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({echo(str(error))}). "
                              "Download it again.") from error
         header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
+                                 "which no model has.")
         self._start = 8 + size
         self._entries = header
 
@@ -156,16 +166,25 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
     native = _check_format(checkpoint, name)
     state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options, tell)
     metadata = dict(checkpoint.metadata) or None
-    try:
+    with _explained(name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"Load INT8 Model: '{name}' could not be loaded: {error}") from error
     if patcher is None:
         raise ValueError(f"Load INT8 Model: the model type of '{name}' is not known to this ComfyUI.")
     patcher.cached_patcher_init = (load_int8_model, (path, options))
     patcher = adopt_native_layers(patcher, options.kernel)
     tell(_report(checkpoint, patcher, native, options))
     return patcher
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What ComfyUI makes of a file's keys, shapes and metadata may end in any error."""
+    try:
+        yield
+    except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
+        raise
+    except Exception as error:
+        raise ValueError(f"Load INT8 Model: '{name}' could not be loaded: {echo(str(error)) or type(error).__name__}") from error
 
 
 def _report(checkpoint: _Checkpoint, patcher, native: bool, options: Int8Options) -> QuantizeReport:
@@ -185,28 +204,65 @@ def _check_format(checkpoint: _Checkpoint, name: str) -> bool:
             if key.endswith(ending):
                 raise ValueError(f"Load INT8 Model: '{name}' is quantized already ({known}). Load the bf16, fp16 or fp32 file.")
         if key.endswith(".comfy_quant"):
-            formats.add(json.loads(bytes(checkpoint.read(key).tolist())).get("format"))
+            size = math.prod(checkpoint.shape(key))
+            if checkpoint.dtype(key) != torch.uint8 or not 0 < size <= MAX_ENTRY_BYTES:
+                raise ValueError(f"Load INT8 Model: '{name}' is damaged: {echo(key)} is no text.")
+            formats.add(_format_of(_object(bytes(checkpoint.read(key).flatten().tolist()), name, key), name, key))
             _check_scale(checkpoint, name, key.removesuffix(".comfy_quant"))
-    stored = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}"))
-    formats |= {layer.get("format") for layer in stored.get("layers", {}).values()}
+    if (text := checkpoint.metadata.get(QUANTIZATION)) is not None:
+        layers = _object(text, name, QUANTIZATION).get("layers")
+        if not isinstance(layers, dict):
+            raise ValueError(f"Load INT8 Model: '{name}' is damaged: {QUANTIZATION} has no layers.")
+        formats |= {_format_of(entry, name, layer) for layer, entry in layers.items()}
     if formats - {FORMAT}:
-        raise ValueError(f"Load INT8 Model: '{name}' is quantized already ({', '.join(sorted(map(str, formats - {FORMAT})))}). Use Load "
+        raise ValueError(f"Load INT8 Model: '{name}' is quantized already ({echo(', '.join(sorted(formats - {FORMAT})))}). Use Load "
                          "Diffusion Model for it, or load the bf16, fp16 or fp32 file here.")
     return bool(formats)
+
+
+def _object(text: str | bytes, name: str, key: str) -> dict:
+    """The JSON object that the file name has at key."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"Load INT8 Model: '{name}' is damaged: {echo(key)} is no JSON object.")
+    return value
+
+
+def _format_of(entry, name: str, key: str) -> str:
+    """The format that a layer's entry says, which is one that ComfyUI's loader (comfy.ops) takes as this pack does."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
+        raise ValueError(f"Load INT8 Model: '{name}' is damaged: the entry {echo(key)} says no format.")
+    params = entry.get("params")
+    params = params if isinstance(params, dict) else {}
+    rotated = entry.get("convrot", params.get("convrot", False))
+    if type(rotated) is not bool:
+        raise ValueError(f"Load INT8 Model: '{name}' is damaged: convrot of {echo(key)} is neither true nor false.")
+    if entry["format"] == FORMAT and rotated:
+        try:
+            check_group(entry.get("convrot_groupsize", params.get("convrot_groupsize", 256)))
+        except ValueError as error:
+            raise ValueError(f"Load INT8 Model: '{name}' is damaged: convrot_groupsize of {echo(key)}: {error}.") from None
+    return entry["format"]
 
 
 def _check_scale(checkpoint: _Checkpoint, name: str, layer: str):
     weight, scale = checkpoint.shape(f"{layer}.weight"), checkpoint.shape(f"{layer}.weight_scale")
     if len(weight) == 2 and scale not in ([], [1], [weight[0]], [weight[0], 1]) and checkpoint.dtype(f"{layer}.weight") == torch.int8:
-        raise ValueError(f"Load INT8 Model: '{name}' is damaged: {layer}.weight_scale has the shape {scale}, its weight {weight}.")
+        raise ValueError(f"Load INT8 Model: '{name}' is damaged: {echo(layer)}.weight_scale has the shape {echo(scale)}, its weight "
+                         f"{echo(weight)}.")
 
 
 def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, tell: Tell) -> dict[str, torch.Tensor]:
     """The state dict in the native format, below the diffusion model's prefix."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(checkpoint)
+    with _explained(name):
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(checkpoint)
     prefix = prefix if any(key.startswith(prefix) for key in checkpoint) else ""
     keys = [key for key in checkpoint if key.startswith(prefix)]
-    layers = _eligible(checkpoint, prefix, keys)
+    with _explained(name):
+        layers = _eligible(checkpoint, prefix, keys)
     if layers is None:
         raise ValueError(f"Load INT8 Model: the model type of '{name}' is not known to this ComfyUI, or its keys are another tool's "
                          "(diffusers). Use Load Diffusion Model and INT8 Quantize Model.")

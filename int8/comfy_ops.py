@@ -21,6 +21,8 @@ import torch
 from .artefact_layer import ArtefactLinear
 from .comfy_lora import Int8Lora
 from .comfy_merge import patch_merging_and_saving
+from .echo import echo
+from .hadamard import check_group
 from .kernels import ops
 from .kernels.reference import activation
 from .options import Int8Options
@@ -302,6 +304,19 @@ def native_layers(patcher) -> list[str]:
     return [n for n, layer in _current_layers(patcher).items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
 
 
+def _check_rotation(name: str, layer: torch.nn.Module):
+    """What core's loader takes over from a file unseen."""
+    params = layer.weight._params
+    if params.convrot:
+        try:
+            check_group(params.convrot_groupsize)
+        except ValueError as error:
+            raise ValueError(f"INT8 Quantize Model: layer '{echo(name)}': {error}. The file is damaged.") from None
+        if layer.weight.shape[-1] % params.convrot_groupsize:
+            raise ValueError(f"INT8 Quantize Model: layer '{echo(name)}' is rotated in groups of {params.convrot_groupsize}, which do not "
+                             f"divide its {layer.weight.shape[-1]} channels. The file is damaged.")
+
+
 def adopt_native_layers(patcher, kernel: str):
     """Gives the INT8 layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
     returned: the same weights, nothing is quantized again."""
@@ -313,6 +328,7 @@ def adopt_native_layers(patcher, kernel: str):
     adopted = {}
     for name in native_layers(patcher):
         layer = patcher.get_model_object(PREFIX + name)
+        _check_rotation(name, layer)
         ours = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.kernel = kernel

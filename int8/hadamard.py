@@ -11,7 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .echo import echo
+
 GROUP_SIZES = (256, 64, 16)
+# A file may ask for any group; a matrix of 65536 would have 32 GiB.
+MAX_GROUP = 1024
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -27,9 +31,14 @@ def made_apart(make: Callable[[], torch.Tensor], device: torch.device) -> torch.
         return thread.submit(lambda: make().to(device)).result()  # from pageable memory: there when it returns
 
 
+def check_group(size) -> None:
+    """Raises ValueError unless there is a matrix of that size."""
+    if type(size) is not int or not 4 <= size <= MAX_GROUP or size & (size - 1) or size.bit_length() % 2 == 0:
+        raise ValueError(f"A Hadamard group must be a power of 4, not {echo(size)}; the largest is {MAX_GROUP}")
+
+
 def _matrix(size: int) -> torch.Tensor:
-    if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0:
-        raise ValueError(f"A Hadamard group must be a power of 4, not {size}.")
+    check_group(size)
     h = h4 = torch.tensor(_H4, dtype=torch.float64) / 2
     while h.shape[0] < size:
         h = torch.kron(h, h4)

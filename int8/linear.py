@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from .echo import echo
 from .hadamard import GROUP_SIZES, rotate
 from .kernels import ops
 from .quantize import quantize_weight
@@ -37,8 +38,8 @@ def read_marker(tensor: torch.Tensor) -> int:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"its comfy_quant entry is not {FORMAT}")
     group = config.get("convrot_groupsize", GROUP_SIZES[0]) if config.get("convrot") else 0
-    if group not in (0, *GROUP_SIZES):
-        raise ValueError(f"its rotation group {group!r} is none of {', '.join(map(str, GROUP_SIZES))}")
+    if type(group) is not int or group not in (0, *GROUP_SIZES):
+        raise ValueError(f"its rotation group {echo(group)} is none of {', '.join(map(str, GROUP_SIZES))}")
     return group
 
 

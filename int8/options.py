@@ -3,8 +3,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .echo import echo
+
 METHODS = ("auto", "rowwise", "convrot", "smoothquant")
 KERNELS = ("auto", "triton", "comfy_kitchen", "torch")
+# Of keep_layers: a model has some hundred layers, whose names have some ten characters.
+MAX_GLOBS, MAX_GLOB = 500, 200
+TOO_MANY_GLOBS = f"keep_layers: at most {MAX_GLOBS} globs of {MAX_GLOB} characters. Write one for several layers, such as blocks.*.mlp.*"
+
+
+def check_globs(globs: tuple[str, ...]) -> None:
+    """Raises ValueError for more or longer globs than can be matched at once."""
+    if len(globs) > MAX_GLOBS or any(len(glob) > MAX_GLOB for glob in globs):
+        raise ValueError(TOO_MANY_GLOBS)
+
+
+def _number(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else echo(value)
 
 
 @dataclass(frozen=True)
@@ -27,13 +42,14 @@ class Int8Options:
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"Unknown quantization method '{self.method}'. Choose one of: {', '.join(METHODS)}.")
+            raise ValueError(f"Unknown quantization method '{echo(self.method)}'. Choose one of: {', '.join(METHODS)}.")
         if self.kernel not in KERNELS:
-            raise ValueError(f"Unknown INT8 kernel '{self.kernel}'. Choose one of: {', '.join(KERNELS)}.")
-        if not 0 <= self.min_sqnr_db <= 100:
-            raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {self.min_sqnr_db:g}.")
-        if self.max_mb < 0:
-            raise ValueError(f"max_mb is a size in MiB from 0 (off) on, not {self.max_mb:g}.")
+            raise ValueError(f"Unknown INT8 kernel '{echo(self.kernel)}'. Choose one of: {', '.join(KERNELS)}.")
+        if type(self.min_sqnr_db) not in (int, float) or not 0 <= self.min_sqnr_db <= 100:
+            raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {_number(self.min_sqnr_db)}.")
+        if type(self.max_mb) not in (int, float) or not self.max_mb >= 0:
+            raise ValueError(f"max_mb is a size in MiB from 0 (off) on, not {_number(self.max_mb)}.")
+        check_globs(self.keep_layers)
 
     @property
     def calibrated(self) -> bool:
@@ -42,5 +58,7 @@ class Int8Options:
 
     @staticmethod
     def parse_keep_layers(text: str) -> tuple[str, ...]:
-        """One glob a line; blank lines are ignored."""
+        """One glob a line; blank lines are ignored. Raises ValueError, at once, for a text that is too long."""
+        if len(text) > MAX_GLOBS * MAX_GLOB:
+            raise ValueError(TOO_MANY_GLOBS)
         return tuple(line.strip() for line in text.splitlines() if line.strip())

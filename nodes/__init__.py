@@ -12,16 +12,17 @@ from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
 from .checkpoint import LoadINT8Model, SaveINT8Model
 from .compile_model import CompileModel
+from .edge import for_clients
 from .lazy_compile import INT8LazyTorchCompile
 from .modes import ApplyModes, ShowModes
 from .quantize import INT8QuantizeModel
 
 logger = logging.getLogger(__name__)
 
-NODES: list[type[io.ComfyNode]] = [
+NODES: list[type[io.ComfyNode]] = list(map(for_clients, [
     CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model, ApplyModes, ShowModes, SaveCompileCache,
     LoadCompileCache, ClearCompileCache, INT8CompileCheck,
-]
+]))
 CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.
 SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")

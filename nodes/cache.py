@@ -10,19 +10,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..compile import comfy_cache, patcher
-from ..compile.cache_bundle import TRUST_DIGITS, Bundle, load_bundle, read_bundle, save_bundle
-from ..compile.cache_store import CacheStore, require_own
+from ..compile import comfy_cache, patcher, trusted_bundles
+from ..compile.cache_bundle import Bundle, load_bundle, read_bundle, save_bundle
+from ..compile.cache_store import CacheStore
+from ..int8.echo import echo
 
-_FILE_NAME = re.compile(r"\w[\w .+%()-]*")
-
-
-def _bundles() -> Path:
-    """Beside the cache. ComfyUI's HTTP routes write into input, output and the folders of its users, and not here."""
-    folder = comfy_cache.folder() / "bundles"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    require_own(folder)
-    return folder
+_FILE_NAME = re.compile(r"\w[\w .+%()-]{0,149}")
 
 
 def _always_anew() -> float:
@@ -47,7 +40,8 @@ class SaveCompileCache(io.ComfyNode):
                                 "cache; a counter is added."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file."),
-                     io.String.Output(display_name="digest", tooltip="Its SHA-256, to enter as trust where it is loaded.")],
+                     io.String.Output(display_name="digest", tooltip="Its SHA-256: to be trusted on the machine that loads "
+                                      "it, and to enter there.")],
             is_output_node=True,
         )
 
@@ -58,17 +52,19 @@ class SaveCompileCache(io.ComfyNode):
     @classmethod
     def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
         if not _FILE_NAME.fullmatch(filename_prefix):
-            raise ValueError(f"filename_prefix: '{filename_prefix}' must be a plain name, without folders.")
+            raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
+                             "most.")
         _wait_for_builder()
         store = comfy_cache.open_store()
         entries = store.own() if model is None else _entries_of(model, store)
         if not entries:
             raise ValueError("Save Compile Cache: nothing has been compiled and kept yet. Make an image with a compile node first; connect "
                              "the sampler's latent to 'after', so that this node runs later than the sampler.")
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(_bundles()))
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(comfy_cache.bundles()))
         path = Path(folder) / f"{name}_{counter:05}_.zip"
-        digest = save_bundle(store, entries, path)
-        text = f"{path}\n{path.stat().st_size / 1e6:.1f} MB\n{read_bundle(path).contents()}\ndigest: {digest}"
+        digest = save_bundle(store, entries, path, comfy_cache.room_for_bundles())
+        with (saved := read_bundle(path)).copy:
+            text = f"{path}\n{path.stat().st_size / 1e6:.1f} MB\n{saved.contents()}\ndigest: {digest}"
         return io.NodeOutput(str(path), digest, ui=ui.PreviewText(text))
 
 
@@ -80,12 +76,12 @@ class LoadCompileCache(io.ComfyNode):
             display_name="Load Compile Cache",
             category="INT8 Compile",
             description="Adds a file from Save Compile Cache to the compile cache of this machine. The file holds code that will run here: "
-                        "it is added only if you enter its digest.",
+                        "it is added only if its digest is on this server's list of trusted bundles (see help).",
             inputs=[
                 io.String.Input("bundle", default="", tooltip="Name of a file in the bundles folder of the compile cache. Put it there by "
                                 "hand: files from elsewhere are not loaded."),
-                io.String.Input("trust", default="", tooltip="The digest that Save Compile Cache showed, or its first "
-                                f"{TRUST_DIGITS} digits. Empty: says what the file holds and loads nothing."),
+                io.String.Input("trust", default="", tooltip="The whole digest that Save Compile Cache showed for that file. It must be on "
+                                "the server's list of trusted bundles as well. Empty: says what the file holds and loads nothing."),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="What was added.")],
             is_output_node=True,
@@ -97,10 +93,9 @@ class LoadCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, bundle, trust) -> io.NodeOutput:
-        found = read_bundle(_path_of(bundle.strip()))
-        _require_trust(found, trust)
-        store = comfy_cache.open_store()
-        added, present = load_bundle(store, found)
+        with (found := read_bundle(_path_of(bundle.strip()))).copy:
+            _require_trust(found, trust.strip().lower())
+            added, present = load_bundle(comfy_cache.open_store(), found)
         text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
         if any(held.label("torch") != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
@@ -130,7 +125,10 @@ class ClearCompileCache(io.ComfyNode):
         count, freed = store.clear()
         text = f"Deleted {count} compiled, {freed / 1e6:.1f} MB."
         if left := len(store.all()):
-            text += f" {left} could not be deleted: check that ComfyUI may write in {store.layout}."
+            text += f" {left} could not be deleted: check that ComfyUI may write in the compile cache's folder."
+        if bundles := comfy_cache.bundle_sizes():
+            text += (f" {len(bundles)} bundles, {sum(bundles.values()) / 1e6:.1f} MB, stay: delete them by hand from the bundles folder of "
+                     "the compile cache.")
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -161,21 +159,24 @@ def _entries_of(model, store: CacheStore) -> list[Path]:
 
 
 def _path_of(bundle: str) -> Path:
-    folder = _bundles()
+    folder = comfy_cache.bundles()
     if not _FILE_NAME.fullmatch(bundle):
-        raise ValueError(f"Load Compile Cache: '{bundle}' is not a file name. Put the file into {folder} and enter its name, "
-                         "without a folder.")
+        raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
+                         "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        raise ValueError(f"Load Compile Cache: there is no {bundle} in {folder}. There: {', '.join(names) or 'nothing'}.")
+        raise ValueError(f"Load Compile Cache: there is no {bundle} in the bundles folder of the compile cache. "
+                         f"There: {echo(', '.join(sorted(comfy_cache.bundle_sizes()))) or 'nothing'}.")
     return folder / bundle
 
 
 def _require_trust(bundle: Bundle, trust: str):
-    if bundle.is_trusted(trust):
+    """trust says which file is meant; the server's list, which no prompt can write, says whether it may be loaded."""
+    listed = bundle.digest in trusted_bundles.trusted()
+    if listed and trust == bundle.digest:
         return
-    entered = f"its digest does not begin with '{trust.strip()[:64]}', which was entered. " if trust.strip() else ""
-    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {entered}"
+    entered = f"its digest is not '{echo(trust, 64)}', which was entered. " if trust and trust != bundle.digest else ""
+    unknown = "" if listed else "it is not on this server's list of trusted bundles. "
+    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {unknown}{entered}"
                      f"it was not loaded. It holds ({bundle.size / 1e6:.1f} MB):\n{bundle.contents()}\n"
-                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust; its "
-                     f"first {TRUST_DIGITS} digits suffice.")
+                     f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust, all of "
+                     "it, and have it put on the list, in this pack's folder on the server: python -m trust DIGEST")

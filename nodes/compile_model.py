@@ -15,6 +15,7 @@ from ..compile.comfy_status import SCHEMA, NodeStatus
 from ..compile.options import CompileOptions
 from ..compile.patcher import add_compile, add_method_compile, check_target, non_dynamic_clone, set_memory_format
 from ..compile.report import CompileReport
+from ..int8.echo import echo
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class CompileModel(io.ComfyNode):
             # The backend as linked input is not known yet; execute checks again.
             compile_options.parse_options(options or "", backend or "inductor")
             if backend not in (None, *compile_options.list_backends()):
-                return f"Unknown backend '{backend}'. Choose one of: {', '.join(compile_options.list_backends())}."
+                return f"Unknown backend '{echo(backend)}'. Choose one of: {', '.join(compile_options.list_backends())}."
         except ValueError as error:
             return str(error)
         return True
@@ -100,6 +101,7 @@ class CompileModel(io.ComfyNode):
         compile_options.require_backend(backend)
         _check_type(model, is_patcher)
         object_to_patch = object_to_patch.strip()
+        compile_options.check_path(object_to_patch)
         if not is_patcher and object_to_patch == "diffusion_model":
             object_to_patch = ""  # the default of a MODEL means all of a CLIP, VAE or ControlNet
         patched = _clone(model, disable)
@@ -136,7 +138,7 @@ def _clone(model, disable: bool):
 
 def _memory_format(name: str) -> torch.memory_format:
     if name not in MEMORY_FORMATS:
-        raise ValueError(f"Invalid memory format '{name}'. Choose one of: {', '.join(MEMORY_FORMATS)}.")
+        raise ValueError(f"Invalid memory format '{echo(name)}'. Choose one of: {', '.join(MEMORY_FORMATS)}.")
     return getattr(torch, name)
 
 

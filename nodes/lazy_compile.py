@@ -52,8 +52,8 @@ class INT8LazyTorchCompile(io.ComfyNode):
     @classmethod
     def execute(cls, model, backend, fullgraph, mode, dynamic, compile_transformer_blocks_only, dynamo_cache_size_limit,
                 use_guard_filter, disable_dynamic_vram, log_compile, background=False) -> io.NodeOutput:
-        options = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=DYNAMIC[dynamic], mark_sizes=dynamic == "true", mode=mode,
-                                 blocks_only=compile_transformer_blocks_only, cache_size_limit=dynamo_cache_size_limit,
+        options = CompileOptions(backend=backend, fullgraph=fullgraph, dynamic=DYNAMIC.get(dynamic, dynamic), mark_sizes=dynamic == "true",
+                                 mode=mode, blocks_only=compile_transformer_blocks_only, cache_size_limit=dynamo_cache_size_limit,
                                  guard_filter=use_guard_filter, log=log_compile, background=background, title=TITLE)
         patched = non_dynamic_clone(model, TITLE) if disable_dynamic_vram else model.clone()
         status = NodeStatus(CompileReport(TITLE))

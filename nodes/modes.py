@@ -10,6 +10,7 @@ from ..compile.modes.comfy_modes import PATCHER_MODES
 from ..compile.modes.comfy_record import apply_to_patcher, describe
 from ..compile.modes.mode import Mode
 
+MAX_TEXT = 1 << 20  # characters; with what was chosen for 3000 layers it has a fifth of that
 EXAMPLE = '["convrot", "int8", "compile"]'
 
 
@@ -67,6 +68,8 @@ class ShowModes(io.ComfyNode):
 
 
 def _parse(text: str) -> list:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"Apply Modes: modes has {len(text)} characters; {MAX_TEXT} are the limit.")
     try:
         modes = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:

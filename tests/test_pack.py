@@ -79,7 +79,7 @@ def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(pa
     assert (path.parent / "api" / f"{path.stem.lower().replace(' ', '_')}.json").exists(), "see tests/web/test_examples.py"
 
 
-PAGES = ["README.md", "benchmarks/README.md", *sorted(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))]
+PAGES = ["README.md", "SECURITY.md", "benchmarks/README.md", *sorted(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)

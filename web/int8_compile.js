@@ -186,8 +186,6 @@ app.registerExtension({
           category: ["INT8 Compile", "Compile cache", "Enabled"] },
         { id: "INT8Compile.Cache.SizeLimit", name: "Size limit (GB)", type: "number", defaultValue: 5, attrs: { min: 0.1, max: 1000 },
           category: ["INT8 Compile", "Compile cache", "SizeLimit"], tooltip: "What was not used for longest is deleted first." },
-        { id: "INT8Compile.Cache.Folder", name: "Folder", type: "text", defaultValue: "",
-          category: ["INT8 Compile", "Compile cache", "Folder"], tooltip: "Empty: in ComfyUI's user folder. It must be yours alone." },
     ],
     setup() {
         api.addEventListener(EVENT, ({ detail }) => receive(detail.node, detail));

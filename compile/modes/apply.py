@@ -3,26 +3,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from ...int8.echo import echo
 from .config import parse_config
 from .errors import ApplyModeError, ModeConfigError
 from .host import Host, ModelRecipe
 from .mode import Mode
+from .record import MAX_MODES
 from .registry import MODES, ModeRegistry
 from .search import run_search
 from .state import ModeEntry, ModeState, check_chain
 
 
 def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
-    """[(mode, config)] of a name, a Mode, a (name, config) pair, an object {"name", "config"}, or a list of such; config: an object, an
-    instance of the mode's config_class, or None. Raises UnknownModeError and ModeConfigError."""
+    """[(mode, config)] of a name, a Mode, a (name, config) pair, an object {"name", "config"}, or a list of such, of MAX_MODES at most;
+    config: an object, an instance of the mode's config_class, or None. Raises UnknownModeError and ModeConfigError."""
     if isinstance(modes, (str, Mode, Mapping)) or (isinstance(modes, tuple) and len(modes) == 2 and not _is_mode(modes[1])):
         modes = [modes]
+    if not isinstance(modes, Sequence):
+        raise ModeConfigError(f"A mode is a name, or a name and its configuration, not a {type(modes).__name__}.")
+    if len(modes) > MAX_MODES:
+        raise ModeConfigError(f"{len(modes)} modes; {MAX_MODES} are the limit.")
     result = []
     for item in modes:
         if isinstance(item, Mapping):
             if not set(item) <= {"name", "config"} or "name" not in item:
                 raise ModeConfigError('A mode is {"name": ..., "config": ...}, not an object with '
-                                      f'{", ".join(map(str, item)) or "no keys"}.')
+                                      f'{echo(", ".join(map(str, item))) or "no keys"}.')
             item = item["name"], item.get("config")
         name, config = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         if not isinstance(name, (str, Mode)):

@@ -13,10 +13,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ...int8.comfy_calibrate import planned_layers, plans, put_and_tell, quantize_model
 from ...int8.comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize
+from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.report import Tell, tell_nobody
+from ..options import check_path
 from ..patcher import LazyCompile, add_compile, check_target, non_dynamic_clone
 from ..report import CompileReport
 from .compile import Compile, CompileConfig
@@ -24,6 +26,7 @@ from .convrot import ConvRot
 from .errors import ApplyModeError, ModeConfigError
 from .export import Export
 from .int8 import Int8, finite
+from .layers import check_record
 from .mode import Mode, NoConfig
 from .record import METADATA_KEY
 from .registry import ModeRegistry
@@ -41,6 +44,9 @@ class PatcherCompileConfig(CompileConfig):
     """target: dotted path below the BaseModel of what is compiled."""
 
     target: str = "diffusion_model"
+
+    def __post_init__(self):
+        check_path(self.target)
 
 
 class PatcherHost:
@@ -83,6 +89,9 @@ class PatcherSmoothQuant(SmoothQuant):
     def convert(self, model, config, **_):
         return model, {}
 
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name, NoConfig)
+
     def restore(self, model, config, metadata):
         raise ApplyModeError("smoothquant: its factors are in no file. Apply smoothquant and int8 to the float model again.")
 
@@ -95,6 +104,9 @@ class PatcherConvRot(ConvRot):
 
     def convert(self, model, config, **_):
         return model, {}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name, NoConfig)
 
     def restore(self, model, config, metadata):
         return model
@@ -145,6 +157,10 @@ class PatcherInt8(Mode):
             put_and_tell(model, _chosen_plans(model, config), config.to_options(_method(model)), tell, ())
         return model, int8_metadata(model)
 
+    def update_for_restore(self, config, metadata):
+        """The kernel is this machine's choice, not the file's."""
+        return dataclasses.replace(config, kernel="auto"), check_record(metadata, self.name, Int8Record)
+
     def restore(self, model, config, metadata):
         if not int8_layers(model):
             raise ApplyModeError("int8: its record is of INT8 weights, which this model does not have. Load the INT8 file that it is from.")
@@ -170,10 +186,10 @@ def _chosen_plans(patcher, config: PatcherInt8Config) -> list[LayerPlan]:
     names = layers_to_quantize(patcher, config.to_options("convrot"))
     for name, method in config.chosen:
         if name not in names:
-            raise ModeConfigError(f"int8: chosen names the layer '{name[:200]}', which is no float Linear layer of this model's blocks. "
+            raise ModeConfigError(f"int8: chosen names the layer '{echo(name)}', which is no float Linear layer of this model's blocks. "
                                   "Set chosen to null to measure again.")
         if method == "smoothquant":
-            raise ModeConfigError(f"int8: chosen has smoothquant for '{name}', whose factors are in no record. Set chosen to null to "
+            raise ModeConfigError(f"int8: chosen has smoothquant for '{echo(name)}', whose factors are in no record. Set chosen to null to "
                                   "measure again.")
     return [LayerPlan(name, method) for name, method in config.chosen]
 
@@ -210,6 +226,9 @@ class PatcherExportConfig:
 
     filename_prefix: str = "diffusion_models/int8"
 
+    def __post_init__(self):
+        check_path(self.filename_prefix, "filename_prefix")
+
 
 @PATCHER_MODES.register
 class PatcherExport(Export):
@@ -220,6 +239,10 @@ class PatcherExport(Export):
     def convert(self, model, config, **_):
         from ...int8.comfy_checkpoint import native_model  # needs a core with native INT8; the compile modes do not
         return native_model(model), {}
+
+    def update_for_restore(self, config, metadata):
+        """A record says what the layers are, not where a file is to be written."""
+        return dataclasses.replace(config, filename_prefix=""), check_record(metadata, self.name, NoConfig)
 
     def restore(self, model, config, metadata):
         return model

@@ -14,6 +14,7 @@ from ...int8.comfy_calibrate import quantize_model
 from ...int8.comfy_ops import int8_layers
 from ...int8.options import Int8Options
 from ...int8.report import Tell, tell_nobody
+from ..options import check_path
 from .apply import apply_modes, parse_modes, updated
 from .comfy_modes import (
     PATCHER_MODES,
@@ -162,6 +163,7 @@ def save_model(patcher, filename_prefix: str) -> Path:
     """Writes patcher's INT8 model and its record below ComfyUI's output folder. Raises what save_int8_model raises."""
     from ...int8.comfy_checkpoint import save_int8_model
 
+    check_path(filename_prefix, "filename_prefix")
     folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
     path = Path(folder) / f"{filename}_{counter:05}_.safetensors"
     ready = for_file(patcher)

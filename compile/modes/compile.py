@@ -32,14 +32,13 @@ class CompileConfig:
         return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(CompileConfig)}, **more)
 
     def to_options(self, title: str) -> CompileOptions:
-        """Raises ModeConfigError for a backend or an option that is not there."""
+        """Raises ModeConfigError for a backend or an option that is not there, or that a workflow may not set."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(CompileConfig)}
         try:
             require_backend(self.backend)
-            options = parse_options(self.options, self.backend)
+            return CompileOptions(**{**values, "options": parse_options(self.options, self.backend)}, title=title)
         except (ValueError, RuntimeError) as error:
             raise ModeConfigError(f"compile: {error}") from error
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(CompileConfig)}
-        return CompileOptions(**{**values, "options": options}, title=title)
 
 
 @MODES.register

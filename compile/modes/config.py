@@ -54,7 +54,7 @@ def parse_config(cls: type, values, owner: str):
     parsed = {}
     for key, value in values.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=2)
+            near = difflib.get_close_matches(str(key)[:64], names, n=2)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
             raise ModeConfigError(f"{owner}: unknown key {_show(key)}. {hint}The keys are: {', '.join(names) or 'none'}.")
         try:
@@ -117,6 +117,6 @@ def describe(hint) -> str:
 def _show(value) -> str:
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

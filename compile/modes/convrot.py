@@ -4,7 +4,7 @@ from __future__ import annotations
 from ...int8.hadamard import group_size
 from ...int8.linear import PreparedLinear
 from .errors import ApplyModeError
-from .layers import LayersConfig, float_linears, recorded, replace, select
+from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 
@@ -26,6 +26,9 @@ class ConvRot(Mode):
         if not new:
             raise ApplyModeError("convrot: no layer has a number of input channels that a multiple of 16 divides. Leave this mode out.")
         return replace(model, new), {"layers": [[name, groups[name], False] for name in new]}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name)
 
     def restore(self, model, config, metadata):
         return replace(model, {name: rotated(layer, group) for name, layer, group, _ in recorded(model, metadata, self.name)})

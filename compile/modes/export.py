@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from ...int8.linear import Int8Linear, PreparedLinear
-from .layers import replace
-from .mode import Mode
+from .layers import check_record, replace
+from .mode import Mode, NoConfig
 from .registry import MODES
 
 
@@ -33,6 +33,9 @@ class Export(Mode):
         folded = {name: _plain(layer) for name, layer in model.named_modules()
                   if isinstance(layer, PreparedLinear) or (isinstance(layer, Int8Linear) and config.layers == "float")}
         return replace(model, folded), {}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name, NoConfig)
 
     def restore(self, model, config, metadata):
         return self.convert(model, config)[0]

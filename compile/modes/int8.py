@@ -9,13 +9,14 @@ from typing import Literal
 
 import torch
 
+from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.linear import Int8Linear, marker
 from ...int8.plan import measure
 from ...int8.precision import FLOAT, choose_precision
 from ...int8.structure import roles
 from .errors import ApplyModeError, ModeConfigError
-from .layers import LayersConfig, float_linears, recorded, replace, select
+from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 from .search import Searcher
@@ -40,6 +41,7 @@ class Int8Config(LayersConfig):
     chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.min_sqnr_db <= 100:
             raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {self.min_sqnr_db:g}.")
         if self.max_bytes < 0:
@@ -69,7 +71,7 @@ class Int8(Mode):
         else:
             rotate = {name: method == "convrot" for name, method in config.chosen if method != FLOAT}
             if unknown := [name for name in rotate if name not in layers]:
-                raise ModeConfigError(f"int8: chosen names the layer '{unknown[0]}', which is no float Linear layer of this model. "
+                raise ModeConfigError(f"int8: chosen names the layer '{echo(unknown[0])}', which is no float Linear layer of this model. "
                                       "Set chosen to null to search again.")
         new = {}
         for name, rotated in rotate.items():
@@ -80,6 +82,9 @@ class Int8(Mode):
             except ValueError as error:
                 raise ApplyModeError(f"int8: layer '{name}': {error}. Check the checkpoint file.") from error
         return replace(model, new), {"layers": [[name, layer.group, layer.pre_quant_scale is not None] for name, layer in new.items()]}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name)
 
     def restore(self, model, config, metadata):
         new = {}

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...int8.echo import echo
 from ...int8.linear import PreparedLinear
+from ...int8.options import check_globs
 from ...int8.quantize import drop_kept, eligible_linears
 from .config import parse_config
 from .errors import ApplyModeError, ModeConfigError
@@ -18,12 +20,21 @@ class LayersConfig:
 
     keep_layers: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        check_globs(self.keep_layers)
+
 
 @dataclass(frozen=True)
 class LayerRecord:
     """Metadata of the built-in modes. layers: (name, ConvRot group or 0, whether it is smoothed)."""
 
     layers: tuple[tuple[str, int, bool], ...] = ()
+
+
+def check_record(metadata: dict, owner: str, record_class: type = LayerRecord) -> dict:
+    """metadata of a file's record, which has the fields of record_class and no others. Raises ModeConfigError."""
+    parse_config(record_class, metadata, f"{owner} in the record")
+    return metadata
 
 
 def float_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -67,7 +78,7 @@ def recorded(model: torch.nn.Module, metadata: dict, owner: str) -> list[tuple[s
         except AttributeError:
             layer = None
         if type(layer) not in (torch.nn.Linear, PreparedLinear):
-            raise ApplyModeError(f"{owner}: the record names the layer '{name[:200]}', which in this model is "
+            raise ApplyModeError(f"{owner}: the record names the layer '{echo(name)}', which in this model is "
                                  f"{'absent' if layer is None else f'a {type(layer).__name__}'}. It was made for another model.")
         found.append((name, layer, group, smoothed))
     return found

@@ -24,7 +24,7 @@ class Mode:
     export_mode: the mode that finishes what this one began, None where nothing is to be finished.
     is_export_mode: it finishes the modes that name it: all those that were applied last without being finished.
     require_model_like: convert and restore get a ModelRecipe instead of a module, so the mode can be first only.
-    save_mode_in_state: False: left out of saved records, to be applied again in each process.
+    save_mode_in_state: False: left out of saved records, to be applied again in each process; refused in a file's record.
     """
 
     name: ClassVar[str]
@@ -56,6 +56,12 @@ class Mode:
 
     def update_for_save(self, model, config, metadata: dict) -> tuple[Any, dict]:
         """(config, metadata) as they shall be saved; the model's own record stays."""
+        return config, metadata
+
+    def update_for_restore(self, config, metadata: dict) -> tuple[Any, dict]:
+        """(config, metadata) of a file's record as they shall count. Anybody may have made the file: what this mode does not write is
+        refused (ModeRecordError, ModeConfigError) or left out, so that a record can ask for structure only. The opposite of
+        update_for_save."""
         return config, metadata
 
     def needs_search(self, config) -> bool:

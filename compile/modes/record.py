@@ -32,7 +32,8 @@ def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSI
     """The state of a record, JSON text or the object itself. Executes nothing of it.
 
     Raises ModeRecordError for text of more than MAX_CHARACTERS, more than MAX_DEPTH levels or MAX_MODES modes, anything that is no
-    record, and one of a newer version; UnknownModeError and ModeConfigError as apply_modes.
+    record, one of a newer version, and a mode that is never saved (a file does not switch compile on) or that has what it never writes;
+    UnknownModeError and ModeConfigError as apply_modes.
     """
     record = _load(record)
     _check_depth(record)
@@ -55,9 +56,12 @@ def _entry(item, registry: ModeRegistry) -> ModeEntry:
     if not isinstance(item, dict) or set(item) != {"name", "config", "metadata"} or not isinstance(item["name"], str):
         raise ModeRecordError('A mode in the record must be an object with "name", "config" and "metadata".')
     mode = registry[item["name"]]
+    if not mode.save_mode_in_state:
+        raise ModeRecordError(f"The record has the mode {mode}, which is never saved: the file was not made by INT8 Compile.")
     if not isinstance(item["metadata"], dict):
         raise ModeRecordError(f"{mode}: in the record, its metadata must be an object.")
-    return ModeEntry.of(mode, parse_config(mode.config_class, item["config"], f"{mode} in the record"), item["metadata"])
+    config = parse_config(mode.config_class, item["config"], f"{mode} in the record")
+    return ModeEntry.of(mode, *mode.update_for_restore(config, item["metadata"]))
 
 
 def _load(record):

@@ -45,7 +45,7 @@ class ModeRegistry:
         """Raises UnknownModeError with the near matches."""
         mode = self.get(name)
         if mode is None:
-            near = difflib.get_close_matches(str(name), self._modes, n=2)
+            near = difflib.get_close_matches(str(name)[:64], self._modes, n=2)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
             raise UnknownModeError(f"There is no mode '{str(name)[:64]}'. {hint}The modes are: {', '.join(sorted(self._modes)) or 'none'}. "
                                    "A mode of another pack is there once that pack is loaded.")

@@ -10,7 +10,7 @@ from ...int8.calibrate import LayerStats, collect
 from ...int8.linear import PreparedLinear
 from ...int8.plan import ALPHAS, measure, smoothing_scale
 from .errors import ApplyModeError, ModeConfigError
-from .layers import LayersConfig, float_linears, recorded, replace, select
+from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 
@@ -22,6 +22,7 @@ class SmoothQuantConfig(LayersConfig):
     alpha: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is a share from 0 to 1, not {self.alpha:g}.")
 
@@ -47,6 +48,9 @@ class SmoothQuant(Mode):
                 progress(done, len(stats))
             new[name] = PreparedLinear(layers[name].weight, layers[name].bias, _scale(layers[name].weight, stats[name], config.alpha))
         return replace(model, new), {"layers": [[name, 0, True] for name in new]}
+
+    def update_for_restore(self, config, metadata):
+        return config, check_record(metadata, self.name)
 
     def restore(self, model, config, metadata):
         return replace(model, {name: PreparedLinear(layer.weight, layer.bias, torch.ones(layer.in_features, device=layer.weight.device))

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from benchmarks.workflows import flux_prompt
 from .conftest import GPU_ATTENTION, difference, latent, with_small_models
 
 pytestmark = pytest.mark.e2e
-EXAMPLE = Path(__file__).resolve().parents[2] / "example_workflows" / "api" / "export_compile_cache.json"
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLE = REPO / "example_workflows" / "api" / "export_compile_cache.json"
 
 
 def node(class_type, **inputs):
@@ -50,10 +54,17 @@ def test_a_second_worker_runs_what_the_first_has_compiled(serve, tmp_path):
     with worker("second") as second:
         refused = second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest))
         assert refused.status == "error" and "there is no fleet_00001_.zip in" in refused.error["exception_message"]
+        assert str(second.base_dir) not in refused.error["exception_message"]
         shutil.copy(path, second.base_dir / "user" / "__int8_compile" / "bundles")
         refused = second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=""))
         assert refused.status == "error" and "DoubleStreamBlock for " in refused.error["exception_message"]
-        loaded = text_of(second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest[:12])))
+        refused = second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest))
+        assert refused.status == "error" and "not on this server's list of trusted bundles" in refused.error["exception_message"]
+        command = [sys.executable, "-I", REPO / "trust.py", second.base_dir / "user" / "__int8_compile" / "bundles" / "fleet_00001_.zip"]
+        environment = {**os.environ, "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / "second.key")}
+        said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        assert f"{digest} is trusted" in said and "DoubleStreamBlock for " in said
+        loaded = text_of(second.run(node("LoadCompileCache", bundle="fleet_00001_.zip", trust=digest)))
         assert "2 compiled added" in loaded
         got = latent(second, second.run(flux_prompt(model_nodes=compiled, seed=2)))
         assert "step 1 on runs DoubleStreamBlock" in second.log_text() and "step 1 on runs SingleStreamBlock" in second.log_text()

@@ -58,27 +58,38 @@ def run(nodes):
     return run
 
 
+@pytest.fixture
+def trust(cache):
+    """Puts a digest on the list of the server, as the command does, and gives it back."""
+    from int8_compile.compile import trusted_bundles
+
+    def trust(digest):
+        trusted_bundles.set_trusted(digest)
+        return digest
+    return trust
+
+
 def text_of(output) -> str:
     (text,) = output.ui.as_dict()["text"]
     return text
 
 
-def test_save_clear_load_brings_back_what_was_compiled(cache, store, run):
+def test_save_clear_load_brings_back_what_was_compiled(cache, store, run, trust):
     saved = run("SaveCompileCache")
     path, digest = saved.args
     assert path == str(cache / "bundles" / "int8_compile_00001_.zip") and len(digest) == 64
     assert path in text_of(saved) and digest in text_of(saved) and "DoubleStreamBlock for cpu, torch 2.11.0: 1 compiled" in text_of(saved)
-    assert "Deleted 2 compiled, 0.0 MB" in text_of(run("ClearCompileCache"))
+    assert "Deleted 2 compiled, 0.0 MB. 1 bundles, 0.0 MB, stay" in text_of(run("ClearCompileCache"))
     assert names(store) == []
-    loaded = run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest)
+    loaded = run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=f" {trust(digest).upper()}\n")
     assert "2 compiled added, 0 were there already" in text_of(loaded) == loaded.args[0]
     assert "compiled by another version is not used" in text_of(loaded)
     assert names(store) == ["aaaaaaaaaaaa", "bbbbbbbbbbbb"]
     assert all(store.whole(folder) for folder in store.own())
-    assert "0 compiled added, 2 were there already" in text_of(run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest[:12]))
+    assert "0 compiled added, 2 were there already" in text_of(run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest))
 
 
-def test_a_machine_with_another_key_loads_and_serves_it(cache, store, run, monkeypatch, tmp_path):
+def test_a_machine_with_another_key_loads_and_serves_it(cache, store, run, trust, monkeypatch, tmp_path):
     from int8_compile.compile.comfy_cache import open_store
 
     path, digest = run("SaveCompileCache").args
@@ -86,21 +97,29 @@ def test_a_machine_with_another_key_loads_and_serves_it(cache, store, run, monke
     monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path / "worker.key"))
     (tmp_path / "worker" / "bundles").mkdir(parents=True)
     shutil.copy(path, tmp_path / "worker" / "bundles" / "from the first.zip")
-    run("LoadCompileCache", bundle="from the first.zip", trust=digest)
+    run("LoadCompileCache", bundle="from the first.zip", trust=trust(digest))
     worker = open_store()
     assert worker.base.name != store.base.name
     assert [entry.folder.name for entry in worker.entries(PLACE)] == ["aaaaaaaaaaaa", "bbbbbbbbbbbb"]
 
 
-@pytest.mark.parametrize("trust", ["", "  ", "yes", "0" * 12, "0" * 64, "first 11"])
-def test_without_the_digest_it_says_what_would_run_and_loads_nothing(store, run, trust):
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("entered", ["", "  ", "yes", "0" * 12, "0" * 64, "first 12", "first 63", "all"])
+def test_without_the_whole_digest_and_the_servers_list_it_says_what_would_run_and_loads_nothing(store, run, trust, entered, listed):
     _, digest = run("SaveCompileCache").args
     store.clear()
+    if listed:
+        trust(digest)
+    entered = {"first 12": digest[:12], "first 63": digest[:63], "all": digest}.get(entered, entered)
+    if listed and entered == digest:
+        run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=entered)
+        return
     with pytest.raises(ValueError) as raised:
-        run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest[:11] if trust == "first 11" else trust)
+        run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=entered)
     message = str(raised.value)
     assert message.startswith("Load Compile Cache: int8_compile_00001_.zip holds code that would run here with your rights")
     assert "DoubleStreamBlock for cpu, torch 2.8.0: 1 compiled" in message and digest in message and "as trust" in message
+    assert ("not on this server's list" in message) != listed and "python -m trust" in message
     assert names(store) == []
 
 
@@ -110,7 +129,7 @@ def test_a_bundle_elsewhere_is_not_loaded(cache, store, run, name):
     run("SaveCompileCache")
     with pytest.raises(ValueError, match="is not a file name") as raised:
         run("LoadCompileCache", bundle=name, trust="0" * 12)
-    assert str(cache / "bundles") in str(raised.value)
+    assert str(cache.parent) not in str(raised.value)
 
 
 def test_a_missing_bundle_is_answered_with_those_that_there_are(store, run):
@@ -149,7 +168,7 @@ def test_with_nothing_compiled_the_message_says_what_to_do(cache, run):
 def test_a_folder_that_others_can_write_to_is_refused(cache, store, run):
     _, digest = run("SaveCompileCache").args
     (cache / "bundles").chmod(0o777)
-    with pytest.raises(RuntimeError, match=r"chmod go-w"):
+    with pytest.raises(RuntimeError, match=r"^bundles can be written by others: chmod go-w it$"):
         run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest)
 
 

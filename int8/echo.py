@@ -1,0 +1,31 @@
+"""What a message to a client repeats of its input, and what it leaves out."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+MAX_CHARACTERS = 200
+# A POSIX path of two parts or more, a Windows path, a share. Not an address (http://...), a unit (GB/s) or a choice (float/int).
+_PATH = re.compile(r"""(?<![\w:/.~-])(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|\\\\(?:[^\\'"():,;\n]+\\)+)""")
+
+
+def echo(value, limit: int = MAX_CHARACTERS) -> str:
+    """value as a message may repeat it: text as it is, anything else as JSON; control characters escaped, limit characters at most."""
+    if not isinstance(value, str):
+        try:
+            # A long container is not written out to be cut off.
+            value = json.dumps(value) if not isinstance(value, (list, tuple, dict)) or len(value) <= limit else f"a {type(value).__name__}"
+        except (TypeError, ValueError, RecursionError):
+            value = f"a {type(value).__name__}"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in value[:limit + 1])
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+
+
+def without_folders(text: str, known: Sequence[str] = ()) -> str:
+    """text with absolute paths reduced to their last part: where things are on the server is not a client's business. known: folders
+    whose names may have spaces."""
+    for folder in known:  # as a path that the pattern sees the whole of
+        name = re.split(r"[/\\]", folder)[-1]
+        text = text.replace(folder, f"/./{name.replace(' ', '_')}")
+    return _PATH.sub("", text)

@@ -1,0 +1,52 @@
+"""What leaves the server: an error names no folder of it to whoever queued the prompt; the console has the whole of it."""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..compile import comfy_cache
+from ..compile.cache_store import default_key_file
+from ..int8.echo import echo, without_folders
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 6000  # of what core or torch says; this pack's longest message lists the options of the compiler
+
+
+def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """node, whose errors of any type are raised on without absolute paths in their text."""
+    execute = node.execute.__func__
+
+    @functools.wraps(execute)
+    def guarded(cls, *args, **kwargs):
+        try:
+            return execute(cls, *args, **kwargs)
+        except Exception as error:
+            _clean(error)
+            raise
+    node.execute = classmethod(guarded)
+    return node
+
+
+def _clean(error: Exception) -> None:
+    before, folders = str(error), _folders()
+    if isinstance(error, OSError):  # its text is made of these
+        for name in ("filename", "filename2"):
+            if isinstance(path := getattr(error, name), (str, bytes, os.PathLike)):
+                setattr(error, name, echo(Path(os.fsdecode(path)).name))
+    error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
+    if str(error) != before:
+        logger.error("%s", before)
+
+
+def _folders() -> list[str]:
+    """Known ones, whose names may have spaces; the innermost first."""
+    folders = [comfy_cache.folder(), default_key_file().parent, Path.home(), Path(folder_paths.base_path),
+               Path(folder_paths.get_user_directory()), Path(folder_paths.get_input_directory()),
+               Path(folder_paths.get_output_directory()), Path(folder_paths.get_temp_directory())]
+    return sorted({str(path.absolute()) for path in folders if len(path.parts) > 1}, key=len, reverse=True)
