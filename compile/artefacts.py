@@ -17,7 +17,7 @@ from .builder import Builder, Order
 from .cache_block import BlockState, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options
 from .cache_sources import Sources
-from .cache_store import CacheError, CacheStore
+from .cache_store import CacheStore, Damaged
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,11 @@ class RegionArtefacts:
                 continue
             try:
                 artefact = Artefact(entry, self._device)
-            except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-                store.set_aside(entry.folder, str(error).partition("\n")[0])
+            except Damaged as error:
+                store.set_aside(entry.folder, str(error))
+                continue
+            except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
+                self._note("not used", self._name, f"its artefact cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
             self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources))

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import struct
-import tempfile
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ..int8.own_files import ABANDONED_SECONDS, move, remove
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
 
 MIB = 1 << 20
@@ -31,7 +32,8 @@ MAX_ENTRIES = 4096
 MAX_FILES = 16  # of an entry, its manifest included
 TRUST_DIGITS = 12
 _DEPTH = 5
-_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")  # a file name on every system
+# A file name on every system: Windows drops dots at the end and has devices by these names, whatever their ending.
+_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w.+-]{0,198}\w)?", re.IGNORECASE)
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -80,34 +82,36 @@ class Bundle:
 
 
 def save_bundle(store: CacheStore, entries: list[Path], path: Path) -> str:
-    """Writes the good ones of entries, which are this store's own, to path: -> its digest. The file appears whole or not at all.
+    """Writes the good ones of entries, which are this store's own, to path, on the store's disk: -> its digest. The file appears whole or
+    not at all.
 
     Raises ValueError where there is none, OSError where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".bundle-")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                for folder in sorted(entries):
-                    with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
-                        _pack(store, folder, archive)
-                if not archive.infolist():
-                    raise ValueError("there is nothing compiled to save")
-            file.flush()
-            os.fsync(file.fileno())
-            digest = _digest_of(file)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    for left in path.parent.glob(".bundle-*"):  # of a version before that was killed
+        if time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
+            remove(left)
+    with store.temporary() as folder, (folder / path.name).open("w+b") as file:
+        os.chmod(file.name, 0o600)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry in sorted(entries):
+                with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
+                    _pack(store, entry, archive)
+            if not archive.infolist():
+                raise ValueError("there is nothing compiled to save")
+        file.flush()
+        os.fsync(file.fileno())
+        digest = _digest_of(file)
+        file.close()  # Windows renames no open file
+        move(folder / path.name, path, os.replace)
     return digest
 
 
 def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
-    body = store.whole(folder).body
+    entry = store.whole(folder)
     prefix = folder.relative_to(store.base).as_posix()
-    contents = {name: (folder / name).read_bytes() for name in sorted(body["files"])}
-    for name, content in ((MANIFEST, canonical({"body": body})), *contents.items()):
+    contents = {name: entry.read(name) for name in sorted(entry.body["files"])}
+    for name, content in ((MANIFEST, canonical({"body": entry.body})), *contents.items()):
         archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
 
 
