@@ -341,12 +341,12 @@ def _load_aoti(entry: Entry, device: torch.device) -> Callable:
 
 
 def _unpack(package: bytes) -> dict[str, bytes]:
-    """The files of an AOTInductor package that its program needs: not its C++ source. Raises RuntimeError for another file."""
+    """The files of an AOTInductor package that its program needs, not its C++ source and flags. Raises RuntimeError for another file."""
     try:
         with zipfile.ZipFile(io.BytesIO(package)) as archive:
             names = {name: name.partition("data/aotinductor/model/")[2] for name in archive.namelist()}
             return {file: archive.read(name) for name, file in names.items()
-                    if file and "/" not in file and "\\" not in file and not file.endswith((".cpp", ".o"))}
+                    if file and "/" not in file and "\\" not in file and not file.endswith((".cpp", ".o", "_flags.json"))}
     except zipfile.BadZipFile as error:
         raise RuntimeError(f"it is no package ({error})") from None
 

@@ -38,9 +38,6 @@ LEVELS = 5  # of an entry's path below it
 MANIFEST = "manifest.json"
 GIB = 1 << 30
 DEFAULT_LIMIT = 5 * GIB
-BUILD_SECONDS = 1800  # a builder that has been at one artefact for longer is ended
-INDUCTOR = "inductor"  # the builder's own cache of it
-INDUCTOR_LIMIT = GIB
 ASIDE, LOCK = ".bad-", ".lock-"
 # Of this process or of a network, not of what is read.
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", 0), errno.ETIMEDOUT)
@@ -183,14 +180,6 @@ class CacheStore:
         self._make_folders(LAYOUT)
         return own_files.temporary_folder(self.layout)
 
-    def inductor_cache(self) -> Path:
-        """A folder for inductor's own cache; emptied when it has grown too large. Raises CacheError, OSError."""
-        folder = self._make_folders(INDUCTOR)
-        if sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()) > INDUCTOR_LIMIT:
-            own_files.remove(folder)
-            self._make_folders(INDUCTOR)
-        return folder
-
     @contextlib.contextmanager
     def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
         """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
@@ -291,7 +280,6 @@ class CacheStore:
         for folder in sizes:
             self.delete(folder)
         self._sweep()
-        own_files.remove(self.layout.parent / INDUCTOR)
         for folder in sorted((path for path in self.layout.rglob("*") if path.is_dir() and not path.name.startswith(".")), reverse=True):
             with contextlib.suppress(OSError):
                 folder.rmdir()

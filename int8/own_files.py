@@ -181,14 +181,18 @@ def _windows_free(pointer) -> None:
 # Folders and files
 
 
-def make_folder(path: Path) -> None:
-    """Makes it and what is missing above it, for this user only whatever the umask. Raises CacheError where others could write in it or
-    replace it, OSError where it cannot be made."""
+def make_folders(path: Path) -> None:
+    """Makes it and what is missing above it, for this user only whatever the umask. Raises OSError where it cannot be made."""
     path = Path(os.path.abspath(path))
     for folder in (*reversed(path.parents), path):
         if not folder.exists():
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
+
+
+def make_folder(path: Path) -> None:
+    """make_folders. Raises CacheError, too, where others could write in it or replace it."""
+    make_folders(path)
     require_way(path)
     require_own(path)
     if not path.is_dir():
@@ -285,10 +289,7 @@ def signing_key(path: Path, *caches: Path) -> bytes:
     for cache in caches:
         if path.is_relative_to(os.path.abspath(cache)) or path.resolve().is_relative_to(cache.resolve()):
             raise CacheError(f"the key {path} must not be in the cache that it signs ({cache}): move it (INT8_COMPILE_CACHE_KEY_FILE)")
-    for folder in reversed(path.parents):
-        if not folder.exists():
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
+    make_folders(path.parent)
     require_way(path)
     info = path.parent.stat()
     if _others_write(info) and not _is_private_group(info):  # sticky or not
