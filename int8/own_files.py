@@ -25,6 +25,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+IS_POSIX = os.name == "posix"
+# The system, its administrators (who own what an elevated process makes), the installer of Windows.
+_WINDOWS_ADMINISTRATORS = ("S-1-5-18", "S-1-5-32-544", "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464")
 KEY_BYTES = 32
 TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
@@ -83,7 +86,7 @@ def _require_folder(path: Path) -> bool:
 
 
 def _others_write(info: os.stat_result) -> bool:
-    return os.name == "posix" and bool(info.st_mode & 0o022)
+    return IS_POSIX and bool(info.st_mode & 0o022)
 
 
 def _is_private_group(info: os.stat_result) -> bool:
@@ -101,17 +104,15 @@ def _is_private_group(info: os.stat_result) -> bool:
 
 
 def _is_of(path: Path, info: os.stat_result, users: tuple) -> bool:
-    return (info.st_uid if os.name == "posix" else windows_owner(path)) in users
+    return (info.st_uid if IS_POSIX else windows_owner(path)) in users
 
 
 def _me() -> int | str:
-    return os.getuid() if os.name == "posix" else windows_user()
+    return os.getuid() if IS_POSIX else windows_user()
 
 
 def _administrators() -> tuple:
-    # root; the system, its administrators (who own what an elevated process makes), the installer
-    return (0,) if os.name == "posix" else (
-        "S-1-5-18", "S-1-5-32-544", "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464")
+    return (0,) if IS_POSIX else _WINDOWS_ADMINISTRATORS
 
 
 def windows_owner(path: Path) -> str:
@@ -214,9 +215,9 @@ def read_own(path: Path) -> bytes:
 
 def flush(path: Path) -> None:
     """To the disk: a power cut loses or cuts what was not."""
-    if path.is_dir() and os.name != "posix":
+    if path.is_dir() and not IS_POSIX:
         return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY if IS_POSIX else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -230,7 +231,7 @@ def move(source: Path, target: Path, operation: Callable[[Path, Path], None] = o
         try:
             return operation(source, target)
         except PermissionError:
-            if os.name == "posix" or time.monotonic() > end:
+            if IS_POSIX or time.monotonic() > end:
                 raise
             time.sleep(0.05)
 
@@ -308,7 +309,7 @@ def signing_key(path: Path, *caches: Path) -> bytes:
 
 def _read_key(path: Path) -> bytes:
     key = read_own(path)
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+    if IS_POSIX and path.stat().st_mode & 0o077:
         raise CacheError(f"the key {path} can be read by others: chmod 600 it")
     if len(key) < KEY_BYTES and time.time() - path.stat().st_mtime < 2:  # another process may be writing it, see _make_key
         time.sleep(1)
@@ -324,7 +325,7 @@ def _make_key(path: Path) -> None:
         flush(made)
         try:
             # Atomic, and refused where there is a file by now.
-            os.link(made, path) if os.name == "posix" else os.rename(made, path)
+            os.link(made, path) if IS_POSIX else os.rename(made, path)
         except FileExistsError:
             return
         except OSError:  # a file system without hard links
@@ -413,7 +414,7 @@ def here() -> str:
 
 def has_ended(where: str, pid: str) -> bool:
     """Whether this is known of a process. A process id is used again, so that it is there says nothing."""
-    if where != here() or not pid.isdecimal() or os.name != "posix":  # on Windows os.kill(pid, 0) would end it
+    if where != here() or not pid.isdecimal() or not IS_POSIX:  # on Windows os.kill(pid, 0) would end it
         return False
     try:
         os.kill(int(pid), 0)
@@ -486,7 +487,7 @@ def load_privately(files: Mapping[str, bytes], load: Callable[[Path], T], near: 
 
     lasting: the result needs the files while it lives. Raises what load raised in near.
     """
-    lasting = lasting or os.name != "posix"  # Windows keeps a loaded library's file
+    lasting = lasting or not IS_POSIX  # Windows keeps a loaded library's file
     first: Exception | None = None
     for place in dict.fromkeys((near, Path(tempfile.gettempdir()))):
         folder = None

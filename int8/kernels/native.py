@@ -1,7 +1,6 @@
 """cpu_native.cpp, compiled for this processor at its first use and kept on disk, signed. Without a C++ compiler torch does the work."""
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -64,21 +63,21 @@ def _processor() -> str:
 
 def _build(compiler: str, openmp: str | None) -> bytes:
     """The library. Raises OSError, SubprocessError."""
+    try:
+        return _build_in(_folder(), compiler, openmp)
+    except (CacheError, OSError, subprocess.SubprocessError):  # a full disk
+        return _build_in(Path(tempfile.gettempdir()), compiler, openmp)
+
+
+def _build_in(place: Path, compiler: str, openmp: str | None) -> bytes:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    with _build_folder() as folder:
+    with temporary_folder(place) as folder:
         built, linked = folder / "kernel.o", folder / "kernel.so"
         compile_ = [compiler, "-c", *FLAGS, native, *(["-fopenmp"] if openmp else []), str(SOURCE), "-o", str(built)]
         link = [compiler, "-shared", str(built), *([openmp] if openmp else []), "-o", str(linked)]
         for command in (compile_, link):  # the compiler's own temporary files go with the folder
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "TMPDIR": str(folder)})
         return linked.read_bytes()
-
-
-def _build_folder() -> contextlib.AbstractContextManager[Path]:
-    try:
-        return temporary_folder(_folder())
-    except (CacheError, OSError):
-        return temporary_folder(Path(tempfile.gettempdir()))
 
 
 def _folder() -> Path:
