@@ -109,7 +109,8 @@ class CacheStore:
         except OSError:
             return
         except CacheError as error:
-            self._warn(self.base / place, f"compile cache: {error}: nothing in it is used.")
+            if self._is_new(self.base / place, str(error)):
+                logger.warning("compile cache: %s: nothing in it is used.", error)
             return
         for folder in folders:
             with contextlib.suppress(CacheError):
@@ -167,13 +168,15 @@ class CacheStore:
         """Out of the way of a new one; said once, also where the disk is read-only and it stays."""
         if not os.path.lexists(folder):
             return  # deleted meanwhile
-        self._warn(folder, f"compile cache: {folder.name} is damaged ({reason}) and was set aside; it is built again.")
+        if self._is_new(folder, reason):
+            logger.warning("compile cache: %s is damaged (%s) and was set aside; it is built again.", folder.name, reason)
         _put_aside(folder)
 
-    def _warn(self, folder: Path, message: str) -> None:
-        if (folder, message) not in self._reported:
-            self._reported.add((folder, message))
-            logger.warning("%s", message)
+    def _is_new(self, folder: Path, reason: str) -> bool:
+        """Whether this was not said yet."""
+        known = (folder, reason) in self._reported
+        self._reported.add((folder, reason))
+        return not known
 
     def temporary(self) -> AbstractContextManager[Path]:
         """A fresh folder on the disk of the store, deleted at the end. Raises CacheError, OSError."""
