@@ -321,12 +321,15 @@ COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
 FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
 
 
+RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}
+
+
 def _load_aoti(entry: Entry, device: torch.device) -> Callable:
     """torch's own loader unpacks a package below /tmp, whatever TMPDIR says, and fails where that is full or mounted noexec. So it is
     unpacked here, and the library given to the class that torch's loader gives it to."""
     cpu = device.type == "cpu"
-    runner = getattr(torch._C._aoti, f"AOTIModelContainerRunner{device.type.capitalize()}", None)
-    if runner is None:  # a device whose class has no Python name in this torch
+    runner = getattr(torch._C._aoti, RUNNERS.get(device.type, ""), None)
+    if runner is None:  # this torch has none for the device that is given a folder of kernels
         def load_package(folder: Path):
             return torch._C._aoti.AOTIModelPackageLoader(str(folder / FILES["aoti"]), "model", False, 1, -1 if cpu else device.index or 0)
         return entry.load(FILES["aoti"], load_package).boxed_run
