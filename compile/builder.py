@@ -41,7 +41,7 @@ BUILD_SECONDS = 1800  # for one artefact
 INDUCTOR_LIMIT = 1 << 30  # bytes of inductor's own cache
 END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
 GPU_MEMORY = 2 << 30  # bytes that must be free before the builder begins: a CUDA context takes about 0.5 GB
-URGENT, LATE, LOCKED = range(3)  # in this order
+URGENT, LATE, WAITING = range(3)  # in this order
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Builder:
     def _work(self):
         while not self._closed:
             try:
-                rank, _, order = self._orders.get(timeout=1)
+                _, _, order = self._orders.get(timeout=1)
             except queue.Empty:
                 self.stop()
                 with self._lock:
@@ -166,11 +166,11 @@ class Builder:
                         return
                 continue
             if (not order.urgent and not self._is_idle()) or not _has_memory(order.job.device):
-                self._put_back(rank, order)
+                self._put_back(order)
                 continue
             try:
                 if not self._build(order):
-                    self._put_back(LOCKED, order)
+                    self._put_back(order)
                     continue
                 reason = ""
             except _Refused as refusal:
@@ -193,11 +193,11 @@ class Builder:
                 with self._lock:
                     self._unfinished -= 1
 
-    def _put_back(self, rank: int, order: Order):
-        """Behind the others of its rank: it is not their fault."""
+    def _put_back(self, order: Order):
+        """Behind the others: it is not their fault that it cannot be built yet."""
         with self._lock:
             self._count += 1
-            self._orders.put((rank, self._count, order))
+            self._orders.put((WAITING, self._count, order))
         time.sleep(0.5)
 
     def _is_idle(self) -> bool:
@@ -228,6 +228,8 @@ class Builder:
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
     def _start(self) -> _Running:
+        if self._closed:
+            raise EOFError
         with contextlib.ExitStack() as scope:
             folder = scope.enter_context(self.store.temporary())
             inductor = inductor_folder(folder)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..int8.own_files import ABANDONED_SECONDS, move, remove
+from ..int8.own_files import ABANDONED_SECONDS, make_folders, move, remove
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ def save_bundle(store: CacheStore, entries: list[Path], path: Path) -> str:
 
     Raises ValueError where there is none, OSError where it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folders(path.parent)
     for left in path.parent.glob(".bundle-*"):  # of a version before that was killed
         if time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
             remove(left)

@@ -60,18 +60,20 @@ def _require_own(path: Path, info: os.stat_result) -> None:
 def require_way(path: Path) -> None:
     """Raises CacheError where others than this user and root could put something else in the place of path: by owning or writing to one of
     the folders above it, those that links lead to included. A sticky folder (/tmp) keeps others' files from being replaced."""
-    path = Path(os.path.abspath(path))
-    left = list(path.parts[1:-1])
-    at, links = Path(path.anchor), 0
+    at, *left = Path(os.path.abspath(path)).parts[:-1]
+    at, links = Path(at), 0
     _require_folder(at)
     while left:
-        at /= left.pop(0)
+        if (part := left.pop(0)) == "..":
+            at = at.parent
+            continue
+        at /= part
         if _require_folder(at):
             if (links := links + 1) > 40:
                 raise CacheError(f"{path} is reached by too many links")
-            target = Path(os.path.normpath(at.parent / os.readlink(at)))
-            left = [*target.parts[1:], *left]
-            at = Path(target.anchor)
+            target = Path(os.readlink(at))
+            at = Path(target.anchor) if target.is_absolute() else at.parent
+            left = [*target.parts[target.is_absolute():], *left]
 
 
 def _require_folder(path: Path) -> bool:
@@ -205,12 +207,15 @@ def read_own(path: Path) -> bytes:
     require_own(path)
     # No link that is put there now is followed, and nobody waits for the other end of a pipe.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(handle)
         _require_own(path, info)
         if not stat.S_ISREG(info.st_mode):
             raise CacheError(f"{path.name} is no file")
-        return file.read()
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def flush(path: Path) -> None:
@@ -489,7 +494,7 @@ def load_privately(files: Mapping[str, bytes], load: Callable[[Path], T], near: 
     """
     lasting = lasting or not IS_POSIX  # Windows keeps a loaded library's file
     first: Exception | None = None
-    for place in dict.fromkeys((near, Path(tempfile.gettempdir()))):
+    for place in dict.fromkeys(Path(os.path.abspath(place)) for place in (near, tempfile.gettempdir())):
         folder = None
         try:
             require_way(place / "folder")

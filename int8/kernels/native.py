@@ -82,7 +82,7 @@ def _build_in(place: Path, compiler: str, openmp: str | None) -> bytes:
 
 def _folder() -> Path:
     """Raises CacheError, OSError where nothing can be kept."""
-    folder = cache_folder() / "native"
+    folder = Path(os.path.abspath(cache_folder() / "native"))
     make_folder(folder)
     Watch().sweep(folder.iterdir())
     return folder
