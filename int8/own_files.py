@@ -26,7 +26,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IS_POSIX = os.name == "posix"
-# The system, its administrators (who own what an elevated process makes), the installer of Windows.
+# The system, its administrators, the installer of Windows.
 _WINDOWS_ADMINISTRATORS = ("S-1-5-18", "S-1-5-32-544", "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464")
 KEY_BYTES = 32
 TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
@@ -51,7 +51,7 @@ def require_own(path: Path) -> None:
 def _require_own(path: Path, info: os.stat_result) -> None:
     if stat.S_ISLNK(info.st_mode):
         raise CacheError(f"{path.name} is a symbolic link")
-    if not _is_of(path, info, (_me(),)):
+    if _owner(path, info) not in _own_users():
         raise CacheError(f"{path} must be owned by the current user")
     if _others_write(info):
         raise CacheError(f"{path} can be written by others: chmod go-w it")
@@ -79,7 +79,7 @@ def require_way(path: Path) -> None:
 def _require_folder(path: Path) -> bool:
     """Whether it is a link."""
     info = path.lstat()
-    if not _is_of(path, info, (_me(), *_administrators())):
+    if _owner(path, info) not in (0, *_own_users()):
         raise CacheError(f"{path} belongs to another user, who could put other files in the place of those below it")
     if not stat.S_ISLNK(info.st_mode) and _others_write(info) and not info.st_mode & stat.S_ISVTX and not _is_private_group(info):
         raise CacheError(f"{path} can be written by others, who could put other files in the place of those below it: chmod go-w it, or "
@@ -105,16 +105,13 @@ def _is_private_group(info: os.stat_result) -> bool:
     return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
-def _is_of(path: Path, info: os.stat_result, users: tuple) -> bool:
-    return (info.st_uid if IS_POSIX else windows_owner(path)) in users
+def _owner(path: Path, info: os.stat_result) -> int | str:
+    return info.st_uid if IS_POSIX else windows_owner(path)
 
 
-def _me() -> int | str:
-    return os.getuid() if IS_POSIX else windows_user()
-
-
-def _administrators() -> tuple:
-    return (0,) if IS_POSIX else _WINDOWS_ADMINISTRATORS
+def _own_users() -> tuple:
+    """As whom this process makes files. On Windows an elevated one makes them as the administrators."""
+    return (os.getuid(),) if IS_POSIX else (windows_user(), *_WINDOWS_ADMINISTRATORS)
 
 
 def windows_owner(path: Path) -> str:

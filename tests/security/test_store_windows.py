@@ -57,6 +57,12 @@ def test_what_another_user_owns_is_refused(windows, home, what, whose):
             CacheStore(home / "compiled", home / "key")
 
 
+def test_what_an_elevated_process_makes_is_the_administrators_and_works(windows, home, monkeypatch):
+    monkeypatch.setattr(own_files, "windows_owner", lambda path: "S-1-5-32-544")
+    put(CacheStore(home / "compiled", home / "key"))
+    assert [entry.read("artifact.pt2") for entry in CacheStore(home / "compiled", home / "key").entries(PLACE)] == [b"code"]
+
+
 def test_folders_of_the_system_and_its_administrators_may_be_above(windows, home):
     for owner in own_files._WINDOWS_ADMINISTRATORS:
         windows[home] = owner
