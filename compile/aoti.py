@@ -9,9 +9,11 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import io
 import logging
 import operator
 import random
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -398,16 +400,44 @@ COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
 FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
 
 
-def _load_aoti(path: Path, device: torch.device) -> Callable:
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if device.type == "cpu" else device.index or 0)
-    return loader.boxed_run
+RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}
 
 
-def _load_aot(path: Path, device: torch.device) -> Callable:
+def _load_aoti(entry: Entry, device: torch.device) -> Callable:
+    """torch's own loader unpacks a package below /tmp, whatever TMPDIR says, and fails where that is full or mounted noexec. So it is
+    unpacked here, and the library given to the class that torch's loader gives it to."""
+    cpu = device.type == "cpu"
+    runner = getattr(torch._C._aoti, RUNNERS.get(device.type, ""), None)
+    if runner is None:  # this torch has none for the device that is given a folder of kernels
+        def load_package(folder: Path):
+            return torch._C._aoti.AOTIModelPackageLoader(str(folder / FILES["aoti"]), "model", False, 1, -1 if cpu else device.index or 0)
+        return entry.load(FILES["aoti"], load_package).boxed_run
+
+    def load(folder: Path):
+        libraries = [str(path) for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dll")]
+        if len(libraries) != 1:
+            raise RuntimeError(f"the package holds {len(libraries)} libraries")
+        return runner(*libraries, 1) if cpu else runner(*libraries, 1, f"{device.type}:{device.index or 0}", str(folder))
+    # A GPU's kernels are files beside the library that are read when they first run.
+    return entry.load(FILES["aoti"], load, _unpack, lasting=not cpu).run
+
+
+def _unpack(package: bytes) -> dict[str, bytes]:
+    """The files of an AOTInductor package that its program needs, not its C++ source and flags. Raises RuntimeError for another file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(package)) as archive:
+            names = {name: name.partition("data/aotinductor/model/")[2] for name in archive.namelist()}
+            return {file: archive.read(name) for name, file in names.items()
+                    if file and "/" not in file and "\\" not in file and not file.endswith((".cpp", ".o", "_flags.json"))}
+    except zipfile.BadZipFile as error:
+        raise RuntimeError(f"it is no package ({error})") from None
+
+
+def _load_aot(entry: Entry, device: torch.device) -> Callable:
     warmup.prepare(device.type)
     from torch._inductor import CompiledArtifact
 
-    artefact = CompiledArtifact.load(path=str(path), format="binary")
+    artefact = entry.load(FILES["aot"], lambda folder: CompiledArtifact.load(path=str(folder / FILES["aot"]), format="binary"))
     return lambda inputs: artefact(*inputs)
 
 
@@ -445,7 +475,7 @@ class Artefact:
         for namespace in body["operators"]:
             with contextlib.suppress(ImportError):
                 importlib.import_module(namespace)  # comfy_kitchen's operators are there once it is imported
-        self._run = LOADERS[self.kind](entry.read(FILES[self.kind]), device)
+        self._run = LOADERS[self.kind](entry, device)
 
     def accepts(self, leaves: Sequence[Tensor]) -> bool:
         """Whether leaves, of this structure, are what was traced; their layout aside, see dense. What it writes into must not be seen

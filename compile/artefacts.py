@@ -17,7 +17,7 @@ from .builder import Builder, Order
 from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
 from .cache_sources import Sources
-from .cache_store import CacheError, CacheStore
+from .cache_store import CacheStore, Damaged
 from .describe import Names
 
 logger = logging.getLogger(__name__)
@@ -159,12 +159,11 @@ class RegionArtefacts:
                 continue
             try:
                 artefact = Artefact(entry, self._device)
-            except CacheError as error:
+            except Damaged as error:
                 store.set_aside(entry.folder, str(error))
                 continue
-            except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-                # It is what was signed: this process cannot run it (a full /tmp, an operator that nothing has defined).
-                self._note("not used", self._name, f"{entry.folder.name} cannot be loaded: {str(error).partition(chr(10))[0]}")
+            except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
+                self._note("not used", self._name, f"its artefact cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
             classes = ClassGuards(self._example(), artefact.classes, artefact.names)

@@ -1,7 +1,7 @@
 """The process that builds artefacts while this one samples.
 
-It gets jobs through its standard input and ends when that is closed, so it never outlives this process, however that ends. It has no
-weights: blocks come as their structure. Lowest priority, one compiler at a time.
+It gets jobs through its standard input and ends when that is closed, so it never outlives this process, however that ends; when it gives
+no sign of life it is ended. It has no weights: blocks come as their structure. Lowest priority, one compiler at a time.
 """
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import os
 import pickle
 import queue
 import signal
-import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,23 +25,23 @@ from typing import BinaryIO
 
 import torch
 
+from ..int8 import own_files
+from ..int8.kernels.native import cache_folder
+from . import worker
 from .aoti import Job
-from .cache_store import LOCK_SECONDS, CacheStore
+from .cache_store import CacheError, CacheStore
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).absolute().parent.parent
 _PACK = __name__.rpartition(".compile.")[0]
 IDLE_SECONDS = 3.0
+SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, the other process is taken to hang
+BUILD_SECONDS = 1800  # for one artefact
+INDUCTOR_LIMIT = 1 << 30  # bytes of inductor's own cache
+END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
 GPU_MEMORY = 2 << 30  # bytes that must be free before the builder begins: a CUDA context takes about 0.5 GB
-# This pack under the name that it has here (ComfyUI names packs by their path), so that what is pickled is found.
-_BOOT = """
-import importlib, importlib.util, sys
-name, root, module = sys.argv[1:4]
-spec = importlib.util.spec_from_file_location(name, root + "/__init__.py", submodule_search_locations=[root])
-sys.modules[name] = importlib.util.module_from_spec(spec)
-importlib.import_module(name + "." + module).main()
-"""
+URGENT, LATE, WAITING = range(3)  # in this order
 
 
 @dataclass
@@ -64,6 +62,36 @@ class _Refused(Exception):
     """The other process could not build it, and why."""
 
 
+@dataclass
+class _Running:
+    """The other process. orders: what is sent to it. frames: what it sent, None at its end. errors: what it printed. scope: what is of no
+    use after it."""
+
+    process: subprocess.Popen
+    orders: queue.SimpleQueue
+    frames: queue.SimpleQueue
+    errors: BinaryIO
+    scope: contextlib.ExitStack
+
+    def end(self) -> None:
+        """It and the compilers that it has started."""
+        with contextlib.suppress(OSError):
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
+        self.orders.put(None)
+        self.scope.close()
+
+    def last_words(self) -> str:
+        """The last line that it wrote before it ended."""
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 2000))
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+
 class Builder:
     """store: where artefacts go. setup: (module of this pack, function, arguments) that makes the other process able to import the
     classes of blocks; the arguments are pickled."""
@@ -76,18 +104,22 @@ class Builder:
         self._unfinished = 0
         self.built: list[tuple[str, Path]] = []  # (class, folder) of what it has made
         self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen | None = None
-        self._errors: BinaryIO | None = None  # what it prints
+        self._running: _Running | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self._busy = 0
         self._last = 0.0
-        atexit.register(self.stop)
+        atexit.register(self._close)
+
+    @property
+    def _process(self) -> subprocess.Popen | None:
+        return self._running and self._running.process
 
     def submit(self, order: Order) -> None:
         with self._lock:
             self._count += 1
             self._unfinished += 1
-            self._orders.put((not order.urgent, self._count, order))
+            self._orders.put((URGENT if order.urgent else LATE, self._count, order))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="int8-compile builder", daemon=True)
                 self._thread.start()
@@ -112,29 +144,43 @@ class Builder:
 
     def stop(self) -> None:
         """Ends the process; what it was building is lost."""
-        process, self._process = self._process, None
-        if process is not None:
-            _end(process)
+        running, self._running = self._running, None
+        if running is not None:
+            running.end()
+
+    def _close(self) -> None:
+        self._closed = True
+        self.stop()
+        if (thread := self._thread) is not None:
+            thread.join(END_SECONDS)
 
     def _work(self):
-        while True:
+        while not self._closed:
             try:
-                late, count, order = self._orders.get(timeout=1)
+                _, _, order = self._orders.get(timeout=1)
             except queue.Empty:
+                self.stop()
                 with self._lock:
                     if self._orders.empty():
                         self._thread = None
-                        self._close()
                         return
                 continue
-            if (late and not self._is_idle()) or not _has_memory(order.job.device):
-                self._orders.put((late, count, order))
-                time.sleep(0.5)
+            if (not order.urgent and not self._is_idle()) or not _has_memory(order.job.device):
+                self._put_back(order)
                 continue
             try:
-                reason = self._build(order)
-            except EOFError:
-                reason = f"the builder process ended{self._last_words()}"
+                if not self._build(order):
+                    self._put_back(order)
+                    continue
+                reason = ""
+            except _Refused as refusal:
+                reason = str(refusal)
+            except (EOFError, queue.Empty, TimeoutError) as error:
+                running = self._running
+                reason = {
+                    EOFError: f"the builder process ended{running.last_words() if running else ''}",
+                    queue.Empty: f"the builder process gave no sign of life for {SILENT_SECONDS:.0f} s and was ended",
+                }.get(type(error), f"the builder process was ended after {BUILD_SECONDS} s")
                 self.stop()
             except Exception as error:  # a full disk, a job that cannot be pickled: sampling goes on without
                 reason = f"{type(error).__name__}: {error}"
@@ -147,134 +193,92 @@ class Builder:
                 with self._lock:
                     self._unfinished -= 1
 
+    def _put_back(self, order: Order):
+        """Behind the others: it is not their fault that it cannot be built yet."""
+        with self._lock:
+            self._count += 1
+            self._orders.put((WAITING, self._count, order))
+        time.sleep(0.5)
+
     def _is_idle(self) -> bool:
         with self._lock:
             return not self._busy and time.monotonic() - self._last > IDLE_SECONDS
 
-    def _build(self, order: Order) -> str:
-        try:
-            self.store.build_once(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
-        except _Refused as refusal:
-            return str(refusal)
-        return ""
+    def _build(self, order: Order) -> bool:
+        """False: another server is building it."""
+        return self.store.try_build(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
 
     def _ask(self, order: Order, folder: Path) -> dict:
         start = time.monotonic()
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._process = self._start()
-        _send(process.stdin, (order.job, str(folder)))
-        timer = threading.Timer(LOCK_SECONDS, self.stop)
-        timer.start()
-        try:
-            answer = json.loads(_receive(process.stdout))
-        finally:
-            timer.cancel()
+        running = self._running
+        if running is None or running.process.poll() is not None:
+            self.stop()
+            running = self._running = self._start()
+        running.orders.put(pickle.dumps((order.job, str(folder))))
+        while not (frame := running.frames.get(timeout=SILENT_SECONDS)):
+            if frame is None:
+                raise EOFError
+            if time.monotonic() - start > BUILD_SECONDS:
+                raise TimeoutError
+        answer = json.loads(frame)
         if "error" in answer:
             raise _Refused(answer["error"])
         if answer["body"]["sources"] == order.replaces:
             raise _Refused("other code runs here than in a new process (another pack's patch?)")
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
-    def _start(self) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        flags = {"creationflags": subprocess.BELOW_NORMAL_PRIORITY_CLASS} if os.name == "nt" else {"start_new_session": True}
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
-        process = subprocess.Popen([sys.executable, "-c", _BOOT, _PACK, str(ROOT), "compile.builder"], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=self._errors, env=environment, **flags)
-        _send(process.stdin, list(sys.path))  # first: what follows is found by it
-        _send(process.stdin, self._setup)
-        return process
+    def _start(self) -> _Running:
+        if self._closed:
+            raise EOFError
+        with contextlib.ExitStack() as scope:
+            folder = scope.enter_context(self.store.temporary())
+            inductor = inductor_folder(folder)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                           "TORCHINDUCTOR_CACHE_DIR": str(inductor), "TRITON_CACHE_DIR": str(inductor / "triton"),
+                           **dict.fromkeys(worker.TEMPORARY, str(inductor))}
+            flags = {"creationflags": subprocess.BELOW_NORMAL_PRIORITY_CLASS} if os.name == "nt" else {"start_new_session": True}
+            errors = scope.enter_context(tempfile.TemporaryFile(dir=folder))
+            process = subprocess.Popen(worker.command(_PACK, ROOT, folder), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=errors, **flags)
+            orders: queue.SimpleQueue = queue.SimpleQueue()
+            frames: queue.SimpleQueue = queue.SimpleQueue()
+            for target, stream, items in ((_collect, process.stdout, frames), (_send, process.stdin, orders)):
+                threading.Thread(target=target, args=(stream, items), name="int8-compile builder's pipe", daemon=True).start()
+            orders.put(pickle.dumps(self._setup))
+            return _Running(process, orders, frames, errors, scope.pop_all())
 
-    def _last_words(self) -> str:
-        """The last line that it wrote before it ended."""
-        if self._errors is None:
-            return ""
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
 
-    def _close(self):
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process = None
+def inductor_folder(otherwise: Path) -> Path:
+    """For inductor's own cache in the other process: of this user alone, where torch's default below /tmp may be another's. Emptied when
+    it has grown too large."""
+    folder = cache_folder() / "inductor"
+    try:
+        own_files.make_folder(folder)
+        if sum(path.lstat().st_size for path in folder.rglob("*")) > INDUCTOR_LIMIT:
+            own_files.remove(folder)
+            own_files.make_folder(folder)
+    except (CacheError, OSError):
+        return otherwise
+    return folder
+
+
+def _send(stream, orders: queue.SimpleQueue):
+    """In a thread: what hangs takes no more than a pipe holds."""
+    with contextlib.suppress(OSError, ValueError):  # it has ended: its frames say so
+        while (content := orders.get()) is not None:
+            worker.send(stream, content)
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def _collect(stream, frames: queue.SimpleQueue):
+    with contextlib.suppress(EOFError, OSError, ValueError):
+        while True:
+            frames.put(worker.receive(stream))
+    frames.put(None)
+    stream.close()
 
 
 def _has_memory(device: str) -> bool:
     """Whether the other process may take what a CUDA context and a kernel's trial runs need."""
     return device != "cuda" or torch.cuda.mem_get_info()[0] > GPU_MEMORY
-
-
-def _end(process: subprocess.Popen) -> None:
-    """It and the compilers that it has started."""
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    with contextlib.suppress(OSError):
-        if os.name == "posix":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-
-
-def _send(stream, value) -> None:
-    content = pickle.dumps(value)
-    stream.write(struct.pack("<Q", len(content)) + content)
-    stream.flush()
-
-
-def _receive(stream) -> bytes:
-    header = stream.read(8)
-    if len(header) < 8:
-        raise EOFError("it closed its output")
-    content = stream.read(size := struct.unpack("<Q", header)[0])
-    if len(content) < size:
-        raise EOFError("it closed its output")
-    return content
-
-
-def main() -> None:
-    """The other process."""
-    if os.name == "posix":
-        os.nice(19)
-    jobs: queue.Queue = queue.Queue()
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what compilers print is no answer
-
-    source = os.fdopen(os.dup(0), "rb")
-    threading.Thread(target=_read, args=(source, jobs), daemon=True).start()
-    sys.path[:] = pickle.loads(jobs.get())
-    setup = pickle.loads(jobs.get())
-    import importlib
-
-    from . import warmup
-    from .aoti import build
-
-    failed = ""
-    if setup is not None:
-        module, function, arguments = setup
-        try:
-            getattr(importlib.import_module(f"{_PACK}.{module}"), function)(*arguments)
-        except Exception as error:
-            failed = f"{type(error).__name__}: {error}"
-    while True:
-        try:
-            job, folder = pickle.loads(jobs.get())
-            warmup.prepare(job.device)
-            answer = {"error": failed} if failed else {"body": build(job, Path(folder))}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        content = json.dumps(answer).encode()
-        output.write(struct.pack("<Q", len(content)) + content)
-        output.flush()
-
-
-def _read(source, jobs: queue.Queue):
-    """Jobs, until the other end is closed: then this process and its compilers end at once."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            jobs.put(_receive(source))
-    if os.name == "posix":
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-    os._exit(0)

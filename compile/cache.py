@@ -25,7 +25,7 @@ from .block_tree import Hooks, has_global_hooks
 from .cache_block import BlockGuards, ClassGuards, Weights, copy_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match
 from .cache_sources import Sources
-from .cache_store import CacheError, CacheStore, default_key_file
+from .cache_store import CacheError, CacheStore, Damaged, default_key_file
 from .describe import Names
 
 logger = logging.getLogger(__name__)
@@ -143,8 +143,11 @@ class CachedMethod:
         except Unsupported as error:
             logger.info("compile cache: %s is not used: %s", entry.folder.name, error)
             return None
-        except (CacheError, RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            self._store.set_aside(entry.folder, str(error).partition("\n")[0])
+        except Damaged as error:
+            self._store.set_aside(entry.folder, str(error))
+            return None
+        except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
+            logger.warning("compile cache: %s cannot be loaded: %s", entry.folder.name, str(error).partition("\n")[0])
             return None
         self._store.touch(entry)
         self._groups[place].append(known)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..int8.echo import echo
+from ..int8.own_files import make_folders, move
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
 
 try:
@@ -41,7 +42,8 @@ MAX_LINES = 40  # of what is shown of it
 PREFIX = ".bundle-"  # of what is being written
 YOUNG = 2.0  # seconds in which what is being written may not be locked yet
 _DEPTH = 5
-_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")  # a file name on every system
+# A file name on every system: Windows drops dots at the end and has devices by these names, whatever their ending.
+_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w.+-]{0,198}\w)?", re.IGNORECASE)
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -89,31 +91,29 @@ class Bundle:
 
 
 def save_bundle(store: CacheStore, entries: list[Path], path: Path, limit: int = MAX_BYTES) -> str:
-    """Writes the good ones of entries, which are this store's own, to path: -> its digest. The file appears whole or not at all.
+    """Writes the good ones of entries, which are this store's own, to path, on the store's disk: -> its digest. The file appears whole or
+    not at all.
 
     Raises ValueError where there is none or the file would have more than limit bytes, OSError where it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            with contextlib.suppress(OSError):  # a file system without locks, where nothing is swept either
-                _lock(file.fileno())
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                for folder in sorted(entries):
-                    with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
-                        _pack(store, folder, archive)
-                    if file.tell() > limit:
-                        raise ValueError(f"the bundle would be larger than the {limit / 1e6:.1f} MB that bundles may still take of the "
-                                         "compile cache's limit. Delete some from its bundles folder, or raise the limit")
-                if not archive.infolist():
-                    raise ValueError("there is nothing compiled to save")
-            file.flush()
-            os.fsync(file.fileno())
-            digest = _digest_of(file)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    make_folders(path.parent)
+    sweep(path.parent)  # of a version before, which wrote there
+    with store.temporary() as folder, (folder / path.name).open("w+b") as file:
+        os.chmod(file.name, 0o600)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry in sorted(entries):
+                with contextlib.suppress(CacheError):  # damaged, which the store has said, or deleted meanwhile
+                    _pack(store, entry, archive)
+                if file.tell() > limit:
+                    raise ValueError(f"the bundle would be larger than the {limit / 1e6:.1f} MB that bundles may still take of the "
+                                     "compile cache's limit. Delete some from its bundles folder, or raise the limit")
+            if not archive.infolist():
+                raise ValueError("there is nothing compiled to save")
+        file.flush()
+        os.fsync(file.fileno())
+        digest = _digest_of(file)
+        file.close()  # Windows renames no open file
+        move(folder / path.name, path, os.replace)
     return digest
 
 
@@ -139,10 +139,10 @@ def _lock(handle: int) -> None:
 
 
 def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
-    body = store.whole(folder).body
+    entry = store.whole(folder)
     prefix = folder.relative_to(store.base).as_posix()
-    contents = {name: (folder / name).read_bytes() for name in sorted(body["files"])}
-    for name, content in ((MANIFEST, canonical({"body": body})), *contents.items()):
+    contents = {name: entry.read(name) for name in sorted(entry.body["files"])}
+    for name, content in ((MANIFEST, canonical({"body": entry.body})), *contents.items()):
         archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
 
 

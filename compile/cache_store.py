@@ -2,46 +2,49 @@
 
     <root>/v1/<signer>/<group>/<distribution>/<method>/<entry>/    manifest.json, the artefact, readable.py
 
-An artefact is code that will run in this process. So an entry counts only if the folder belongs to this user, no one else can write
-there, and its manifest is signed (HMAC-SHA256) with a key that lies outside the cache; the manifest has the SHA-256 of every file.
-Writers fill a folder of their own and rename it, so readers need no lock and a killed writer leaves nothing that is read.
+An artefact is code that will run in this process. So an entry counts only if every folder from it up to / is this user's or root's and
+no one else can write there, and its manifest is signed (HMAC-SHA256) with a key that lies outside the cache; the manifest has the SHA-256
+of every file. What is checked are bytes in memory, which are loaded from a fresh folder: see own_files.
+Writers fill a folder of their own and rename it, so readers need no lock and a killed writer leaves nothing that is read. Locks and
+folders that are being filled are touched while their process lives.
 """
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import hmac
 import json
 import logging
 import os
 import secrets
-import shutil
-import socket
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from ..int8.kernels.user_folder import user_folder
+from ..int8 import own_files
+from ..int8.own_files import CacheError, default_key_file, read_own, require_own
 
+__all__ = ["CacheError", "CacheStore", "Damaged", "Entry", "canonical", "default_key_file", "digest", "require_own"]
+
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 LAYOUT = "v1"
+LEVELS = 5  # of an entry's path below it
 MANIFEST = "manifest.json"
 GIB = 1 << 30
 DEFAULT_LIMIT = 5 * GIB
-LOCK_SECONDS = 1800  # a builder that has been at it longer is taken for dead
-ASIDE, PARTIAL, LOCK = ".bad-", ".tmp-", ".lock-"
+ASIDE, LOCK = ".bad-", ".lock-"
 # Of this process or of a network, not of what is read.
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", 0), errno.ETIMEDOUT)
 
 
-class CacheError(RuntimeError):
-    """The cache cannot be used, and why."""
+class Damaged(CacheError):
+    """What is on disk is not what was signed there."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +54,48 @@ class Entry:
     folder: Path
     body: dict
 
-    def read(self, name: str) -> Path:
-        """The path of one of its files. Raises CacheError unless its content is what was signed."""
+    def read(self, name: str) -> bytes:
+        """The content of one of its files, which is what was signed. Raises Damaged for another, CacheError where it cannot be read now."""
         path = self.folder / name
         try:
-            require_own(path)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = read_own(path)
         except OSError as error:
-            raise CacheError(f"{path.name}: {error.strerror or error}") from None
-        if not hmac.compare_digest(digest, self.body["files"].get(name, "")):
-            raise CacheError(f"{path.name} was changed after it was signed")
-        return path
+            raise _reason(error)(f"{path.name}: {error.strerror or error}") from None
+        except CacheError as error:
+            raise Damaged(str(error)) from None
+        if not hmac.compare_digest(hashlib.sha256(content).hexdigest(), self.body["files"].get(name, "")):
+            raise Damaged(f"{path.name} was changed after it was signed")
+        return content
+
+    def load(self, name: str, load: Callable[[Path], T], unpack: Callable[[bytes], dict[str, bytes]] | None = None,
+             lasting: bool = False) -> T:
+        """load(a fresh folder) with that file, or what unpack makes of it, under their names. Raises as read and own_files.load_privately;
+        only Damaged says anything of the entry."""
+        content = self.read(name)
+        files = {name: content} if unpack is None else unpack(content)
+        return own_files.load_privately(files, load, self.folder.parents[LEVELS - 1], lasting)
+
+
+def _reason(error: OSError) -> type[CacheError]:
+    return CacheError if error.errno in PASSING else Damaged
 
 
 class CacheStore:
     """root: made if absent, owner-only. key_file: of the signing key, made if absent; limit: bytes, above which the entries that were
-    not used for longest go. Raises CacheError where root cannot be trusted or made."""
+    not used for longest go. Raises CacheError where root or the key cannot be trusted or made."""
 
     def __init__(self, root: Path, key_file: Path, limit: int = DEFAULT_LIMIT):
         self.limit = limit
         try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            require_own(root)
-            self._key = _signing_key(key_file)
+            own_files.make_folder(root)
+            self._key = own_files.signing_key(key_file, root)
         except OSError as error:
             raise CacheError(f"the compile cache {root} cannot be used ({error.strerror or error})") from None
-        self.layout = root / LAYOUT
+        self.layout = Path(os.path.abspath(root)) / LAYOUT
         self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
         self._reported: set[tuple[Path, str]] = set()
+        self._watch = own_files.Watch()
+        self._sweep()
 
     def has(self, name: str = "") -> bool:
         """Whether there is anything in a group whose name begins so."""
@@ -87,15 +104,21 @@ class CacheStore:
     def entries(self, place: str) -> Iterator[Entry]:
         """The good entries below place ("group/distribution/method"), in order of their names. Damaged ones are set aside."""
         try:
+            self._require_own_place(place)
             folders = sorted(f for f in (self.base / place).iterdir() if not f.name.startswith("."))
         except OSError:
+            return
+        except CacheError as error:
+            if self._is_new(self.base / place, str(error)):
+                logger.warning("compile cache: %s: nothing in it is used.", error)
             return
         for folder in folders:
             with contextlib.suppress(CacheError):
                 yield self.entry(folder)
 
     def entry(self, folder: Path) -> Entry:
-        """Raises CacheError for a damaged one, which is set aside."""
+        """Raises CacheError for a damaged one, which is set aside, and for one that others could have written."""
+        self._require_own_place(folder.parent.relative_to(self.base).as_posix())
         try:
             return Entry(folder, self._verified(folder))
         except (OSError, ValueError, KeyError, TypeError, CacheError, RecursionError) as error:
@@ -112,15 +135,22 @@ class CacheStore:
         try:
             for name in entry.body["files"]:
                 entry.read(name)
-        except CacheError as error:
+        except Damaged as error:
             self.set_aside(folder, str(error))
             raise
         return entry
 
+    def _require_own_place(self, place: str) -> None:
+        """Raises CacheError where others can write into one of the folders from the layout to the place, where it is there."""
+        folder = self.layout.parent
+        for part in (LAYOUT, self.base.name, *place.split("/")):
+            folder /= part
+            with contextlib.suppress(FileNotFoundError):
+                require_own(folder)
+
     def _verified(self, folder: Path) -> dict:
         require_own(folder)
-        require_own(folder / MANIFEST)
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json.loads(read_own(folder / MANIFEST))
         if not hmac.compare_digest(self._sign(folder, content["body"]), content["hmac"]):
             raise CacheError("its signature does not hold")
         return content["body"]
@@ -138,75 +168,96 @@ class CacheStore:
         """Out of the way of a new one; said once, also where the disk is read-only and it stays."""
         if not os.path.lexists(folder):
             return  # deleted meanwhile
-        if (folder, reason) not in self._reported:
-            self._reported.add((folder, reason))
+        if self._is_new(folder, reason):
             logger.warning("compile cache: %s is damaged (%s) and was set aside; it is built again.", folder.name, reason)
         _put_aside(folder)
+
+    def _is_new(self, folder: Path, reason: str) -> bool:
+        """Whether this was not said yet."""
+        known = (folder, reason) in self._reported
+        self._reported.add((folder, reason))
+        return not known
+
+    def temporary(self) -> AbstractContextManager[Path]:
+        """A fresh folder on the disk of the store, deleted at the end. Raises CacheError, OSError."""
+        self._make_folders(LAYOUT)
+        return own_files.temporary_folder(self.layout)
 
     @contextlib.contextmanager
     def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
         """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
         is not asked for. Without it, and after an OSError, nothing stays."""
         parent = self._make(place)
-        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{_here()}-{os.getpid()}-", dir=parent))
+        with own_files.temporary_folder(parent) as partial:
 
-        def finish(body: dict) -> None:
-            files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
-            body = {**body, "files": files}
-            (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(parent / name, body)}))
-            for path in partial.iterdir():
-                path.chmod(0o600)  # whatever the umask
-                _flush(path)
-            _flush(partial)
-            if replace:
-                _put_aside(parent / name)
-            try:
-                os.rename(partial, parent / name)
-            except OSError:
-                if not (parent / name / MANIFEST).exists():
-                    _put_aside(parent / name)  # no entry, and in the way of one
-                    os.rename(partial, parent / name)
-            _flush(parent)
-        try:
+            def finish(body: dict) -> None:
+                files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
+                body = {**body, "files": files}
+                (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(parent / name, body)}))
+                for path in partial.iterdir():
+                    path.chmod(0o600)  # whatever the umask
+                    own_files.flush(path)
+                own_files.flush(partial)
+                if replace:
+                    _clear_way(parent / name)
+                try:
+                    own_files.move(partial, parent / name)
+                except OSError:
+                    if not (parent / name / MANIFEST).exists():
+                        _clear_way(parent / name)  # no entry, and in the way of one
+                        own_files.move(partial, parent / name)
+                own_files.flush(parent)
             yield partial, finish
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         self.evict()
 
     @contextlib.contextmanager
     def lock(self, place: str, name: str) -> Iterator[bool]:
-        """Whether this process is now the only builder of that entry."""
+        """Whether this process is now the only builder of that entry. A lock that nobody has touched for SILENT_SECONDS is taken over."""
         path = self._make(place) / f"{LOCK}{name}"
-        if _is_stale(path):
-            path.unlink(missing_ok=True)
+        if self._is_stale(path):
+            _remove_lock(path)
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             yield False
             return
+        mark = f"{own_files.here()} {os.getpid()} {secrets.token_hex(8)}"
         try:
             with os.fdopen(handle, "w") as file:
-                file.write(f"{_here()} {os.getpid()}")
-            yield True
+                file.write(mark)
+            with own_files.held(path):
+                yield True
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if path.read_text() in (mark, ""):  # else it was taken over
+                    path.unlink()
+
+    def try_build(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> bool:
+        """Makes an entry with build(folder) -> body, unless it is there and not to be replaced. False: another process is at it."""
+        if not replace and (self.base / place / name / MANIFEST).exists():
+            return True
+        with self.lock(place, name) as alone:
+            if alone:
+                with self.writing(place, name, replace) as (folder, finish):
+                    finish(build(folder))
+            return alone
 
     def build_once(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> None:
-        """Makes an entry with build(folder) -> body, unless it is there and not to be replaced; waits where another process is at it."""
-        while replace or not (self.base / place / name / MANIFEST).exists():
-            with self.lock(place, name) as alone:
-                if alone:
-                    with self.writing(place, name, replace) as (folder, finish):
-                        finish(build(folder))
-                    return
+        """try_build, waiting where another process is at it."""
+        while not self.try_build(place, name, build, replace):
             time.sleep(0.5)
 
     def _make(self, place: str) -> Path:
-        self.layout.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self._make_folders(LAYOUT, self.base.name, *place.split("/"))
+
+    def _make_folders(self, *parts: str) -> Path:
         folder = self.layout.parent
-        for part in (LAYOUT, self.base.name, *place.split("/")):
+        if not folder.exists():
+            own_files.make_folder(folder)
+        for part in parts:
             folder /= part
             folder.mkdir(exist_ok=True, mode=0o700)
+            require_own(folder)
         return folder
 
     def all(self, signer: str = "*") -> list[Path]:
@@ -224,7 +275,7 @@ class CacheStore:
 
     def delete(self, folder: Path) -> None:
         """An entry, at once for readers, and for whoever ends this process meanwhile."""
-        _remove(_put_aside(folder))
+        own_files.remove(_put_aside(folder))
 
     def clear(self) -> tuple[int, int]:
         """(entries, bytes) that were deleted. What is being built stays."""
@@ -253,17 +304,22 @@ class CacheStore:
             total -= size
 
     def _sweep(self) -> None:
-        for left in self.layout.glob("*/*/*/*/.*"):
-            if (left.name.startswith(ASIDE) or (left.name.startswith(PARTIAL) and _is_abandoned(left))
-                    or (left.name.startswith(LOCK) and _is_stale(left))):
-                _remove(left)
+        """What was set aside, and what dead processes have left."""
+        self._watch.sweep(self.layout.glob(f"{own_files.TEMPORARY}*"))
+        left = list(self.layout.glob("*/*/*/*/.*"))
+        self._watch.sweep(left)
+        for path in left:
+            if path.name.startswith(ASIDE):
+                own_files.remove(path)
+            elif path.name.startswith(LOCK) and self._is_stale(path):
+                _remove_lock(path)
 
-
-def default_key_file() -> Path:
-    """Of this user's signing key: INT8_COMPILE_CACHE_KEY_FILE, else in the user's configuration, outside every cache."""
-    if chosen := os.environ.get("INT8_COMPILE_CACHE_KEY_FILE"):
-        return Path(chosen)
-    return user_folder("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME", ".config") / "int8-compile" / "cache.key"
+    def _is_stale(self, lock: Path) -> bool:
+        try:
+            where, pid, *_ = f"{lock.read_text()}  ".split(" ")
+        except (OSError, ValueError):
+            where = pid = ""
+        return self._watch.is_abandoned(lock, where, pid, own_files.SILENT_SECONDS)
 
 
 def canonical(value) -> bytes:
@@ -273,48 +329,6 @@ def canonical(value) -> bytes:
 def digest(value, length: int = 16) -> str:
     """Of a JSON value."""
     return hashlib.sha256(canonical(value)).hexdigest()[:length]
-
-
-def require_own(path: Path) -> None:
-    """Raises CacheError for a link, for another user's file, and for what others can write. Windows keeps user folders to their user."""
-    info = path.lstat()
-    if stat.S_ISLNK(info.st_mode):
-        raise CacheError(f"{path.name} is a symbolic link")
-    if os.name == "posix":
-        if info.st_uid != os.getuid():
-            raise CacheError(f"{path} must be owned by the current user")
-        if info.st_mode & 0o022:
-            raise CacheError(f"{path} can be written by others: chmod go-w it")
-
-
-def _signing_key(path: Path) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with contextlib.suppress(FileNotFoundError):
-        require_own(path)
-        if len(key := path.read_bytes()) >= 32:
-            return key
-        path.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".key-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(name, path)  # atomic, and the first of two processes wins
-    except OSError:  # a file system without hard links
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path.read_bytes()
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _size(folder: Path) -> int:
@@ -334,53 +348,14 @@ def _put_aside(path: Path) -> Path:
     return aside
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+def _clear_way(path: Path) -> None:
+    """Raises OSError where what is there cannot be put aside, as on Windows while somebody has it open."""
+    with contextlib.suppress(FileNotFoundError):
+        own_files.move(path, path.with_name(f"{ASIDE}{path.name}-{secrets.token_hex(4)}"))
 
 
-@functools.cache
-def _here() -> str:
-    """Where process ids mean something: this host, and this container of it."""
-    try:
-        container = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        container = 0
-    return digest([socket.gethostname(), container], 8)
-
-
-def _is_stale(lock: Path) -> bool:
-    try:
-        here, _, pid = lock.read_text().partition(" ")
-        age = time.time() - lock.stat().st_mtime
-    except OSError:
-        return False
-    return age > LOCK_SECONDS or (not pid and age > 10) or _has_ended(here, pid)
-
-
-def _is_abandoned(partial: Path) -> bool:
-    """Of a writer that is no more. One on another host is given time."""
-    here, pid, *_ = f"{partial.name.removeprefix(PARTIAL)}--".split("-")
-    try:
-        return _has_ended(here, pid) or time.time() - partial.stat().st_mtime > LOCK_SECONDS
-    except OSError:
-        return False
-
-
-def _has_ended(here: str, pid: str) -> bool:
-    return here == _here() and pid.isdecimal() and not _is_alive(int(pid))
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # os.kill(pid, 0) would end it
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _remove_lock(path: Path) -> None:
+    """One that was found dead. By another name first: it may have been taken over, and locked again, a moment ago."""
+    aside = _put_aside(path)
+    if aside != path:
+        own_files.remove(aside)

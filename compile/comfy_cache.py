@@ -17,8 +17,8 @@ import comfy.cli_args
 import folder_paths
 import torch
 
-from ..int8.kernels.user_folder import is_kept
 from ..int8.echo import echo
+from ..int8.kernels.user_folder import is_kept
 from .artefacts import Cache
 from .builder import Builder
 from .cache_bundle import sweep

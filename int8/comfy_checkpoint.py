@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8
 from .echo import echo
 from .hadamard import check_group
 from .options import Int8Options
+from .own_files import TEMPORARY, Watch, flush, move, temporary_folder
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
 from .report import QuantizeReport, Tell, tell_nobody
@@ -75,14 +75,11 @@ def save_int8_model(patcher, path: Path, metadata: dict[str, str] | None = None)
     if not any(is_int8(getattr(m, "weight", None)) for m in _modules(patcher)):
         raise ValueError("Save INT8 Model: this model has no INT8 layers. Put INT8 Quantize Model before this node.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        comfy.sd.save_checkpoint(partial, patcher, metadata=metadata or {})
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
+    with temporary_folder(path.parent) as folder:
+        comfy.sd.save_checkpoint(str(folder / path.name), patcher, metadata=metadata or {})
+        flush(folder / path.name)
+        move(folder / path.name, path, os.replace)
 
 
 def _modules(patcher) -> Iterator[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""cpu_native.cpp, compiled for this processor at its first use and kept on disk. Without a C++ compiler torch does the work."""
+"""cpu_native.cpp, compiled for this processor at its first use and kept on disk, signed. Without a C++ compiler torch does the work."""
 from __future__ import annotations
 
 import ctypes
@@ -13,6 +13,17 @@ import tempfile
 import threading
 from pathlib import Path
 
+from ..own_files import (
+    CacheError,
+    Watch,
+    default_key_file,
+    load_privately,
+    make_folder,
+    read_signed,
+    signing_key,
+    temporary_folder,
+    write_signed,
+)
 from .user_folder import user_folder
 
 logger = logging.getLogger(__name__)
@@ -51,16 +62,52 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _build(compiler: str, openmp: str | None, target: Path) -> None:
+def _build(compiler: str, openmp: str | None) -> bytes:
+    """The library. Raises OSError, SubprocessError."""
+    try:
+        return _build_in(_folder(), compiler, openmp)
+    except (CacheError, OSError, subprocess.SubprocessError):  # a full disk
+        return _build_in(Path(tempfile.gettempdir()), compiler, openmp)
+
+
+def _build_in(place: Path, compiler: str, openmp: str | None) -> bytes:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "kernel.o"
+    with temporary_folder(place) as folder:
+        built, linked = folder / "kernel.o", folder / "kernel.so"
         compile_ = [compiler, "-c", *FLAGS, native, *(["-fopenmp"] if openmp else []), str(SOURCE), "-o", str(built)]
-        subprocess.run(compile_, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-        partial = target.with_suffix(f".{os.getpid()}")
-        link = [compiler, "-shared", str(built), *([openmp] if openmp else []), "-o", str(partial)]
-        subprocess.run(link, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-        os.replace(partial, target)
+        link = [compiler, "-shared", str(built), *([openmp] if openmp else []), "-o", str(linked)]
+        for command in (compile_, link):  # the compiler's own temporary files go with the folder
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "TMPDIR": str(folder)})
+        return linked.read_bytes()
+
+
+def _folder() -> Path:
+    """Raises CacheError, OSError where nothing can be kept."""
+    folder = Path(os.path.abspath(cache_folder() / "native"))
+    make_folder(folder)
+    Watch().sweep(folder.iterdir())
+    return folder
+
+
+def _kept_or_built(compiler: str, openmp: str | None, name: str) -> bytes:
+    """The library as this user has kept it under that name; else built, and kept if that can be. Raises OSError, SubprocessError."""
+    try:
+        key = signing_key(default_key_file(), cache_folder())
+        path = _folder() / f"{name}-{hashlib.sha256(key).hexdigest()[:8]}.so"
+    except (CacheError, OSError) as error:
+        logger.warning("INT8: the CPU kernels are built anew at every start: %s", error)
+        return _build(compiler, openmp)
+    try:
+        return read_signed(path, key)
+    except (CacheError, OSError) as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.warning("INT8: the CPU kernels that were kept are not used, and built again: %s", error)
+    library = _build(compiler, openmp)
+    try:
+        write_signed(path, library, key)
+    except (CacheError, OSError) as error:
+        logger.warning("INT8: the CPU kernels are built anew at every start: %s", error)
+    return library
 
 
 @functools.cache
@@ -72,16 +119,11 @@ def _load() -> ctypes.CDLL | None:
     openmp = _openmp_of_torch()
     try:
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
-        key = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(openmp), *FLAGS)).encode()).hexdigest()[:20]
-        folder = cache_folder() / "native"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to another user")
-        target = folder / f"{key}.so"
-        if not target.exists():
-            _build(compiler, openmp, target)
-        library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+        name = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(openmp), *FLAGS)).encode()).hexdigest()[:20]
+        content = _kept_or_built(compiler, openmp, name)
+        library = load_privately({"kernel.so": content}, lambda folder: ctypes.CDLL(str(folder / "kernel.so")),
+                                           cache_folder() / "native", lasting=False)
+    except (OSError, CacheError, subprocess.SubprocessError) as error:
         cause = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
         logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
         return None

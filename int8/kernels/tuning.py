@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import tempfile
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from ..own_files import TEMPORARY, Watch, make_folders, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ RUNS = 5
 BUDGET = 30.0
 # A candidate must be this much faster than the heuristic one: less is noise, and neighbouring buckets should agree.
 MARGIN = 0.03
+MAX_BYTES = 1 << 24  # of the file of choices
 
 
 def bucket(rows: int) -> int:
@@ -93,20 +95,25 @@ class Choices:
 
     def _read(self) -> dict[str, str]:
         try:
-            stored = json.loads(self.path.read_text()) if self.path else {}
-        except (OSError, ValueError):
+            if self.path:
+                Watch().sweep(self.path.parent.glob(f"{TEMPORARY}*"))
+            # A pipe would be waited for, and nobody measures as much as the limit.
+            info = self.path.stat() if self.path else None
+            if info is None or not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BYTES:
+                return {}
+            stored = json.loads(self.path.read_bytes())
+        except (OSError, ValueError, RecursionError):
             return {}
         return {k: v for k, v in stored.items() if isinstance(v, str)} if isinstance(stored, dict) else {}
 
     def _write(self):
         if self.path is None:
             return
+        # Another process may have measured other shapes meanwhile.
+        content = {**self._read(), **{k: v for k, v in self._known.items() if k not in self._shipped}}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Another process may have measured other shapes meanwhile.
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump({**self._read(), **{k: v for k, v in self._known.items() if k not in self._shipped}}, file, indent=0)
-            os.replace(file.name, self.path)
+            make_folders(self.path.parent)
+            write_whole(self.path, json.dumps(content, indent=0).encode())
         except OSError as error:
             logger.debug("INT8: choices were not saved: %s", error)
 

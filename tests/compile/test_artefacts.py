@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cache_nets
 from cache_nets import Hidden, make
+from int8_compile.compile import aoti
 from int8_compile.compile.artefacts import Cache
 from int8_compile.compile.builder import Builder
 from int8_compile.compile.cache_store import CacheStore
@@ -235,3 +239,50 @@ def test_int8_layers_and_their_rotation(tmp_path, key_file):
     run(compiled, net, *x)
     wait(cache)
     assert difference(run(compiled, net, *x), net(*x)) < 0.01 and compiled.report.artefacts
+
+
+LOADER = """
+import sys, types
+from pathlib import Path
+root, store, key = sys.argv[1:]
+package = sys.modules["int8_compile"] = types.ModuleType("int8_compile")
+package.__path__ = [root]
+import torch
+from int8_compile.compile.aoti import Artefact
+from int8_compile.compile.cache_store import CacheStore
+store = CacheStore(Path(store), Path(key))
+for folder in store.own():
+    print(Artefact(store.entry(folder), torch.device("cpu")).kind)
+print(sorted(path.name for path in Path("/tmp").iterdir()))
+"""
+
+
+@pytest.mark.parametrize("options", ["size=64k", "size=1m,noexec"])
+def test_artefacts_are_loaded_where_tmp_is_full_or_no_code_may_run_from_it(built, key_file, options):
+    """torch's own loader unpacks to /tmp, whatever TMPDIR says."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        shutil.copytree(built.store.layout.parent, Path(folder, "cache"))
+        shutil.copy(key_file, Path(folder, "key"))
+        mounted = f"mount -t tmpfs -o mode=1777,{options} tmpfs /tmp && exec \"$@\""
+        command = ["unshare", "-m", "sh", "-c", mounted, "sh", sys.executable, "-c", LOADER, str(Path(cache_nets.__file__).parents[2]),
+                   str(Path(folder, "cache")), str(Path(folder, "key"))]
+        if subprocess.run([*command[:6], "true"], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small file system")
+        done = subprocess.run(command, capture_output=True, text=True)
+        *kinds, left = done.stdout.split() or [done.stderr]
+        assert set(kinds) == {"aoti"} and left == "[]", done.stdout + done.stderr
+        assert not [path for path in Path(folder, "cache", "v1").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Could not find schema for pack::operation")])
+def test_what_cannot_be_loaded_now_is_not_set_aside(built, key_file, monkeypatch, error):
+    def fail(entry, device):
+        raise error
+    net, x = make(), inputs()
+    with monkeypatch.context() as patch:
+        patch.setattr(aoti, "LOADERS", {"aoti": fail})
+        compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
+        for _ in range(2):
+            assert torch.equal(run(compiled, net, *x), net(*x))
+    compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artefacts

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from int8_compile.compile import cache_store
 from int8_compile.compile.cache_store import MANIFEST, CacheError, CacheStore
+from int8_compile.int8 import own_files
 
+REPO = Path(cache_store.__file__).parents[1]
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 ARTEFACT = "artifact.pt2"
 NOBODY = 65534
@@ -25,13 +27,14 @@ is_root = hasattr(os, "getuid") and os.getuid() == 0
 root_only = pytest.mark.skipif(not is_root, reason="needs root, to be another user")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX")
 
-# A process with a store of its own; the module needs nothing but Python.
+# A process with a store of its own; the module needs nothing but Python, so nothing of the pack around it is imported.
 LOADER = """
-import importlib.util, sys
+import sys, types
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("cache_store", sys.argv[1])
-cache_store = sys.modules["cache_store"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cache_store)
+for name in ("", ".compile"):
+    package = sys.modules["pack" + name] = types.ModuleType("pack" + name)
+    package.__path__ = [str(Path(sys.argv[1], *name[1:].split()))]
+from pack.compile import cache_store
 store = cache_store.CacheStore(Path(sys.argv[2]), Path(sys.argv[3]))
 place = sys.argv[4]
 
@@ -45,7 +48,7 @@ def put(name, content, times=1):
 
 
 def start(home: Path, script: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", LOADER + script, cache_store.__file__, str(home / "compiled"), str(home / "key"), PLACE],
+    return subprocess.Popen([sys.executable, "-c", LOADER + script, str(REPO), str(home / "compiled"), str(home / "key"), PLACE],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -122,7 +125,7 @@ def warnings(caplog):
 def test_what_was_written_is_found_by_the_next_process(home, store):
     put(store)
     (entry,) = make(home).entries(PLACE)
-    assert entry.body["name"] == "Block" and entry.read(ARTEFACT).read_bytes() == b"code" * 100
+    assert entry.body["name"] == "Block" and entry.read(ARTEFACT) == b"code" * 100
     assert store.has("Block_dynamic") and not store.has("Other")
     assert not hidden(store)
 
@@ -278,11 +281,14 @@ def test_a_key_that_others_could_have_written_is_refused(home, store, spoil, mes
         make(home)
 
 
-def test_a_key_that_was_cut_off_is_made_anew(home, store):
+@pytest.mark.parametrize("content, message", [(b"", "has 0 bytes"), (b"correct horse staple", "has 20 bytes"), (bytes(32), "all zeros")])
+def test_a_key_that_could_be_guessed_is_refused_and_not_overwritten(home, store, content, message):
     put(store)
-    empty(home / "key")
-    again = make(home)
-    assert len((home / "key").read_bytes()) == 32 and served(again) == []
+    (home / "key").write_bytes(content)
+    age(home / "key", 60)
+    with pytest.raises(CacheError, match=message):
+        make(home)
+    assert (home / "key").read_bytes() == content
 
 
 def test_entries_of_another_key_are_neither_seen_nor_set_aside(home, store, warnings):
@@ -472,7 +478,7 @@ def test_one_builder_at_a_time(store):
     ("ended", 0, True), ("running", 0, False), ("running", 3600, True), ("elsewhere", 0, False), ("elsewhere", 3600, True),
     ("", 0, False), ("", 60, True)])
 def test_a_lock_is_taken_over_where_its_holder_has_ended(store, holder, seconds, taken):
-    here = cache_store._here()
+    here = own_files.here()
     content = {"ended": f"{here} {dead_process()}", "running": f"{here} {os.getpid()}", "elsewhere": "otherhost 1", "": ""}[holder]
     path = lock_of(store, content, seconds)
     with store.lock(PLACE, "entry") as alone:
@@ -487,7 +493,7 @@ def test_a_lock_is_taken_over_where_its_holder_has_ended(store, holder, seconds,
 @posix_only
 def test_leftovers_of_other_hosts_are_given_time(store):
     put(store)
-    ours, theirs = (store.base / PLACE / f".tmp-{here}-{dead_process()}-x" for here in (cache_store._here(), "0" * 8))
+    ours, theirs = (store.base / PLACE / f"{own_files.TEMPORARY}{here}-{dead_process()}-x" for here in (own_files.here(), "0" * 8))
     for path in (ours, theirs):
         path.mkdir()
     store.evict()

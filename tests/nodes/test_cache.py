@@ -25,7 +25,7 @@ def restart(comfy, cache_folder, monkeypatch):
 
     monkeypatch.setenv("INT8_COMPILE_CACHE", "1")
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(cache_folder))
-    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(cache_folder / "key" / "cache.key"))
+    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(cache_folder.with_name("key of the cache") / "cache.key"))
 
     def restart():
         comfy_cache._cache.cache_clear()

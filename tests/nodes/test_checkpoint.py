@@ -20,7 +20,7 @@ def save(tmp_path):
     def save(model, name="saved.safetensors"):
         path = tmp_path / "folder" / name
         save_int8_model(model, path)
-        assert name in [p.name for p in path.parent.iterdir()] and not list(path.parent.glob("*.partial"))
+        assert name in [p.name for p in path.parent.iterdir()] and not list(path.parent.glob(".*"))
         return str(path)
     return save
 

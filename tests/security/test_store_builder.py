@@ -1,0 +1,199 @@
+"""The builder process: it finds Python where the server does and nowhere else, and nothing waits for it when it hangs."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from pathlib import Path
+
+import pytest
+from int8_compile.compile import builder as builder_module
+from int8_compile.compile import worker
+from int8_compile.compile.builder import Builder, Order
+from int8_compile.compile.cache_store import MANIFEST, CacheStore
+
+PLACE = "Block_dynamic_aoti_0123/single/forward"
+REPO = Path(worker.__file__).parents[1]
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CacheStore(tmp_path / "compiled", tmp_path / "key")
+
+
+@pytest.fixture
+def builder(store):
+    builder = Builder(store)
+    yield builder
+    builder._close()
+
+
+class Told:
+    """What orders are answered, in order, with the time."""
+
+    def __init__(self, builder: Builder):
+        self._builder = builder
+        self.reasons: dict[str, str] = {}
+        self.times: dict[str, float] = {}
+
+    def order(self, entry: str, urgent: bool = True):
+        def done(reason: str):
+            self.reasons[entry], self.times[entry] = reason, time.monotonic()
+        # No job at all: the other process imports everything, and then says that it cannot build this.
+        self._builder.submit(Order(types.SimpleNamespace(device="cpu", name="Block"), PLACE, entry, done, urgent))
+
+    def wait(self, entry: str, seconds: float = 120):
+        end = time.monotonic() + seconds
+        while entry not in self.reasons:
+            assert time.monotonic() < end, f"{entry} was not answered"
+            time.sleep(0.05)
+        return self.reasons[entry]
+
+
+FLAGS = ("import json; print(json.dumps([{name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != '_' and name not in "
+         "('safe_path', 'count', 'index')}, sys._xoptions, sys.warnoptions, sys.path]))")
+
+
+@pytest.mark.parametrize("flags", [["-s"], ["-E", "-O"], ["-I"], ["-X", "utf8", "-B", "-s"], ["-W", "error::UserWarning"]], ids=" ".join)
+def test_the_other_process_has_the_servers_flags_and_path(tmp_path, flags):
+    """Of torch nothing is needed: the command is run with another program in the place of the worker's."""
+    (tmp_path / "importlib").mkdir()
+    for evil in ("queue.py", "json.py", "importlib/__init__.py", "sitecustomize.py"):
+        (tmp_path / evil).write_text(f"print('EVIL {evil}')")
+    script = tmp_path / "scripts" / "server.py"
+    script.parent.mkdir()
+    script.write_text(textwrap.dedent(f"""
+        import importlib.util, subprocess, sys
+        from pathlib import Path
+        sys.path.insert(0, "/a folder/of the server's")
+        spec = importlib.util.spec_from_file_location("worker", {worker.__file__!r})
+        worker = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(worker)
+        command = worker.command("pack", Path("/pack"), Path("/tmp"))
+        at = command.index("-c") + 1
+        command[at] = command[at].partition("import importlib")[0] + "import queue, importlib; " + {FLAGS!r}
+        {FLAGS}
+        sys.stdout.flush()
+        subprocess.run(command)
+    """))
+    done = subprocess.run([sys.executable, *flags, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "EVIL" not in done.stdout, done.stdout + done.stderr
+    ours, theirs = map(json.loads, done.stdout.splitlines())
+    assert ours == theirs and "/a folder/of the server's" in theirs[-1] and str(tmp_path) not in theirs[-1]
+
+
+def test_its_files_are_below_this_users_folder_and_gone_after_it(builder, store, monkeypatch, tmp_path):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    seen = {}
+    real = subprocess.Popen
+
+    def popen(command, *, env, **arguments):
+        seen.update(env)
+        return real([sys.executable, "-c", "import time; time.sleep(60)"], env=env, **arguments)
+    monkeypatch.setattr(builder_module.subprocess, "Popen", popen)
+    running = builder._running = builder._start()
+    inductor = tmp_path / "cache" / "inductor"
+    assert {Path(seen[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TMPDIR", "TEMP", "TMP")} == {inductor}
+    assert Path(seen["TRITON_CACHE_DIR"]).parent == inductor and (os.name != "posix" or inductor.stat().st_mode & 0o777 == 0o700)
+    assert [path.name for path in store.layout.iterdir() if path.name.startswith(".")]
+    start = time.monotonic()
+    builder._close()
+    assert time.monotonic() - start < 1 and running.process.returncode is not None
+    assert not [path.name for path in store.layout.iterdir() if path.name.startswith(".")]
+
+
+def test_inductors_files_are_deleted_when_they_have_grown_too_large(tmp_path, monkeypatch):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path))
+    folder = builder_module.inductor_folder(tmp_path / "otherwise")
+    (folder / "file").write_bytes(b"x" * 100)
+    assert builder_module.inductor_folder(tmp_path / "otherwise") == folder and (folder / "file").exists()
+    monkeypatch.setattr(builder_module, "INDUCTOR_LIMIT", 99)
+    assert builder_module.inductor_folder(tmp_path / "otherwise") == folder and not (folder / "file").exists()
+    if os.name == "posix":
+        folder.chmod(0o777)
+        assert builder_module.inductor_folder(tmp_path / "otherwise") == tmp_path / "otherwise"
+
+
+@posix_only
+def test_a_hung_builder_is_noticed_and_the_next_order_is_built_and_nothing_stays(builder, monkeypatch):
+    monkeypatch.setattr(builder_module, "SILENT_SECONDS", 3.0)
+    told = Told(builder)
+    told.order("first")
+    while builder._process is None:
+        time.sleep(0.02)
+    first = builder._process
+    os.kill(first.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    assert "gave no sign of life for 3 s and was ended" in told.wait("first", 20)
+    assert time.monotonic() - start < 10 and first.returncode is not None
+    monkeypatch.undo()
+    told.order("second")
+    assert "has no attribute" in told.wait("second"), "this one ran, and could not build what is no job"
+    second = builder._process or first
+    end = time.monotonic() + 20
+    while builder._thread is not None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert second.returncode is not None and not Path(f"/proc/{second.pid}").exists(), "a zombie"
+
+
+def test_a_builder_that_works_for_long_beats(builder, monkeypatch):
+    """It is told to beat each 0.2 s, and is silent for less than 40 s though it imports torch."""
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.2)
+    running = builder._running = builder._start()
+    running.orders.put(worker.pickle.dumps((types.SimpleNamespace(device="cpu"), "/nowhere")))
+    beats, start = 0, time.monotonic()
+    while not (frame := running.frames.get(timeout=40)):
+        assert frame == b"" and time.monotonic() - start < 120
+        beats += 1
+    assert b"has no attribute" in frame and beats >= 3
+
+
+def made(order, folder) -> dict:
+    (folder / "artifact.pt2").write_bytes(b"code")
+    return {"name": "Block"}
+
+
+def test_an_order_that_another_server_is_building_does_not_block_the_others(builder, store, monkeypatch):
+    monkeypatch.setattr(builder, "_ask", made)
+    other, told = CacheStore(store.layout.parent, store.layout.parent.with_name("key")), Told(builder)
+    with other.lock(PLACE, "locked") as alone:
+        assert alone
+        told.order("locked")
+        for name in ("second", "third"):
+            told.order(name)
+        assert told.wait("third", 10) == told.wait("second", 10) == "" and "locked" not in told.reasons
+    with builder.sampling():
+        told.order("late", urgent=False)
+        told.order("fourth")
+        assert told.wait("fourth", 10) == "" == told.wait("locked", 10) and "late" not in told.reasons
+    assert told.wait("late", 20) == ""
+    assert len(store.own()) == 5 and (store.base / PLACE / "locked" / MANIFEST).exists()
+
+
+def test_the_entry_that_the_other_server_has_made_meanwhile_is_taken(builder, store, monkeypatch):
+    monkeypatch.setattr(builder, "_ask", lambda order, folder: pytest.fail("built twice"))
+    other, told = CacheStore(store.layout.parent, store.layout.parent.with_name("key")), Told(builder)
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(other.lock(PLACE, "entry"))
+        told.order("entry")
+        time.sleep(0.3)
+        with other.writing(PLACE, "entry") as (folder, finish):
+            finish(made(None, folder))
+    assert told.wait("entry", 10) == ""
+
+
+def test_a_full_disk_is_the_reason_that_is_given(builder, monkeypatch):
+    def full(order, folder):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(builder, "_ask", full)
+    told = Told(builder)
+    told.order("entry")
+    assert "No space left on device" in told.wait("entry", 10)
