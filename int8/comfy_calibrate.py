@@ -10,8 +10,17 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from . import comfy_core
 from .calibrate import LayerStats, collect
-from .comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, pristine_parameter, put_int8_layers
+from .comfy_ops import (
+    PREFIX,
+    adopt_native_layers,
+    int8_layers,
+    layers_to_quantize,
+    pristine_parameter,
+    put_int8_layers,
+    require_native_int8,
+)
 from .options import Int8Options
 from .plan import LayerPlan, choose_methods, fit_size, measure_layer
 from .quantize import eligible_linears
@@ -33,11 +42,16 @@ _MEASURED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDic
 
 def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
-    in keeps its weights. Layers that are INT8 already stay as they are. tell: called with what is under way, and with the report of it;
-    when the model first samples too.
+    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know. tell:
+    called with what is under way, and with the report of it; when the model first samples too.
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
     """
+    require_native_int8()
+    if not comfy_core.usable(comfy_core.INT8):
+        tell(QuantizeReport(refusal=f"Left as it is: this ComfyUI has changed ({'; '.join(comfy_core.changes(comfy_core.INT8))}). "
+                            "Update the pack."))
+        return patcher.clone()
     planned = planned_layers(patcher)
     names = layers_to_quantize(patcher, options, planned)
     clone = adopt_native_layers(patcher.clone(), options.kernel)

@@ -15,12 +15,14 @@ logger = logging.getLogger(__name__)
 
 # Features, as the log names them.
 INT8 = "INT8 layers"
+COMPILE = "compiling"
 FUSED_ACTIVATION = "activations inside the INT8 quantizer"
 OFFLOAD = "compiled blocks with weights that are not on the device"
 COMPILER = "leaving ComfyUI's memory compiler while compiled code runs"
 # What happens without one.
 WITHOUT = {
     INT8: "models stay as they were loaded",
+    COMPILE: "models run uncompiled",
     FUSED_ACTIVATION: "the activation is computed before the layer, which is slower",
     OFFLOAD: "such blocks are compiled layer by layer, which is slower",
     COMPILER: "start ComfyUI with --disable-comfy-compiler if compiled models fail or run out of memory",
@@ -71,13 +73,28 @@ USES = (
         "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed")),
     # int8/comfy_ops.py: the one function that the pack puts its own in front of.
     Use("comfy.ops.linear_input_act", FUSED_ACTIVATION, "0.38.1", parameters=("linear", "x", "input_act"), since="0.33.0"),
+    # compile/patcher.py: around a model's call, and what tells a failure of compile from the model's own.
+    Use("comfy.patcher_extension.WrappersMP.APPLY_MODEL", COMPILE, "0.38.1"),
+    Use("comfy.model_base.BaseModel.apply_model", COMPILE, "0.38.1", parameters=(
+        "self", "x", "t", "c_concat", "c_crossattn", "control", "transformer_options")),
+    Use("comfy.model_patcher.ModelPatcher.clone", COMPILE, "0.38.1", 1),
+    Use("comfy.model_patcher.ModelPatcher.add_wrapper_with_key", COMPILE, "0.38.1", 4),
+    Use("comfy.model_patcher.ModelPatcher.remove_wrappers_with_key", COMPILE, "0.38.1", 3),
+    Use("comfy.model_patcher.ModelPatcher.add_object_patch", COMPILE, "0.38.1", 3),
+    Use("comfy.model_patcher.ModelPatcher.get_model_object", COMPILE, "0.38.1", 2),
+    Use("comfy.model_management.OOM_EXCEPTION", COMPILE, "0.38.1"),
+    Use("comfy.model_management.InterruptProcessingException", COMPILE, "0.38.1"),
+    Use("comfy.model_management.processing_interrupted", COMPILE, "0.38.1", 0),
+    Use("comfy.model_management.interrupt_current_processing", COMPILE, "0.38.1", 1),
     # compile/comfy_offload.py: a block's weights, fetched before it is called.
     Use("comfy.ops.CastWeightBiasOp", OFFLOAD, "0.38.1"),
     Use("comfy.ops.cast_bias_weight", OFFLOAD, "0.38.1", 1, _CAST),
     Use("comfy.ops.uncast_bias_weight", OFFLOAD, "0.38.1", 4),
-    # compile/comfy_compiler.py: recordings of allocations.
-    Use("comfy.model_prefetch.malloc_graph_enabled", COMPILER, "0.38.1", parameters=("device",), since="0.34.0"),
-    Use("comfy.model_prefetch.pause_malloc_graph", COMPILER, "0.38.1", 0, since="0.34.0"),
+    # compile/comfy_compiler.py, int8/comfy_recording.py: recordings of allocations.
+    Use("comfy.cli_args.args.disable_comfy_compiler", COMPILER, "0.38.1", since="0.34.0"),
+    Use("comfy.model_prefetch.malloc_graph_enabled", COMPILER, "0.38.1", 1, since="0.34.0"),
+    Use("comfy.model_prefetch.MALLOC_GRAPHS", COMPILER, "0.38.1", since="0.36.0"),
+    Use("comfy.model_prefetch.cleanup_malloc_graph", COMPILER, "0.38.1", 0, since="0.36.0"),
     Use("comfy.model_prefetch.cleanup_prefetch_queues", COMPILER, "0.38.1", 0, since="0.34.0"),
 )
 

@@ -22,7 +22,8 @@ import torch
 from . import comfy_core
 from .artefact_layer import ArtefactLinear
 from .comfy_lora import Int8Lora
-from .kernels import ops
+from .comfy_recording import outside_recording
+from .kernels import fastest, ops
 from .kernels.reference import activation
 from .options import Int8Options
 from .plan import LayerPlan
@@ -143,7 +144,9 @@ def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=No
 
 
 @functools.cache
-def _register_layout_op():
+def _connect_kernels():
+    """Make the ops take core's tensors, and measure outside core's recordings of allocations."""
+    fastest.unrecorded = outside_recording
     quant_ops.register_layout_op(ops.linear.default, quant_ops.TensorWiseINT8Layout)(
         lambda _, args, kwargs: _linear_of_quantized(*args, **kwargs))
 
@@ -282,7 +285,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
 
     Raises ValueError for a weight with NaN or infinity.
     """
-    _register_layout_op()
+    _connect_kernels()
     patch_linear_input_act()
     model = patcher.model
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
@@ -358,8 +361,11 @@ def _is_core_linear(layer: torch.nn.Module) -> bool:
 
 def adopt_native_layers(patcher, kernel: str):
     """Gives the INT8 Linear layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
-    returned: the same weights, nothing is quantized again. Expert banks and embeddings stay core's."""
-    _register_layout_op()
+    returned: the same weights, nothing is quantized again. Expert banks and embeddings stay core's, as do all layers on a ComfyUI that
+    the pack does not know."""
+    if not comfy_core.usable(comfy_core.INT8):
+        return patcher
+    _connect_kernels()
     patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     adopted = {}

@@ -141,11 +141,9 @@ def test_linear_of_an_activation_is_right_for_every_kind_of_layer(with_core, mak
 
 @pytest.mark.parametrize("patched", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act != "none"])
 @pytest.mark.parametrize("version", ["0.36", "to come"])
 def test_residuals_and_norms_of_newer_cores_are_right_with_and_without_the_packs_function(with_core, make, version, act, kind, patched):
-    if act == "none" and (kind not in INT8_KINDS[1:] or not patched):
-        pytest.skip("core itself knows no activation of this name")
     x, norm, residual, scale = inputs(act)
     linear_input_act, layer = with_core(version, patched), make(kind)
     want = F.linear(ACTIVATIONS[act](x, norm), make.weight, make.bias)
@@ -155,6 +153,19 @@ def test_residuals_and_norms_of_newer_cores_are_right_with_and_without_the_packs
     assert difference(got, residual + scale * want) < NOISE
     if version == "to come":
         assert difference(linear_input_act(layer, x, act, **arguments, output_scale=3.0), 3 * want) < NOISE
+
+
+@pytest.mark.parametrize("kind", INT8_KINDS[1:])
+@pytest.mark.parametrize("act", [None, "none"])
+@pytest.mark.parametrize("version", CORES)
+def test_a_call_without_an_activation_is_right_for_our_layers_on_every_core(with_core, make, version, act, kind):
+    """Core itself knows "none" by this name in the kernels only."""
+    x, _, residual, scale = inputs(act)
+    want = F.linear(x, make.weight, make.bias)
+    assert difference(with_core(version)(make(kind), x, act), want) < NOISE
+    if version != "0.33":
+        got = with_core(version)(make(kind), x, act, residual=residual, residual_scale=scale)
+        assert difference(got, residual + scale * want) < NOISE
 
 
 @pytest.mark.parametrize("version", CORES)
