@@ -6,6 +6,7 @@ INT8 (TensorWiseINT8Layout, 0.26.0 or later).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
@@ -115,8 +116,9 @@ class _Int8Forward(Int8Lora):
     def artefact_tensors(self) -> dict[str, torch.Tensor]:
         """The plain tensors that it multiplies with, by their names in ArtefactLinear (compile/cache_block.py); none while it adds a LoRA
         on the fly, is replaced, or leaves the work to core."""
-        if (not isinstance(self.weight, quant_ops.QuantizedTensor) or self.kernel == KITCHEN or self.is_full_precision
-                or self.weight_function or self.bias_function or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
+        if (not isinstance(self.weight, quant_ops.QuantizedTensor) or not _is_row_major(self.weight) or self.kernel == KITCHEN
+                or self.is_full_precision or self.weight_function or self.bias_function
+                or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
                 or self._forward_hooks or self._forward_pre_hooks):
             return {}
         named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
@@ -130,9 +132,22 @@ class _Int8Forward(Int8Lora):
         return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
 
 
+@functools.cache
+def _fields_beyond(params_class: type) -> tuple[dataclasses.Field, ...]:
+    """The fields of a layout's parameters that the kernels know nothing of: up to comfy_kitchen 0.2.40, transposed."""
+    known = {"scale", "orig_dtype", "orig_shape", "is_weight", "convrot", "convrot_groupsize"}
+    return tuple(field for field in dataclasses.fields(params_class) if field.name not in known)
+
+
+def _is_row_major(weight) -> bool:
+    """Whether weight's values lie as the pack's kernels read them: core may reorder them (QuantizedTensor.optimize_for_gemv)."""
+    params = weight._params
+    return weight._layout_cls == LAYOUT and all(getattr(params, field.name) == field.default for field in _fields_beyond(type(params)))
+
+
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=None):
     params = weight._params
-    if kernel == KITCHEN:  # its layout multiplies, once it is given a plain input
+    if kernel == KITCHEN or not _is_row_major(weight):  # its layout multiplies, once it is given a plain input
         return ops.float_linear(x, weight, bias, act, pre_quant_scale)
     if kernel == FULL_PRECISION:
         return ops.float_linear(x, weight.dequantize().to(x.dtype), bias, act, pre_quant_scale)

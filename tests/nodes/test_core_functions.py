@@ -243,6 +243,35 @@ def test_comfy_kitchens_kernel_runs_layers_of_every_method(make, method):
     assert difference(layer(x), in_float) > 1e-4  # the input is rounded too
 
 
+@pytest.mark.parametrize("kind", INT8_KINDS[1:])
+def test_a_weight_whose_storage_core_has_reordered_is_multiplied_by_its_own_layout(comfy, make, kind):
+    """QuantizedTensor.optimize_for_gemv of kitchen 0.2.40 may do so; here the columns are reversed."""
+    from dataclasses import dataclass, replace
+
+    base = comfy.quant_ops.TensorWiseINT8Layout
+
+    class Reordered(base):
+        @dataclass(frozen=True)
+        class Params(base.Params):
+            reversed: bool = False
+
+        @classmethod
+        def dequantize(cls, qdata, params):
+            return base.dequantize(qdata.flip(1) if params.reversed else qdata, params)
+    layer = make(kind)
+    old, before = layer.weight, comfy.quant_ops.get_layout_class("TensorWiseINT8Layout")
+    fields = {name: getattr(old._params, name) for name in ("scale", "orig_dtype", "orig_shape", "convrot", "convrot_groupsize")}
+    x, *_ = inputs(None)
+    want = layer(x)
+    plain = Reordered.Params(**fields)
+    comfy.quant_ops.register_layout_class("Reordered", Reordered)
+    for layout, qdata, params in (("TensorWiseINT8Layout", old._qdata, plain),
+                                  ("Reordered", old._qdata.flip(1), replace(plain, reversed=True))):
+        layer.weight = torch.nn.Parameter(comfy.ops.QuantizedTensor(qdata, layout, params), requires_grad=False)
+        assert difference(layer(x), want) < NOISE and bool(layer.artefact_tensors()) is not params.reversed
+    assert comfy.quant_ops.get_layout_class("TensorWiseINT8Layout") is before
+
+
 def test_the_twin_of_a_layer_in_the_builder_answers_what_core_asks(comfy, with_core, make):
     layer = make("smoothquant")
     cls, arguments = layer.artefact_replacement()
