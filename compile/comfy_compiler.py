@@ -62,9 +62,9 @@ def without_comfy_compiler(device: torch.device, report: CompileReport | None = 
     """Run what is inside, a compiled call, with no recording of ComfyUI: none is opened by the model, and one that is open already does
     not see it. Afterwards, also after an exception, all is as before; threads do not undo each other's.
 
-    report: gets a note that the memory compiler is off, once.
+    report: gets a note that the memory compiler is off, once. A model whose compile has failed runs as without the pack.
     """
-    if not _SWITCH.take(device):
+    if (report is not None and report.failure) or not _SWITCH.take(device):
         yield
         return
     try:

@@ -230,7 +230,7 @@ def test_a_failed_compile_leaves_nothing_open_before_the_eager_run(core, args, c
     assert seen == [(0, None), (0, None)] and core.log == ["clean up"] and args.disable_comfy_compiler is False
     # The next step, eager for good, is recorded again.
     core.log.clear()
-    model(torch.ones(2, 8))
+    run(compiled, model)
     assert core.log.count("begin") == core.log.count("end") == 1 and core.is_closed()
 
 
