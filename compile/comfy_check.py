@@ -13,7 +13,6 @@ import torch
 
 from ..int8 import comfy_core, comfy_recording
 from ..int8.comfy_ops import require_native_int8
-from . import comfy_compiler
 from .check import Check, check
 from .check_facts import MISSING, WARNING, Fact
 from .check_table import Sizes, kitchen_backends
@@ -76,7 +75,7 @@ def memory_compiler_fact(device: torch.device) -> Fact:
     if problems := comfy_core.changes(comfy_core.COMPILER):
         return Fact("memory compiler", f"not known to this pack: {'; '.join(problems)}", WARNING,
                     "Start ComfyUI with --disable-comfy-compiler if compiled models fail, or update the pack.")
-    if not comfy_compiler.is_on(device):
+    if not comfy_recording.is_on(device):
         return Fact("memory compiler", "off")
     return Fact("memory compiler", "on; off for a model while it runs compiled, since the two do not go together")
 

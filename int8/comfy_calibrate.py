@@ -21,6 +21,7 @@ from .comfy_ops import (
     put_int8_layers,
     require_native_int8,
 )
+from .comfy_recording import unrecorded
 from .options import Int8Options
 from .plan import LayerPlan, choose_methods, fit_size, measure_layer
 from .quantize import eligible_linears
@@ -49,8 +50,8 @@ def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """
     require_native_int8()
     if not comfy_core.usable(comfy_core.INT8):
-        tell(QuantizeReport(refusal=f"Left as it is: this ComfyUI has changed ({'; '.join(comfy_core.changes(comfy_core.INT8))}). "
-                            "Update the pack."))
+        tell(QuantizeReport(refusal=f"Left as it is: of ComfyUI {comfy_core.comfyui_version()} "
+                            f"{'; '.join(comfy_core.changes(comfy_core.INT8))}. Update the pack."))
         return patcher.clone()
     planned = planned_layers(patcher)
     names = layers_to_quantize(patcher, options, planned)
@@ -123,7 +124,7 @@ class QuantizeFirst:
         guider.conds = {key: [cond.copy() for cond in group] for key, group in conds.items()}
         try:
             # The layers as loading this patcher will put them: another clone's may be in the model now.
-            with collect({name: patcher.get_model_object(PREFIX + name) for name in self.names}) as stats, \
+            with collect({name: patcher.get_model_object(PREFIX + name) for name in self.names}) as stats, unrecorded(device), \
                     torch.random.fork_rng([device] if device.type == "cuda" else []):
                 executor(noise, latent_image, sampler, few, **arguments)
         finally:

@@ -39,7 +39,7 @@ class Use:
     arguments: how many the pack passes by position; None where it is no function, or is not called.
     keywords: the names of those that it passes by name.
     parameters: the names that its first parameters must have, for a function that the pack replaces or is called in place of.
-    since: the first ComfyUI in which it was seen; an older one may lack it.
+    since: the first ComfyUI in which it was seen; an older one is not asked for it.
     """
 
     name: str
@@ -54,23 +54,23 @@ class Use:
 _CAST = ("dtype", "device", "bias_dtype", "offloadable", "compute_dtype", "want_requant")
 USES = (
     # int8/comfy_ops.py: the Linear that INT8 layers derive from, and how it gets its weight.
-    Use("comfy.ops.mixed_precision_ops", INT8, "0.38.1", 0, ("compute_dtype",)),
-    Use("comfy.ops.cast_bias_weight", INT8, "0.38.1", 1, _CAST),
-    Use("comfy.ops.uncast_bias_weight", INT8, "0.38.1", 4),
-    Use("comfy.ops.run_every_op", INT8, "0.38.1", 0),
+    Use("comfy.ops.mixed_precision_ops", INT8, "0.38.1", 0, ("compute_dtype",), since="0.26.0"),
+    Use("comfy.ops.cast_bias_weight", INT8, "0.38.1", 1, _CAST, since="0.26.0"),
+    Use("comfy.ops.uncast_bias_weight", INT8, "0.38.1", 4, since="0.26.0"),
+    Use("comfy.ops.run_every_op", INT8, "0.38.1", 0, since="0.26.0"),
     Use("comfy.quant_ops.QuantizedTensor", INT8, "0.38.1", 3, since="0.26.0"),
     Use("comfy.quant_ops.TensorWiseINT8Layout.Params", INT8, "0.38.1", 0,
         ("scale", "orig_dtype", "orig_shape", "convrot", "convrot_groupsize"), since="0.26.0"),
     Use("comfy.quant_ops.register_layout_op", INT8, "0.38.1", 2, since="0.26.0"),
     Use("comfy.model_management.supports_int8_compute", INT8, "0.38.1", 1, since="0.36.0"),
     # int8/comfy_lora.py: a LoRA that a layer gets while it is partly loaded.
-    Use("comfy.model_patcher.LowVramPatch.__call__", INT8, "0.38.1", 2),
-    Use("comfy.model_management.pin_memory", INT8, "0.38.1", 1),
-    Use("comfy.model_management.unpin_memory", INT8, "0.38.1", 1),
+    Use("comfy.model_patcher.LowVramPatch.__call__", INT8, "0.38.1", 2, since="0.26.0"),
+    Use("comfy.model_management.pin_memory", INT8, "0.38.1", 1, since="0.26.0"),
+    Use("comfy.model_management.unpin_memory", INT8, "0.38.1", 1, since="0.26.0"),
     # int8/comfy_calibrate.py: measured inside the first sampling.
-    Use("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", INT8, "0.38.1"),
+    Use("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", INT8, "0.38.1", since="0.26.0"),
     Use("comfy.samplers.CFGGuider.outer_sample", INT8, "0.38.1", parameters=(
-        "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed")),
+        "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"), since="0.26.0"),
     # int8/comfy_ops.py: the one function that the pack puts its own in front of.
     Use("comfy.ops.linear_input_act", FUSED_ACTIVATION, "0.38.1", parameters=("linear", "x", "input_act"), since="0.33.0"),
     # compile/patcher.py: around a model's call, and what tells a failure of compile from the model's own.
@@ -105,9 +105,11 @@ def changes(feature: str) -> list[str]:
 
 
 def _problem(use: Use) -> str:
+    if _version(comfyui_version()) < _version(use.since):
+        return ""
     value = find(use.name)
     if value is None:
-        return "is gone" if _version(comfyui_version()) >= _version(use.since) else ""
+        return "is gone"
     if use.arguments is None and not use.parameters:
         return ""
     try:
@@ -138,7 +140,7 @@ def find(name: str):
     while module:
         try:
             value = importlib.import_module(module)
-        except ModuleNotFoundError:
+        except ImportError:
             module, _, attribute = module.rpartition(".")
             attributes.insert(0, attribute)
             continue
@@ -153,9 +155,10 @@ def usable(feature: str) -> bool:
     """Whether the feature works on this ComfyUI; says so once where it does not."""
     found = changes(feature)
     if found:
-        seen = max(use.seen for use in USES if use.feature == feature)
-        logger.warning("INT8 Compile: this ComfyUI is not like %s, the newest that the pack knows: %s. Off: %s (%s). Update the pack.",
-                       seen, "; ".join(found), feature, WITHOUT[feature])
+        version, seen = comfyui_version(), max(use.seen for use in USES if use.feature == feature)
+        logger.warning("INT8 Compile: ComfyUI %s is not like %s, the newest that the pack knows: %s. Off: %s (%s). Update %s.", version,
+                       seen, "; ".join(found), feature, WITHOUT[feature],
+                       "ComfyUI" if _version(version) < _version(seen) else "the pack")
     return not found
 
 

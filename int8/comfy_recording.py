@@ -10,6 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import comfy.cli_args
+import torch
+
+from . import comfy_core
+
 logger = logging.getLogger(__name__)
 
 # Where ComfyUI keeps {thread: its recording}, newest first.
@@ -19,6 +24,57 @@ _RECORDINGS = ("MALLOC_GRAPHS", "ACTIVE_MALLOC_GRAPHS")
 def prefetch_module():
     """Return comfy.model_prefetch, which has all of it; None on a ComfyUI without one, and where no model has been called yet."""
     return sys.modules.get("comfy.model_prefetch")
+
+
+class _Switch:
+    """args.disable_comfy_compiler, set while any thread runs what must not be recorded. ComfyUI reads it at every model call."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._before = False  # what it is when nobody holds it
+        self.holders = 0
+
+    def take(self, device: torch.device) -> bool:
+        """Switch it off, unless it is off already by the user's choice or is not in this ComfyUI. Returns whether it was taken."""
+        args = comfy.cli_args.args
+        with self._lock:
+            if not self.holders:
+                if not is_on(device):
+                    return False
+                self._before = args.disable_comfy_compiler
+                args.disable_comfy_compiler = True
+            self.holders += 1
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            self.holders -= 1
+            if not self.holders:
+                comfy.cli_args.args.disable_comfy_compiler = self._before
+
+
+_SWITCH = _Switch()
+
+
+def is_on(device: torch.device) -> bool:
+    """Whether ComfyUI would record a model on device now."""
+    enabled = getattr(prefetch_module(), "malloc_graph_enabled", None)
+    return (enabled is not None and hasattr(comfy.cli_args.args, "disable_comfy_compiler")
+            and comfy_core.usable(comfy_core.COMPILER) and bool(enabled(device)))
+
+
+@contextlib.contextmanager
+def unrecorded(device: torch.device) -> Iterator[bool]:
+    """No recording of ComfyUI inside: none is begun by a model, and one that is open already does not see it. Afterwards, also after an
+    exception, all is as before; threads do not undo each other's. Gives whether ComfyUI would have recorded."""
+    if not _SWITCH.take(device):
+        yield False
+        return
+    try:
+        with outside_recording():
+            yield True
+    finally:
+        _SWITCH.release()
 
 
 @contextlib.contextmanager
@@ -53,8 +109,9 @@ def abort_recording() -> None:
 
 
 def clean_up() -> None:
-    """Do what core does after a node that failed: end this thread's recording, and give back what was fetched ahead for its blocks."""
-    _attempt("cleanup_prefetch_queues")
+    """Do what core does after a node that failed: end this thread's recording, and give back what was fetched ahead for its blocks. The
+    latter not while other threads run, whose models need what was fetched for them."""
+    _attempt("cleanup_malloc_graph" if _SWITCH.holders > 1 else "cleanup_prefetch_queues")
 
 
 def _attempt(name: str) -> None:

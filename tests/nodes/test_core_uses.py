@@ -47,7 +47,7 @@ def test_a_changed_or_missing_function_is_one_line_and_the_model_is_left_as_it_i
     problem = "comfy.ops.cast_bias_weight " + ("is gone" if changed is None else "takes other arguments")
     found = lines(caplog)
     assert len(found) == 2  # for INT8 layers and for offloaded blocks
-    assert all(line.count("\n") == 0 and problem in line and "Update the pack" in line for line in found)
+    assert all(line.count("\n") == 0 and problem in line and "Update " in line for line in found)
     assert "models stay as they were loaded" in found[0]
 
 
@@ -76,6 +76,15 @@ def test_a_linear_input_act_that_is_another_one_is_left_alone(comfy, core, monke
 def test_another_packs_open_wrapper_is_no_change(comfy, core, monkeypatch):
     monkeypatch.setattr(comfy.ops, "linear_input_act", lambda *args, **kwargs: None)
     assert core.usable(core.FUSED_ACTIVATION)
+
+
+def test_the_line_says_which_of_the_two_is_too_old(core, monkeypatch, caplog):
+    monkeypatch.setattr(core, "USES", (core.Use("comfy.ops.not_there", core.INT8, "0.38.1"),))
+    for version in ("0.30.2", "0.39.0"):
+        monkeypatch.setattr(core, "comfyui_version", lambda version=version: version)
+        core.usable.cache_clear()
+        assert not core.usable(core.INT8)
+    assert [line.rpartition(". ")[2] for line in lines(caplog)] == ["Update ComfyUI.", "Update the pack."]
 
 
 def test_what_an_older_comfyui_has_not_yet_is_no_change_and_what_a_newer_one_has_no_more_is(core, monkeypatch):

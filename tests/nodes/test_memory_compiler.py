@@ -121,8 +121,11 @@ def core(comfy, args, monkeypatch):
         if name.startswith(("malloc", "MALLOC", "cleanup", "pause", "PREFETCH")):
             monkeypatch.setattr(comfy.model_prefetch, name, getattr(core, name), raising=False)
     from int8_compile.int8 import comfy_core
+
+    monkeypatch.setattr(comfy_core, "comfyui_version", lambda: "0.38.1")
     comfy_core.usable.cache_clear()
-    return core
+    yield core
+    comfy_core.usable.cache_clear()
 
 
 class Block(torch.nn.Module):
@@ -321,6 +324,21 @@ def test_kernels_are_measured_outside_a_recording(core):
     core.allocate()
     core.malloc_graph_end()
     assert core.allocated == [False, False, True] and core.is_closed()
+
+
+def test_a_calibration_is_not_recorded(core, args, flux, nodes, sample, monkeypatch):
+    """Its hooks allocate what later steps do not."""
+    model = type(flux.model.diffusion_model)
+    forward = model.forward
+
+    def recorded(self, x, *arguments, **named):
+        core.malloc_graph_begin(x.device)
+        result = forward(self, x, *arguments, **named)
+        core.malloc_graph_end()
+        return result
+    monkeypatch.setattr(model, "forward", recorded)
+    sample(nodes.INT8QuantizeModel(flux, method="auto"))
+    assert core.log == ["begin", "end"] * 2 and args.disable_comfy_compiler is False  # the two steps of the sampling itself
 
 
 def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeypatch, caplog):
