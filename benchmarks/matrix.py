@@ -32,6 +32,7 @@ COLUMNS = {
 INT8_COLUMNS, INT8_SINCE = ("main job", "LoRA", "INT8"), (0, 26, 0)
 PACKAGES = ("torch", "comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package")
 TIMEOUT = 3600  # seconds a cell
+NAMED = 3  # failing tests that a cell names
 RUN_PYTEST = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"
 VERSIONS = f"""
 import importlib.metadata as metadata, json, sys
@@ -53,15 +54,14 @@ class Row:
     cells: dict[str, str]
 
 
-def run_cell(comfyui: Path, python: str, tools: str, column: str, cache: Path, timeout: float = TIMEOUT) -> str:
+def run_cell(comfyui: Path, python: str, tools: str, column: str, timeout: float = TIMEOUT) -> str:
     """Run one column's tests: "holds (7)", or how many do not and which. tools: a folder with pytest, in case python has none."""
     version = comfyui_version(comfyui)
     if column in INT8_COLUMNS and tuple(map(int, re.findall("[0-9]+", version)[:3])) < INT8_SINCE:
         return "not run: no native INT8 before 0.26.0"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # A cache of its own: the small models are made by that ComfyUI's classes.
-        env = {**os.environ, "COMFYUI_PATH": str(comfyui), "COMFYUI_PYTHON": python, "XDG_CACHE_HOME": str(cache / version)}
+        env = {**os.environ, "COMFYUI_PATH": str(comfyui), "COMFYUI_PYTHON": python}
         command = [python, "-c", RUN_PYTEST, tools, "-q", "-c", "tests/pytest.ini", "--rootdir=tests", f"--junitxml={report}",
                    *COLUMNS[column]]
         try:
@@ -81,8 +81,9 @@ def cell(report: str) -> str:
     skipped = sum(case.find("skipped") is not None for case in cases)
     ran = len(cases) - skipped
     if bad:
-        names = dict.fromkeys(name.partition("[")[0] for name in bad)
-        return f"{len(bad)} of {ran} fail: {', '.join(names)}"
+        names = list(dict.fromkeys(name.partition("[")[0] for name in bad))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"{len(bad)} of {ran} fail: {', '.join(names[:NAMED])}{more}"
     return f"holds ({ran}" + (f", {skipped} skipped)" if skipped else ")") if ran else "not run: nothing to run"
 
 
@@ -106,14 +107,14 @@ def table(rows: list[Row], columns: list[str], today: datetime.date) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comfyui", type=Path, action="append", required=True, help="a ComfyUI's folder; may be given more than once")
+    parser.add_argument("--comfyui", type=Path, action="append", required=True,
+                        help="a ComfyUI's folder; may be given more than once, the newest first: its classes make the small models")
     parser.add_argument("--python", action="append", required=True, help="a Python that can run it; may be given more than once")
     parser.add_argument("--tools", default="", help="a folder with pytest, for a Python without it; {version} is that Python's: 3.12")
     parser.add_argument("--column", action="append", choices=list(COLUMNS), help="only this one; may be given more than once")
     parser.add_argument("--output", type=Path, default=RESULT, help="the table")
     options = parser.parse_args(arguments)
     columns, rows = options.column or list(COLUMNS), []
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int8-compile-matrix"
     for comfyui in options.comfyui:
         for python in options.python:
             versions = json.loads(subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout)
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = Row(comfyui_version(comfyui), versions, dict.fromkeys(columns, "not run yet"))
             rows.append(row)
             for column in columns:
-                row.cells[column] = run_cell(comfyui, python, tools, column, cache)
+                row.cells[column] = run_cell(comfyui, python, tools, column)
                 sys.stderr.write(f"{row.comfyui} {' '.join(versions)} {column}: {row.cells[column]}\n")
                 options.output.write_text(table(rows, columns, datetime.date.today()))
 

@@ -18,6 +18,7 @@ def report(*cases):
     ([("a", ""), ("b", "")], "holds (2)"),
     ([("a", ""), ("b", "<skipped/>")], "holds (1, 1 skipped)"),
     ([("a", "<failure/>"), ("a", "<error/>"), ("b", ""), ("c", "<skipped/>")], "2 of 3 fail: test_a"),
+    ([(name, "<failure/>") for name in "abcde"], "5 of 5 fail: test_a, test_b, test_c and 2 more"),
     ([("a", "<skipped/>")], "not run: nothing to run"),
     ([], "not run: nothing to run"),
 ])
@@ -36,4 +37,4 @@ def test_the_table_is_dated_and_names_what_each_column_ran():
 
 def test_int8_is_not_run_where_comfyui_has_none(tmp_path):
     (tmp_path / "comfyui_version.py").write_text('__version__ = "0.22.0"\n')
-    assert matrix.run_cell(tmp_path, "python", "", "INT8", tmp_path) == "not run: no native INT8 before 0.26.0"
+    assert matrix.run_cell(tmp_path, "python", "", "INT8") == "not run: no native INT8 before 0.26.0"
