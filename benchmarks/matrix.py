@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,16 +92,16 @@ def comfyui_version(comfyui: Path) -> str:
     return runpy.run_path(str(comfyui / "comfyui_version.py"))["__version__"]
 
 
-def table(rows: list[Row], columns: list[str], today: datetime.date) -> str:
-    """The page with the table, Markdown."""
+def table(rows: list[Row], columns: list[str], today: datetime.date, notes: Sequence[str] = ()) -> str:
+    """The page with the table, Markdown. notes: lines below it."""
     head = ["ComfyUI", *PACKAGES, *columns]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join([row.comfyui, *row.versions, *(row.cells[column] for column in columns)])} |" for row in rows]
     return "\n".join([
         "# What of the pack holds where", "",
-        f"Run on {today:%Y-%m-%d} on {platform.system()}, CPU, by `nox -s matrix`. A cell is how many of the pack's tests ran there, or",
+        f"Run on {today:%Y-%m-%d} on {platform.system()}, CPU, by `benchmarks/matrix.py`. A cell is how many of the pack's tests ran there, or",
         "which failed.", "",
-        *lines, "",
+        *lines, "", *(line for note in notes for line in (note, "")),
         *(f"- {column}: `{' '.join(COLUMNS[column])}`" for column in columns), "",
     ])
 
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--python", action="append", required=True, help="a Python that can run it; may be given more than once")
     parser.add_argument("--tools", default="", help="a folder with pytest, for a Python without it; {version} is that Python's: 3.12")
     parser.add_argument("--column", action="append", choices=list(COLUMNS), help="only this one; may be given more than once")
+    parser.add_argument("--note", action="append", default=[], help="a line below the table, such as a cell's reason; likewise")
     parser.add_argument("--output", type=Path, default=RESULT, help="the table")
     options = parser.parse_args(arguments)
     columns, rows = options.column or list(COLUMNS), []
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
             for column in columns:
                 row.cells[column] = run_cell(comfyui, python, tools, column)
                 sys.stderr.write(f"{row.comfyui} {' '.join(versions)} {column}: {row.cells[column]}\n")
-                options.output.write_text(table(rows, columns, datetime.date.today()))
+                options.output.write_text(table(rows, columns, datetime.date.today(), options.note))
 
 
 if __name__ == "__main__":
