@@ -99,8 +99,8 @@ def table(rows: list[Row], columns: list[str], today: datetime.date, notes: Sequ
     lines += [f"| {' | '.join([row.comfyui, *row.versions, *(row.cells[column] for column in columns)])} |" for row in rows]
     return "\n".join([
         "# What of the pack holds where", "",
-        f"Run on {today:%Y-%m-%d} on {platform.system()}, CPU, by `benchmarks/matrix.py`. A cell is how many of the pack's tests ran there, or",
-        "which failed.", "",
+        f"Run on {today:%Y-%m-%d} on {platform.system()}, CPU, by `benchmarks/matrix.py`. A cell is how many of the pack's tests ran",
+        "there, or which failed.", "",
         *lines, "", *(line for note in notes for line in (note, "")),
         *(f"- {column}: `{' '.join(COLUMNS[column])}`" for column in columns), "",
     ])
