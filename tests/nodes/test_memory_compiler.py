@@ -177,8 +177,12 @@ def run(compiled, model, x=None, passthrough=lambda error: False):
         return compiled.run(model, cleaned_up_after(lambda: model(x)), filter_guards=True, passthrough=passthrough)
 
 
-def make_compiled():
-    return CompiledModule(CompileOptions(backend="eager"))
+def make_compiled(backend="eager"):
+    return CompiledModule(CompileOptions(backend=backend))
+
+
+def broken_backend(gm, inputs):
+    raise RuntimeError("the compiler broke")
 
 
 def error(kind, *arguments):
@@ -222,12 +226,12 @@ def test_an_open_recording_sees_nothing_of_a_compiled_call(core, args):
 
 def test_a_failed_compile_leaves_nothing_open_before_the_eager_run(core, args, caplog):
     seen = []
-    model = Model(core, [error(RuntimeError, "the compiler broke")])
+    model = Model(core)
 
     def watch(module, inputs):
         seen.append((len(core.PREFETCH_QUEUES), core._active()))
     model.register_forward_pre_hook(watch)
-    compiled = make_compiled()
+    compiled = make_compiled(broken_backend)
     run(compiled, model)
     assert "the compiler broke" in compiled.report.failure
     assert seen == [(0, None), (0, None)] and core.log == ["clean up"] and args.disable_comfy_compiler is False
@@ -344,7 +348,7 @@ def test_a_calibration_is_not_recorded(core, args, flux, nodes, sample, monkeypa
 def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeypatch, caplog):
     monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", error(RuntimeError, "aimdo memory compile error"))
     with caplog.at_level(logging.WARNING):
-        run(compiled := make_compiled(), Model(core, [error(RuntimeError, "the compiler broke")]))
+        run(compiled := make_compiled(broken_backend), Model(core))
     assert "the compiler broke" in compiled.report.failure and "cleanup_prefetch_queues failed after an error" in caplog.text
 
 
