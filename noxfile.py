@@ -4,6 +4,8 @@ Needs Python 3.10 or later, pip and nox; everything else is installed here. Envi
 COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
 COMFYUI_PYTHON    a Python that can run that ComfyUI; otherwise ComfyUI's own, or one made under .nox
 INT8_COMPILE_TORCH       what pip installs for the one under .nox, such as "torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1"
+INT8_COMPILE_MATRIX_COMFYUI  for `nox -s matrix`: folders of ComfyUIs, separated as in PATH; otherwise COMFYUI_PATH's
+INT8_COMPILE_MATRIX_PYTHON   for `nox -s matrix`: Pythons that can run them, separated as in PATH; otherwise COMFYUI_PYTHON's
 INT8_COMPILE_NO_INSTALL  set: do not try to install ComfyUI where there is none (also under CI)
 """
 from __future__ import annotations
@@ -80,6 +82,24 @@ def fuzz(session: nox.Session):
     session.log(f"{count} inputs, seed {seed}")
     env = {**os.environ, **env, "INT8_COMPILE_FUZZ": count, "INT8_COMPILE_FUZZ_SEED": seed}
     session.run(python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests", "tests/security/test_fuzz.py", env=env,
+                external=True)
+
+
+@nox.session(venv_backend="virtualenv")  # for its pip
+def matrix(session: nox.Session):
+    """Every ComfyUI with every Python: what of the pack holds there, as a table; further arguments go to benchmarks/matrix.py."""
+    comfyuis = [folder for folder in os.environ.get("INT8_COMPILE_MATRIX_COMFYUI", "").split(os.pathsep) if folder]
+    pythons = [python for python in os.environ.get("INT8_COMPILE_MATRIX_PYTHON", "").split(os.pathsep) if python]
+    if not (comfyuis and pythons):
+        python, env = environment(session)
+        if not comfyuis and "COMFYUI_PATH" not in env:
+            session.error("Set INT8_COMPILE_MATRIX_COMFYUI to the folders of ComfyUIs.")
+        comfyuis, pythons = comfyuis or [env["COMFYUI_PATH"]], pythons or [python]
+    for version, python in {version_of(python): python for python in pythons}.items():
+        tools = ROOT / ".nox" / f"test-tools-{version}"
+        install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    session.run(sys.executable, "benchmarks/matrix.py", *(f"--comfyui={folder}" for folder in comfyuis),
+                *(f"--python={python}" for python in pythons), "--tools", str(ROOT / ".nox" / "test-tools-{version}"), *session.posargs,
                 external=True)
 
 

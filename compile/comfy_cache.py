@@ -214,9 +214,6 @@ def _host() -> dict:
 def prepare(options: dict) -> None:
     """In the builder process: ComfyUI as it was started. Called before anything of it is imported but its options."""
     vars(comfy.cli_args.args).update(options)
-    from comfy import ops
+    from ..int8.comfy_ops import patch_linear_input_act
 
-    if hasattr(ops, "linear_input_act"):
-        from ..int8.comfy_ops import patch_linear_input_act
-
-        patch_linear_input_act()
+    patch_linear_input_act()

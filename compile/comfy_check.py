@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfyui_version
 import torch
 
+from ..int8 import comfy_core, comfy_recording
 from ..int8.comfy_ops import require_native_int8
 from .check import Check, check
 from .check_facts import MISSING, WARNING, Fact
@@ -44,7 +45,7 @@ def comfy_facts(device: torch.device) -> Iterator[Fact]:
         yield Fact("native INT8", "no: the INT8 nodes do not run, the compile nodes do", MISSING, str(error))
     yield kernel_fact()
     yield dynamic_vram_fact(device)
-    yield memory_compiler_fact()
+    yield memory_compiler_fact(device)
 
 
 def kernel_fact() -> Fact:
@@ -67,12 +68,16 @@ def dynamic_vram_fact(device: torch.device) -> Fact:
     return Fact("dynamic VRAM", "on; disable_dynamic_vram takes a model out of it")
 
 
-def memory_compiler_fact() -> Fact:
-    """ComfyUI's own, of aimdo 0.5 (Comfy-Org/ComfyUI pull request 15861): it records allocations and CUDA graphs, and fuses no kernels."""
-    if importlib.util.find_spec("comfy_aimdo") is None or importlib.util.find_spec("comfy_aimdo.malloc_graph") is None:
+def memory_compiler_fact(device: torch.device) -> Fact:
+    """ComfyUI's own (Comfy-Org/ComfyUI pull request 15861, since 0.34): it records allocations and CUDA graphs, and fuses no kernels."""
+    if not hasattr(comfy_recording.prefetch_module(), "malloc_graph_enabled"):
         return Fact("memory compiler", "not in this version")
-    return Fact("memory compiler", "there: it records CUDA graphs itself; set a compile node's mode to default or "
-                "max-autotune-no-cudagraphs, not to one with graphs of its own")
+    if problems := comfy_core.changes(comfy_core.COMPILER):
+        return Fact("memory compiler", f"not known to this pack: {'; '.join(problems)}", WARNING,
+                    "Start ComfyUI with --disable-comfy-compiler if compiled models fail, or update the pack.")
+    if not comfy_recording.is_on(device):
+        return Fact("memory compiler", "off")
+    return Fact("memory compiler", "on; off for a model while it runs compiled, since the two do not go together")
 
 
 def conflict_facts(own_ids: Iterable[str]) -> Iterator[Fact]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import comfy.ops
 import torch
 
+from ..int8 import comfy_core
 from ..int8.comfy_lora import Int8Lora
 
 # What ComfyUI sets on a layer that it offloads (ModelPatcher.load).
@@ -24,7 +25,9 @@ def is_offloaded(model: torch.nn.Module) -> bool:
 
 
 def around_block(block: Callable) -> Callable:
-    """The call of a block (engine._Block) with the block's weights fetched."""
+    """The call of a block (engine._Block) with the block's weights fetched; as it is on a ComfyUI that the pack does not know."""
+    if not comfy_core.usable(comfy_core.OFFLOAD):
+        return block
     layers = [m for m in block.module.modules() if isinstance(m, comfy.ops.CastWeightBiasOp)]
 
     def call(*args, **kwargs):

@@ -39,8 +39,8 @@ class CompileReport:
     that came from torch's disk cache. artefacts: those of the compile cache that were loaded, as "class entry". building: those that
     another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
-    fallbacks: what was done without, and why. failure: why compile is off, empty while it works. calls: of blocks in all, by what ran
-    them: "artefact", "graph" or "eager"; last_calls: in the last step."""
+    fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
+    works. calls: of blocks in all, by what ran them: "artefact", "graph" or "eager"; last_calls: in the last step."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -54,6 +54,7 @@ class CompileReport:
     recompiles: list[str] = field(default_factory=list)
     breaks: dict[str, int] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     failure: str = ""
     calls: dict[str, int] = field(default_factory=dict)
     last_calls: dict[str, int] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class CompileReport:
         lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
                   for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]
         lines += [f"graph break ({n} times): {reason}" for reason, n in self.breaks.items()]
-        lines += self.warnings()
+        lines += [*self.warnings(), *self.notes]
         return "\n".join(lines + [text for text in self.fallbacks if text.startswith(NOT_KEPT)])
 
     def to_dict(self) -> dict:

@@ -6,8 +6,30 @@ import torch
 from .kernels import ops
 
 
+class _WeightFacts:
+    """What models ask of a weight beside multiplying with it, which raises TypeError: the values are known to the layer alone."""
+
+    def __init__(self, qweight: torch.Tensor, dtype: torch.dtype):
+        self.dtype = dtype
+        self.device = qweight.device
+        self.shape = qweight.shape
+        self.ndim = qweight.ndim
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+
 class ArtefactLinear(torch.nn.Module):
     """Buffers: qweight int8 [N, K], weight_scale fp32 [N, 1], bias float [N] and pre_quant_scale fp32 [K], where there are such."""
+
+    weight_dtype = torch.float32
+    # What ComfyUI asks of a Linear before it multiplies past forward: no quantized weight is to be had here.
+    weight_function = bias_function = ()
+    _full_precision_mm = True
+    comfy_cast_weights = comfy_force_cast_weights = False
 
     def __init__(self, group: int, kernel: str, names: tuple[str, ...], attributes: dict):
         super().__init__()
@@ -16,6 +38,10 @@ class ArtefactLinear(torch.nn.Module):
         for name in ("bias", "pre_quant_scale", *names):
             self.register_buffer(name, torch.empty(0) if name in names else None)  # the real ones come with each call
         self.__dict__.update(attributes)
+
+    @property
+    def weight(self) -> _WeightFacts:
+        return _WeightFacts(self.qweight, self.weight_dtype)
 
     def artefact_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

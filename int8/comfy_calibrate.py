@@ -16,9 +16,19 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 
+from . import comfy_core
 from .calibrate import LayerStats, collect
 from .comfy_lora import Int8Lora
-from .comfy_ops import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize, pristine_parameter, put_int8_layers
+from .comfy_ops import (
+    PREFIX,
+    adopt_native_layers,
+    int8_layers,
+    layers_to_quantize,
+    pristine_parameter,
+    put_int8_layers,
+    require_native_int8,
+)
+from .comfy_recording import unrecorded
 from .options import Int8Options
 from .plan import LayerPlan, choose_methods, fit_size, measure_layer
 from .quantize import eligible_linears
@@ -55,11 +65,16 @@ _FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = 
 
 def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
-    in keeps its weights. Layers that are INT8 already stay as they are. tell: called with what is under way, and with the report of it;
-    when the model first samples too.
+    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know. tell:
+    called with what is under way, and with the report of it; when the model first samples too.
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
     """
+    require_native_int8()
+    if not comfy_core.usable(comfy_core.INT8):
+        tell(QuantizeReport(refusal=f"Left as it is: of ComfyUI {comfy_core.comfyui_version()} "
+                            f"{'; '.join(comfy_core.changes(comfy_core.INT8))}. Update the pack."))
+        return patcher.clone()
     planned = planned_layers(patcher)
     names = layers_to_quantize(patcher, options, planned)
     clone = adopt_native_layers(patcher.clone(), options.kernel)
@@ -223,6 +238,7 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
             for wrapper, _ in waiting:
                 wrapper.tell(None, f"looking at {len(few) - 1} steps in high precision")
             stack.enter_context(_without_run_callbacks(patchers))
+            stack.enter_context(unrecorded(device))
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             twin.outer_sample(noise, latent_image, sampler, few, **arguments)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):

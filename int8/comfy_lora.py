@@ -13,15 +13,15 @@ from collections.abc import Callable
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import LowVramPatch
 
 from .hadamard import rotate
 from .kernels import reference
 
 try:
+    from comfy.model_patcher import LowVramPatch
     from comfy.quant_ops import QuantizedTensor
-except ImportError:  # a core without native quantization has no INT8 layers
-    QuantizedTensor = None
+except ImportError:  # a core without native quantization, or with another LowVramPatch, has no INT8 layers (comfy_core.py)
+    LowVramPatch, QuantizedTensor = object, None
 
 # A weight is what a float weight was quantized to if no value is further away, in steps. Half a step is the rounding; the rest is for
 # another device's arithmetic (TF32 in the rotation).

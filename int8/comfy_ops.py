@@ -6,7 +6,9 @@ INT8 (TensorWiseINT8Layout, 0.26.0 or later).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import logging
 import uuid
 import weakref
@@ -18,12 +20,14 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from . import comfy_core
 from .artefact_layer import ArtefactLinear
 from .comfy_lora import Int8Lora
 from .comfy_merge import patch_merging_and_saving
+from .comfy_recording import outside_recording
 from .echo import echo
 from .hadamard import check_group
-from .kernels import ops
+from .kernels import fastest, ops
 from .kernels.reference import activation
 from .options import Int8Options
 from .plan import LayerPlan
@@ -43,6 +47,12 @@ LAYOUT = "TensorWiseINT8Layout"
 FORMAT = "int8_tensorwise"
 # BaseModel -> {(layer, method, smoothing, kernel, dtype, what its weight is from): INT8 layer}: nodes that run again (a LoRA changed
 # upstream) reuse the layers that are still alive, so that weights are not quantized twice and compiled code keeps serving.
+# Kernels besides those of ops.implementation: core's own, and a float multiplication with the dequantized weight.
+KITCHEN, FULL_PRECISION = "comfy_kitchen", "full_precision"
+# What a quantizer computes before it quantizes.
+FUSED_ACTIVATIONS = ("gelu_tanh", "swiglu")
+# BaseModel -> {(layer, method, smoothing, kernel, dtype): INT8 layer}: nodes that run again (a LoRA changed upstream) reuse the layers
+# that are still alive, so that weights are not quantized twice and compiled code keeps serving.
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 
@@ -63,6 +73,23 @@ class _Int8Forward(Int8Lora):
     kernel = "auto"
     shared_input: SharedInput | None = None
     shares_input: bool | None = None
+    # Core is to multiply in full precision: the file says so, or the device cannot multiply INT8.
+    is_full_precision = False
+
+    @property
+    def _full_precision_mm(self) -> bool:
+        """What core asks before it multiplies with a layer's INT8 weight past the layer's forward (linear_input_act, fused norms and
+        FFNs): True, for only forward knows the smoothing and our kernels. Core's own forward asks too: where that runs, the truth."""
+        left_to_core = self.kernel == KITCHEN and getattr(self, "pre_quant_scale", None) is None
+        return self.is_full_precision or not (left_to_core or comfy.model_management.in_training)
+
+    @_full_precision_mm.setter
+    def _full_precision_mm(self, value: bool):
+        self.is_full_precision = value
+
+    def can_use_quantized_matmul(self, disabled_formats):
+        """Whether core is to take the layer out of full precision for a while (comfy.ops.use_quantized_matmul)."""
+        return self.is_full_precision and super().can_use_quantized_matmul(disabled_formats)
 
     def forward(self, input, act="none"):
         """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
@@ -70,7 +97,7 @@ class _Int8Forward(Int8Lora):
             return self._multiply(input, act)
 
     def _multiply(self, input, act):
-        if (self.kernel == "comfy_kitchen" or self.weight_function or comfy.model_management.in_training
+        if (self.weight_function or comfy.model_management.in_training
                 or not isinstance(self.weight, quant_ops.QuantizedTensor) or getattr(self, "comfy_force_cast_weights", False)):
             return super().forward(activation(input, act))
         comfy.ops.run_every_op()
@@ -83,19 +110,20 @@ class _Int8Forward(Int8Lora):
             # A float weight comes back from the cast where dynamic VRAM streams a patched layer.
             if not isinstance(weight, quant_ops.QuantizedTensor):
                 return ops.float_linear(input, weight, bias, act, scale)
+            kernel = FULL_PRECISION if self.is_full_precision else self.kernel
             if torch.compiler.is_compiling():
                 # Dynamo cannot look inside the weight; a traced op reaches _linear_of_quantized when the graph is lowered.
-                return ops.linear(input, weight, bias, act, scale, self.kernel)
-            return _linear_of_quantized(input, weight, bias, act, scale, self.kernel, self)
+                return ops.linear(input, weight, bias, act, scale, kernel)
+            return _linear_of_quantized(input, weight, bias, act, scale, kernel, self)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
-
 
     def artefact_tensors(self) -> dict[str, torch.Tensor]:
         """The plain tensors that it multiplies with, by their names in ArtefactLinear (compile/cache_block.py); none while it adds a LoRA
         on the fly, is replaced, or leaves the work to core."""
-        if (not isinstance(self.weight, quant_ops.QuantizedTensor) or self.kernel == "comfy_kitchen" or self.weight_function
-                or self.bias_function or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
+        if (not isinstance(self.weight, quant_ops.QuantizedTensor) or not _is_row_major(self.weight) or self.kernel == KITCHEN
+                or self.is_full_precision or self.weight_function or self.bias_function
+                or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
                 or self._forward_hooks or self._forward_pre_hooks):
             return {}
         named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
@@ -105,12 +133,29 @@ class _Int8Forward(Int8Lora):
     def artefact_replacement(self) -> tuple:
         params = self.weight._params
         # What models ask of a layer beside calling it.
-        shape = {"in_features": self.in_features, "out_features": self.out_features}
+        shape = {"in_features": self.in_features, "out_features": self.out_features, "weight_dtype": self.weight.dtype}
         return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
+
+
+@functools.cache
+def _fields_beyond(params_class: type) -> tuple[dataclasses.Field, ...]:
+    """The fields of a layout's parameters that the kernels know nothing of: up to comfy_kitchen 0.2.40, transposed."""
+    known = {"scale", "orig_dtype", "orig_shape", "is_weight", "convrot", "convrot_groupsize"}
+    return tuple(field for field in dataclasses.fields(params_class) if field.name not in known)
+
+
+def _is_row_major(weight) -> bool:
+    """Whether weight's values lie as the pack's kernels read them: core may reorder them (QuantizedTensor.optimize_for_gemv)."""
+    params = weight._params
+    return weight._layout_cls == LAYOUT and all(getattr(params, field.name) == field.default for field in _fields_beyond(type(params)))
 
 
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=None):
     params = weight._params
+    if kernel == KITCHEN or not _is_row_major(weight):  # its layout multiplies, once it is given a plain input
+        return ops.float_linear(x, weight, bias, act, pre_quant_scale)
+    if kernel == FULL_PRECISION:
+        return ops.float_linear(x, weight.dequantize().to(x.dtype), bias, act, pre_quant_scale)
     group = params.convrot_groupsize if params.convrot else 0
     if layer is None or layer.shared_input is None:
         return ops.int8_linear(x, weight._qdata, params.scale, bias, group, act, pre_quant_scale, kernel)
@@ -119,7 +164,9 @@ def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=No
 
 
 @functools.cache
-def _register_layout_op():
+def _connect_kernels():
+    """Make the ops take core's tensors, and measure outside core's recordings of allocations."""
+    fastest.unrecorded = outside_recording
     quant_ops.register_layout_op(ops.linear.default, quant_ops.TensorWiseINT8Layout)(
         lambda _, args, kwargs: _linear_of_quantized(*args, **kwargs))
 
@@ -129,21 +176,53 @@ def _linear_class(compute_dtype: torch.dtype) -> type:
     return type("Int8Linear", (_Int8Forward, comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype).Linear), {})
 
 
+class _ByForward:
+    """A layer as one whose weight is not quantized: core's linear_input_act then calls it."""
+
+    weight = None
+    _full_precision_mm = True
+
+    def __init__(self, layer: torch.nn.Module):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
 @functools.cache
 def patch_linear_input_act():
-    """core's linear_input_act (the FFN of Wan, LTX, ...) hands every INT8 weight to comfy_kitchen, past the layer's own
-    forward, and breaks compiled graphs there. Our layers take their own forward; all others go on as before."""
-    core = comfy.ops.linear_input_act
+    """Put a function of the pack in front of core's linear_input_act (the FFN of Wan, LTX, ...), for the layers of the pack only.
+
+    It hands the activation to the quantizer, which saves a pass over the largest tensor of a block. Everything that it does not know
+    goes to core as it came: other layers, other activations, further arguments. Core asks a layer before it takes its INT8 weight
+    (_full_precision_mm) from 0.36 on; an older one does not, and is given the layer without its weight.
+    """
+    core = getattr(comfy.ops, "linear_input_act", None)
+    if core is None or not comfy_core.usable(comfy_core.FUSED_ACTIVATION):
+        return
+    asks_the_layer = "act_weight" in inspect.signature(core).parameters
 
     @functools.wraps(core)
-    def linear_input_act(linear, x, input_act):
-        if isinstance(linear, (_Int8Forward, ArtefactLinear)):
-            if "forward" in vars(linear):  # replaced by a bypass LoRA, which adds to what the layer makes of its input
-                return linear(activation(x, input_act))
-            return linear(x, act=input_act)
-        return core(linear, x, input_act)
+    def linear_input_act(linear, x, input_act, *args, **kwargs):
+        if isinstance(linear, (_Int8Forward, ArtefactLinear)) and linear._full_precision_mm:
+            if input_act in ("none", None):
+                if not (args or kwargs):
+                    return linear(x)
+                input_act = None
+            # A layer's own forward is that of a bypass LoRA, which adds to what the layer makes of its input.
+            elif input_act in FUSED_ACTIVATIONS and not (args or kwargs) and "forward" not in vars(linear):
+                return linear(x, act=input_act)
+            if not asks_the_layer:
+                linear = _ByForward(linear)
+        return core(linear, x, input_act, *args, **kwargs)
 
     comfy.ops.linear_input_act = linear_input_act
+
+
+def _can_multiply_int8(device: torch.device) -> bool:
+    """Whether core multiplies INT8 on device (0.36 or later knows; MPS and XPU may not)."""
+    supports = getattr(comfy.model_management, "supports_int8_compute", None)
+    return supports is None or supports(device)
 
 
 def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan, kernel: str, device: torch.device,
@@ -166,6 +245,7 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
     if pre_quant_scale is not None:
         layer.register_buffer("pre_quant_scale", pre_quant_scale.to(home))
     layer.quant_format, layer.layout_type, layer.kernel = FORMAT, LAYOUT, kernel
+    layer.is_full_precision = not _can_multiply_int8(device)
     return layer.eval()
 
 
@@ -232,10 +312,9 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
 
     Raises ValueError for a weight with NaN or infinity.
     """
-    _register_layout_op()
+    _connect_kernels()
     patch_merging_and_saving()
-    if hasattr(comfy.ops, "linear_input_act"):
-        patch_linear_input_act()
+    patch_linear_input_act()
     model = patcher.model
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
     layers = _LAYERS.setdefault(model, weakref.WeakValueDictionary())
@@ -300,7 +379,7 @@ def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
 
 
 def native_layers(patcher) -> list[str]:
-    """Names below the diffusion model of INT8 layers that ComfyUI's own loader made."""
+    """Names below the diffusion model of what ComfyUI's own loader made with an INT8 weight: Linears, expert banks, embeddings."""
     return [n for n, layer in _current_layers(patcher).items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
 
 
@@ -317,20 +396,31 @@ def _check_rotation(name: str, layer: torch.nn.Module):
                              f"divide its {layer.weight.shape[-1]} channels. The file is damaged.")
 
 
+def _is_core_linear(layer: torch.nn.Module) -> bool:
+    """Whether layer is core's mixed-precision Linear and nothing derived from it. (Core makes a new class of it for every model.)"""
+    linear = comfy.ops.mixed_precision_ops().Linear
+    return (type(layer).__module__, type(layer).__qualname__) == (linear.__module__, linear.__qualname__)
+
+
 def adopt_native_layers(patcher, kernel: str):
-    """Gives the INT8 layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
-    returned: the same weights, nothing is quantized again."""
-    _register_layout_op()
+    """Gives the INT8 Linear layers of a model that was loaded from a native INT8 file our kernels, as object patches on patcher, which is
+    returned: the same weights, nothing is quantized again. Expert banks and embeddings stay core's, as do all layers on a ComfyUI that
+    the pack does not know."""
+    if not comfy_core.usable(comfy_core.INT8):
+        return patcher
+    _connect_kernels()
     patch_merging_and_saving()
-    if hasattr(comfy.ops, "linear_input_act"):
-        patch_linear_input_act()
+    patch_linear_input_act()
     compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     adopted = {}
     for name in native_layers(patcher):
         layer = patcher.get_model_object(PREFIX + name)
+        if not _is_core_linear(layer):
+            continue
         _check_rotation(name, layer)
         ours = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+        ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
         ours.kernel = kernel
         adopted[PREFIX + name] = ours
     _share_inputs(adopted)

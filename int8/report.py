@@ -14,7 +14,7 @@ KEPT_BY_NAME = "by keep_layers"
 class QuantizeReport:
     """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first sampling. kept: why
     layers stay in high precision -> their names. before, after: MB (2**20 bytes) of the model's weights. worst: the least SQNR that was
-    measured, (dB, layer)."""
+    measured, (dB, layer). refusal: why the model was left as it is."""
 
     methods: dict[str, int] = field(default_factory=dict)
     native: int = 0
@@ -23,6 +23,7 @@ class QuantizeReport:
     before: float = 0.0
     after: float = 0.0
     worst: tuple[float, str] | None = None
+    refusal: str = ""
 
     @classmethod
     def of(cls, plans: Iterable[LayerPlan], before: int, after: int, kept: Iterable[str] = ()):
@@ -37,6 +38,8 @@ class QuantizeReport:
                    after=after / 2**20, worst=min(measured, default=None))
 
     def status(self) -> str:
+        if self.refusal:
+            return "not quantized"
         if self.waiting:
             return f"measures and quantizes {self.waiting} layers at the first sampling"
         if self.native:
@@ -45,7 +48,7 @@ class QuantizeReport:
         return f"quantized {sum(self.methods.values())} layers" + (f", {kept} kept" if kept else "")
 
     def warnings(self) -> list[str]:
-        return []
+        return [self.refusal] if self.refusal else []
 
     def text(self) -> str:
         """A fact a line."""
@@ -56,6 +59,7 @@ class QuantizeReport:
             lines.append(f"weights: {self.before:.1f} -> {self.after:.1f} MB")
         if self.worst:
             lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")
+        lines += self.warnings()
         for reason, names in self.kept.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"kept in high precision {reason}: {', '.join(names[:3])}{more}")

@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..compile import warmup
 from ..compile.comfy_cache import get_cache
+from ..int8 import comfy_core
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
 from .checkpoint import LoadINT8Model, SaveINT8Model
@@ -34,6 +35,7 @@ class Int8CompileExtension(ComfyExtension):
 
         import nodes  # ComfyUI's registry and server are complete only while packs load, not at import
 
+        comfy_core.check_all()
         _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
         if hasattr(PromptServer, "instance"):
             async def look_again(app):

@@ -2,6 +2,7 @@
 for the shape."""
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from . import kitchen, tables, torch_mm
 from .native import cache_folder
 from .tuning import Choices, bucket, wall_seconds
 
+# Gives a context in which what is measured leaves no trace where the program around keeps a record of allocations.
+unrecorded: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 # What was chosen in this process, by device, shape, dtype and alignment: a lookup a call.
 _CHOSEN: dict[tuple, Callable] = {}
 # Tiles that are measured where no table ships, the ones predicted fastest: each takes Triton a second or two to compile while somebody
@@ -71,11 +74,13 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
     key = (q.device, bucket(m), k, qweight.shape[0], out_dtype, bias is None, (q.data_ptr() | qweight.data_ptr()) % 16 == 0)
     chosen = _CHOSEN.get(key)
     if chosen is None:
-        known = tables.key(card(q.device), stack(), shape_key(q, qweight, out_dtype))
-        found = candidates(q, qweight, None if choices().get(known) else TRIED)
-        if torch.cuda.is_current_stream_capturing():  # nothing can be timed inside a CUDA graph
+        with unrecorded():
+            known = tables.key(card(q.device), stack(), shape_key(q, qweight, out_dtype))
+            found = candidates(q, qweight, None if choices().get(known) else TRIED)
+            if not torch.cuda.is_current_stream_capturing():
+                chosen = _CHOSEN[key] = found[choose(choices(), known, found, arguments)]
+        if chosen is None:  # nothing can be timed inside a CUDA graph
             return found.get(choices().get(known), next(iter(found.values())))(*arguments)
-        chosen = _CHOSEN[key] = found[choose(choices(), known, found, arguments)]
     return chosen(*arguments)
 
 
