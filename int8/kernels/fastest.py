@@ -2,7 +2,9 @@
 for the shape."""
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -36,9 +38,20 @@ def stack() -> str:
     """What decides, beside the card, which candidate is fast: Triton compiles ours, CUDA's library and the driver have torch._int_mm."""
     import triton  # optional; absent, ops does not come here
 
-    driver = torch._C._cuda_getDriverVersion() // 1000 if torch.version.cuda and torch.cuda.is_available() else 0
     toolkit = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"triton {triton.__version__}, {toolkit}, driver {driver}"
+    return f"triton {triton.__version__}, {toolkit}, driver {driver_version()}"
+
+
+def driver_version() -> int:
+    """The CUDA version that NVIDIA's driver is for, its major part (13 for driver 580); 0 where there is none or it does not say. No torch
+    from 2.8 to 2.15 tells it, so the driver itself is asked."""
+    version = ctypes.c_int(0)
+    try:
+        driver = ctypes.WinDLL("nvcuda.dll") if os.name == "nt" else ctypes.CDLL("libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(version))  # needs no context; leaves 0 where it fails
+    except (OSError, AttributeError):
+        return 0
+    return version.value // 1000
 
 
 def shape_key(q: torch.Tensor, qweight: torch.Tensor, out_dtype: torch.dtype) -> str:

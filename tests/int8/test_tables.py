@@ -1,8 +1,10 @@
 """Tables of choices that ship: written for a card, served to that card and stack only, below what the user's machine measured."""
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -69,6 +71,24 @@ def test_a_measured_table_is_taken_without_measuring_and_a_users_own_goes_before
     # A tile that no longer ships is measured anew, by the clock of the device.
     tables.save(tmp_path, CARD, fastest.stack(), {}, {shape: "pointer of another version"})
     assert fastest.choose(Choices(None, tables.load(tmp_path)), key, found, arguments) in found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed on this platform")
+def test_a_card_is_told_apart_by_the_driver_that_it_has_and_none_is_not_an_error(monkeypatch):
+    """torch has no function for it: one that was thought of stopped every INT8 layer of every CUDA card."""
+    from int8_compile.int8.kernels import fastest
+
+    class Driver:
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 13020
+            return 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = "WinDLL" if os.name == "nt" else "CDLL"
+    for library, version in ((lambda name: Driver(), 13), (lambda name: object(), 0), (getattr(ctypes, loader), fastest.driver_version())):
+        monkeypatch.setattr(ctypes, loader, library)
+        fastest.stack.cache_clear()
+        assert fastest.stack().endswith(f", driver {version}")
+    fastest.stack.cache_clear()
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
