@@ -79,6 +79,10 @@ def parts(x: torch.Tensor, n: int) -> dict:
         names = list(fastest.candidates(q, w))
         found[f"gemm heuristic {names[0]}"] = functools.partial(fastest.candidates(q, w)[names[0]], *arguments)
     found["gemm torch._int_mm"] = lambda: torch_mm.int8_gemm(*arguments)
+    if x.is_cuda:
+        from int8_compile.int8.kernels import triton_kernels
+
+        found["gemm torch._int_mm fused"] = lambda: triton_kernels.int_mm(*arguments)
     if len(q) > 16 and n % 8 == 0 and k % 8 == 0:
         found["gemm torch._int_mm alone"] = lambda: torch._int_mm(q, w.t())
     return found

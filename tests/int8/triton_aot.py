@@ -76,8 +76,9 @@ def gemms(arch: int) -> dict[str, dict]:
         for config in [config for config in triton_configs.tiles(arch) if config.kernel == kernel][:1]:
             found[f"{config} plain"] = gemm(arch, config, plain=True)
             found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
-    constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=4, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
-    found["sum"] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
+    for name, split in (("sum", 4), ("epilogue of torch._int_mm", 1)):
+        constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=split, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
+        found[name] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
     return found
 
 
