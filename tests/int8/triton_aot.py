@@ -94,7 +94,7 @@ def quantizers(arch: int, every: bool) -> dict[str, dict]:
             k = (3072, triton_quant.MAX_ROW[precision], 28672)[i % 3]
             kernel, blocks, warps = triton_quant.launch(k, group, precision)
             types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
-            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, **blocks)
+            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, FAST=True, **blocks)
             name = f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"
             found[name] = compile_for(arch, kernel, types, constants, warps, triton_quant.STAGES)
     return found
