@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import torch_mm
-from .triton_configs import GemmConfig, configs, tiles
+from .triton_configs import GemmConfig, configs, resident, tiles
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -229,7 +229,7 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) 
         if config.kernel == "tma":
             q_desc = TensorDescriptor.from_tensor(q, [config.bm, config.bk])
             w_desc = TensorDescriptor.from_tensor(qweight, [config.bn, config.bk])
-            programs = min(grid * config.split_k, card(q.device)[1] or grid)
+            programs = min(grid * config.split_k, (card(q.device)[1] or grid) * resident(config))
             tma_kernel[(programs,)](q_desc, w_desc, *scales, parts, m, n, k, **flags, **tile)
         else:
             pointer_kernel[(grid, config.split_k)](q, qweight, *scales, parts, m, n, k, EVEN_K=k % config.bk == 0, **flags, **tile)

@@ -11,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed on this platform", allow_module_level=True)
 
 from int8_compile.int8.kernels import reference, triton_gemm
-from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, tiles
+from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, resident, tiles
 from int8_compile.int8.kernels.tuning import BUCKETS
 
 from .conftest import CUDA, DEVICE, On
@@ -171,6 +171,12 @@ def test_candidates_are_few_and_fit_the_card(arch):
             assert config.stages * (config.bm + config.bn) * config.bk <= shared
             assert config.kernel == "pointer" or arch == 90
             assert config.split_k == 1 or k >= 512 * config.split_k
+
+
+def test_two_programs_share_an_sm_where_they_fit_and_none_where_they_do_not():
+    programs = {str(config).partition(" warps")[0] + f" {config.warps}": resident(config) for config in tiles(90) if config.kernel == "tma"}
+    assert programs["tma 64x128x128 4"] == 2 and programs["tma 128x256x256 8"] == programs["tma 128x256x128 8"] == 1
+    assert resident(GemmConfig("tma", 128, 128, 128, 4, 3)) == 2 and resident(GemmConfig("tma", 128, 128, 128, 4, 4)) == 1
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
