@@ -127,10 +127,10 @@ class Shape(NamedTuple):
     out_dtype: torch.dtype
     bias: bool
 
-    @property
-    def key(self) -> tuple:
-        """In _CHOSEN."""
-        return self.device, bucket(self.m), self.k, self.n, self.out_dtype, not self.bias
+    def forget(self) -> None:
+        """Takes it out of _CHOSEN; with a bias or without, the choice is one."""
+        for no_bias in (True, False):
+            _CHOSEN.pop((self.device, bucket(self.m), self.k, self.n, self.out_dtype, no_bias), None)
 
     def arguments(self) -> tuple:
         """Random operands of int8_gemm."""
@@ -173,7 +173,7 @@ class Waiting:
             if choices().get(key) is not None:
                 with self._lock:
                     self._shapes.pop(key, None)
-                _CHOSEN.pop(shape.key, None)
+                shape.forget()
 
     def _measure(self, key: str, shape: Shape, stop: Callable[[], bool]) -> None:
         timed = timer(shape.device)

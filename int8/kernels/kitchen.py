@@ -33,10 +33,7 @@ def why_not(device: torch.device) -> str:
 
 @functools.cache
 def bias_in_fp32(device: torch.device) -> tuple[bool, str]:
-    """(whether the bias is handed over in fp32, as 0.2.31 takes it, or in the output's type, as 0.2.40 does; why neither is right).
-
-    fp32 first: one who reads it as a shorter type reads wrong numbers, but nothing outside of it.
-    """
+    """(whether the bias is handed over in fp32, as 0.2.31 takes it, or in the output's type, as 0.2.40 does; why neither is right)"""
     reason = ""
     for fp32 in (True, False):
         try:
@@ -56,7 +53,9 @@ def _differs(device: torch.device, fp32: bool) -> str:
         s, weight_scale, bias = (torch.rand(size, generator=generator).to(device) for size in (m, (n, 1), n))
         for dtype in (torch.bfloat16, torch.float16):
             for with_bias in (True, False):
-                arguments = (q, s / k, qweight, weight_scale / k, bias.to(dtype) if with_bias else None, dtype)
+                # Followed by as much again: a kernel that takes it for a longer type reads that.
+                rounded = torch.cat((bias, bias)).to(dtype)[:n]
+                arguments = (q, s / k, qweight, weight_scale / k, rounded if with_bias else None, dtype)
                 y = _multiply(*arguments, fp32)
                 if y is None and (m, k, n) == CHECK[0]:
                     return "comfy_kitchen's CUTLASS takes none of our shapes"

@@ -20,7 +20,7 @@ CARDS = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-8
          "NVIDIA GeForce GTX 1080")
 WITH_COMFYUI = CARDS[0]
 PROCESSES = 2
-LIMIT = 170  # seconds a card
+LIMIT = 600  # seconds a card, of a machine that does other things; 20 of an idle one
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed on this platform"),
               pytest.mark.skipif(sys.platform != "linux", reason="torch has no CUDA build here")]
