@@ -54,7 +54,8 @@ def layer(m: int, k: int, n: int, device: torch.device, card, dry: bool) -> dict
            "ratio_to_bf16": {name: median["bf16"] / value for name, value in median.items() if name in whole},
            "quantizer_gb_s": {name: quantizer_bytes(m, k) / value / 1e9 for name, value in median.items() if name.startswith("quantize")},
            "gemm_tops": {name: 2 * m * k * n / value / 1e12 for name, value in median.items() if name.startswith("gemm")},
-           "bf16_tflops": 2 * m * k * n / median["bf16"] / 1e12, "failed": failed}
+           "bf16_tflops": 2 * m * k * n / median["bf16"] / 1e12, "failed": failed,
+           "ok": not any("ours" in name for name in failed)}
     if card:
         floor = floors(card, m, k, n)
         row |= {"floor_milliseconds": {name: value * 1e3 for name, value in floor.items() if name != "expected_ratio"},
