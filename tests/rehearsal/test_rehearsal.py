@@ -15,8 +15,9 @@ from . import visits
 from .exceptions import EXCEPTIONS
 
 SCRIPT = Path(__file__).with_name("rehearse.py")
-# The last two have no Triton, or no INT8: what the pack says and does there. ComfyUI runs on one card: its steps do not ask for another.
-CARDS = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 5090", "NVIDIA L40S", "Tesla T4",
+# One of each architecture (an L40S runs what a 4090 does). The last two have no Triton, or no INT8: what the pack says and does there.
+# ComfyUI runs on one card: its steps do not ask for another.
+CARDS = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 5090", "Tesla T4",
          "NVIDIA GeForce GTX 1080")
 WITH_COMFYUI = CARDS[0]
 PROCESSES = 2
