@@ -36,6 +36,9 @@ WITHOUT_COMFYUI = ("numpy", "Pillow", "safetensors")
 TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3", "matplotlib")
 # What one of the two test processes runs; the other runs the rest, which takes about as long.
 FIRST_PART = ("tests/compile", "tests/nodes")
+# What users have: the oldest and the newest torch that the pack is made for and those between that changed much.
+RELEASES = ("torch==2.8.*", "torch==2.11.*", "torch==2.13.*", "torch==2.14.*", "torch==2.15.*", "comfy-kitchen==0.2.31",
+            "comfy-kitchen==0.2.40")
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
 # torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
@@ -101,6 +104,13 @@ def matrix(session: nox.Session):
     session.run(sys.executable, "benchmarks/matrix.py", *(f"--comfyui={folder}" for folder in comfyuis),
                 *(f"--python={python}" for python in pythons), "--tools", str(ROOT / ".nox" / "test-tools-{version}"), *session.posargs,
                 external=True)
+
+
+@nox.session(venv_backend="virtualenv")
+def names(session: nox.Session):
+    """Looks up what the pack uses of torch's and comfy_kitchen's internals in their releases, which are downloaded one by one (60 to
+    130 MB each), read, not run, and deleted. Other releases: nox -s names -- torch==2.9.*"""
+    session.run("python", "tests/internals/releases.py", *(session.posargs or RELEASES))
 
 
 @nox.session

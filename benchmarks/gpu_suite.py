@@ -86,10 +86,11 @@ def driver() -> str | None:
 
 
 def commit() -> str:
-    """The pack's commit; of a checkout without git a hash of its sources."""
-    asked = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    if asked.returncode == 0:
-        return asked.stdout.strip()
+    """The pack's commit; of a checkout or a machine without git a hash of its sources."""
+    if shutil.which("git"):
+        asked = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+        if asked.returncode == 0:
+            return asked.stdout.strip()
     hashed = hashlib.sha256()
     for path in sorted(path for folder in ("int8", "compile", "nodes") for path in (ROOT / folder).rglob("*.py")):
         hashed.update(path.read_bytes())

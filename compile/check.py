@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..int8.kernels import fastest
 from .check_block import BOTH, COMPILED, EAGER, measure_block
 from .check_facts import Fact, can_compile, device_name, machine_facts
 from .check_table import INT8, ROTATED, Row, Sizes, float_dtypes, measure
@@ -70,6 +71,7 @@ def check(device: torch.device, sizes: Sizes, facts: Iterable[Fact] = (), baseli
     total = len(layers) + (block is not None)
     result = Check(device_name(device), names[baseline], [*facts, *machine_facts(device)])
     result.rows = measure(device, layers, {names[baseline]: baseline, **native}, lambda done: tick(done, total))
+    fastest.waiting.measure(tick=lambda: tick(len(layers), total))  # what models have run as predicted so far
     compiles = can_compile(result.facts)
     if block:
         result.block = measure_block(device, block, baseline, lambda: tick(len(layers), total))

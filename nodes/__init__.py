@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..compile import warmup
 from ..compile.comfy_cache import get_cache
 from ..int8 import comfy_core
+from ..int8.kernels import fastest
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
 from .checkpoint import LoadINT8Model, SaveINT8Model
@@ -44,6 +45,7 @@ class Int8CompileExtension(ComfyExtension):
                 _report_id_clashes({k: v for k, v in others.items() if getattr(v, "CATEGORY", None) != CATEGORY})
             PromptServer.instance.app.on_startup.append(look_again)
             PromptServer.instance.add_on_prompt_handler(_warm_up)
+            fastest.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
             await _register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

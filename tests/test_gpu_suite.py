@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import cards, kernels, report
+from benchmarks import gpu_suite
+from benchmarks.gpu import cards, kernels, linear, report
 from benchmarks.gpu.server import families
 from benchmarks.gpu_suite import STEPS, add_to, selected
 
@@ -87,6 +88,22 @@ def test_the_check_finds_a_wrong_kernel(broken, monkeypatch):
     assert kernels.check_gemm(*arguments)["ok"]
     monkeypatch.setattr(torch_mm, "int8_gemm", wrong)
     assert not kernels.check_gemm(*arguments)["ok"]
+
+
+def test_a_machine_without_git_names_the_sources(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_suite.commit().startswith("sources ")
+
+
+def test_ours_failing_fails_the_row_and_anothers_does_not(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    real, failed = linear.interleaved, {}
+    monkeypatch.setattr(linear, "interleaved", lambda *a: (real(*a)[0], failed))
+    for name, ok in (("fp8", True), ("ours ConvRot", False), ("gemm ours", False)):
+        failed.clear()
+        failed[name] = "RuntimeError: no kernel"
+        with kernels.interpreter_of_today():
+            assert linear.layer(17, 64, 32, torch.device("cpu"), None, True)["ok"] == ok
 
 
 def test_floors_of_an_h200_say_what_int8_can_gain():

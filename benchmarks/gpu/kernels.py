@@ -26,6 +26,7 @@ from benchmarks.wrapper_overhead import load_pack  # noqa: E402
 MARGIN = 4096  # bytes on each side, a multiple of every alignment
 CANARY = 0xA5
 SHARES = 8  # processes
+FUSED = "torch._int_mm fused"
 KINDS = ("gaussian", "outliers", "zero row")
 # (M, K, N); the first are real, the others odd. Without their own K and N of 16: no vectors to load or store.
 SHAPES = ((4608, 3072, 3072), (1000, 12288, 640), (1, 3072, 18432), (17, 5120, 1280), (129, 1000, 72), (5, 256, 33), (70, 320, 100),
@@ -89,7 +90,8 @@ def inputs(m: int, k: int, kind: str, generator: torch.Generator) -> torch.Tenso
 
 
 def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, generator, oracle: str | None = None) -> dict:
-    """oracle: the device of the float64 products, the operands' own if None."""
+    """config: of a tile; None for torch._int_mm, FUSED for the same with its epilogue in one pass. oracle: the device of the float64
+    products, the operands' own if None."""
     from int8_compile.int8.kernels import torch_mm, triton_gemm
 
     m, k, n = shape
@@ -107,6 +109,8 @@ def check_gemm(config, shape, dtype, scalar: bool, bias: bool, split: int, gener
     with guard:
         if config is None:
             y = torch_mm.int8_gemm(q, s, w, ws, b, dtype)
+        elif config == FUSED:
+            y = triton_gemm.int_mm(q, s, w, ws, b, dtype)
         else:
             y = triton_gemm.int8_gemm(q, s, w, ws, b, dtype, config._replace(split_k=split))
     q, s, w, ws, b, y = (None if t is None else t.to(oracle or device) for t in (q, s, w, ws, b, y))
@@ -164,14 +168,15 @@ def checks(device: torch.device, gemm_shapes, quantizer_rows, seed: int, dry: bo
     def gemm(number, config):
         rows = [check_gemm(config, shape, dtypes[(i + number) % len(dtypes)], (i + number) % 3 == 0, (i + number) % 2 == 0, split,
                            generator, oracle)
-                for i, shape in enumerate(gemm_shapes) for split in ((1,) if config is None else (1, 4))]
+                for i, shape in enumerate(gemm_shapes) for split in ((1, 4) if isinstance(config, tuple) else (1,))]
         return {"checks": len(rows), **worst(rows)}
 
     def quantizer(act, smooth):
         rows = [check_quantizer(m, k, group, act, smooth, dtype, KINDS[i % len(KINDS)], generator, oracle)
                 for i, (m, k, group) in enumerate(quantizer_rows) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
         return {"checks": len(rows), **worst(rows)}
-    found = {str(config or "torch._int_mm"): functools.partial(gemm, number, config) for number, config in enumerate((None, *configs))}
+    products = enumerate((None, FUSED, *configs))
+    found = {str(config or "torch._int_mm"): functools.partial(gemm, number, config) for number, config in products}
     return found | {f"quantizer {act}{' smooth' * smooth}": functools.partial(quantizer, act, smooth)
                     for act in ACTIVATIONS for smooth in (False, True)}
 

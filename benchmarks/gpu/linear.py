@@ -54,7 +54,8 @@ def layer(m: int, k: int, n: int, device: torch.device, card, dry: bool) -> dict
            "ratio_to_bf16": {name: median["bf16"] / value for name, value in median.items() if name in whole},
            "quantizer_gb_s": {name: quantizer_bytes(m, k) / value / 1e9 for name, value in median.items() if name.startswith("quantize")},
            "gemm_tops": {name: 2 * m * k * n / value / 1e12 for name, value in median.items() if name.startswith("gemm")},
-           "bf16_tflops": 2 * m * k * n / median["bf16"] / 1e12, "failed": failed}
+           "bf16_tflops": 2 * m * k * n / median["bf16"] / 1e12, "failed": failed,
+           "ok": not any("ours" in name for name in failed)}
     if card:
         floor = floors(card, m, k, n)
         row |= {"floor_milliseconds": {name: value * 1e3 for name, value in floor.items() if name != "expected_ratio"},
@@ -79,6 +80,10 @@ def parts(x: torch.Tensor, n: int) -> dict:
         names = list(fastest.candidates(q, w))
         found[f"gemm heuristic {names[0]}"] = functools.partial(fastest.candidates(q, w)[names[0]], *arguments)
     found["gemm torch._int_mm"] = lambda: torch_mm.int8_gemm(*arguments)
+    if x.is_cuda:
+        from int8_compile.int8.kernels import triton_kernels
+
+        found["gemm torch._int_mm fused"] = lambda: triton_kernels.int_mm(*arguments)
     if len(q) > 16 and n % 8 == 0 and k % 8 == 0:
         found["gemm torch._int_mm alone"] = lambda: torch._int_mm(q, w.t())
     return found

@@ -2,6 +2,8 @@
 would take gigabytes for a video."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from . import reference
 
 # cuBLASLt's INT8 path takes more than 16 rows, and K and N in multiples of 8.
 MIN_ROWS = 17
+BLOCK_ROWS = 32
 ALIGN = 8
 BLOCK_BYTES = 256 << 20  # of int32 or fp32
 
@@ -23,20 +26,27 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     return torch.cat([q for q, _ in blocks]), torch.cat([s for _, s in blocks])
 
 
-def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
-              bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """See reference.int8_gemm."""
+def products(q: torch.Tensor, qweight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, q[rows] @ qweight.T in int32 [rows, N]), block by block."""
     m, k = q.shape
     n = qweight.shape[0]
     pad_k, pad_n = -k % ALIGN, -n % ALIGN
     qweight = F.pad(qweight, (0, pad_k, 0, pad_n)) if pad_k or pad_n else qweight
-    rows = max(MIN_ROWS, BLOCK_BYTES // (4 * n))
-    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
+    # Whole blocks: what is read of the rows' scales then begins at a multiple of 16 bytes.
+    rows = max(1, BLOCK_BYTES // (4 * n * BLOCK_ROWS)) * BLOCK_ROWS
     for i in range(0, m, rows):
         block = q[i:i + rows]
         height = block.shape[0]
         if pad_k or height < MIN_ROWS:
             block = F.pad(block, (0, pad_k, 0, max(0, MIN_ROWS - height)))
-        acc = torch._int_mm(block, qweight.t())[:height, :n]
-        y[i:i + height] = reference.epilogue(acc, s[i:i + height], weight_scale, bias, out_dtype)
+        yield i, torch._int_mm(block, qweight.t())[:height, :n]
+
+
+def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
+              bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """See reference.int8_gemm."""
+    y = torch.empty((q.shape[0], qweight.shape[0]), dtype=out_dtype, device=q.device)
+    for i, acc in products(q, qweight):
+        end = i + acc.shape[0]
+        y[i:end] = reference.epilogue(acc, s[i:end], weight_scale, bias, out_dtype)
     return y

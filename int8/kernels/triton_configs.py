@@ -59,12 +59,17 @@ POINTER_TILES = (
     (16, 128, 128, 4, 4),
     (16, 64, 256, 4, 3),
 )
-# sm_90. wgmma takes 64 rows and a warp group of 4 warps.
+# sm_90. wgmma takes 64 rows and a warp group of 4 warps. Triton (3.6 and 3.9) waits for each INT8 product before the next step along K: of
+# steps twice as long there are half as many, and two programs of 4 warps fill each other's waits where an SM has room for both. Among
+# equals the first is tried first.
 TMA_TILES = (
     (128, 256, 128, 8, 4),
+    (128, 256, 256, 8, 2),
     (256, 128, 128, 8, 4),
     (128, 128, 128, 8, 4),
+    (128, 128, 256, 8, 3),
     (128, 128, 128, 4, 4),
+    (128, 128, 128, 4, 3),
     (64, 256, 128, 4, 4),
     (64, 128, 128, 4, 4),
 )
@@ -76,6 +81,9 @@ MAX_SCALAR_STORES = 32  # a thread
 MIN_SPLIT_K = 512
 # The part of the shorter of multiplying and loading that the longer does not hide, about.
 NOT_OVERLAPPED = 0.25
+# sm_90: shared memory of an SM, and what of it each program takes beside its own, bytes. No more than two programs have registers.
+SM_SHARED, RESERVED, MAX_RESIDENT = 228 << 10, 1 << 10, 2
+MAX_CANDIDATES = 12
 # Cycles: first loads and last stores of a program; launch of the kernel that sums the parts of a split.
 PROGRAM_OVERHEAD = 1500
 LAUNCH = 4000
@@ -96,6 +104,12 @@ def tiles(arch: int, tma: bool = True, ragged: bool = False) -> tuple[GemmConfig
     return tuple(c for c in found if not ragged or c.bm * c.bn <= MAX_SCALAR_STORES * 32 * c.warps)
 
 
+def resident(config: GemmConfig) -> int:
+    """Programs of a TMA tile that one SM has room for: what each holds of q and w, and about a byte of each of its results."""
+    shared = config.stages * (config.bm + config.bn) * config.bk + config.bm * config.bn + RESERVED
+    return min(MAX_RESIDENT, SM_SHARED // shared) if config.warps == 4 else 1
+
+
 def cycles(config: GemmConfig, arch: int, m: int, n: int, k: int, sms: int) -> float:
     """Predicted cycles of y [m, n] with k products each."""
     card = ARCHITECTURES[like(arch)]
@@ -111,7 +125,7 @@ def cycles(config: GemmConfig, arch: int, m: int, n: int, k: int, sms: int) -> f
 
 @functools.lru_cache(4096)
 def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None = None) -> tuple[GemmConfig, ...]:
-    """At most 12 candidates for y [m, n] = q [m, k] @ w [n, k].T, the one predicted fastest first.
+    """At most MAX_CANDIDATES for y [m, n] = q [m, k] @ w [n, k].T, the one predicted fastest first.
 
     arch: compute capability as major * 10 + minor. sms: multiprocessors of the card, the usual number if None. Each tile appears once, with
     the split of K that suits it.
@@ -129,7 +143,7 @@ def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None
 
     # A tile of many more rows than there are does nothing that a smaller one does not.
     fitting = [tile for tile in tiles(arch, tma, ragged=n % VECTOR_N != 0) if tile.bm < 4 * max(m, 8)]
-    return tuple(sorted(map(split, fitting), key=predicted))
+    return tuple(sorted(map(split, fitting), key=predicted))[:MAX_CANDIDATES]
 
 
 def _cdiv(a: int, b: int) -> int:

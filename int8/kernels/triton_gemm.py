@@ -6,13 +6,15 @@ transposed on its way to the tensor cores: with the usual [BK, BN] tile of point
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .triton_configs import GemmConfig, configs
+from . import torch_mm
+from .triton_configs import GemmConfig, configs, resident, tiles
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,6 +26,10 @@ GROUP_M = 8
 # Bytes that rows of q and w are a multiple of: what a TMA descriptor needs, and an asynchronous copy at its widest.
 ALIGN = 16
 SUM_BM, SUM_BN = 4, 256
+# (device, tile) that did not launch: a driver or a Triton that cannot run it will not at the next call either.
+_BROKEN: set[tuple[torch.device, GemmConfig]] = set()
+
+logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -162,43 +168,97 @@ def card(device: torch.device) -> tuple[int, int | None]:
     return arch, properties.multi_processor_count
 
 
-def takes_tma(q: torch.Tensor, qweight: torch.Tensor) -> bool:
-    """Whether TMA can read both operands, whose rows int8_gemm pads."""
-    return q.data_ptr() % ALIGN == 0 and qweight.data_ptr() % ALIGN == 0 and TensorDescriptor is not None
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it, contiguous and at an address that vectors and TMA can read. (A weight that was copied once and kept would be
+    stale after a LoRA has been written into it.) Without that Triton compiles each kernel once more, with spills of kilobytes."""
+    return t if t.is_contiguous() and t.data_ptr() % ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]:
     """What int8_gemm may run these operands with, the one predicted fastest first."""
     arch, sms = card(q.device)
-    return configs(arch, q.shape[0], qweight.shape[0], q.shape[1], takes_tma(q, qweight), sms)
+    found = configs(arch, q.shape[0], qweight.shape[0], q.shape[1], TensorDescriptor is not None, sms)
+    if not _BROKEN:
+        return found
+    return tuple(config for config in found if (q.device, config._replace(split_k=1)) not in _BROKEN) or found[-1:]
+
+
+def ships(name: str, device: torch.device) -> bool:
+    """Whether name is that of a tile for device, for some number of rows."""
+    tile = name.rpartition(" split ")[0]
+    return any(str(config).rpartition(" split ")[0] == tile for tma in (True, False) for config in tiles(card(device)[0], tma))
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
               bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig | None = None) -> torch.Tensor:
-    """See reference.int8_gemm. config: one of candidates(q, qweight), the first of them if None."""
+    """See reference.int8_gemm. config: one of candidates(q, qweight); if None the first of them that can be launched."""
+    if config is not None:
+        return _multiply(q, s, qweight, weight_scale, bias, out_dtype, config)
+    found = candidates(q, qweight)
+    for config in found[:-1]:
+        try:
+            return _multiply(q, s, qweight, weight_scale, bias, out_dtype, config)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            is_broken(q.device, config, error)
+    return _multiply(q, s, qweight, weight_scale, bias, out_dtype, found[-1])
+
+
+def is_broken(device: torch.device, config: GemmConfig, error: Exception) -> None:
+    """Leaves a tile out from now on."""
+    _BROKEN.add((device, config._replace(split_k=1)))
+    logger.warning("INT8: the tile %s cannot run on %s and is left out (%s: %s).", config, device, type(error).__name__,
+                   str(error).partition("\n")[0])
+
+
+def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) -> torch.Tensor:
     pad = -q.shape[1] % ALIGN
     # No model has such rows; a kernel that reads them byte by byte would spill.
-    q, qweight = (F.pad(t, (0, pad)) if pad else t.contiguous() for t in (q, qweight))
-    config = config or candidates(q, qweight)[0]
+    q, qweight = (F.pad(t, (0, pad)) if pad else dense(t) for t in (q, qweight))
     m, k = q.shape
     n = qweight.shape[0]
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
     if not m:
         return y
     parts = y if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.int32, device=q.device)
-    scales = (s, weight_scale, s if bias is None else bias)
-    flags = dict(SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None, SPLIT_K=config.split_k)
+    scales, flags = _epilogue(s, weight_scale, bias, config.split_k)
     tile = dict(BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M, num_warps=config.warps, num_stages=config.stages)
     grid = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if config.kernel == "tma":
             q_desc = TensorDescriptor.from_tensor(q, [config.bm, config.bk])
             w_desc = TensorDescriptor.from_tensor(qweight, [config.bn, config.bk])
-            programs = min(grid * config.split_k, card(q.device)[1] or grid)
+            programs = min(grid * config.split_k, (card(q.device)[1] or grid) * resident(config))
             tma_kernel[(programs,)](q_desc, w_desc, *scales, parts, m, n, k, **flags, **tile)
         else:
             pointer_kernel[(grid, config.split_k)](q, qweight, *scales, parts, m, n, k, EVEN_K=k % config.bk == 0, **flags, **tile)
         if config.split_k > 1:
-            grid = (triton.cdiv(m, SUM_BM), triton.cdiv(n, SUM_BN))
-            sum_kernel[grid](parts, *scales, y, m, n, **flags, BM=SUM_BM, BN=SUM_BN)
+            _sum(parts, scales, y, flags)
+    return y
+
+
+def _epilogue(s, weight_scale, bias, split_k: int) -> tuple[tuple, dict]:
+    """(what the kernels read of the scales and the bias, and what of it there is)"""
+    scales = (dense(s), dense(weight_scale), s if bias is None else dense(bias))
+    return scales, dict(SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None, SPLIT_K=split_k)
+
+
+def _sum(parts: torch.Tensor, scales: tuple, y: torch.Tensor, flags: dict) -> None:
+    m, n = y.shape
+    sum_kernel[triton.cdiv(m, SUM_BM), triton.cdiv(n, SUM_BN)](parts, *scales, y, m, n, **flags, BM=SUM_BM, BN=SUM_BN)
+
+
+def int_mm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
+           bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """See reference.int8_gemm. By torch._int_mm (cuBLASLt), with the epilogue in one pass: it reads 4 bytes of an element and writes
+    those of the result, where torch_mm's moves about 38."""
+    m, n = q.shape[0], qweight.shape[0]
+    q, qweight = dense(q), dense(qweight)
+    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
+    scales, flags = _epilogue(s, weight_scale, bias, 1)
+    with torch.cuda.device_of(q):
+        for begin, acc in torch_mm.products(q, qweight):
+            part = y[begin:begin + acc.shape[0]]
+            _sum(acc.contiguous(), (scales[0][begin:], *scales[1:]), part, flags)
     return y

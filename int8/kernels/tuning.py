@@ -27,6 +27,10 @@ MARGIN = 0.03
 MAX_BYTES = 1 << 24  # of the file of choices
 
 
+class NotNow(Exception):
+    """A candidate could not be measured, which says nothing about it: why."""
+
+
 def bucket(rows: int) -> int:
     """The bucket that rows fall into: the next larger one, the largest for more."""
     return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
@@ -60,27 +64,34 @@ class Choices:
         finally:
             self.budget, self.spent = budget, spent
 
-    def choose(self, key: str, candidates: Mapping[str, Callable[[], object]], seconds: Callable[[Callable[[], object]], float]) -> str:
+    def choose(self, key: str, candidates: Mapping[str, Callable[[], object]], seconds: Callable[[Callable[[], object]], float],
+               budget: float | None = None) -> str:
         """The name of the fastest candidate: as known, else as measured now with seconds(candidate). A candidate that raises is out. With
-        no budget left it is the first, and stays open; with none left midway it is the fastest of those measured, for this time only."""
+        no budget left it is the first, and stays open; with none left midway, or where seconds raises NotNow, it is the fastest of those
+        measured, for this time only. budget: seconds, in the place of this process's own."""
         known = self.get(key)
         if known in candidates:
             return known
         first = next(iter(candidates))
-        if self.spent >= self.budget:
+        left = self.budget - self.spent if budget is None else budget
+        if left <= 0:
             return first
         start, complete = time.perf_counter(), False
         measured = {}
         for name, candidate in candidates.items():
             try:
                 measured[name] = seconds(candidate)
+            except NotNow as reason:
+                logger.info("INT8: %s is measured later: %s.", key, reason)
+                break
             except Exception as error:
                 logger.debug("INT8: %s cannot run %s: %s", name, key, error)
-            if self.spent + time.perf_counter() - start > self.budget:
+            if time.perf_counter() - start > left:
                 break
         else:
             complete = True
-        self.spent += time.perf_counter() - start
+        if budget is None:
+            self.spent += time.perf_counter() - start
         if not measured:
             return first
         best = min(measured, key=measured.get)

@@ -11,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed on this platform", allow_module_level=True)
 
 from int8_compile.int8.kernels import reference, triton_gemm
-from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, tiles
+from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, resident, tiles
 from int8_compile.int8.kernels.tuning import BUCKETS
 
 from .conftest import CUDA, DEVICE, On
@@ -80,16 +80,85 @@ def test_outputs_are_of_the_type_asked_for_and_no_rows_are_none(kernel, dtype):
     assert GEMM(q[:0], s[:0], w, scale, bias, dtype, config).shape == (0, 48)
 
 
-def test_a_weight_that_tma_cannot_read_is_read_by_pointers():
+def test_a_weight_at_an_odd_address_is_copied_and_read_like_any_other():
     q, s, _, scale, bias = operands(40, 48, 64)
     storage = torch.randint(-127, 128, (48 * 64 + 1,), dtype=torch.int8)
-    w = storage[1:].view(48, 64)
-    assert not triton_gemm.takes_tma(q, w) and triton_gemm.takes_tma(q, w.clone())
-    assert all(config.kernel == "pointer" for config in configs(90, 4096, 3072, 3072, tma=False))
     # On a GPU the weight keeps its odd address there.
     moved = storage.to(DEVICE)[1:].view(48, 64)
-    y = triton_gemm.int8_gemm(*(t.to(DEVICE) for t in (q, s)), moved, scale.to(DEVICE), bias.to(DEVICE), torch.float32)
-    torch.testing.assert_close(y.cpu(), reference.int8_gemm(q, s, w, scale, bias, torch.float32), rtol=1e-6, atol=1e-3)
+    assert moved.data_ptr() % 16 and not triton_gemm.dense(moved).data_ptr() % 16 and triton_gemm.dense(q) is q
+    for kernel in KERNELS:
+        y = triton_gemm.int8_gemm(*(t.to(DEVICE) for t in (q, s)), moved, scale.to(DEVICE), bias.to(DEVICE), torch.float32,
+                                  GemmConfig(kernel, 64, 128, 128, 4, 3))
+        want = reference.int8_gemm(q, s, storage[1:].view(48, 64), scale, bias, torch.float32)
+        torch.testing.assert_close(y.cpu(), want, rtol=1e-6, atol=1e-3)
+
+
+def strided(t):
+    """t's values with something else between them."""
+    return torch.stack((t, torch.full_like(t, 77)), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("which", range(5), ids=["q", "s", "weight", "scale", "bias"])
+@pytest.mark.parametrize("split", [1, 4])
+def test_operands_that_are_strided_are_read_as_what_they_are(which, split):
+    given = list(operands(33, 48, 1024))
+    want = reference.int8_gemm(*given, torch.float32)
+    given[which] = strided(given[which])
+    assert not given[which].is_contiguous()
+    configs = [None, *(GemmConfig(kernel, 64, 128, 128, 4, 3, split) for kernel in KERNELS)]
+    for y in (*(GEMM(*given, torch.float32, config) for config in configs), On(triton_gemm).int_mm(*given, torch.float32)):
+        torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-3)
+
+
+def test_a_scale_that_is_one_value_expanded_is_read_as_that():
+    q, s, w, _, bias = operands(33, 48, 64)
+    one = torch.full((1, 1), 0.25).expand(48, 1)
+    want = reference.int8_gemm(q, s, w, one, bias, torch.float32)
+    torch.testing.assert_close(GEMM(q, s, w, one, bias, torch.float32), want, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (17, 33, 40), (150, 304, 1000), (70, 16, 8)], ids=str)
+@pytest.mark.parametrize("plain", [False, True])
+def test_cublaslt_with_one_pass_after_it_is_exact(shape, plain, monkeypatch):
+    from int8_compile.int8.kernels import torch_mm
+
+    monkeypatch.setattr(torch_mm, "BLOCK_BYTES", 4 * shape[1] * 40)  # more than one block of rows
+    q, s, w, scale, bias = operands(*shape)
+    scale, bias = (scale[:1].reshape(()), None) if plain else (scale, bias)
+    for call in (On(triton_gemm).int_mm, On(torch_mm).int8_gemm):
+        y = call(q, s, w, scale, bias, torch.float32)
+        torch.testing.assert_close(y, reference.int8_gemm(q, s, w, scale, bias, torch.float32), rtol=1e-6, atol=1e-3)
+    assert On(triton_gemm).int_mm(q[:0], s[:0], w, scale, bias, torch.float32).shape == (0, shape[1])
+
+
+def test_a_tile_that_cannot_be_launched_is_left_out_and_the_next_one_runs(monkeypatch, caplog):
+    monkeypatch.setattr(triton_gemm, "_BROKEN", set())
+    given = [t.to(DEVICE) for t in operands(40, 48, 64)]
+    found, multiply, tried = triton_gemm.candidates(given[0], given[2]), triton_gemm._multiply, []
+
+    def failing(*arguments):
+        tried.append(arguments[-1])
+        if arguments[-1] in found[:2]:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return multiply(*arguments)
+    monkeypatch.setattr(triton_gemm, "_multiply", failing)
+    for _ in range(2):
+        y = triton_gemm.int8_gemm(*given, torch.float32)
+        torch.testing.assert_close(y, reference.int8_gemm(*given, torch.float32), rtol=1e-6, atol=1e-3)
+    assert tried == [*found[:3], found[2]] and caplog.text.count("cannot run") == 2 and "and more" not in caplog.text
+    assert triton_gemm.candidates(given[0], given[2]) == found[2:]
+
+
+def test_memory_that_is_full_is_no_fault_of_a_tile(monkeypatch):
+    monkeypatch.setattr(triton_gemm, "_BROKEN", set())
+    given = [t.to(DEVICE) for t in operands(40, 48, 64)]
+
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError
+    monkeypatch.setattr(triton_gemm, "_multiply", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        triton_gemm.int8_gemm(*given, torch.float32)
+    assert not triton_gemm._BROKEN
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, 87, 100, 121, 75], ids=str)
@@ -102,6 +171,12 @@ def test_candidates_are_few_and_fit_the_card(arch):
             assert config.stages * (config.bm + config.bn) * config.bk <= shared
             assert config.kernel == "pointer" or arch == 90
             assert config.split_k == 1 or k >= 512 * config.split_k
+
+
+def test_two_programs_share_an_sm_where_they_fit_and_none_where_they_do_not():
+    programs = {str(config).partition(" warps")[0] + f" {config.warps}": resident(config) for config in tiles(90) if config.kernel == "tma"}
+    assert programs["tma 64x128x128 4"] == 2 and programs["tma 128x256x256 8"] == programs["tma 128x256x128 8"] == 1
+    assert resident(GemmConfig("tma", 128, 128, 128, 4, 3)) == 2 and resident(GemmConfig("tma", 128, 128, 128, 4, 4)) == 1
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)

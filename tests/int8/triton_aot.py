@@ -76,8 +76,9 @@ def gemms(arch: int) -> dict[str, dict]:
         for config in [config for config in triton_configs.tiles(arch) if config.kernel == kernel][:1]:
             found[f"{config} plain"] = gemm(arch, config, plain=True)
             found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
-    constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=4, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
-    found["sum"] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
+    for name, split in (("sum", 4), ("epilogue of torch._int_mm", 1)):
+        constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=split, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
+        found[name] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
     return found
 
 
@@ -93,7 +94,7 @@ def quantizers(arch: int, every: bool) -> dict[str, dict]:
             k = (3072, triton_quant.MAX_ROW[precision], 28672)[i % 3]
             kernel, blocks, warps = triton_quant.launch(k, group, precision)
             types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
-            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, **blocks)
+            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, FAST=True, **blocks)
             name = f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"
             found[name] = compile_for(arch, kernel, types, constants, warps, triton_quant.STAGES)
     return found

@@ -1,0 +1,90 @@
+"""Everything private of torch, ComfyUI and comfy_kitchen that the pack names: what it is for, and what happens where it is missing.
+
+What is not here must not be used (test_internals.py); `nox -s names` looks these up in the releases that users have.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Internal(NamedTuple):
+    """name: dotted from the package's root, or ".name" for an attribute of objects, which file (below the package's folder) then has.
+    use: what for. without: what the pack does where it is missing. needed: in every release that the pack supports; else without is a way
+    that the pack takes by itself."""
+    name: str
+    use: str
+    without: str
+    needed: bool = True
+    file: str = ""
+
+
+_CACHE = "the block is compiled when it runs, and not kept"
+_FAILED = "compile fails, and the model runs uncompiled with a warning"
+_WARM = "the first compile does it itself, seconds later: the warm-up says so at debug level"
+_MODULE = "torch/nn/modules/module.py"
+_TENSOR = "comfy_kitchen/tensor/base.py"
+
+INTERNALS = (
+    # torch: kernels
+    Internal("torch._int_mm", "the INT8 product of cuBLASLt and oneDNN", "INT8 does not run but by Triton's kernels"),
+    Internal("torch._scaled_mm", "the check's fp8 contender", "the check's row says that fp8 failed, with the cause"),
+    Internal("torch.cuda._sleep", "the GPU waits while a timed kernel is launched", "a candidate cannot be timed: the predicted one runs"),
+    Internal("._version", "whether an input that siblings share was written into", "each of q, k and v quantizes for itself",
+             file="torch/_C/__init__.pyi"),
+    Internal("torch.cpu._is_avx512_supported", "which instruction set inductor chooses", _WARM),
+    Internal("torch.ops.mkldnn._is_mkldnn_bf16_supported", "whether a CPU computes in bf16", "INT8 Compile Check fails on a CPU"),
+    Internal("torch.ops.mkldnn._is_mkldnn_fp16_supported", "whether a CPU computes in fp16", "INT8 Compile Check fails on a CPU"),
+    # torch: the compiler
+    Internal("torch._dynamo.callback.callback_handler", "what is compiled is shown, and can be interrupted", _FAILED),
+    Internal("torch._dynamo.config", "the recompile limit of a model", _FAILED),
+    Internal("torch._dynamo.eval_frame._debug_get_cache_entry_list", "whether a block is at its recompile limit", _FAILED),
+    Internal("torch._dynamo.exc.TorchDynamoException", "what a function of cache_compile does that cannot be traced",
+             "cache_compile's error has no hint"),
+    Internal("torch._dynamo.utils.counters", "the report's graphs, breaks and cache hits", _FAILED),
+    Internal("torch._dynamo.utils.get_compilation_metrics", "the report's causes of recompiles", _FAILED),
+    Internal("._dynamo_weak_dynamic_indices", "sizes that vary are dynamic from the first compile on", "one more graph at the second size",
+             file="torch/_dynamo/variables/builder.py"),
+    Internal("torch.fx.experimental._config.patch", "equal sizes are not taken for the same size", _FAILED),
+    Internal("torch._inductor.list_mode_options", "what a mode is in options", "compile nodes with a mode fail"),
+    Internal("torch._inductor.config.get_config_copy", "names and types of options are checked", "options are refused"),
+    Internal("torch._inductor.config.patch", "threads and options of an artefact", _CACHE),
+    Internal("torch._inductor.custom_graph_pass.CustomGraphPass", "one quantization for q, k and v", _CACHE),
+    Internal("torch._inductor.custom_graph_pass.get_hash_for_files", "the pass is part of inductor's key", _CACHE),
+    Internal("torch._inductor.compile_fx", "the compiler's imports are done while a checkpoint loads", _WARM),
+    Internal("torch._inductor.runtime.triton_heuristics", "the same on a GPU", _WARM),
+    Internal("torch._inductor.async_compile.AsyncCompile", "the precompiled header of a CPU's kernels", _WARM),
+    Internal("torch._inductor.cpp_builder.get_cpp_compiler", "the probe of vector instructions", _WARM),
+    Internal("torch._inductor.cpu_vec_isa.VecISA", "the probe of vector instructions", _WARM),
+    Internal("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "the probe of vector instructions", _WARM),
+    Internal("._arch_flags", "the probe of vector instructions", _WARM, file="torch/_inductor/cpu_vec_isa.py"),
+    # torch: artefacts
+    Internal("torch._inductor.aoti_compile_and_package", "artefacts that need no compiler to run", "artefacts of inductor's own kind"),
+    Internal("torch._C._aoti.AOTIModelPackageLoader", "loads those", "they are built anew"),
+    Internal("torch._inductor.standalone_compile", "artefacts of inductor's own kind", _CACHE),
+    Internal("torch._inductor.CompiledArtifact.load", "loads those", "they are built anew"),
+    Internal("torch._subclasses.fake_tensor.FakeTensorMode", "a block is traced without its weights", _CACHE),
+    Internal("torch.utils._pytree.tree_map_only", "tensors in what a model returns", "no compile node loads"),
+    Internal("torch.utils._sympy.printers.PythonPrinter", "conditions of an artefact as text", _CACHE),
+    # torch: modules
+    Internal("torch.nn.modules.conv._ConvNd", "whether a block is convolutional", "no INT8 node loads"),
+    Internal("._call_impl", "the call of a module past what is compiled in its place", _FAILED, file=_MODULE),
+    Internal("._compiled_call_impl", "the place of nn.Module.compile, where the compiled call is put", _FAILED, file=_MODULE),
+    Internal("._parameters", "a module's own parameters, as they are stored", _FAILED, file=_MODULE),
+    Internal("._buffers", "a module's own buffers, as they are stored", _FAILED, file=_MODULE),
+    Internal("._modules", "a module's own children, as they are stored", _FAILED, file=_MODULE),
+    Internal("._forward_hooks", "a block with hooks is not made an artefact", _CACHE, file=_MODULE),
+    Internal("._forward_pre_hooks", "a block with hooks is not made an artefact", _CACHE, file=_MODULE),
+    # ComfyUI
+    Internal("._v", "whether dynamic VRAM streams a layer", "the layer is taken for one that is loaded", False, file="comfy/ops.py"),
+    Internal("._quantization_metadata", "the key of a file's metadata that lists its INT8 layers", "the file's layers name their format",
+             False, file="comfy/utils.py"),
+    # comfy_kitchen
+    Internal("._qdata", "the int8 values of a quantized weight", "no INT8 layer of ComfyUI runs", file=_TENSOR),
+    Internal("._params", "its scale and its rotation", "no INT8 layer of ComfyUI runs", file=_TENSOR),
+    Internal("._layout_cls", "the name of its format", "no INT8 layer of ComfyUI is known as one", file=_TENSOR),
+    Internal("comfy_kitchen.backends.cuda._C.cutlass_int8_dequant", "CUTLASS's product as one more candidate", "it is no candidate", False),
+    Internal("comfy_kitchen.backends.cuda._wrap_for_dlpack", "its operands", "it is no candidate", False),
+)
+
+# What only looks like one: texts that are the pack's own names, or the ends of names in files.
+OWN = {"._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes", "._aoti"}
