@@ -171,7 +171,7 @@ def _unchanged_attributes(job: Job, traced: _Traced, names: Names) -> list[list]
 def _operators(program) -> list[str]:
     """Namespaces of operators that are not torch's own: who runs the artefact must have imported what defines them."""
     names = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes if node.op == "call_function"}
-    return sorted(names - {"aten", "prims", "prim", "higher_order", "_operator", "int8_compile"})
+    return sorted(names - {"aten", "prims", "prim", "higher_order", "int8_compile"})
 
 
 def _skeleton(job: Job) -> torch.nn.Module:

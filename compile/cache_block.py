@@ -127,7 +127,7 @@ class BlockGuards:
 
     expected: attributes_of the traced block. Slots and classes are looked at once a step, for all blocks (block_tree, ClassGuards)."""
 
-    __slots__ = ("_expected", "_layout", "_matches", "_names", "_watch", "block", "difference")
+    __slots__ = ("_expected", "_layout", "_names", "_watch", "block", "difference")
 
     def __init__(self, block: torch.nn.Module, expected: list[list], names: Names):
         self.block = weakref.ref(block)

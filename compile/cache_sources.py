@@ -59,6 +59,9 @@ class Recording:
         found = {(modules.get(code.co_filename, ""), getattr(code, "co_qualname", f"<locals>.{code.co_name}")): code for code in traced}
         return cls({(module, name): code for (module, name), code in found.items() if module and not _is_skipped(code.co_filename, module)})
 
+    def _refuse(self, reason: str) -> None:
+        self.effects.add(reason)
+
     def names(self) -> Names:
         """Of the attributes and globals that the code can read."""
         computed = {code: _computed_names(code) for code in self.functions.values()}
@@ -70,7 +73,7 @@ class Recording:
         """Raises Unsupported where what the trace did would not be done again."""
         for code in self.functions.values():
             if written := _written_globals(code):
-                self.effects.add(f"it writes the global {written}")
+                self._refuse(f"it writes the global {written}")
         if self.effects:
             raise Unsupported(min(self.effects))
 
@@ -100,15 +103,15 @@ def recording() -> Iterator[Recording]:
                 if name not in found.functions and not _in_import(frame):
                     found.functions[name] = code
             elif frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv") and _caller_counts(frame, is_skipped):
-                found.effects.add("it reads an environment variable")
+                found._refuse("it reads an environment variable")
             elif frame.f_globals is random.__dict__ and _caller_counts(frame, is_skipped):
-                found.effects.add(f"it draws random numbers (random.{code.co_name})")
+                found._refuse(f"it draws random numbers (random.{code.co_name})")
         elif event == "c_call" and not is_skipped(frame):
             owner = getattr(value, "__self__", None)
             if isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy.random"):
-                found.effects.add(f"it draws random numbers ({value.__name__})")
+                found._refuse(f"it draws random numbers ({value.__name__})")
             elif value in _CLOCKS:
-                found.effects.add(f"it reads the clock (time.{value.__name__})")
+                found._refuse(f"it reads the clock (time.{value.__name__})")
     before = sys.getprofile()
     sys.setprofile(profile)
     try:

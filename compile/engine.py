@@ -54,7 +54,7 @@ def _mark(value):
 
 def _storages(value) -> list[int]:
     if isinstance(value, Tensor):
-        return [value.untyped_storage()._cdata]
+        return [value.untyped_storage().data_ptr()]
     return [found for item in value for found in _storages(item)] if isinstance(value, (tuple, list)) else []
 
 
@@ -115,7 +115,6 @@ class _Step:
     use_artefacts: bool
     scope: CompileScope
     blocks: dict[int, _Block] | None = None  # by id of the module, from the first call of a block on
-    uncompiled: str = ""  # why all blocks run eager
     functions: dict[int, Callable | None] = field(default_factory=dict)  # compiled, by id of the region's state
     compiling: str = ""  # the region that is called
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
@@ -289,8 +288,6 @@ class CompiledModule:
             self.report.last_calls, self._told = dict(step.calls), False
         for kind, count in step.calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + count
-        if step.uncompiled:
-            self._fall_back(step.uncompiled)
 
     def call_block(self, module: torch.nn.Module, args: tuple, kwargs: dict):
         """The call of a block during a run."""
@@ -302,7 +299,7 @@ class CompiledModule:
         block = step.blocks.get(id(module))
         if block is None or self._regions.hooks[id(module)]:
             if block is not None:
-                step.uncompiled = "some blocks have forward hooks: they run uncompiled."
+                self._fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         if step.use_artefacts:
@@ -330,7 +327,7 @@ class CompiledModule:
         step.blocks = self._blocks
         if has_global_hooks():
             step.blocks = {}
-            step.uncompiled = "there are forward hooks on all modules of the process: running uncompiled while they are there."
+            self._fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")
         if step.use_artefacts:
             for region in self._regions:
                 state = self._states[region.key]
@@ -349,7 +346,7 @@ class CompiledModule:
         if id(code) not in step.functions:
             step.functions[id(code)] = found = code.find(step.filter_guards)
             if found is None and (replaced := code.replaced()):
-                step.uncompiled = f"{replaced} has been replaced (by another pack): running uncompiled while it is."
+                self._fall_back(f"{replaced} has been replaced (by another pack): running uncompiled while it is.")
             elif found is None:
                 self._fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another pack): it "
                                 "runs uncompiled with new code or values.")

@@ -1,7 +1,7 @@
 """Which guards on ComfyUI's transformer_options a compiled block can do without."""
 from __future__ import annotations
 
-import functools
+import collections.abc
 import os
 import re
 import sys
@@ -17,8 +17,7 @@ BOOKKEEPING = {
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
-_NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(functools.__file__) + os.sep + "collections",
-                os.path.dirname(functools.__file__) + os.sep + "_collections_abc")
+_NOT_READERS = "<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__
 _KEY = re.compile(r"\['(\w+)'")
 
 

@@ -35,6 +35,10 @@ def _entry(name: str) -> types.FunctionType:
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 
 
+class Replaced(RuntimeError):
+    """A function of torch's that compiled code calls by its name is another pack's."""
+
+
 class _Backend:
     """A backend for torch.compile that notes what dynamo has traced. Unequal to any other: dynamo shares frames that it compiled for equal
     backends (below a graph break), whatever was patched between."""
@@ -55,7 +59,7 @@ class _Backend:
         return getattr(self._inner, name)  # reset, for cudagraphs
 
     def _require_torchs_own(self, graph: torch.fx.GraphModule) -> None:
-        """Raises RuntimeError where a function of torch in graph, which calls it by its name, would be another one by then."""
+        """Raises Replaced where a function of torch in graph, which calls it by its name, would be another one by then."""
         for node in graph.graph.nodes:
             owner, name = None, getattr(node.target, "__name__", "")
             if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
@@ -65,7 +69,7 @@ class _Backend:
                               and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
             if owner is not None:
                 self.replaced = owner, name, getattr(owner, name)
-                raise RuntimeError(f"{owner.__module__ if owner is torch.Tensor else owner.__name__}.{name} has been replaced")
+                raise Replaced(owner, name)
 
 
 def _is_of(function, space: types.ModuleType) -> bool:
