@@ -36,7 +36,7 @@ class BlockTree:
                 tree._gone = True  # its id may be another module's from now on
                 if tree._on_gone is not None:
                     tree._on_gone()
-        self._modules = [weakref.ref(module, gone) for module in modules]
+        self._references = [weakref.ref(module, gone) for module in modules]
         self._classes = list(map(type, modules))
         self._children = [module._modules for module in modules if module._modules]
         self._names = list(itertools.chain.from_iterable(self._children))
@@ -50,7 +50,7 @@ class BlockTree:
         """Whether every slot holds the module that it held, and every module is of the class that it was."""
         return (not self._gone and self._child_ids() == self._ids and not any(self._childless)
                 and list(itertools.chain.from_iterable(self._children)) == self._names
-                and all(map(is_, [type(reference()) for reference in self._modules], self._classes)))
+                and all(map(is_, [type(reference()) for reference in self._references], self._classes)))
 
 
 class Hooks:

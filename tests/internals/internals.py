@@ -57,7 +57,13 @@ INTERNALS = (
     Internal("torch._inductor.cpu_vec_isa.VecISA", "the probe of vector instructions", _WARM),
     Internal("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "the probe of vector instructions", _WARM),
     Internal("._arch_flags", "the probe of vector instructions", _WARM, file="torch/_inductor/cpu_vec_isa.py"),
+    Internal("torch._guards.TracingContext.try_get", "which code dynamo has traced", _FAILED),
+    Internal("torch._TorchCompileInductorWrapper", "what torch.compile makes of the backend's name", _FAILED),
+    Internal("torch._dynamo.lookup_backend", "what torch.compile makes of another backend's name", _FAILED),
+    Internal("torch._ops.OpOverload", "an operator that a block holds is known by its name", "the pack does not load"),
+    Internal("torch._ops.OpOverloadPacket", "an operator that a block holds is known by its name", "the pack does not load"),
     # torch: artefacts
+    Internal("torch._inductor.codecache", "the builder's imports come before its folders are set", _CACHE),
     Internal("torch._inductor.aoti_compile_and_package", "artefacts that need no compiler to run", "artefacts of inductor's own kind"),
     Internal("torch._C._aoti.AOTIModelPackageLoader", "loads those", "they are built anew"),
     Internal("torch._inductor.standalone_compile", "artefacts of inductor's own kind", _CACHE),
@@ -72,6 +78,8 @@ INTERNALS = (
     Internal("._parameters", "a module's own parameters, as they are stored", _FAILED, file=_MODULE),
     Internal("._buffers", "a module's own buffers, as they are stored", _FAILED, file=_MODULE),
     Internal("._modules", "a module's own children, as they are stored", _FAILED, file=_MODULE),
+    Internal("._global_forward_hooks", "with hooks on all modules blocks run uncompiled", "the pack does not load", file=_MODULE),
+    Internal("._global_forward_pre_hooks", "with hooks on all modules blocks run uncompiled", "the pack does not load", file=_MODULE),
     Internal("._forward_hooks", "a block with hooks is not made an artefact", _CACHE, file=_MODULE),
     Internal("._forward_pre_hooks", "a block with hooks is not made an artefact", _CACHE, file=_MODULE),
     # ComfyUI
@@ -87,4 +95,4 @@ INTERNALS = (
 )
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
-OWN = {"._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes", "._aoti"}
+OWN = {"._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes", "._aoti"}
