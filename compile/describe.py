@@ -138,7 +138,7 @@ class Describer:
     def __init__(self, names: Names, watch: Watch | None = None, modules: dict[int, str] | None = None, lenient: bool = False):
         self._names = names
         self._watch = watch or Watch()
-        self._modules = modules or {}
+        self._paths = modules or {}
         self._lenient = lenient
         self._known: dict[int, str] = {}  # by id, of objects that are being described or have been
         self._alive: list = []  # so that no id is given twice
@@ -173,8 +173,8 @@ class Describer:
         if isinstance(value, types.MethodType):
             return f"method {self(value.__func__)} of {self(value.__self__)}"
         if isinstance(value, torch.nn.Module):
-            if id(value) in self._modules:
-                return f"submodule {self._modules[id(value)]}"
+            if id(value) in self._paths:
+                return f"submodule {self._paths[id(value)]}"
             return self._refuse(f"the module {kind.__name__}, which is none of its own", value)
         if isinstance(value, (staticmethod, classmethod)):
             return f"{kind.__name__} {self(value.__func__)}"
