@@ -1,7 +1,7 @@
 """Runs a call with its regions compiled: by an artefact of the compile cache where one fits, else by torch.compile in this process. Plain
 torch: works on any nn.Module.
 
-What compiled code depends on is looked at (once a process, entry, step or call) or refused; the table is in web/docs/CompileCache.md.
+What compiled code depends on is looked at (once a process, entry, step or call) or refused: the table is in ARCHITECTURE.md.
 """
 from __future__ import annotations
 
