@@ -12,6 +12,10 @@ BOOKKEEPING = {
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
+# Kinds of guards on the dict as a whole that change with the bookkeeping and say nothing about one key. Any other kind stays: torch 2.14
+# has DICT_NOT_CONTAINS where older ones have DICT_CONTAINS for a key that is absent.
+_OF_THE_WHOLE = {"TYPE_MATCH", "ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",
+                 "MAPPING_KEYS_CHECK"}
 _KEY = re.compile(r"\['(\w+)'")
 
 
@@ -25,7 +29,7 @@ def needed(name: str, guard_type: str, value=None) -> bool:
     if not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name)):
         return True
     key = _KEY.match(name, options.end()) if options else None
-    return key[1] not in BOOKKEEPING if key else guard_type == "DICT_CONTAINS"
+    return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
 
 
 def without_bookkeeping(entries) -> list[bool]:
