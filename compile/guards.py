@@ -18,6 +18,10 @@ BOOKKEEPING = {
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
 _NOT_READERS = "<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__
+# Kinds of guards on the dict as a whole that change with the bookkeeping and say nothing about one key. Any other kind stays: torch 2.14
+# has DICT_NOT_CONTAINS where older ones have DICT_CONTAINS for a key that is absent.
+_OF_THE_WHOLE = {"ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",
+                 "MAPPING_KEYS_CHECK"}
 _KEY = re.compile(r"\['(\w+)'")
 
 
@@ -32,7 +36,7 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
     if not by_core or (not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name))):
         return True
     key = _KEY.match(name, options.end()) if options else None
-    return key[1] not in BOOKKEEPING if key else guard_type in ("DICT_CONTAINS", "TYPE_MATCH")
+    return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
 
 
 class GuardFilter:

@@ -16,11 +16,13 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..int8 import comfy_core
 from ..int8.comfy_calibrate import CALIBRATING
 from ..int8.comfy_ops import pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
 from .comfy_cache import get_cache
+from .comfy_compiler import cleaned_up_after, without_comfy_compiler
 from .comfy_offload import around_block, is_offloaded
 from .engine import CompiledModule, Tell
 from .interrupt import Interrupted
@@ -61,9 +63,10 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
     try:
-        return state.compiled.run(root, call, filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
-                                  around_block=around_block if state.offloaded else None,
-                                  interrupted=comfy.model_management.processing_interrupted)
+        with without_comfy_compiler(device, state.compiled.report):
+            return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
+                                      around_block=around_block if state.offloaded else None,
+                                      interrupted=comfy.model_management.processing_interrupted)
     except Interrupted:
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException from None
@@ -135,7 +138,9 @@ def check_target(patcher, target: str) -> torch.nn.Module:
 
 def add_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
-    are taken off: compiling compiled code gains nothing."""
+    are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled."""
+    if not comfy_core.usable(comfy_core.COMPILE):
+        return
     _warm_up(patcher, target, options)
     wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
     for key in list(wrappers):
@@ -153,6 +158,8 @@ def add_method_compile(patcher, target: str, options: CompileOptions, tell: Tell
     module = check_target(patcher, target)
     if not repeated_blocks(module):
         raise ValueError(f"{options.title}: no repeated blocks to compile in {type(module).__name__}. Connect it without this node.")
+    if not comfy_core.usable(comfy_core.COMPILE):
+        return
     _warm_up(patcher, target, options)
     methods = [name for name in METHODS if hasattr(patcher.model, name)]
     for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called

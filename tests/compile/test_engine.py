@@ -280,6 +280,8 @@ def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
     ("kwargs['transformer_options']['block_index']", "EQUALS_MATCH", 3, False),
     ("kwargs['transformer_options']['run_vx']", "CONSTANT_MATCH", True, True),
     ("kwargs['transformer_options']", "DICT_CONTAINS", {}, True),
+    ("kwargs['transformer_options']", "DICT_NOT_CONTAINS", {}, True),  # torch 2.14
+    ("kwargs['transformer_options']", "A_KIND_TO_COME", {}, True),
     ("kwargs['transformer_options']", "DICT_LENGTH", {}, False),
     ("args[2]['block'][1]", "EQUALS_MATCH", 4, False),
     ("args[2]['run_vx']", "CONSTANT_MATCH", True, True),

@@ -101,3 +101,12 @@ def test_offloaded_blocks_do_without(comfy, core, monkeypatch):
     block = object()
     monkeypatch.delattr(comfy.ops, "CastWeightBiasOp")
     assert around_block(block) is block
+
+
+def test_a_changed_wrapper_interface_leaves_the_model_uncompiled(comfy, core, flux, nodes, sample, monkeypatch, caplog):
+    want = sample(flux)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_base.BaseModel, "apply_model", lambda self, step: None)
+        model = nodes.CompileModel(flux, backend="eager")
+    assert torch.equal(sample(model), want) and not model.wrappers
+    assert "models run uncompiled" in lines(caplog)[0]

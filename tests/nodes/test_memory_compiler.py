@@ -186,7 +186,7 @@ def broken_backend(gm, inputs):
 
 
 def error(kind, *arguments):
-    def fail():
+    def fail(*_, **__):
         raise kind(*arguments)
     return fail
 
@@ -343,6 +343,33 @@ def test_a_calibration_is_not_recorded(core, args, flux, nodes, sample, monkeypa
     monkeypatch.setattr(model, "forward", recorded)
     sample(nodes.INT8QuantizeModel(flux, method="auto"))
     assert core.log == ["begin", "end"] * 2 and args.disable_comfy_compiler is False  # the two steps of the sampling itself
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_compile_node_leaves_the_memory_compiler_before_the_model_is_called(core, args, flux, nodes, sample, monkeypatch, fails):
+    from int8_compile.compile.patcher import reports
+
+    from .conftest import difference
+
+    model = type(flux.model.diffusion_model)
+    forward = model.forward
+
+    def recorded(self, x, *arguments, **named):
+        core.malloc_graph_begin(x.device)
+        result = forward(self, x, *arguments, **named)
+        core.malloc_graph_end()
+        return result
+    monkeypatch.setattr(model, "forward", recorded)
+    want = sample(flux)
+    core.log.clear()
+    if fails:
+        monkeypatch.setattr(torch, "compile", lambda function, compile=torch.compile, **_: compile(function, backend=broken_backend))
+    compiled = nodes.CompileModel(flux, backend="eager")
+    assert difference(sample(compiled), want) < 1e-5
+    # The step that fails runs once more, and the next is the model's own.
+    assert core.log == (["clean up", "begin", "end"] if fails else []) and args.disable_comfy_compiler is False
+    report, = reports(compiled)
+    assert bool(report.failure) is fails and "memory compiler" in report.text()
 
 
 def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeypatch, caplog):
