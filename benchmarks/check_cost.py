@@ -1,5 +1,5 @@
-"""What it costs to look whether compiled code is still right, on Flux's own structure (19 double and 38 single blocks, narrow): microseconds
-a step and a block call, beside the wrapper's whole share of a step. Needs ComfyUI.
+"""What it costs to look whether compiled code is still right, on Flux's own structure (19 double and 38 single blocks, narrow):
+microseconds a step and a block call. Needs ComfyUI.
 
     python benchmarks/check_cost.py [--json FILE]
 """
@@ -50,8 +50,8 @@ def flux() -> torch.nn.Module:
 
     torch.manual_seed(0)
     return Flux(in_channels=16, out_channels=16, vec_in_dim=8, context_in_dim=16, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=19,
-                depth_single_blocks=38, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[], device="cpu",
-                dtype=torch.float32, operations=comfy.ops.disable_weight_init).eval().requires_grad_(False)
+                depth_single_blocks=38, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+                device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init).eval().requires_grad_(False)
 
 
 def microseconds(call) -> float:

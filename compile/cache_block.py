@@ -176,7 +176,7 @@ class Weights:
 
     specs: those the artefact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
 
-    __slots__ = ("_absent", "_owners", "_sizes", "_spaces", "_specs", "_ties", "device")
+    __slots__ = ("_absent", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
 
     def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
         self._owners: list[tuple[dict | weakref.ref, str]] = []
@@ -200,21 +200,23 @@ class Weights:
                     seen[id(tensor)] = len(self._owners)
                     self._owners.append((owner, name))
         self._sizes = list(map(len, self._spaces))
-        self._specs = [(getattr(torch, dtype), torch.Size(shape), kind) for dtype, shape, kind in specs]
-        self.device = device
+        self._shapes = [torch.Size(shape) for _, shape, _ in specs]
+        self._dtypes = [getattr(torch, dtype) for dtype, _, _ in specs]
+        self._layouts = [kind for *_, kind in specs]
+        self._devices = [device] * len(specs)
 
     def get(self) -> list[Tensor] | None:
         """In the order of tensors_of; None where one is not what the artefact was made for."""
-        result, made = [], {}
-        if len(self._owners) != len(self._specs) or list(map(len, self._spaces)) != self._sizes:
+        made: dict = {}
+        if len(self._owners) != len(self._shapes) or list(map(len, self._spaces)) != self._sizes:
             return None
-        for (owner, name), (dtype, shape, kind) in zip(self._owners, self._specs):
-            tensor = owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name)
-            if (tensor is None or tensor.shape != shape or tensor.dtype is not dtype or tensor.device != self.device
-                    or type(tensor) not in (Tensor, torch.nn.Parameter)
-                    or not (tensor.is_contiguous() if kind == "c" else layout(tensor) == kind)):
+        result = [owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
+        if not (_PLAIN.issuperset(map(type, result)) and list(map(_shape_of, result)) == self._shapes
+                and list(map(_dtype_of, result)) == self._dtypes and list(map(_device_of, result)) == self._devices):
+            return None
+        for tensor, kind in zip(result, self._layouts):
+            if not (tensor.is_contiguous() if kind == "c" else layout(tensor) == kind):
                 return None
-            result.append(tensor)
         for owner, name in self._absent:
             if owner[name] is not None:
                 return None
@@ -222,6 +224,10 @@ class Weights:
             if (owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
                 return None
         return result
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_shape_of, _dtype_of, _device_of = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 def _of_layer(owner: weakref.ref, made: dict) -> dict:
