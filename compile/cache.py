@@ -22,7 +22,7 @@ from . import cache_key, warmup
 from .aoti import FILES, READABLE, Artefact, build, varying
 from .artefacts import MAX_SIGNATURES, job_of
 from .block_tree import Hooks, has_global_hooks
-from .cache_block import BlockGuards, ClassGuards, Weights, copy_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockGuards, ClassGuards, Weights, classes_of, copy_skeleton, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore, Damaged, default_key_file
@@ -89,6 +89,8 @@ class CachedMethod:
         self._groups: dict[str, list[_Method]] = {}  # by what the module is now: a cast or a replaced parameter makes another
         self._built = 0
         self._jit: Callable | None = None
+        self._classes: ClassGuards | None = None  # of what _jit was compiled from
+        self._hooks: Hooks | None = None
         functools.update_wrapper(self, method)
 
     def __reduce__(self):
@@ -184,10 +186,16 @@ class CachedMethod:
         if self._jit is None:
             logger.warning("compile cache: %s is not kept on disk: %s", self.method.__qualname__, reason)
             self._jit = torch.compile(self.method, dynamic=None if self._dynamic else False, options=self._config or None)
+            module = self.method.__self__
+            self._classes = ClassGuards(module, classes_of(module, Names(None), lenient=True), Names(None), lenient=True)
+            self._hooks = Hooks(module)
 
     def _run_jit(self, args, kwargs):
         if self._jit is None:
             self._without(f"it was built for {MAX_SIGNATURES} kinds of calls already")
+        if self._classes.difference() or self._hooks or has_global_hooks():  # patched since, which torch does not look at
+            self.tier = "eager"
+            return self.method(*args, **kwargs)
         try:
             result, self.tier = self._jit(*args, **kwargs), "fx"
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -200,6 +200,25 @@ def test_what_cannot_be_kept_runs_all_the_same(folder, kind, caplog):
     assert sum("is not kept on disk" in record.message for record in caplog.records) == 1
 
 
+def test_what_is_not_kept_is_not_served_stale_either(folder, monkeypatch):
+    class Noisy(torch.nn.Linear):
+        def forward(self, x):
+            return self.finish(super().forward(x) + 0 * torch.rand_like(x))
+
+        def finish(self, x):
+            return x * 2
+
+    module = Noisy(8, 8).requires_grad_(False)
+    cached, x = cache_compile(module.forward, cache_dir=folder), torch.randn(2, 8)
+    assert torch.allclose(cached(x), module(x), atol=1e-6)
+    monkeypatch.setattr(Noisy, "finish", lambda self, x: x * 3)
+    assert torch.allclose(cached(x), module(x), atol=1e-6)
+    monkeypatch.undo()
+    assert torch.allclose(cached(x), module(x), atol=1e-6)
+    module.register_forward_hook(lambda module, args, out: out * 5)
+    assert cached.tier == "fx"
+
+
 def test_a_folder_that_cannot_be_written(caplog):
     module, x = make(), torch.randn(1, 10, 32)
     cached = cache_compile(module.forward, cache_dir="/proc/no_folder")
