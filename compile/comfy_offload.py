@@ -7,6 +7,7 @@ time: the same graph serves every block, however the model is split. Costs the m
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 
 import comfy.ops
@@ -17,6 +18,8 @@ from ..int8.comfy_lora import Int8Lora
 
 # What ComfyUI sets on a layer that it offloads (ModelPatcher.load).
 _STATE = ("comfy_cast_weights", "weight_function", "bias_function")
+# layer -> two empty lists, the same at each call: what a block depends on is compared by identity first (describe.Watch).
+_NO_PATCHES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[list, list]] = weakref.WeakKeyDictionary()
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:
@@ -61,7 +64,7 @@ def _fetched(layer, x: torch.Tensor):
     state = {name: layer.__dict__.pop(name) for name in _STATE if name in layer.__dict__}
     before = {name: layer._parameters[name] for name in parameters}
     try:
-        layer.weight_function, layer.bias_function = [], []  # as on a layer that was loaded whole
+        layer.weight_function, layer.bias_function = _no_patches(layer)  # as on a layer that was loaded whole
         for name, tensor in parameters.items():
             layer._parameters[name] = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
         yield
@@ -70,3 +73,10 @@ def _fetched(layer, x: torch.Tensor):
         for name in _STATE:
             layer.__dict__.pop(name, None)
         layer.__dict__.update(state)
+
+
+def _no_patches(layer) -> tuple[list, list]:
+    lists = _NO_PATCHES.get(layer)
+    if lists is None or any(lists):  # somebody has put a patch there
+        lists = _NO_PATCHES[layer] = [], []
+    return lists
