@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_NAMES = ("flux", "wan", "clip", "taef1", "loras")
-# flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with two levels.
+# flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with the first level only.
 ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "sd15")
 
 HIDDEN = 256  # two heads of 128, the head size that both families fix
@@ -143,8 +143,8 @@ def sd15(device: str):
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     return UNetModel(
-        image_size=32, in_channels=4, model_channels=320, out_channels=4, num_res_blocks=[1, 1], channel_mult=[1, 1], num_heads=8,
-        use_spatial_transformer=True, transformer_depth=[1, 1], transformer_depth_output=[1] * 4, transformer_depth_middle=1,
+        image_size=32, in_channels=4, model_channels=320, out_channels=4, num_res_blocks=[1], channel_mult=[1], num_heads=8,
+        use_spatial_transformer=True, transformer_depth=[1], transformer_depth_output=[1, 1], transformer_depth_middle=1,
         context_dim=768, legacy=False, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
     )
 

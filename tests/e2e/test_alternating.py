@@ -13,31 +13,33 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.comfy_server import ComfyServer
+from benchmarks.comfy_server import ComfyServer, find_comfyui
 from benchmarks.tiny_models import cache_dir, make_models
 from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_prompt, wan_prompt
 
-from ..conftest import COMFYUI
 from .conftest import GPU_ATTENTION, difference, latent
 
 pytestmark = pytest.mark.e2e
 ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "12"))
 SEED = int(os.environ.get("INT8_COMPILE_ORDERS_SEED", "0"))
 BACKEND = os.environ.get("INT8_COMPILE_ORDERS_BACKEND", "aot_eager")
-SAME = 1e-3  # INT8 models are 5e-3 and more from float and from one another
+SAME = 1e-3
+# Inductor's code differs from eager in the last bits. In INT8 a rounding then goes the other way here and there, and later ones with it:
+# part of the INT8 noise is another. What is computed by other weights is at least the whole of it away.
+OF_INT8_NOISE = 0.75
 BUILD_SECONDS = 600
 
 # Steps: of a first sampling smoothquant and auto look at three.
 FAMILIES = {
     "flux": lambda **inputs: flux_prompt(width=64, height=64, steps=2, **inputs),
-    "wan": lambda **inputs: wan_prompt(steps=2, **inputs),
+    "wan": lambda **inputs: wan_prompt(steps=2, cfg=2.0, **inputs),
     "sd15": lambda **inputs: sd15_prompt(width=64, height=64, steps=2, **inputs),
 }
 LAST_BLOCKS = {"flux": "single_blocks.*", "wan": "blocks.3.*", "sd15": "output_blocks.*"}
 COMPILES = "CompileModel", "INT8LazyTorchCompile"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A family's model, with a LoRA or not, and what is done to it. quantize: inputs of INT8 Quantize Model. compile: a compile node and
     inputs of it. modes: of Apply Modes."""
@@ -58,6 +60,12 @@ class Model:
         return self.compile is not None and self.compile[1].get("background", False)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it computes as eager does, to the last bits, but for float32's."""
+        in_int8 = self.quantize is not None or any(_name(mode) == "int8" for mode in self.modes or ())
+        return not (in_int8 and self.is_compiled) or (BACKEND == "aot_eager" and (self.modes or self.compile[0] == "CompileModel"))
+
+    @property
     def eager(self) -> str:
         """Which image it is to make: that of the same inputs without compile."""
         modes = [mode for mode in self.modes or () if _name(mode) != "compile"]
@@ -72,7 +80,9 @@ class Model:
         nodes = [defaults("INT8QuantizeModel", **self.quantize)] if self.quantize is not None else []
         if self.modes is not None:
             nodes.append(("ApplyModes", {"modes": json.dumps([mode for mode in self.modes if compiled or _name(mode) != "compile"])}))
-        return nodes + [defaults(self.compile[0], **self.compile[1])] * (compiled and self.compile is not None)
+        if compiled and self.compile is not None:
+            nodes.append(defaults(self.compile[0], **self.compile[1]))
+        return nodes
 
     def prompt(self, defaults, compiled: bool = True) -> dict:
         lora = (f"tiny_{self.family}_a.safetensors", self.lora) if self.lora else None
@@ -120,7 +130,7 @@ class Turns:
     def __init__(self, server: ComfyServer):
         self.server = server
         self.images: dict[str, object] = {}  # eager ones
-        self.graphs: dict[str, int] = {}  # by Model.code
+        self.graphs: dict[str, int] = {}  # by Model.code, of those that ComfyUI has loaded
         self.seen: set[Model] = set()
         self.wrong: list[str] = []
         self.number = 0
@@ -128,19 +138,28 @@ class Turns:
     def defaults(self, node_id: str, **inputs):
         return node_id, {**self.server.defaults(node_id), **inputs}
 
-    def sample(self, prompt: dict):
+    def sample(self, model: Model, compiled: bool):
         self.number += 1
-        result = self.server.run(sampled_again(prompt, self.number))
+        result = self.server.run(sampled_again(model.prompt(self.defaults, compiled), self.number))
+        if "unet" not in result.cached_nodes:  # another family's prompt took its place: it was loaded anew
+            for known in [known for known in self.seen if known.family == model.family]:
+                self.seen.remove(known)
+                self.graphs.pop(known.code, None)
         return latent(self.server, result), result
+
+    def eager(self, model: Model):
+        if model.eager not in self.images:
+            self.images[model.eager], _ = self.sample(model, compiled=False)
+        return self.images[model.eager]
 
     def take(self, model: Model, built: bool = False) -> dict:
         """Samples model and returns the last step's calls of blocks. built: what is compiled in the background has been."""
-        if model.eager not in self.images:
-            self.images[model.eager], _ = self.sample(model.prompt(self.defaults, compiled=False))
-        image, result = self.sample(model.prompt(self.defaults))
-        off = difference(image, self.images[model.eager])
-        if not off < SAME:
-            self.wrong.append(f"{model.family}, {model.name}: {off:.1e} from its eager image")
+        want = self.eager(model)
+        bound = SAME if model.is_exact else OF_INT8_NOISE * difference(want, self.eager(Model(model.family, "untouched", lora=model.lora)))
+        image, result = self.sample(model, compiled=True)
+        off = difference(image, want)
+        if not off < bound:
+            self.wrong.append(f"{model.family}, {model.name}: {off:.1e} from its eager image, more than {bound:.1e}")
         calls: dict = {}
         if model.is_compiled:
             report = reports(result.outputs)[-1]
@@ -185,7 +204,7 @@ class Turns:
 
 @pytest.fixture(scope="module")
 def all_models(models_dir):
-    return make_models(COMFYUI, cache_dir(), ("sd15",))
+    return make_models(find_comfyui(), cache_dir(), ("sd15",))
 
 
 def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, all_models):
@@ -194,8 +213,8 @@ def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, a
     with serve(extra_args=GPU_ATTENTION, env={"INT8_COMPILE_CACHE": "0"}) as server:
         turns = Turns(server)
         flux, wan, unet = (models(family, {} if family == "wan" else None) for family in FAMILIES)
-        turns.alternate([*flux, *wan], ORDERS - ORDERS // 4, rng)
-        turns.alternate(unet, ORDERS // 4, rng)
+        turns.alternate([*flux, *wan], ORDERS - ORDERS // 8, rng)
+        turns.alternate(unet, ORDERS // 8, rng)
         turns.verify()
 
 
