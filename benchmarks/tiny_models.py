@@ -1,6 +1,6 @@
 """Small random checkpoints of ComfyUI's own model classes, which its stock loaders recognise.
 
-They have the layout of real Flux and Wan checkpoints, weights that keep activations near unit scale, and
+They have the layout of real Flux, Wan and SD1.5 checkpoints, weights that keep activations near unit scale, and
 fixed seeds, so that a whole workflow runs in about a second on a CPU and its latents can be compared.
 ComfyUI before 0.9.0 takes every Flux for one of 24 heads and fails on the tiny one; Wan loads everywhere.
 
@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_NAMES = ("flux", "wan", "clip", "taef1", "loras")
-ALL_NAMES = (*DEFAULT_NAMES, "flux_57")  # 57 blocks like the real Flux: a model for compile times
+# flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with the first level only.
+ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "sd15")
 
 HIDDEN = 256  # two heads of 128, the head size that both families fix
 LORA_RANK = 4
 LORA_SIZE = 0.25  # ||delta W|| / ||W|| at strength 1
 FLUX_LORA_LAYERS = ("_attn.qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2")
 WAN_LORA_LAYERS = ("_attn.q", "_attn.k", "_attn.v", "_attn.o", ".ffn.0", ".ffn.2")
+SD15_LORA_LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
 def cache_dir() -> Path:
@@ -58,6 +60,10 @@ def builders() -> dict:
         "flux": {"diffusion_models/tiny_flux.safetensors": lambda: flux_weights(2, 3, seed=1)},
         "flux_57": {"diffusion_models/flux_57.safetensors": lambda: flux_weights(19, 38, seed=2)},
         "wan": {"diffusion_models/tiny_wan.safetensors": lambda: wan_weights(4, seed=3)},
+        "sd15": {
+            "diffusion_models/tiny_sd15.safetensors": lambda: sd15_weights(seed=10),
+            "loras/tiny_sd15_a.safetensors": lambda: peft_lora(sd15("meta"), SD15_LORA_LAYERS, seed=11),
+        },
         "clip": {"text_encoders/tiny_clip_l.safetensors": lambda: clip_l_weights(seed=4)},
         "taef1": {
             "vae_approx/taef1_encoder.safetensors": lambda: taesd_weights("Encoder", seed=5),
@@ -128,6 +134,25 @@ def wan_weights(layers: int, seed: int) -> dict:
     import torch
 
     return {name: weight.to(torch.bfloat16) for name, weight in fill(wan(layers, "cpu"), seed).state_dict().items()}
+
+
+def sd15(device: str):
+    """320 channels, 8 heads and a context of 768, by which ComfyUI knows SD1.5."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(
+        image_size=32, in_channels=4, model_channels=320, out_channels=4, num_res_blocks=[1], channel_mult=[1], num_heads=8,
+        use_spatial_transformer=True, transformer_depth=[1], transformer_depth_output=[1, 1], transformer_depth_middle=1,
+        context_dim=768, legacy=False, dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
+    )
+
+
+def sd15_weights(seed: int) -> dict:
+    import torch
+
+    return {name: weight.to(torch.bfloat16) for name, weight in fill(sd15("cpu"), seed).state_dict().items()}
 
 
 def clip_l_weights(seed: int) -> dict:

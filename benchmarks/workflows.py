@@ -56,12 +56,39 @@ def wan_prompt(
     return _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix)
 
 
-def _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix) -> dict:
+def sd15_prompt(
+    *,
+    width: int = 128,
+    height: int = 128,
+    batch: int = 1,
+    steps: int = 4,
+    seed: int = 1,
+    cfg: float = 3.0,
+    text: str = "a red fox",
+    lora: tuple[str, float] | None = None,
+    model_nodes: Sequence[Node] = (),
+    prefix: str = "sd15",
+    unet: str | Node = "tiny_sd15.safetensors",
+) -> dict:
+    """Text to image: saves a latent [batch, 4, height/8, width/8]."""
+    latent = ("EmptyLatentImage", {"width": width, "height": height, "batch_size": batch})
+    return _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix, clip_type="stable_diffusion")
+
+
+def sampled_again(prompt: dict, number: int) -> dict:
+    """The same prompt to its image, but not to ComfyUI, which would serve the sampler's latent of last time: the empty latent is multiplied
+    by another number, which leaves it empty."""
+    prompt["again"] = _node("LatentMultiply", samples=["latent", 0], multiplier=1 + number / 1024)
+    prompt["sampler"]["inputs"]["latent_image"] = ["again", 0]
+    return prompt
+
+
+def _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix, clip_type="sd3") -> dict:
     if isinstance(unet, str):
         unet = ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})
     prompt = {
         "unet": _node(unet[0], **unet[1]),
-        "clip": _node("CLIPLoader", clip_name="tiny_clip_l.safetensors", type="sd3"),
+        "clip": _node("CLIPLoader", clip_name="tiny_clip_l.safetensors", type=clip_type),
         "positive": _node("CLIPTextEncode", text=text, clip=["clip", 0]),
         "negative": _node("CLIPTextEncode", text="", clip=["clip", 0]),
         "latent": _node(latent[0], **latent[1]),
@@ -83,3 +110,8 @@ def _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, pr
 
 def _node(class_type: str, **inputs) -> dict:
     return {"class_type": class_type, "inputs": inputs}
+
+
+def reports(outputs: dict) -> list[dict]:
+    """What this pack's nodes say in a prompt's outputs that they did: "status", "warnings" and "details", in the order of their ids."""
+    return [entry for node in sorted(outputs) for entry in outputs[node].get("int8_compile", [[]])[0]]

@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..int8 import comfy_core
 from ..int8.comfy_calibrate import CALIBRATING
-from ..int8.comfy_ops import pristine_parameter
+from ..int8.comfy_ops import patch_linear_input_act, pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
 from .comfy_cache import get_cache
@@ -59,6 +59,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         states = _COMPILED.setdefault(model, {})
         key = (target, options, device)
         if key not in states:
+            patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
             states[key] = _State(CompiledModule(options, device, get_cache()))
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
