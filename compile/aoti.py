@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import warmup
-from .cache_block import Spec, attributes_of, classes_of, load_skeleton
+from .cache_block import Spec, attributes_of, classes_of, load_skeleton, module_classes
 from .cache_call import LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, rebuild
 from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
@@ -140,7 +140,7 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
-             "classes": classes_of(traced.block, names),
+             "classes": classes_of(module_classes(traced.block), names),
              "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
              "sources": sources_of(found, names), "torch": torch.__version__}
     program = traced.program

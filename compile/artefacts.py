@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cache_key
 from .aoti import Artefact, Job, varying
 from .builder import Builder, Order
-from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, module_classes, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
 from .cache_sources import Sources
 from .cache_store import CacheStore, Damaged
@@ -35,12 +35,17 @@ class Cache:
     host: Callable[[], dict] = dict
 
 
+# Steps in which an artefact is looked at before each block: whether the model changes between blocks what they read.
+YOUNG = 2
+
+
 @dataclass
 class _Loaded:
     artefact: Artefact
     sources: Sources
     classes: ClassGuards
     usable: bool = True
+    young: int = YOUNG
 
 
 class BlockInfo:
@@ -72,7 +77,7 @@ class RegionArtefacts:
         self._note = note
         self._place = ""
         self._specs: list = []
-        self._example: weakref.ref | None = None  # one of the blocks
+        self._kinds: list[type] = []  # classes of the blocks' modules
         self._loaded: dict[tuple, list[_Loaded]] = {}
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
@@ -97,6 +102,7 @@ class RegionArtefacts:
             self._load()
         for group in self._loaded.values():
             for loaded in group:
+                loaded.young -= loaded.young > 0
                 changed = loaded.sources.mismatch() or loaded.classes.difference()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
@@ -109,10 +115,15 @@ class RegionArtefacts:
             return MISSING
         try:
             call = flatten(args, kwargs)
+            if len(set(map(id, call.leaves))) < len(call.leaves):
+                return MISSING  # the block may ask whether two of its arguments are one
             if info.weights is None:
                 self._learn(block, info)
             for loaded in self._loaded.get(call.structure, ()):
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
+                    if loaded.young and (changed := loaded.sources.mismatch() or loaded.classes.difference()):
+                        loaded.usable = False
+                        raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
                         return MISSING
@@ -123,9 +134,9 @@ class RegionArtefacts:
         return MISSING
 
     def _learn(self, block: torch.nn.Module, info: BlockInfo) -> None:
-        self._example = weakref.ref(block)
         if not self._place:
             structure = structure_of(block)
+            self._kinds = module_classes(block)
             self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
             group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
             self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
@@ -166,7 +177,7 @@ class RegionArtefacts:
                 self._note("not used", self._name, f"its artefact cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
-            classes = ClassGuards(self._example(), artefact.classes, artefact.names)
+            classes = ClassGuards(self._kinds, artefact.classes, artefact.names)
             self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 

@@ -22,7 +22,7 @@ from . import cache_key, warmup
 from .aoti import FILES, READABLE, Artefact, build, varying
 from .artefacts import MAX_SIGNATURES, job_of
 from .block_tree import Hooks, has_global_hooks
-from .cache_block import BlockGuards, ClassGuards, Weights, classes_of, copy_skeleton, spec_of, structure_of, tensors_of
+from .cache_block import BlockGuards, ClassGuards, Weights, classes_of, copy_skeleton, module_classes, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match
 from .cache_sources import Sources
 from .cache_store import CacheError, CacheStore, Damaged, default_key_file
@@ -186,9 +186,9 @@ class CachedMethod:
         if self._jit is None:
             logger.warning("compile cache: %s is not kept on disk: %s", self.method.__qualname__, reason)
             self._jit = torch.compile(self.method, dynamic=None if self._dynamic else False, options=self._config or None)
-            module = self.method.__self__
-            self._classes = ClassGuards(module, classes_of(module, Names(None), lenient=True), Names(None), lenient=True)
-            self._hooks = Hooks(module)
+            kinds = module_classes(self.method.__self__)
+            self._classes = ClassGuards(kinds, classes_of(kinds, Names(None), lenient=True), Names(None), lenient=True)
+            self._hooks = Hooks(self.method.__self__)
 
     def _run_jit(self, args, kwargs):
         if self._jit is None:
@@ -216,7 +216,7 @@ class _Method:
         self.artefact = Artefact(entry, _device(call))
         self.weights = Weights(module, [spec_of(tensor) for _, tensor in tensors_of(module)], _device(call))
         self._guards = BlockGuards(module, self.artefact.attributes, names)
-        self._classes = ClassGuards(module, self.artefact.classes, names)
+        self._classes = ClassGuards(module_classes(module), self.artefact.classes, names)
         self._hooks = Hooks(module)
         if not self._guards.is_unchanged() or self._classes.difference():
             raise Unsupported(f"{self._guards.difference or self._classes.difference()} differs")

@@ -5,6 +5,7 @@ Parameters are inputs of an artefact: one serves every block of a class, with a 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import operator
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .cache_call import Unsupported, layout
-from .describe import Describer, Names, Watch, path_of
+from .cache_sources import identifiers
+from .describe import Describer, Names, Watch, is_pristine_package, path_of
 
 # A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
@@ -72,9 +74,10 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
     for path, module in modules.items():
         if hasattr(module, TENSORS):
             continue
-        state = module.__dict__
+        state, read = module.__dict__, _read_by_torch(type(module))
         for name in sorted(state):
-            if name not in _MODULE_STATE and (name in names or hasattr(type(module), name)):
+            if name not in _MODULE_STATE and (name in names or name in read or hasattr(type(module), name) or name in module._parameters
+                                              or name in module._buffers):
                 if watch is not None:
                     watch.binding(state, name, state[name])
                 try:
@@ -85,21 +88,32 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
     return result
 
 
-def classes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
-    """[[class, description]] of the classes of block's modules, with forward and the methods and class attributes of these names: another
+@functools.lru_cache(1024)
+def _read_by_torch(kind: type) -> frozenset[str]:
+    """Names of attributes that torch's own layers among kind's bases read (eps, padding_mode)."""
+    functions = [value for base in kind.__mro__ if base not in (object, torch.nn.Module) and is_pristine_package(base.__module__)
+                 for value in vars(base).values() if isinstance(value, types.FunctionType) and value.__name__ != "__init__"]
+    return frozenset(name for function in functions for name in identifiers(function.__code__))
+
+
+def module_classes(block: torch.nn.Module) -> list[type]:
+    return list(dict.fromkeys(type(m) for m in block.modules() if not hasattr(m, TENSORS)))
+
+
+def classes_of(kinds: list[type], names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
+    """[[class, description]] of the classes of a block's modules, with forward and the methods and class attributes of these names: another
     pack may have put its own there. Raises Unsupported."""
     describe = Describer(names, watch, lenient=lenient)
-    classes = dict.fromkeys(type(m) for m in block.modules() if not hasattr(m, TENSORS))
-    return sorted([path_of(kind), describe(kind)] for kind in classes)
+    return sorted([path_of(kind), describe(kind)] for kind in kinds)
 
 
 class ClassGuards:
     """Checks that the classes of a block's modules are as they were when an artefact was traced. Asked once a step.
 
-    expected: classes_of the traced block."""
+    kinds: these. expected: classes_of those of the traced block."""
 
-    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names, lenient: bool = False):
-        self._block = weakref.ref(block)
+    def __init__(self, kinds: list[type], expected: list[list], names: Names, lenient: bool = False):
+        self._kinds = kinds
         self._expected = expected
         self._names = names
         self._lenient = lenient
@@ -109,12 +123,9 @@ class ClassGuards:
     def difference(self) -> str:
         """A class that is another one now, empty where there is none."""
         if self._watch is None or not self._watch.unchanged():
-            block = self._block()
-            if block is None:
-                return self._difference
             self._watch = Watch()
             try:
-                found = classes_of(block, self._names, self._watch, self._lenient)
+                found = classes_of(self._kinds, self._names, self._watch, self._lenient)
             except Unsupported as error:
                 self._difference = str(error)
             else:
@@ -210,7 +221,7 @@ class Weights:
         made: dict = {}
         if len(self._owners) != len(self._shapes) or list(map(len, self._spaces)) != self._sizes:
             return None
-        result = [owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
+        result = [owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
         if not (_PLAIN.issuperset(map(type, result)) and list(map(_shape_of, result)) == self._shapes
                 and list(map(_dtype_of, result)) == self._dtypes and list(map(_device_of, result)) == self._devices):
             return None
@@ -218,10 +229,10 @@ class Weights:
             if not (tensor.is_contiguous() if kind == "c" else layout(tensor) == kind):
                 return None
         for owner, name in self._absent:
-            if owner[name] is not None:
+            if owner.get(name) is not None:
                 return None
         for owner, name, index in self._ties:
-            if (owner[name] if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
+            if (owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
                 return None
         return result
 

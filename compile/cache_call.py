@@ -35,7 +35,7 @@ def flatten(args: tuple, kwargs: dict) -> Call:
     """Raises Unsupported for an argument that is neither a tensor nor a simple value."""
     leaves: list[Tensor] = []
     options: list[dict] = []
-    return Call((_shape_of(args, leaves, options), _shape_of(dict(sorted(kwargs.items())), leaves, options, True)), leaves, options)
+    return Call((_shape_of(args, leaves, options), _shape_of(kwargs, leaves, options, True)), leaves, options)
 
 
 def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
@@ -48,9 +48,9 @@ def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
         if function_at(value.__module__, value.__qualname__) is not value:
             raise Unsupported(f"an argument is the function {value.__qualname__}, which its name does not lead to")
         return "function", value.__module__, value.__qualname__
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list, torch.Size):
         return (type(value).__name__, *[_shape_of(item, leaves, options) for item in value])
-    if isinstance(value, dict):
+    if type(value) is dict:
         if not is_kwargs and not any(isinstance(item, Tensor) for key, item in value.items() if key not in BOOKKEEPING):
             options.append(value)
             return "options"
@@ -78,8 +78,8 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
         if kind == "function":
             importlib.import_module(items[0])
             return function_at(*items)
-        if kind in ("tuple", "list"):
-            return {"tuple": tuple, "list": list}[kind](value(item) for item in items)
+        if kind in ("tuple", "list", "Size"):
+            return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](value(item) for item in items)
         if kind == "dict":
             return {key: value(item) for key, item in items}
         return items[0]
@@ -151,7 +151,20 @@ class OptionReads(dict):
     def __eq__(self, other):
         return dict.__eq__(self._all(), other)
 
+    def __ne__(self, other):
+        return not self == other
+
     __hash__ = None
+
+    def pop(self, key, *default):
+        if key in self:
+            raise Unsupported("it changes transformer_options")
+        return super().pop(key, *default)
+
+    def popitem(self):
+        raise Unsupported("it changes transformer_options")
+
+    clear = popitem
 
     def __iter__(self):
         return dict.__iter__(self._all())
@@ -201,23 +214,22 @@ class OptionReads(dict):
             self[key] = value
 
     def writes(self) -> dict:
-        """{key: constant} of what was written, for the caller to write again. Bookkeeping of sizes is left out: who reads it is refused.
-        Raises Unsupported for anything else that was changed."""
+        """{key: constant} of what was written, for the caller to write again. Raises Unsupported for anything else that was changed."""
         changed = {key: value for key, value in dict.items(self) if key not in self._before or value is not self._before[key]}
         constants = {key: value for key, value in changed.items() if type(value) in CONSTANTS}
-        if changed.keys() - constants.keys() - BOOKKEEPING or self._before.keys() - dict.keys(self):
+        if changed.keys() - constants.keys() or self._before.keys() - dict.keys(self):
             raise Unsupported("it changes transformer_options")
         return constants
 
     def constants(self) -> dict:
-        """{key: value} of what was read and can change a result, values as option_value gives them; "": the keys but for bookkeeping,
-        where they counted. Raises Unsupported."""
+        """{key: value} of what was read and can change a result, values as option_value gives them; "": all keys, where they counted.
+        Raises Unsupported."""
         found = {key: option_value(self._before, key) for key in sorted(self.read - {""})}
         return {**found, "": ["keys", *_keys(self._before)]} if "" in self.read else found
 
 
 def _keys(options: dict) -> list[str]:
-    return sorted(map(str, dict.keys(options) - BOOKKEEPING))
+    return sorted(map(str, dict.keys(options)))
 
 
 class _Untouchable:

@@ -40,6 +40,9 @@ _ROOT = __name__.rpartition(".compile.")[0]
 _STARTED = time.time()
 # Builtins whose answer differs from call to call.
 _CLOCKS = {getattr(time, name) for name in ("time", "time_ns", "monotonic", "perf_counter", "perf_counter_ns", "monotonic_ns")}
+# Builtins that answer from outside the process or its values.
+_OUTSIDE = {open, id, input}
+_OUTSIDE_MODULES = ("posix", "nt", "_io", "_thread", "_socket", "select")
 # What reads attributes by names that the code does not contain.
 _BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 _ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__")
@@ -106,11 +109,14 @@ def recording() -> Iterator[Recording]:
                 found._refuse("it reads an environment variable")
             elif frame.f_globals is random.__dict__ and _caller_counts(frame, is_skipped):
                 found._refuse(f"it draws random numbers (random.{code.co_name})")
-        elif event == "c_call" and not is_skipped(frame):
-            owner = getattr(value, "__self__", None)
+        elif event == "c_call" and (not is_skipped(frame) or (_is_library(frame) and _caller_counts(frame, is_skipped))):
+            owner, module = getattr(value, "__self__", None), getattr(value, "__module__", None)
+            if ((value in _OUTSIDE or module in _OUTSIDE_MODULES or getattr(owner, "__module__", "") == "datetime")
+                    and value is not os.fspath and not _in_import(frame)):
+                found._refuse(f"it asks something outside of it ({value.__name__})")
             if isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy.random"):
                 found._refuse(f"it draws random numbers ({value.__name__})")
-            elif value in _CLOCKS:
+            elif value in _CLOCKS or (getattr(value, "__module__", None) == "time" and value.__name__ != "sleep"):
                 found._refuse(f"it reads the clock (time.{value.__name__})")
     before = sys.getprofile()
     sys.setprofile(profile)
@@ -123,11 +129,15 @@ def recording() -> Iterator[Recording]:
 def _caller_counts(frame, is_skipped) -> bool:
     """Whether a function of Python's library works for the code that is traced, not for torch: by the first frame outside the library."""
     frame = frame.f_back
-    while frame is not None and frame.f_code.co_filename.startswith((_SKIPPED_FOLDERS[1], "<frozen")):
-        if "site-packages" in frame.f_code.co_filename:
-            break
+    while frame is not None and _is_library(frame):
         frame = frame.f_back
     return frame is not None and not is_skipped(frame)
+
+
+def _is_library(frame) -> bool:
+    """Whether it is Python's own."""
+    path = frame.f_code.co_filename
+    return path.startswith((_SKIPPED_FOLDERS[1], "<frozen")) and "site-packages" not in path
 
 
 def _in_import(frame) -> bool:
@@ -151,8 +161,8 @@ def identifiers(code: types.CodeType) -> frozenset[str]:
     """Names of attributes and globals, and texts that may be one (getattr)."""
     names = set(code.co_names)
     for constant in code.co_consts:
-        if isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
+        if isinstance(constant, str) and len(constant) < 200:
+            names.update(part for part in constant.split(".") if part.isidentifier())
         elif isinstance(constant, types.CodeType):
             names |= identifiers(constant)
         elif isinstance(constant, tuple):
@@ -202,11 +212,15 @@ def sources_of(recorded: Recording, names: Names, lenient: bool = False) -> list
 
     lenient: of code that this process itself has traced, whose files and odd values dynamo looks after. Raises Unsupported without."""
     result = {} if lenient else {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
+    called = frozenset((portable(module), name) for module, name in recorded.functions)
+    covered: set[types.CodeType] = set()
     for module, name in recorded.functions:
         function = _resolve(module, name)[0]
         if function is not None:
-            result[portable(module), name] = _fingerprint(function, Describer(names, lenient=lenient))
-    result["torch", "Tensor"] = _patched_methods(names, Watch())
+            result[portable(module), name] = _fingerprint(function, Describer(names, lenient=lenient), called, covered=covered)
+        else:
+            result.setdefault((portable(module), name), "")  # no place of its own
+    result["torch", "Tensor"] = _patched_functions(names, Watch())
     return [[*key, value] for key, value in sorted(result.items())]
 
 
@@ -220,6 +234,10 @@ class Sources:
         self._watch: Watch | None = None
         self._mismatch = ""
 
+    @property
+    def called(self) -> frozenset[tuple[str, str]]:
+        return frozenset((module, name) for module, name, _ in self._recorded if name)
+
     def mismatch(self) -> str:
         """The first function that is another one here, empty where all are the same. Fast where nothing has changed since."""
         if self._watch is None or not self._watch.unchanged():
@@ -231,29 +249,47 @@ class Sources:
         return self._mismatch
 
     def _look(self) -> str:
+        called = self.called
         for module, name, expected in self._recorded:
+            if name and not expected and (module, name) != ("torch", "Tensor"):
+                continue
             if not name:
                 if _file_digest(local(module)) != expected:
                     return module
             elif (module, name) == ("torch", "Tensor"):
-                if _patched_methods(self._names, self._watch) != expected:
+                if _patched_functions(self._names, self._watch) != expected:
                     return "torch.Tensor"
             else:
                 function, bindings = _resolve(local(module), name)
                 for binding in bindings:
                     self._watch.binding(*binding)
                 describe = Describer(self._names, self._watch, lenient=self._lenient)
-                if function is None or _fingerprint(function, describe, self._watch) != expected:
+                if function is None or _fingerprint(function, describe, called, self._watch) != expected:
                     return f"{module}.{name}"
         return ""
 
 
-def _fingerprint(function: types.FunctionType, describe: Describer, watch: Watch | None = None) -> str:
-    """Of a function and of what its global names stand for."""
+def _fingerprint(function: types.FunctionType, describe: Describer, called: frozenset[tuple[str, str]], watch: Watch | None = None,
+                 covered: set[types.CodeType] | None = None) -> str:
+    """Of a function and of what its global names stand for; and of those that it leads to (behind a decorator, in a table of lambdas) and
+    that the trace called. called: (module, qualified name) of these."""
     watch = watch or Watch()
     parts = [describe(function)]
+    seen = [function]
+    _add_globals(function, describe, watch, parts)
+    for met in describe.met:  # grows
+        if met not in seen and (portable(met.__module__ or ""), met.__qualname__) in called:
+            seen.append(met)
+            _add_globals(met, describe, watch, parts)
+    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()[:24]
+
+
+def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch, parts: list[str]) -> None:
     used = sorted(_global_names(function.__code__))
     spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
+    # What is imported inside the function is a local name there.
+    spaces += [(vars(module), _package_folder(name)) for name in used if name not in function.__globals__
+               and isinstance(module := sys.modules.get(name), types.ModuleType)]
     for space, folder in spaces:
         for name in used:
             value = space.get(name, ABSENT)
@@ -266,7 +302,6 @@ def _fingerprint(function: types.FunctionType, describe: Describer, watch: Watch
                     spaces.append((value.__dict__, _package_folder(value.__name__)))
             elif value is not ABSENT and not (folder and _is_its_own(value, folder)):
                 parts.append(f"{name}={describe(value)}")
-    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()[:24]
 
 
 @functools.lru_cache(1024)
@@ -288,17 +323,20 @@ def _is_its_own(value, folder: str) -> bool:
     return folder in _SKIPPED_FOLDERS or not isinstance(value, (bool, int, float, str, type(None), enum.Enum))
 
 
-def _patched_methods(names: Names, watch: Watch) -> str:
-    """What others have put in the place of torch.Tensor's methods of these names."""
+def _patched_functions(names: Names, watch: Watch) -> str:
+    """What others have put in the place of torch's functions: in torch.nn.functional, which torch's own layers call, and of torch.Tensor's
+    methods the operators and those of these names."""
     found = []
-    for space in (vars(torch.Tensor), vars(torch.Tensor.__base__)):
+    for space, all_names in ((vars(torch.nn.functional), True), (vars(torch.Tensor), False), (vars(torch.Tensor.__base__), False)):
         watch.size(space)
-        for name in sorted(names.exact if names.items is not None else space):
-            value = space.get(name, ABSENT)
-            if value is not ABSENT:
+        for name in sorted(space):
+            value = space[name]
+            if not (all_names or name in names or name.startswith("__")):
+                continue
+            if isinstance(value, (types.FunctionType, functools.partial, types.MethodType, types.BuiltinFunctionType)):
                 watch.binding(space, name, value)
-                if isinstance(value, types.FunctionType) and not is_own(value, _SKIPPED_FOLDERS[0]):
-                    found.append(f"{name}={Describer(names, watch)(value)}")
+                if not is_own(value, _SKIPPED_FOLDERS[0]):
+                    found.append(f"{name}={Describer(names, watch, lenient=True)(value)}")
     return " ".join(found)
 
 

@@ -35,6 +35,8 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(El
 _IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
              types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+# What runs of a module without being named in its code.
+_CALLED = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _get, _get_of_class = dict.get, types.MappingProxyType.get
@@ -44,7 +46,7 @@ class Watch:
     """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
     Asked at every step or call, so its loops run in C."""
 
-    __slots__ = ("_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes")
+    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes")
 
     def __init__(self):
         self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
@@ -52,6 +54,8 @@ class Watch:
         self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
         self._functions: list[tuple] = []  # function, its code, its defaults
         self._cells: list[tuple[types.CellType, object]] = []
+        self._bases: list[tuple[type, tuple]] = []
+        self._attributes: list[tuple] = []
         self._containers: list[tuple[object, list]] = []
 
     def binding(self, space: dict | types.MappingProxyType, name: str, value) -> None:
@@ -68,6 +72,13 @@ class Watch:
     def function(self, function: types.FunctionType) -> None:
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         self._cells += [(cell, _content(cell)) for cell in function.__closure__ or ()]
+
+    def bases(self, kind: type) -> None:
+        self._bases.append((kind, kind.__mro__))
+
+    def attribute(self, owner, name: str, value) -> None:
+        """Of an object that keeps it elsewhere than in a dict (__slots__)."""
+        self._attributes.append((owner, name, value))
 
     def container(self, container, items: list) -> None:
         """items: of a list, set or deque; of a dict its keys, then its values."""
@@ -89,8 +100,14 @@ class Watch:
         for cell, content in self._cells:
             if _content(cell) is not content:
                 return False
+        for kind, bases in self._bases:
+            if kind.__mro__ is not bases:
+                return False
+        for owner, name, value in self._attributes:
+            if getattr(owner, name, ABSENT) is not value:
+                return False
         for container, items in self._containers:
-            now = [*container, *container.values()] if isinstance(container, dict) else container
+            now = [*container, *container.values()] if isinstance(container, (dict, types.MappingProxyType)) else container
             if len(now) != len(items) or not all(map(is_, now, items)):
                 return False
         return True
@@ -142,6 +159,7 @@ class Describer:
         self._lenient = lenient
         self._known: dict[int, str] = {}  # by id, of objects that are being described or have been
         self._alive: list = []  # so that no id is given twice
+        self.met: list[types.FunctionType] = []  # functions that were described
         self._count = 0
 
     def __call__(self, value) -> str:
@@ -163,7 +181,7 @@ class Describer:
 
     def _describe(self, value, kind: type) -> str:
         if isinstance(value, enum.Enum):
-            return f"enum {path_of(kind)}.{value.name} {self(value.value)}"
+            return f"enum {path_of(kind)}.{value.name} {self(value.value)} {' '.join(self._state(value))}"
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, type):
@@ -183,7 +201,7 @@ class Describer:
         if isinstance(value, functools.cached_property):
             return f"cached_property {self(value.func)}"
         if isinstance(value, (functools.partial, functools.partialmethod)):
-            return f"partial {self(value.func)} {self(value.args)} {self(dict(sorted(value.keywords.items())))}"
+            return f"partial {self(value.func)} {self(value.args)} {self(value.keywords)}"
         if isinstance(value, functools._lru_cache_wrapper):
             return f"lru_cache {self(value.__wrapped__)}"
         if isinstance(value, _BUILTINS):
@@ -201,25 +219,30 @@ class Describer:
         return self._object(value, kind)
 
     def _object(self, value, kind: type) -> str:
-        content, found = self._content(value), False
-        for state in (getattr(value, "__dict__", None), _slots(value)):
-            if isinstance(state, dict):
-                found = True
-                content += [f"{name}={self(item)}" for name, item in sorted(state.items()) if name in self._names]
-                if state is getattr(value, "__dict__", None):
-                    self._watch.size(state)
-                    for name in state:
-                        if name in self._names:
-                            self._watch.binding(state, name, state[name])
-        if not found and not isinstance(value, _CONTAINERS):
+        scalar = next((base for base in (int, float, complex, str, bytes) if isinstance(value, base)), None)
+        if not isinstance(value, _CONTAINERS) and scalar is None and not hasattr(value, "__dict__") and _slots(value) is None:
             return self._refuse(f"a {kind.__name__}", value)
-        return f"{self(kind)} {' '.join(content)}"
+        content = [scalar.__repr__(value)] if scalar is not None else self._content(value)
+        return f"{self(kind)} {' '.join([*content, *self._state(value)])}"
+
+    def _state(self, value) -> list[str]:
+        """Of an object's attributes."""
+        content = []
+        if isinstance(state := getattr(value, "__dict__", None), dict):
+            self._watch.size(state)
+            for name in sorted(filter(self._names.__contains__, state)):
+                self._watch.binding(state, name, state[name])
+                content.append(f"{name}={self(state[name])}")
+        for name, item in sorted((_slots(value) or {}).items()):
+            if name in self._names:
+                self._watch.attribute(value, name, item)
+                content.append(f"{name}={self(item)}")
+        return content
 
     def _content(self, value) -> list[str]:
         """Of a container."""
         if isinstance(value, (dict, types.MappingProxyType)):
-            if isinstance(value, dict):
-                self._watch.container(value, [*value, *value.values()])
+            self._watch.container(value, [*value, *value.values()])
             return [f"{self(key)}: {self(item)}" for key, item in value.items()]
         if isinstance(value, (set, frozenset)):
             if isinstance(value, set):
@@ -232,14 +255,20 @@ class Describer:
     def _function(self, function: types.FunctionType) -> str:
         """By its code and by what it was made with; what its global names stand for counts where it is called, see cache_sources."""
         self._watch.function(function)
+        self.met.append(function)
         parts = [f"function {portable(function.__module__ or '')}.{function.__qualname__}", code_digest(function.__code__)]
         parts += [self(value) for value in (function.__defaults__, function.__kwdefaults__) if value]
         parts += [self(content) for cell in function.__closure__ or () if (content := _content(cell)) is not ABSENT]
+        if function.__dict__:
+            parts.append(self(function.__dict__))
         return " ".join(parts)
 
     def _class(self, kind: type) -> str:
         """By its name, and by the methods and attributes that count; of torch's and Python's own classes what others have put there."""
+        self._watch.bases(kind)
         parts = [f"class {path_of(kind)}"]
+        if type(kind) is not type and not is_pristine_package(type(kind).__module__):
+            parts.append(self(type(kind)))
         for base in kind.__mro__:
             if base is object:
                 continue
@@ -248,7 +277,7 @@ class Describer:
             for name in sorted(space):
                 value = space[name]
                 function = _function_of(value)
-                if not (name in self._names or name == "forward" or (name.startswith("__") and isinstance(function, types.FunctionType))):
+                if not (name in self._names or name in _CALLED or (name.startswith("__") and isinstance(function, types.FunctionType))):
                     continue
                 self._watch.binding(space, name, value)
                 if not pristine:

@@ -6,7 +6,6 @@ What compiled code depends on is looked at (once a process, entry, step or call)
 from __future__ import annotations
 
 import contextlib
-import dis
 import logging
 import threading
 import weakref
@@ -32,7 +31,6 @@ Tell = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
 _VARYING = {dims: frozenset(varying(dims)) for dims in range(16)}
 _NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent)
-_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def _strided(value: Tensor) -> bool:
@@ -73,7 +71,7 @@ def _dense_copies(values: tuple) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def _is_models_own(error: Exception) -> bool:
-    """Whether the model's code, or another pack's, has raised it with these words: neither torch nor what it compiled."""
+    """Whether it came up in the model's code, or another pack's: neither in torch nor in what it compiled."""
     if type(error).__module__.partition(".")[0] in ("torch", "triton"):
         return False
     traceback = error.__traceback__
@@ -82,8 +80,7 @@ def _is_models_own(error: Exception) -> bool:
     if traceback is None:
         return False
     code = traceback.tb_frame.f_code
-    return (not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename
-            and code.co_code[traceback.tb_lasti] == _RAISE)
+    return not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename
 
 
 @dataclass
@@ -253,6 +250,7 @@ class CompiledModule:
         use_artefacts = filter_guards and self._artefacts_allowed()
         self.report.steps += 1
         if self._cache and self.options.background and not use_artefacts:
+            self._count({"artefact": 0, "graph": 0, "eager": len(self._regions.blocks)})
             return call()  # a compile in this process is what was not asked for
         outer = self._step
         scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
@@ -284,9 +282,12 @@ class CompiledModule:
                 block.mark = self.options.mark_sizes and (block.is_first or compiled)
         if compiled:
             self._record(step.scope)
-        if step.calls != self.report.last_calls:
-            self.report.last_calls, self._told = dict(step.calls), False
-        for kind, count in step.calls.items():
+        self._count(step.calls)
+
+    def _count(self, calls: dict[str, int]) -> None:
+        if calls != self.report.last_calls:
+            self.report.last_calls, self._told = dict(calls), False
+        for kind, count in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + count
 
     def call_block(self, module: torch.nn.Module, args: tuple, kwargs: dict):
@@ -359,7 +360,8 @@ class CompiledModule:
 
     def _artefacts_allowed(self) -> bool:
         """An artefact was made for inference, as it is without autocast."""
-        return self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
+        return (self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
+                and not torch._C._len_torch_function_stack())
 
     def _say(self, doing: str = "", progress: tuple[int, int] | None = None):
         if self._tell is not None and (doing or not self._told):

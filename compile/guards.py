@@ -59,4 +59,5 @@ def _is_by_core(entry) -> bool:
     core = sys.modules.get("comfy")
     stack = getattr(getattr(entry, "orig_guard", None), "user_stack", None) or ()
     reader = next((frame.filename for frame in reversed(stack) if not frame.filename.startswith(_NOT_READERS)), "")
-    return core is not None and any(reader.startswith(os.path.join(folder, "")) for folder in core.__path__)
+    # Where no reader is known dynamo guards what it writes back at the end, not what was read.
+    return not reader or (core is not None and any(reader.startswith(os.path.join(folder, "")) for folder in core.__path__))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import warmup
-from .cache_block import ClassGuards, classes_of
+from .cache_block import ClassGuards, classes_of, module_classes
 from .cache_sources import Recording, Sources, sources_of
 from .describe import is_own
 from .guards import GuardFilter
@@ -111,7 +111,8 @@ class _Compiled:
             found = Recording.of(self.backend.traced)
             names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
-            self.classes = ClassGuards(block, classes_of(block, names, lenient=True), names, lenient=True)
+            kinds = module_classes(block)
+            self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
 
 
 class RegionCode:

@@ -66,8 +66,8 @@ def exported(monkeypatch):
         path.write_text(str(len(_programs)))
         _programs[path.read_text()] = program.module(), len(job.tensors)
 
-    def load(path, device):
-        program, tensors = _programs[path.read_text()]
+    def load(entry, device):
+        program, tensors = _programs[entry.read("artifact.export").decode()]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
     monkeypatch.setitem(aoti.COMPILERS, "export", build)
     monkeypatch.setitem(aoti.LOADERS, "export", load)
