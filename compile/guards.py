@@ -17,7 +17,8 @@ BOOKKEEPING = {
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
-_NOT_READERS = "<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__
+_NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__,
+                os.path.dirname(os.path.abspath(__file__)))
 # Kinds of guards on the dict as a whole that change with the bookkeeping and say nothing about one key. Any other kind stays: torch 2.14
 # has DICT_NOT_CONTAINS where older ones have DICT_CONTAINS for a key that is absent.
 _OF_THE_WHOLE = {"ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",

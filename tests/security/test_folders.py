@@ -55,7 +55,8 @@ def test_no_setting_says_where_code_lies(cache, tmp_path):
 def test_a_folder_that_clients_reach_is_refused_in_one_line(cache, tmp_path, monkeypatch, caplog, inside):
     (tmp_path / "link").symlink_to(tmp_path / "output")
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / inside))
-    if not inside:  # around everything: then only what lies in the way of compiled code counts
+    if not inside:  # around everything: then only what lies in the way of compiled code counts, and the key must not be in it
+        monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path.with_name(f"{tmp_path.name}-key") / "cache.key"))
         cache.open_store()
         return
     where = r"(in ComfyUI's \w+ folder|among ComfyUI's user data)"
