@@ -20,8 +20,8 @@ _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
 _NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__,
                 os.path.dirname(os.path.abspath(__file__)))
 # Kinds of guards on the dict as a whole that change with the bookkeeping and say nothing about one key. Any other kind stays: torch 2.14
-# has DICT_NOT_CONTAINS where older ones have DICT_CONTAINS for a key that is absent.
-_OF_THE_WHOLE = {"ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",
+# has DICT_NOT_CONTAINS where older ones have DICT_CONTAINS for a key that is absent. (TYPE_MATCH compares the length too.)
+_OF_THE_WHOLE = {"TYPE_MATCH", "ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",
                  "MAPPING_KEYS_CHECK"}
 _KEY = re.compile(r"\['(\w+)'")
 
