@@ -57,6 +57,7 @@ INTERNALS = (
     Internal("torch._inductor.cpu_vec_isa.VecISA", "the probe of vector instructions", _WARM),
     Internal("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "the probe of vector instructions", _WARM),
     Internal("._arch_flags", "the probe of vector instructions", _WARM, file="torch/_inductor/cpu_vec_isa.py"),
+    Internal("torch._C._len_torch_function_stack", "no artefact runs under a torch function mode", "the pack's compiled models fail"),
     Internal("torch._guards.TracingContext.try_get", "which code dynamo has traced", _FAILED),
     Internal("torch._TorchCompileInductorWrapper", "what torch.compile makes of the backend's name", _FAILED),
     Internal("torch._dynamo.lookup_backend", "what torch.compile makes of another backend's name", _FAILED),
@@ -74,6 +75,7 @@ INTERNALS = (
     # torch: modules
     Internal("torch.nn.modules.conv._ConvNd", "whether a block is convolutional", "no INT8 node loads"),
     Internal("._call_impl", "the call of a module past what is compiled in its place", _FAILED, file=_MODULE),
+    Internal("._wrapped_call_impl", "another pack's function there is seen", "it is not", False, file=_MODULE),
     Internal("._compiled_call_impl", "the place of nn.Module.compile, where the compiled call is put", _FAILED, file=_MODULE),
     Internal("._parameters", "a module's own parameters, as they are stored", _FAILED, file=_MODULE),
     Internal("._buffers", "a module's own buffers, as they are stored", _FAILED, file=_MODULE),
@@ -95,4 +97,4 @@ INTERNALS = (
 )
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
-OWN = {"._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes", "._aoti"}
+OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes", "._aoti"}
