@@ -97,5 +97,5 @@ INTERNALS = (
 )
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
-OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function", "._int8_compile_modes",
-       "._aoti"}
+OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function",
+       "._int8_compile_modes", "._aoti"}
