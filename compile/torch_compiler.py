@@ -144,9 +144,6 @@ class RegionCode:
                 return f"{'torch.Tensor' if owner is torch.Tensor else owner.__name__}.{name}"
         return ""
 
-    def is_full(self, filter_guards: bool) -> bool:
-        return len(self._compiled[filter_guards]) >= MAX_STATES
-
     def after_compile(self, block: torch.nn.Module) -> None:
         """block: one of the region."""
         for compiled in (*self._compiled[False], *self._compiled[True]):
