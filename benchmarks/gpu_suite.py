@@ -34,6 +34,8 @@ from benchmarks.gpu.context import Context  # noqa: E402
 
 # step -> (module of benchmarks.gpu, its function, seconds it may take, whether it needs ComfyUI); by value, correctness first.
 STEPS = {
+    "first": ("first", "run", 120, False),
+    "ceilings": ("first", "ceilings", 200, False),
     "kernels": ("kernels", "run", 300, False),
     "memcheck": ("kernels", "memcheck", 300, False),
     "tests": ("tests", "run", 420, False),
@@ -232,6 +234,9 @@ def main() -> int:
             print(f"  {entry['status']}, {len(entry['rows'])} rows, {entry.get('seconds', 0):.0f} s", flush=True)
             if entry["status"] in ("failed", "timeout"):
                 print("  " + entry["error"].replace("\n", "\n  "), flush=True)
+                if name == "first":
+                    print("A layer is wrong or does not run: nothing else is worth its time.", flush=True)
+                    break
     finally:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)

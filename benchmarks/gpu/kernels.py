@@ -25,7 +25,7 @@ from benchmarks.wrapper_overhead import load_pack  # noqa: E402
 
 MARGIN = 4096  # bytes on each side, a multiple of every alignment
 CANARY = 0xA5
-SHARES = 8  # processes
+SHARES = 16  # processes
 FUSED = "torch._int_mm fused"
 KINDS = ("gaussian", "outliers", "zero row")
 # (M, K, N); the first are real, the others odd. Without their own K and N of 16: no vectors to load or store.

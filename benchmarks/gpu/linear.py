@@ -33,10 +33,14 @@ def run(context: Context) -> None:
         from int8_compile.int8.kernels import fastest
 
         fastest.choices().budget = math.inf  # each shape by its fastest kernel, as after the step tune
+    seen = set()
     with interpreter_of_today(), torch.inference_mode():
         for m in (32,) if context.dry else ROWS:
             for model, layers in shapes.items():
                 for k, n in layers:
+                    if (m, k, n) in seen:
+                        continue
+                    seen.add((m, k, n))
                     if context.left() < 15:
                         context.add(model=model, M=m, K=k, N=n, skipped="no time left")
                         continue
