@@ -24,8 +24,9 @@ from .triton_gemm import GROUP_M, _raster, aligned, card, epilogue
 
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
 LOADER_REGISTERS = gl.constexpr(24)
-# A thread of the kernel with a loading warp, as it starts: registers are given out by groups of 4 warps, 65,536 an SM.
-STARTING_REGISTERS = {12: 168, 8: 255}
+# A thread of the kernel with a loading warp, as it starts, by warps (those that multiply and 4 for the one that loads: registers are given
+# out by four): 65,536 an SM, of which triton_configs.resident programs have their share.
+STARTING_REGISTERS = {12: 168, 8: 128}
 
 # Renamed in Triton 3.7.
 _wait_for_all_threads = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -135,7 +136,7 @@ def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: g
         if next_k >= K:
             next_k = 0
             next_tile += programs
-            next_m, next_n = _corner(next_tile, M, N, BM, BN, GROUP_M)
+            next_m, next_n = _corner(min(next_tile, tiles - 1), M, N, BM, BN, GROUP_M)
     step = 0
     for tile in range(gl.program_id(0), tiles, programs):
         acc = gl.zeros((BM, BN), gl.int32, _accumulator(BN, gl.num_warps()))
@@ -148,7 +149,7 @@ def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: g
             if next_k >= K:
                 next_k = 0
                 next_tile += programs
-                next_m, next_n = _corner(next_tile, M, N, BM, BN, GROUP_M)
+                next_m, next_n = _corner(min(next_tile, tiles - 1), M, N, BM, BN, GROUP_M)
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         first_m, first_n = _corner(tile, M, N, BM, BN, GROUP_M)

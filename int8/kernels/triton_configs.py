@@ -77,7 +77,6 @@ TMA_TILES = (
 GLUON = ("gluon", "gluon_specialized")
 GLUON_TILES = (
     ("gluon", 128, 256, 128, 8, 4),
-    ("gluon", 128, 256, 128, 8, 3),
     ("gluon", 256, 128, 128, 8, 4),
     ("gluon", 128, 128, 128, 8, 4),
     ("gluon", 128, 128, 128, 4, 3),
@@ -85,7 +84,7 @@ GLUON_TILES = (
     ("gluon", 64, 128, 128, 4, 4),
     ("gluon_specialized", 128, 256, 128, 8, 4),
     ("gluon_specialized", 256, 128, 128, 8, 4),
-    ("gluon_specialized", 128, 128, 128, 4, 4),
+    ("gluon_specialized", 128, 128, 128, 4, 3),
 )
 SPLITS = (1, 2, 4, 8)
 # What n is a multiple of for Triton to store whole vectors; of another n each value is stored by itself, which takes registers.
@@ -121,7 +120,7 @@ def tiles(arch: int, tma: bool = True, ragged: bool = False, gluon: bool = False
 
 
 def resident(config: GemmConfig) -> int:
-    """Programs of a TMA tile that one SM has room for: what each holds of q and w, and about a byte of each of its results."""
+    """Programs of a TMA or Gluon tile that one SM has room for: what each holds of q and w, and about a byte of each of its results."""
     shared = config.stages * (config.bm + config.bn) * config.bk + config.bm * config.bn + RESERVED
     return min(MAX_RESIDENT, SM_SHARED // shared) if config.warps == 4 else 1
 

@@ -197,7 +197,7 @@ def has_gluon() -> bool:
 def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]:
     """What int8_gemm may run these operands with, the one predicted fastest first."""
     arch, sms = card(q.device)
-    found = configs(arch, q.shape[0], qweight.shape[0], q.shape[1], TensorDescriptor is not None, sms, has_gluon())
+    found = configs(arch, q.shape[0], qweight.shape[0], q.shape[1], TensorDescriptor is not None, sms, arch == 90 and has_gluon())
     if not _BROKEN:
         return found
     return tuple(config for config in found if (q.device, config._replace(split_k=1)) not in _BROKEN) or found[-1:]
