@@ -28,13 +28,14 @@ LOADER_REGISTERS = gl.constexpr(24)
 # out by four): 65,536 an SM, of which triton_configs.resident programs have their share.
 STARTING_REGISTERS = {12: 168, 8: 128}
 
-# Renamed in Triton 3.7.
+# As it is called in Triton 3.8, and in 3.6.
 _wait_for_all_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
 def _accumulator(bn, warps):
-    """The layout of y's tile [BM, bn] as wgmma leaves it: 16 rows a warp, at most 128 columns an instruction (Triton knows no INT8 one of 256)."""
+    """The layout of y's tile [BM, bn] as wgmma leaves it: 16 rows a warp, at most 128 columns an instruction (Triton knows no INT8 one of
+    256)."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, min(bn, 128), 32])
 
 
@@ -113,8 +114,8 @@ def _store(acc, pointers, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_B
 @gluon.jit(do_not_specialize=["M"])
 def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, BM: gl.constexpr,
            BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
-    """As triton_gemm.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are STAGES - 1
-    steps ahead, also beyond the end of a tile."""
+    """As triton_gemm.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are
+    STAGES - 1 steps ahead, also beyond the end of a tile."""
     rings = (gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], q_desc.layout),
              gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -140,7 +141,7 @@ def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: g
     step = 0
     for tile in range(gl.program_id(0), tiles, programs):
         acc = gl.zeros((BM, BN), gl.int32, _accumulator(BN, gl.num_warps()))
-        for k in range(0, K, BK):
+        for _ in range(0, K, BK):
             acc = _multiply_add(acc, rings, ready, step, STAGES)
             # Each group of warps has waited for its own products only.
             _wait_for_all_threads()
@@ -183,7 +184,7 @@ def _multiplier(rings, ready, free, pointers, M, N, K, SCALAR_WS: gl.constexpr, 
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
         acc = gl.zeros((BM, BN), gl.int32, _accumulator(BN, gl.num_warps()))
-        for k in range(0, K, BK):
+        for _ in range(0, K, BK):
             acc = _multiply_add(acc, rings, ready, step, STAGES)
             # Each group of warps has waited for its own products only.
             _wait_for_all_threads()

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 
 class GemmConfig(NamedTuple):
-    """kernel: "pointer", "tma" or one of GLUON. bm, bn: the tile of y; bk: the step along K. split_k: programs that share a tile, each a part of K."""
+    """kernel: "pointer", "tma" or one of GLUON. bm, bn: the tile of y; bk: the step along K. split_k: programs that share a tile, each a
+    part of K."""
     kernel: str
     bm: int
     bn: int
@@ -159,8 +160,9 @@ def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None
     # A tile of many more rows than there are does nothing that a smaller one does not.
     fitting = [split(tile) for tile in tiles(arch, tma, n % VECTOR_N != 0, gluon) if tile.bm < 4 * max(m, 8)]
     found = sorted((config for config in fitting if config.kernel not in GLUON), key=predicted)[:MAX_CANDIDATES]
-    # Among equals the first stays first.
-    return tuple(sorted(found + [config for config in fitting if config.kernel in GLUON and config.split_k == 1], key=predicted))
+    more = [config for config in fitting if config.kernel in GLUON and config.split_k == 1]
+    # Among equals the first stays first. The last of all is what runs where nothing else can: never one of Gluon.
+    return (*sorted(found[:-1] + more, key=predicted), *found[-1:])
 
 
 def _cdiv(a: int, b: int) -> int:

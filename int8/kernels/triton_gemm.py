@@ -1,7 +1,8 @@
 """Triton: INT8 GEMM with scales, bias and cast in its epilogue.
 
-Two kernels that differ in how they read: pointers (sm_80 to sm_120), and TMA in persistent programs (sm_90; gluon_gemm has more). W is read as [BN, BK] and
-transposed on its way to the tensor cores: with the usual [BK, BN] tile of pointers Triton >= 3.8 spills 3 KB a thread on sm_80/86/89.
+Two kernels that differ in how they read: pointers (sm_80 to sm_120), and TMA in persistent programs (sm_90; gluon_gemm has more of those).
+W is read as [BN, BK] and transposed on its way to the tensor cores: with the usual [BK, BN] tile of pointers Triton >= 3.8 spills 3 KB a
+thread on sm_80/86/89.
 """
 from __future__ import annotations
 
@@ -206,7 +207,9 @@ def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]
 def ships(name: str, device: torch.device) -> bool:
     """Whether name is that of a tile for device, for some number of rows."""
     tile = name.rpartition(" split ")[0]
-    return any(str(config).rpartition(" split ")[0] == tile for tma in (True, False) for config in tiles(card(device)[0], tma, gluon=has_gluon()))
+    arch = card(device)[0]
+    gluon = arch == 90 and has_gluon()
+    return any(str(config).rpartition(" split ")[0] == tile for tma in (True, False) for config in tiles(arch, tma, gluon=gluon))
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,

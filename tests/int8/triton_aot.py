@@ -84,7 +84,7 @@ def gemm(arch: int, config, ragged: bool = False, plain: bool = False) -> dict:
 def gemms(arch: int) -> dict[str, dict]:
     """All tiles; those for ragged shapes; the largest of each kernel once more split and without bias."""
     found = {str(config): gemm(arch, config) for tma in (True, False) for config in triton_configs.tiles(arch, tma, gluon=HAS_GLUON)}
-    found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True, gluon=HAS_GLUON))
+    found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True))
     for kernel in ("pointer", "tma", *triton_configs.GLUON):
         for config in [config for config in triton_configs.tiles(arch, gluon=HAS_GLUON) if config.kernel == kernel][:1]:
             found[f"{config} plain"] = gemm(arch, config, plain=True)
