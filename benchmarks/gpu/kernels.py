@@ -159,7 +159,8 @@ def checks(device: torch.device, gemm_shapes, quantizer_rows, seed: int, dry: bo
 
     generator = torch.Generator(device).manual_seed(seed)
     archs = [triton_gemm.card(device)[0]] if device.type == "cuda" else list(triton_configs.ARCHITECTURES)
-    configs = list(dict.fromkeys(c for a in archs for tma in (True, False) for c in triton_configs.tiles(a, tma)))
+    gluon = triton_gemm.has_gluon()
+    configs = list(dict.fromkeys(c for a in archs for tma in (True, False) for c in triton_configs.tiles(a, tma, gluon=gluon)))
     if dry:
         configs = [c for i, c in enumerate(configs) if i % 6 == 0 or (c.kernel == "tma" and i % 3 == 0)]
     # The interpreter cuts bits off where it stores half precision, which a GPU rounds.

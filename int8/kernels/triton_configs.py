@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 
 class GemmConfig(NamedTuple):
-    """kernel: "pointer" or "tma". bm, bn: the tile of y; bk: the step along K. split_k: programs that share a tile, each a part of K."""
+    """kernel: "pointer", "tma" or one of GLUON. bm, bn: the tile of y; bk: the step along K. split_k: programs that share a tile, each a
+    part of K."""
     kernel: str
     bm: int
     bn: int
@@ -73,6 +74,19 @@ TMA_TILES = (
     (64, 256, 128, 4, 4),
     (64, 128, 128, 4, 4),
 )
+# sm_90, the kernels of gluon_gemm: its threads load, or a warp more does. Never split. Shapes of TMA_TILES, after which they are tried.
+GLUON = ("gluon", "gluon_specialized")
+GLUON_TILES = (
+    ("gluon", 128, 256, 128, 8, 4),
+    ("gluon", 256, 128, 128, 8, 4),
+    ("gluon", 128, 128, 128, 8, 4),
+    ("gluon", 128, 128, 128, 4, 3),
+    ("gluon", 64, 256, 128, 4, 4),
+    ("gluon", 64, 128, 128, 4, 4),
+    ("gluon_specialized", 128, 256, 128, 8, 4),
+    ("gluon_specialized", 256, 128, 128, 8, 4),
+    ("gluon_specialized", 128, 128, 128, 4, 3),
+)
 SPLITS = (1, 2, 4, 8)
 # What n is a multiple of for Triton to store whole vectors; of another n each value is stored by itself, which takes registers.
 VECTOR_N = 16
@@ -94,18 +108,20 @@ def like(arch: int) -> int:
     return arch if arch in ARCHITECTURES else LIKE.get(arch, LEAST)
 
 
-def tiles(arch: int, tma: bool = True, ragged: bool = False) -> tuple[GemmConfig, ...]:
-    """All tiles that arch may run, unsplit. tma: the operands are aligned as TMA needs them. ragged: n is no multiple of VECTOR_N."""
+def tiles(arch: int, tma: bool = True, ragged: bool = False, gluon: bool = False) -> tuple[GemmConfig, ...]:
+    """All tiles that arch may run, unsplit. tma: the operands are aligned as TMA needs them. ragged: n is no multiple of VECTOR_N. gluon:
+    there is Gluon too."""
     shared = ARCHITECTURES[like(arch)].shared
     found = [GemmConfig("pointer", *tile) for tile in POINTER_TILES]
     found = [c for c in found if c.stages * (c.bm + c.bn) * c.bk <= shared]
     if arch == 90 and tma:
         found = [GemmConfig("tma", *tile) for tile in TMA_TILES] + [c for c in found if c.bm <= 64 and c.bn <= 128]
+        found += [GemmConfig(*tile) for tile in GLUON_TILES if gluon]
     return tuple(c for c in found if not ragged or c.bm * c.bn <= MAX_SCALAR_STORES * 32 * c.warps)
 
 
 def resident(config: GemmConfig) -> int:
-    """Programs of a TMA tile that one SM has room for: what each holds of q and w, and about a byte of each of its results."""
+    """Programs of a TMA or Gluon tile that one SM has room for: what each holds of q and w, and about a byte of each of its results."""
     shared = config.stages * (config.bm + config.bn) * config.bk + config.bm * config.bn + RESERVED
     return min(MAX_RESIDENT, SM_SHARED // shared) if config.warps == 4 else 1
 
@@ -124,8 +140,8 @@ def cycles(config: GemmConfig, arch: int, m: int, n: int, k: int, sms: int) -> f
 
 
 @functools.lru_cache(4096)
-def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None = None) -> tuple[GemmConfig, ...]:
-    """At most MAX_CANDIDATES for y [m, n] = q [m, k] @ w [n, k].T, the one predicted fastest first.
+def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None = None, gluon: bool = False) -> tuple[GemmConfig, ...]:
+    """At most MAX_CANDIDATES (those of Gluon not counted) for y [m, n] = q [m, k] @ w [n, k].T, the one predicted fastest first.
 
     arch: compute capability as major * 10 + minor. sms: multiprocessors of the card, the usual number if None. Each tile appears once, with
     the split of K that suits it.
@@ -142,8 +158,11 @@ def configs(arch: int, m: int, n: int, k: int, tma: bool = True, sms: int | None
         return min((tile._replace(split_k=parts) for parts in SPLITS if parts == 1 or parts <= min(few, k // MIN_SPLIT_K)), key=predicted)
 
     # A tile of many more rows than there are does nothing that a smaller one does not.
-    fitting = [tile for tile in tiles(arch, tma, ragged=n % VECTOR_N != 0) if tile.bm < 4 * max(m, 8)]
-    return tuple(sorted(map(split, fitting), key=predicted))[:MAX_CANDIDATES]
+    fitting = [split(tile) for tile in tiles(arch, tma, n % VECTOR_N != 0, gluon) if tile.bm < 4 * max(m, 8)]
+    found = sorted((config for config in fitting if config.kernel not in GLUON), key=predicted)[:MAX_CANDIDATES]
+    more = [config for config in fitting if config.kernel in GLUON and config.split_k == 1]
+    # Among equals the first stays first. The last of all is what runs where nothing else can: never one of Gluon.
+    return (*sorted(found[:-1] + more, key=predicted), *found[-1:])
 
 
 def _cdiv(a: int, b: int) -> int:

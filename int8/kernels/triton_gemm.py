@@ -1,7 +1,8 @@
 """Triton: INT8 GEMM with scales, bias and cast in its epilogue.
 
-Two kernels that differ in how they read: pointers (sm_80 to sm_120), and TMA in persistent programs (sm_90). W is read as [BN, BK] and
-transposed on its way to the tensor cores: with the usual [BK, BN] tile of pointers Triton >= 3.8 spills 3 KB a thread on sm_80/86/89.
+Two kernels that differ in how they read: pointers (sm_80 to sm_120), and TMA in persistent programs (sm_90; gluon_gemm has more of those).
+W is read as [BN, BK] and transposed on its way to the tensor cores: with the usual [BK, BN] tile of pointers Triton >= 3.8 spills 3 KB a
+thread on sm_80/86/89.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import torch_mm
-from .triton_configs import GemmConfig, configs, resident, tiles
+from .triton_configs import GLUON, GemmConfig, configs, resident, tiles
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -174,10 +175,30 @@ def dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.is_contiguous() and t.data_ptr() % ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """dense(t) with zeros after each row, up to a multiple of ALIGN. No model has such rows; a kernel that reads them byte by byte would
+    spill."""
+    pad = -t.shape[1] % ALIGN
+    return F.pad(t, (0, pad)) if pad else dense(t)
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether this Triton compiles gluon_gemm's kernels: its interpreter runs none, and an older or newer Gluon may lack what they use."""
+    if not isinstance(tma_kernel, triton.JITFunction):
+        return False
+    try:
+        from . import gluon_gemm  # noqa: F401 (it imports this module)
+    except (ImportError, AttributeError) as error:
+        logger.debug("INT8: no Gluon: %s", error)
+        return False
+    return True
+
+
 def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]:
     """What int8_gemm may run these operands with, the one predicted fastest first."""
     arch, sms = card(q.device)
-    found = configs(arch, q.shape[0], qweight.shape[0], q.shape[1], TensorDescriptor is not None, sms)
+    found = configs(arch, q.shape[0], qweight.shape[0], q.shape[1], TensorDescriptor is not None, sms, arch == 90 and has_gluon())
     if not _BROKEN:
         return found
     return tuple(config for config in found if (q.device, config._replace(split_k=1)) not in _BROKEN) or found[-1:]
@@ -186,7 +207,9 @@ def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]
 def ships(name: str, device: torch.device) -> bool:
     """Whether name is that of a tile for device, for some number of rows."""
     tile = name.rpartition(" split ")[0]
-    return any(str(config).rpartition(" split ")[0] == tile for tma in (True, False) for config in tiles(card(device)[0], tma))
+    arch = card(device)[0]
+    gluon = arch == 90 and has_gluon()
+    return any(str(config).rpartition(" split ")[0] == tile for tma in (True, False) for config in tiles(arch, tma, gluon=gluon))
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
@@ -213,16 +236,19 @@ def is_broken(device: torch.device, config: GemmConfig, error: Exception) -> Non
 
 
 def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) -> torch.Tensor:
-    pad = -q.shape[1] % ALIGN
-    # No model has such rows; a kernel that reads them byte by byte would spill.
-    q, qweight = (F.pad(t, (0, pad)) if pad else dense(t) for t in (q, qweight))
+    if config.kernel in GLUON:
+        from . import gluon_gemm  # it imports this module
+
+        return gluon_gemm.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, config)
+    q, qweight = aligned(q), aligned(qweight)
     m, k = q.shape
     n = qweight.shape[0]
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
     if not m:
         return y
     parts = y if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.int32, device=q.device)
-    scales, flags = _epilogue(s, weight_scale, bias, config.split_k)
+    scales, flags = epilogue(s, weight_scale, bias)
+    flags["SPLIT_K"] = config.split_k
     tile = dict(BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M, num_warps=config.warps, num_stages=config.stages)
     grid = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -238,10 +264,10 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) 
     return y
 
 
-def _epilogue(s, weight_scale, bias, split_k: int) -> tuple[tuple, dict]:
+def epilogue(s, weight_scale, bias) -> tuple[tuple, dict]:
     """(what the kernels read of the scales and the bias, and what of it there is)"""
     scales = (dense(s), dense(weight_scale), s if bias is None else dense(bias))
-    return scales, dict(SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None, SPLIT_K=split_k)
+    return scales, dict(SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None)
 
 
 def _sum(parts: torch.Tensor, scales: tuple, y: torch.Tensor, flags: dict) -> None:
@@ -256,7 +282,8 @@ def int_mm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale
     m, n = q.shape[0], qweight.shape[0]
     q, qweight = dense(q), dense(qweight)
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
-    scales, flags = _epilogue(s, weight_scale, bias, 1)
+    scales, flags = epilogue(s, weight_scale, bias)
+    flags["SPLIT_K"] = 1
     with torch.cuda.device_of(q):
         for begin, acc in torch_mm.products(q, qweight):
             part = y[begin:begin + acc.shape[0]]

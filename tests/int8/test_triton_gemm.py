@@ -11,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed on this platform", allow_module_level=True)
 
 from int8_compile.int8.kernels import reference, triton_gemm
-from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GemmConfig, configs, cycles, like, resident, tiles
+from int8_compile.int8.kernels.triton_configs import ARCHITECTURES, GLUON, TMA_TILES, GemmConfig, configs, cycles, like, resident, tiles
 from int8_compile.int8.kernels.tuning import BUCKETS
 
 from .conftest import CUDA, DEVICE, On
@@ -19,8 +19,9 @@ from .conftest import CUDA, DEVICE, On
 # The interpreter runs those of every architecture, a GPU its own.
 ARCHS = (triton_gemm.card(DEVICE)[0],) if CUDA else ARCHITECTURES
 HAS_TMA = 90 in ARCHS
-TILES = tuple(dict.fromkeys(config for arch in ARCHS for tma in (True, False) for config in tiles(arch, tma)))
-KERNELS = ("pointer", "tma") if HAS_TMA else ("pointer",)
+HAS_GLUON = triton_gemm.has_gluon()  # not in the interpreter
+TILES = tuple(dict.fromkeys(config for arch in ARCHS for tma in (True, False) for config in tiles(arch, tma, gluon=HAS_GLUON)))
+KERNELS = ("pointer", *(("tma", *(GLUON if HAS_GLUON else ())) if HAS_TMA else ()))
 GEMM = On(triton_gemm).int8_gemm
 # (N, K) of linears of SDXL, Flux and Wan.
 LAYERS = ((640, 640), (1280, 1280), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072), (5120, 13824))
@@ -40,7 +41,7 @@ def same(q, s, w, scale, bias, config=None):
     return torch.allclose(y, want, rtol=1e-6, atol=1e-3) if CUDA else torch.equal(y, want)
 
 
-def test_the_list_has_both_kernels():
+def test_the_list_has_every_kernel_that_runs_here():
     assert {config.kernel for config in TILES} == set(KERNELS)
 
 
@@ -53,7 +54,9 @@ def test_every_tile_is_exact_on_ragged_edges(config, split):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 16), (3, 33, 40), (17, 100, 129), (65, 257, 255), (129, 16, 4096)], ids=str)
 @pytest.mark.parametrize("config", [config for config in (
     GemmConfig("pointer", 16, 64, 256, 4, 3), GemmConfig("pointer", 64, 64, 128, 4, 4, 8), GemmConfig("tma", 64, 128, 128, 4, 4),
-    GemmConfig("tma", 128, 128, 128, 8, 4, 8)) if config.kernel in KERNELS], ids=str)
+    GemmConfig("tma", 128, 128, 128, 8, 4, 8), *(GemmConfig(kernel, *tile) for kernel in GLUON for tile in ((64, 128, 128, 4, 3),
+                                                                                                        (128, 256, 128, 8, 4))))
+    if config.kernel in KERNELS], ids=str)
 def test_odd_shapes_are_exact_also_where_a_part_of_k_is_empty(shape, config):
     assert same(*operands(*shape), config)
 
@@ -173,9 +176,21 @@ def test_candidates_are_few_and_fit_the_card(arch):
             assert config.split_k == 1 or k >= 512 * config.split_k
 
 
+def test_gluon_is_tried_after_triton_but_before_its_last_never_split_and_takes_no_place_of_its_tiles():
+    assert not any(config.kernel in GLUON for arch in ARCHITECTURES for config in tiles(arch, gluon=arch != 90))
+    for (n, k), m in itertools.product((*LAYERS, (100, 96), (64, 256)), (1, *BUCKETS)):
+        found = configs(90, m, n, k, gluon=True)
+        assert tuple(config for config in found if config.kernel not in GLUON) == configs(90, m, n, k)
+        assert found[0].kernel not in GLUON and found[-1].kernel not in GLUON
+        assert all(config.split_k == 1 for config in found if config.kernel in GLUON)
+    assert any(config.kernel in GLUON for config in configs(90, 4096, 3072, 3072, gluon=True))
+    assert {config[1:4] for config in tiles(90, gluon=True) if config.kernel in GLUON} <= {tile[:3] for tile in TMA_TILES}
+
+
 def test_two_programs_share_an_sm_where_they_fit_and_none_where_they_do_not():
     programs = {str(config).partition(" warps")[0] + f" {config.warps}": resident(config) for config in tiles(90) if config.kernel == "tma"}
     assert programs["tma 64x128x128 4"] == 2 and programs["tma 128x256x256 8"] == programs["tma 128x256x128 8"] == 1
+    assert resident(GemmConfig("gluon_specialized", 128, 128, 128, 4, 3)) == 2
     assert resident(GemmConfig("tma", 128, 128, 128, 4, 3)) == 2 and resident(GemmConfig("tma", 128, 128, 128, 4, 4)) == 1
 
 

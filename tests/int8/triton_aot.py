@@ -29,20 +29,25 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+HAS_GLUON = triton_gemm.has_gluon()
+if HAS_GLUON:
+    from int8_compile.int8.kernels import gluon_gemm
+    from triton.experimental.gluon._runtime import GluonASTSource
+
 MATRIX_INSTRUCTIONS = ("IGMMA", "IMMA", "HGMMA", "HMMA")
 EPILOGUE = dict(s_ptr="*fp32", ws_ptr="*fp32", bias_ptr="*bf16", y_ptr="*bf16", M="i32", N="i32")
 
 
-def compile_for(arch: int, kernel, types: dict, constants: dict, warps: int, stages: int, unaligned: tuple = ("M",)) -> dict:
+def compile_for(arch: int, kernel, types: dict, constants: dict, unaligned: tuple = ("M",), **options) -> dict:
     """What the kernel takes: registers and stack (bytes of spills) a thread, shared memory a program, seconds to compile; its matrix
-    instructions."""
+    instructions; in_flight: how many products it leaves under way where it waits, by program order."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # As the launcher finds at run time for the sizes of models.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if signature[name][0] in "*i" and name not in unaligned}
     start = time.perf_counter()
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
@@ -50,35 +55,44 @@ def compile_for(arch: int, kernel, types: dict, constants: dict, warps: int, sta
                        for flag in ("-res-usage", "-sass"))
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
     return dict(registers=registers, stack=stack, shared=binary.metadata.shared, seconds=round(time.perf_counter() - start, 2),
+                in_flight=[int(left, 16) for left in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", sass)],
                 mma=[op for op in MATRIX_INSTRUCTIONS if f" {op}." in sass])
 
 
 def gemm(arch: int, config, ragged: bool = False, plain: bool = False) -> dict:
     """One tile. ragged: N is a multiple of nothing, K not of the step. plain: one scale for all of W, no bias."""
-    constants = dict(SCALAR_WS=plain, HAS_BIAS=not plain, SPLIT_K=config.split_k, BM=config.bm, BN=config.bn, BK=config.bk,
-                     GROUP_M=triton_gemm.GROUP_M)
+    constants = dict(SCALAR_WS=plain, HAS_BIAS=not plain, BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=triton_gemm.GROUP_M)
+    options = dict(num_warps=config.warps, num_stages=config.stages)
     types = dict(EPILOGUE, K="i32", **(dict(y_ptr="*i32") if config.split_k > 1 else {}))
-    if config.kernel == "tma":
+    if config.kernel in triton_configs.GLUON:
+        types.update((name, f"tensordesc<i8[{rows}, {config.bk}],{gluon_gemm.layout(rows, config.bk)!r}>")
+                     for name, rows in (("q_desc", config.bm), ("w_desc", config.bn)))
+        constants["STAGES"] = config.stages
+        options = gluon_gemm.options(config)
+        kernel = gluon_gemm.kernel if config.kernel == "gluon" else gluon_gemm.specialized_kernel
+    elif config.kernel == "tma":
+        constants["SPLIT_K"] = config.split_k
         types.update(q_desc=f"tensordesc<i8[{config.bm}, {config.bk}]>", w_desc=f"tensordesc<i8[{config.bn}, {config.bk}]>")
         kernel = triton_gemm.tma_kernel
     else:
         types.update(q_ptr="*i8", w_ptr="*i8")
-        constants["EVEN_K"] = not ragged
+        constants.update(EVEN_K=not ragged, SPLIT_K=config.split_k)
         kernel = triton_gemm.pointer_kernel
-    return compile_for(arch, kernel, types, constants, config.warps, config.stages, ("M", "N") if ragged else ("M",))
+    return compile_for(arch, kernel, types, constants, ("M", "N") if ragged else ("M",), **options)
 
 
 def gemms(arch: int) -> dict[str, dict]:
     """All tiles; those for ragged shapes; the largest of each kernel once more split and without bias."""
-    found = {str(config): gemm(arch, config) for tma in (True, False) for config in triton_configs.tiles(arch, tma)}
+    found = {str(config): gemm(arch, config) for tma in (True, False) for config in triton_configs.tiles(arch, tma, gluon=HAS_GLUON)}
     found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True))
-    for kernel in ("pointer", "tma"):
-        for config in [config for config in triton_configs.tiles(arch) if config.kernel == kernel][:1]:
+    for kernel in ("pointer", "tma", *triton_configs.GLUON):
+        for config in [config for config in triton_configs.tiles(arch, gluon=HAS_GLUON) if config.kernel == kernel][:1]:
             found[f"{config} plain"] = gemm(arch, config, plain=True)
-            found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
+            if kernel not in triton_configs.GLUON:
+                found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
     for name, split in (("sum", 4), ("epilogue of torch._int_mm", 1)):
         constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=split, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
-        found[name] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, 4, 1)
+        found[name] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, num_warps=4, num_stages=1)
     return found
 
 
@@ -96,7 +110,7 @@ def quantizers(arch: int, every: bool) -> dict[str, dict]:
             types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
             constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, FAST=True, **blocks)
             name = f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"
-            found[name] = compile_for(arch, kernel, types, constants, warps, triton_quant.STAGES)
+            found[name] = compile_for(arch, kernel, types, constants, num_warps=warps, num_stages=triton_quant.STAGES)
     return found
 
 
