@@ -96,6 +96,10 @@ class CompileOptions:
             # torch/_inductor/cudagraph_trees.py walks the native allocator's pools.
             reason = ("CUDA graphs need PyTorch's own memory allocator; ComfyUI runs with cudaMallocAsync (start it with "
                       "--disable-cuda-malloc)")
+        elif self.backend == "cudagraphs":
+            # Where sizes vary, torch's backend of that name replays the graph of another size (2.11): it tells calls apart by those
+            # inputs that are integers when it compiles, and there they are symbols.
+            return dataclasses.replace(self, dynamic=False, mark_sizes=False), ""
         else:
             return self, ""
         changes = {"options": json.dumps({**self.torch_options(), "triton.cudagraphs": False}, sort_keys=True), "mode": "default"}

@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..int8 import comfy_core
 from ..int8.comfy_calibrate import CALIBRATING
-from ..int8.comfy_ops import patch_linear_input_act, pristine_parameter
+from ..int8.comfy_ops import keep_apart, patch_linear_input_act, pristine_parameter
 from ..int8.structure import repeated_blocks
 from . import warmup
 from .comfy_cache import get_cache
@@ -234,6 +234,7 @@ def set_memory_format(patcher, target: str, memory_format: torch.memory_format) 
             patcher.add_object_patch(root + name, torch.nn.Parameter(copy, requires_grad=False))
             count += 1
     if count:
+        keep_apart(patcher)
         # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
         patcher.patches_uuid = uuid.uuid4()
     return count

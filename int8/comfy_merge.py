@@ -9,8 +9,10 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from .comfy_lora import Int8Lora, QuantizedTensor
@@ -46,7 +48,20 @@ def patch_merging_and_saving() -> None:
         return save_checkpoint(output_path, _storable(model), *args, **kwargs)
 
     ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving = float_key_patches, native_state_dict
+    _let_parts_be_integers()
     comfy.sd.save_checkpoint = save_native_checkpoint
+
+
+def _let_parts_be_integers() -> None:
+    """Where weights are not in memory as they are saved (dynamic VRAM, low VRAM), core wraps the parts of a quantized one as parameters
+    that want gradients, which integers cannot (0.33)."""
+    part = getattr(comfy.model_patcher, "LazyCastingParamPiece", None)
+    if part is None:
+        return
+
+    def new(cls, caster, state_dict_key, tensor):
+        return torch.nn.Parameter.__new__(cls, tensor, requires_grad=tensor.is_floating_point())
+    part.__new__ = new
 
 
 def _is_smoothed(layer) -> bool:

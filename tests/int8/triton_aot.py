@@ -59,11 +59,11 @@ def compile_for(arch: int, kernel, types: dict, constants: dict, unaligned: tupl
                 mma=[op for op in MATRIX_INSTRUCTIONS if f" {op}." in sass])
 
 
-def gemm(arch: int, config, ragged: bool = False, plain: bool = False) -> dict:
-    """One tile. ragged: N is a multiple of nothing, K not of the step. plain: one scale for all of W, no bias."""
+def gemm(arch: int, config, ragged: bool = False, plain: bool = False, fp32: bool = False) -> dict:
+    """One tile. fp32: the result is. ragged: N is a multiple of nothing, K not of the step. plain: one scale for all of W, no bias."""
     constants = dict(SCALAR_WS=plain, HAS_BIAS=not plain, BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=triton_gemm.GROUP_M)
     options = dict(num_warps=config.warps, num_stages=config.stages)
-    types = dict(EPILOGUE, K="i32", **(dict(y_ptr="*i32") if config.split_k > 1 else {}))
+    types = dict(EPILOGUE, K="i32", **(dict(y_ptr="*i32") if config.split_k > 1 else dict(y_ptr="*fp32") if fp32 else {}))
     if config.kernel in triton_configs.GLUON:
         types.update((name, f"tensordesc<i8[{rows}, {config.bk}],{gluon_gemm.layout(rows, config.bk)!r}>")
                      for name, rows in (("q_desc", config.bm), ("w_desc", config.bn)))
@@ -85,6 +85,8 @@ def gemms(arch: int) -> dict[str, dict]:
     """All tiles; those for ragged shapes; the largest of each kernel once more split and without bias."""
     found = {str(config): gemm(arch, config) for tma in (True, False) for config in triton_configs.tiles(arch, tma, gluon=HAS_GLUON)}
     found.update((f"{config} ragged", gemm(arch, config, ragged=True)) for config in triton_configs.tiles(arch, ragged=True))
+    # A wider result takes more shared memory on its way out.
+    found.update((f"{config} fp32", gemm(arch, config, fp32=True)) for config in triton_configs.tiles(arch, gluon=HAS_GLUON))
     for kernel in ("pointer", "tma", *triton_configs.GLUON):
         for config in [config for config in triton_configs.tiles(arch, gluon=HAS_GLUON) if config.kernel == kernel][:1]:
             found[f"{config} plain"] = gemm(arch, config, plain=True)
