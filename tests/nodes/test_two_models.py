@@ -43,8 +43,8 @@ def test_clones_of_another_model_share_their_layers_and_memory_that_nobody_has_m
 def test_what_a_load_noted_on_a_layer_is_not_in_its_copy(flux, nodes, sample, onto):
     model = nodes.INT8QuantizeModel(flux, method="convrot")
     sample(model)
-    notes = ("_v", "_v_signature", "_v_weight", "_pin_state", "_prefetch", "comfy_cast_weights", "comfy_patched_weights", "_patched_weights",
-             "bias_lowvram_function", "_weight_lowvram_function")
+    notes = ("_v", "_v_signature", "_v_weight", "_pin_state", "_prefetch", "comfy_cast_weights", "comfy_patched_weights",
+             "_patched_weights", "bias_lowvram_function", "_weight_lowvram_function")
     for layer in model.object_patches.values():
         layer.__dict__.update(dict.fromkeys(notes, "of the load"))
         layer.weight_function = ["of the load"]
