@@ -31,25 +31,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, w
 
 
 @triton.jit
-def _reciprocal(x, FAST: tl.constexpr):
-    """1 / x of a value that is at least 1, or inf. FAST: by the special function unit alone, to within an ulp; Triton's division
+def _reciprocal(x, PTX: tl.constexpr):
+    """1 / x of a value that is at least 1, or inf. PTX (takes_ptx): by the special function unit alone, to within an ulp; Triton's division
     takes up to 17 % of a quantizer's instructions more, for what is out of that range."""
-    if FAST:
+    if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / x
 
 
 @triton.jit
-def _activation(row_ptr, cols, mask, K: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
+def _activation(row_ptr, cols, mask, K: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr):
     """act(x) at cols in fp32; see reference.activation. exp overflows to inf only where the result is 0."""
     x = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if ACT == GELU_TANH:
         # x / 2 * (1 + tanh(u)) = x * sigmoid(2 u)
-        x = x * _reciprocal(1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)), FAST)
+        x = x * _reciprocal(1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)), PTX)
     if ACT == SWIGLU:
         up = tl.load(row_ptr + K + cols, mask=mask, other=0.0).to(tl.float32)
-        x = x * _reciprocal(1.0 + tl.exp(-x), FAST) * up
+        x = x * _reciprocal(1.0 + tl.exp(-x), PTX) * up
     return x
 
 
@@ -79,11 +79,11 @@ def _rotated(x, h_ptr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.c
 
 @triton.jit
 def _prepared(row_ptr, smooth_ptr, h_ptr, start, K: tl.constexpr, ACT: tl.constexpr, SMOOTH: tl.constexpr, GROUP: tl.constexpr,
-              PRECISION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
+              PRECISION: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr):
     """rotate(act(x) * smooth) of the columns from start, [BLOCK] fp32; 0 beyond K."""
     cols = start + tl.arange(0, BLOCK)
     mask = cols < K
-    x = _activation(row_ptr, cols, mask, K, ACT, FAST)
+    x = _activation(row_ptr, cols, mask, K, ACT, PTX)
     if SMOOTH:
         x *= tl.load(smooth_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if GROUP:
@@ -107,35 +107,39 @@ def _row_scale(largest, s_ptr, row, min_scale):
 
 
 @triton.jit
-def _store_int8(q_row_ptr, x, inverse, start, K: tl.constexpr, BLOCK: tl.constexpr):
+def _store_int8(q_row_ptr, x, inverse, start, K: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr):
     cols = start + tl.arange(0, BLOCK)
     # |x * inverse| rounds to at most 127, so the low byte of the rounded value is the int8.
-    q = (x * inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    q = (x * inverse + ROUND_MAGIC).to(tl.int32, bitcast=True)
+    if PTX and K % 16:
+        # Of bytes that go through shared memory, as those of odd rows do, ptxas (12.8) converts the fp32 to 255 instead (K = 255).
+        q = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x7770;", "=r,r", [q], dtype=tl.int32, is_pure=True, pack=1)
+    q = q.to(tl.int8)
     tl.store(q_row_ptr + cols, q, mask=cols < K)
 
 
 @triton.jit
 def quant_rows_kernel(x_ptr, smooth_ptr, h_ptr, q_ptr, s_ptr, stride, min_scale, K: tl.constexpr, ACT: tl.constexpr,
-                      SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, HEAD: tl.constexpr,
+                      SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, HEAD: tl.constexpr,
                       TAIL: tl.constexpr):
     """One program a row, which stays in registers as HEAD and TAIL values (TAIL may be 0): 3072 = 2048 + 1024 wastes nothing."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * stride
     q_row_ptr = q_ptr + row * K
-    head = _prepared(row_ptr, smooth_ptr, h_ptr, 0, K, ACT, SMOOTH, GROUP, PRECISION, FAST, HEAD)
+    head = _prepared(row_ptr, smooth_ptr, h_ptr, 0, K, ACT, SMOOTH, GROUP, PRECISION, PTX, HEAD)
     largest = tl.max(_magnitude(head), 0)
     if TAIL:
-        tail = _prepared(row_ptr, smooth_ptr, h_ptr, HEAD, K, ACT, SMOOTH, GROUP, PRECISION, FAST, TAIL)
+        tail = _prepared(row_ptr, smooth_ptr, h_ptr, HEAD, K, ACT, SMOOTH, GROUP, PRECISION, PTX, TAIL)
         largest = tl.maximum(largest, tl.max(_magnitude(tail), 0))
     inverse = _row_scale(largest, s_ptr, row, min_scale)
-    _store_int8(q_row_ptr, head, inverse, 0, K, HEAD)
+    _store_int8(q_row_ptr, head, inverse, 0, K, PTX, HEAD)
     if TAIL:
-        _store_int8(q_row_ptr, tail, inverse, HEAD, K, TAIL)
+        _store_int8(q_row_ptr, tail, inverse, HEAD, K, PTX, TAIL)
 
 
 @triton.jit
 def quant_long_rows_kernel(x_ptr, smooth_ptr, h_ptr, q_ptr, s_ptr, stride, min_scale, K: tl.constexpr, ACT: tl.constexpr,
-                           SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+                           SMOOTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
                            BLOCK: tl.constexpr):
     """One program a row of any length: absmax over blocks, then all over again to quantize."""
     row = tl.program_id(0).to(tl.int64)
@@ -143,12 +147,12 @@ def quant_long_rows_kernel(x_ptr, smooth_ptr, h_ptr, q_ptr, s_ptr, stride, min_s
     q_row_ptr = q_ptr + row * K
     largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, K, BLOCK):
-        x = _prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, FAST, BLOCK)
+        x = _prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, PTX, BLOCK)
         largest = tl.maximum(largest, _magnitude(x))
     inverse = _row_scale(tl.max(largest, 0), s_ptr, row, min_scale)
     for start in range(0, K, BLOCK):
-        x = _prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, FAST, BLOCK)
-        _store_int8(q_row_ptr, x, inverse, start, K, BLOCK)
+        x = _prepared(row_ptr, smooth_ptr, h_ptr, start, K, ACT, SMOOTH, GROUP, PRECISION, PTX, BLOCK)
+        _store_int8(q_row_ptr, x, inverse, start, K, PTX, BLOCK)
 
 
 @functools.cache
@@ -183,8 +187,8 @@ def rotation_precision(x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else "tf32x3"
 
 
-def fast_reciprocal(x: torch.Tensor) -> bool:
-    """Whether _reciprocal may be PTX: on an NVIDIA card, not in the interpreter."""
+def takes_ptx(x: torch.Tensor) -> bool:
+    """Whether kernels may have PTX in them: on an NVIDIA card, not in the interpreter."""
     return x.is_cuda and torch.version.hip is None and not INTERPRETED
 
 
@@ -203,5 +207,5 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     kernel, blocks, warps = launch(k, group, precision)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[(m,)](x, smooth, h, q, s, x.stride(0), MIN_SCALE, K=k, ACT=ACTIVATIONS.index(act), SMOOTH=pre_quant_scale is not None,
-                     GROUP=group, PRECISION=precision, FAST=fast_reciprocal(x), num_warps=warps, num_stages=STAGES, **blocks)
+                     GROUP=group, PRECISION=precision, PTX=takes_ptx(x), num_warps=warps, num_stages=STAGES, **blocks)
     return q, s

@@ -56,7 +56,7 @@ def compile_for(arch: int, kernel, types: dict, constants: dict, unaligned: tupl
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
     return dict(registers=registers, stack=stack, shared=binary.metadata.shared, seconds=round(time.perf_counter() - start, 2),
                 in_flight=[int(left, 16) for left in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", sass)],
-                mma=[op for op in MATRIX_INSTRUCTIONS if f" {op}." in sass])
+                from_float=" F2I" in sass, mma=[op for op in MATRIX_INSTRUCTIONS if f" {op}." in sass])
 
 
 def gemm(arch: int, config, ragged: bool = False, plain: bool = False, fp32: bool = False) -> dict:
@@ -98,6 +98,14 @@ def gemms(arch: int) -> dict[str, dict]:
     return found
 
 
+def quantizer(arch: int, k: int, act: int, group: int, smooth: bool, x_type: str, precision: str) -> dict:
+    kernel, blocks, warps = triton_quant.launch(k, group, precision)
+    types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
+    constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, PTX=True, **blocks)
+    return compile_for(arch, kernel, types, constants, ("M", "stride") if k % 16 else ("M",), num_warps=warps,
+                       num_stages=triton_quant.STAGES)
+
+
 def quantizers(arch: int, every: bool) -> dict[str, dict]:
     """Activation x group x smoothing x type of x: all of them only if asked for, else a few of each."""
     found = {}
@@ -105,14 +113,13 @@ def quantizers(arch: int, every: bool) -> dict[str, dict]:
     for i, (act, group, smooth) in enumerate(combinations):
         if not every and i % 5:
             continue
+        if smooth and not group:  # a row whose bytes are not neighbours in a thread, see _store_int8
+            found[f"quant fp32 255 {ACTIVATIONS[act]} group 0 smooth"] = quantizer(arch, 255, act, 0, True, "fp32", "tf32x3")
         for x_type, precision in (("bf16", "tf32"), ("fp32", "tf32x3"))[:1 + (group > 0 and smooth)]:
             # Those of Flux; the longest that stay in registers; longer ones.
             k = (3072, triton_quant.MAX_ROW[precision], 28672)[i % 3]
-            kernel, blocks, warps = triton_quant.launch(k, group, precision)
-            types = dict(x_ptr=f"*{x_type}", smooth_ptr="*fp32", h_ptr="*fp32", q_ptr="*i8", s_ptr="*fp32", stride="i32", min_scale="fp32")
-            constants = dict(K=k, ACT=act, SMOOTH=smooth, GROUP=group, PRECISION=precision, FAST=True, **blocks)
-            name = f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"
-            found[name] = compile_for(arch, kernel, types, constants, num_warps=warps, num_stages=triton_quant.STAGES)
+            found[f"quant {x_type} {k} {ACTIVATIONS[act]} group {group}{' smooth' * smooth}"] = quantizer(arch, k, act, group, smooth,
+                                                                                                          x_type, precision)
     return found
 
 
