@@ -41,6 +41,8 @@ STEPS = {
     "tests": ("tests", "run", 420, False),
     "tune": ("tune", "run", 300, False),
     "linear": ("linear", "run", 300, False),
+    "profile": ("together", "profile", 300, True),
+    "full": ("together", "full", 400, True),
     "flux": ("comfyui", "flux", 460, True),
     "flux_full": ("comfyui", "flux_full", 470, True),
     "soak": ("soak", "run", 300, True),

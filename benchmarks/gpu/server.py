@@ -139,8 +139,16 @@ class Suite:
         seconds, (latent,) = self.run(prompt(family, nodes, **changes))
         return seconds, latent
 
-    def memory(self, reset: bool = False) -> dict:
-        return self.server._get("/gpu_probe" + "?reset=1" * reset)
+    def memory(self, reset: bool = False, pause: bool = False) -> dict:
+        """pause: nobody asks for it from now on, until this is called again."""
+        return self.server._get(f"/gpu_probe?{'reset=1&' * reset}{'pause=1' * pause}")
+
+    def start_profile(self) -> None:
+        self.server._get("/gpu_profile?start=1")
+
+    def profile(self) -> dict:
+        """Since start_profile; see probe."""
+        return self.server._get("/gpu_profile")
 
     def log(self) -> str:
         return self.server.log_text()

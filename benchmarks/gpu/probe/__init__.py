@@ -1,4 +1,7 @@
-"""A pack for ComfyUI that measures: conditioning of any size without a text encoder, and the peak of memory over HTTP."""
+"""A pack for ComfyUI that measures: conditioning of any size without a text encoder; over HTTP the peak of memory, and where the time of a
+prompt goes: on the GPU by kernels, on the CPU by what its thread was found at."""
+import collections
+import sys
 import threading
 import time
 
@@ -16,10 +19,12 @@ class Memory(threading.Thread):
     def __init__(self):
         super().__init__(daemon=True)
         self.peak = 0
+        self.is_paused = False  # asking the driver takes its lock, which launches take too
 
     def run(self):
         while True:
-            self.peak = max(self.peak, self.used())
+            if not self.is_paused:
+                self.peak = max(self.peak, self.used())
             time.sleep(INTERVAL)
 
     @staticmethod
@@ -48,7 +53,61 @@ MEMORY.start()
 
 @PromptServer.instance.routes.get("/gpu_probe")
 async def gpu_probe(request):
+    MEMORY.is_paused = "pause" in request.query
     return web.json_response(MEMORY.read(reset="reset" in request.query))
+
+
+class Samples(threading.Thread):
+    """What the thread that runs prompts is found at, every other millisecond."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.innermost, self.anywhere = collections.Counter(), collections.Counter()
+        self.total, self.ended = 0, False
+
+    def run(self):
+        while not self.ended:
+            for frame in sys._current_frames().values():
+                stack = []
+                while frame is not None:
+                    stack.append((frame.f_code, frame.f_lineno))
+                    frame = frame.f_back
+                if any(code.co_name == "prompt_worker" for code, _ in stack):
+                    self.total += 1
+                    self.innermost.update(f"{_where(code)}:{line}" for code, line in stack[:1])
+                    self.anywhere.update({_where(code) for code, _ in stack})
+            time.sleep(0.002)
+
+
+def _where(code) -> str:
+    return "/".join(code.co_filename.split("/")[-3:]) + ":" + code.co_name
+
+
+SAMPLES: list = []
+
+
+@PromptServer.instance.routes.get("/gpu_profile")
+async def gpu_profile(request):
+    """start=1 begins; without it: {"wall": seconds, "busy": of the GPU, "kernels": [[name, seconds, count]], "innermost", "anywhere":
+    [[place, share of the samples]]}."""
+    if "start" in request.query:
+        profiler = None
+        if torch.cuda.is_available():
+            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            profiler.start()
+        SAMPLES[:] = [profiler, Samples(), time.perf_counter()]
+        SAMPLES[1].start()
+        return web.json_response({})
+    profiler, samples, start = SAMPLES
+    found = {"wall": time.perf_counter() - start}
+    samples.ended = True
+    if profiler is not None:
+        profiler.stop()
+        events = [(e.key[:110], e.self_device_time_total / 1e6, e.count) for e in profiler.key_averages() if e.self_device_time_total]
+        found |= {"busy": sum(seconds for _, seconds, _ in events), "kernels": sorted(events, key=lambda e: -e[1])[:30]}
+    for name, count in (("innermost", 25), ("anywhere", 70)):
+        found[name] = [(place, n / max(1, samples.total)) for place, n in getattr(samples, name).most_common(count)]
+    return web.json_response(found)
 
 
 class BenchConditioning:
