@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 FLUSH = 2  # times the L2 cache's size that is written before each run
-HEAD_START = 400_000  # cycles that the GPU waits while the CPU launches a run: 0.2 ms
+HEAD_START = 400_000  # cycles that the GPU waits while the CPU launches a run, at least: 0.2 ms
+CYCLES = 2e9  # of a GPU in a second, about
 WARM_UP = 3
 
 
@@ -43,10 +44,16 @@ def _cpu_seconds(function) -> float:
 def _cuda_seconds(device) -> Callable:
     flush = torch.empty(FLUSH * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
 
+    head_starts = {}
+
     def run(function) -> float:
+        if function not in head_starts:
+            begin = time.perf_counter()
+            function()
+            head_starts[function] = max(HEAD_START, int(3 * CYCLES * (time.perf_counter() - begin)))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(head_starts[function])
         start.record()
         function()
         end.record()
