@@ -138,8 +138,6 @@ class CompiledModule:
     take turns: what was compiled belongs to what the blocks are made of.
     """
 
-    _nested = threading.local()  # depth: of runs in this thread
-
     def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
         self.report = CompileReport(title=options.title)
         self._device = device or torch.device("cpu")
@@ -176,9 +174,9 @@ class CompiledModule:
         nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
         compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """
-        if not self._acquire():
+        if not self._lock.acquire(blocking=False):
+            # In another thread's run, which may be waiting for this one: the blocks run eager.
             return call()
-        self._nested.depth = getattr(self._nested, "depth", 0) + 1
         try:
             if tell is not self._tell:
                 self._tell, self._told = tell, False
@@ -207,13 +205,7 @@ class CompiledModule:
             logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
             return result
         finally:
-            self._nested.depth -= 1
             self._lock.release()
-
-    def _acquire(self) -> bool:
-        """The lock; False where waiting for it might be for ever: this thread is in another model's run, and the one that holds this lock
-        may be waiting for that. The blocks run eager then."""
-        return self._lock.acquire(blocking=not getattr(self._nested, "depth", 0))
 
     def _refresh(self, root: torch.nn.Module) -> None:
         if self._root is None or self._root() is not root or self._regions is None or not self._regions.is_current():
