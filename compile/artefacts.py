@@ -35,7 +35,8 @@ class Cache:
     host: Callable[[], dict] = dict
 
 
-# Steps in which an artefact is looked at before each block: whether the model changes between blocks what they read.
+# Steps in which all that an artefact was made of is looked at before each block: whether the model patches between blocks what they run.
+# Later only the values that they read are.
 YOUNG = 2
 
 
@@ -46,6 +47,16 @@ class _Loaded:
     classes: ClassGuards
     usable: bool = True
     young: int = YOUNG
+
+    def change(self) -> str:
+        """What is not as the artefact was made of it, empty where all is."""
+        return self.sources.mismatch() or self.classes.difference()
+
+    def change_on_the_way(self) -> str:
+        """The same, asked before each block of a step."""
+        if not self.young and self.sources.values_unchanged() and self.classes.values_unchanged():
+            return ""
+        return self.change()
 
 
 class BlockInfo:
@@ -103,7 +114,7 @@ class RegionArtefacts:
         for group in self._loaded.values():
             for loaded in group:
                 loaded.young -= loaded.young > 0
-                changed = loaded.sources.mismatch() or loaded.classes.difference()
+                changed = loaded.change()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
@@ -121,7 +132,7 @@ class RegionArtefacts:
                 self._learn(block, info)
             for loaded in self._loaded.get(call.structure, ()):
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
-                    if loaded.young and (changed := loaded.sources.mismatch() or loaded.classes.difference()):
+                    if changed := loaded.change_on_the_way():
                         loaded.usable = False
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()

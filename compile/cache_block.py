@@ -132,6 +132,10 @@ class ClassGuards:
                 self._difference = next((path for path, _ in _differing(found, self._expected)), "")
         return self._difference
 
+    def values_unchanged(self) -> bool:
+        """Whether the class attributes that are no methods are those of the last look. Asked at every call."""
+        return self._watch is not None and self._watch.values.unchanged()
+
 
 class BlockGuards:
     """Checks that a block's modules are as they were when an artefact was traced. Asked at every call.

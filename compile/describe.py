@@ -35,6 +35,8 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(El
 _IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
              types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+_CODE = (types.FunctionType, type, types.ModuleType, types.MethodType, staticmethod, classmethod, property, functools.partial,
+         functools.cached_property, functools._lru_cache_wrapper, torch._ops.OpOverload, torch._ops.OpOverloadPacket, *_BUILTINS)
 # What runs of a module without being named in its code.
 _CALLED = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
@@ -46,9 +48,10 @@ class Watch:
     """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
     Asked at every step or call, so its loops run in C."""
 
-    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes")
+    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes", "_values")
 
     def __init__(self):
+        self._values: Watch | None = None  # the part of this that is no code
         self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
         self._class_bindings: tuple[list, list, list] = [], [], []
         self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
@@ -58,16 +61,28 @@ class Watch:
         self._attributes: list[tuple] = []
         self._containers: list[tuple[object, list]] = []
 
-    def binding(self, space: dict | types.MappingProxyType, name: str, value) -> None:
+    @property
+    def values(self) -> Watch:
+        """What of it a program sets while it runs: numbers, texts, objects and what is in them; not functions and classes, nor what is
+        an installed library's."""
+        if self._values is None:
+            self._values = Watch()
+        return self._values
+
+    def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
         """name in space is value, or not there (ABSENT)."""
         columns = self._dicts if isinstance(space, dict) else self._class_bindings
         for column, item in zip(columns, (space, name, value)):
             column.append(item)
+        if not (is_library or value is ABSENT or isinstance(value, _CODE)):
+            self.values.binding(space, name, value, True)
 
-    def size(self, space: dict | types.MappingProxyType) -> None:
-        """space gets no new name: one might come before what is looked up further on."""
+    def size(self, space: dict | types.MappingProxyType, is_state: bool = False) -> None:
+        """space gets no new name: one might come before what is looked up further on. is_state: of an object's attributes."""
         self._sizes[0].append(space)
         self._sizes[1].append(len(space))
+        if is_state:
+            self.values.size(space)
 
     def function(self, function: types.FunctionType) -> None:
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
@@ -79,10 +94,12 @@ class Watch:
     def attribute(self, owner, name: str, value) -> None:
         """Of an object that keeps it elsewhere than in a dict (__slots__)."""
         self._attributes.append((owner, name, value))
+        self.values._attributes.append((owner, name, value))
 
     def container(self, container, items: list) -> None:
         """items: of a list, set or deque; of a dict its keys, then its values."""
         self._containers.append((container, items))
+        self.values._containers.append((container, items))
 
     def unchanged(self) -> bool:
         spaces, names, values = self._dicts
@@ -229,7 +246,7 @@ class Describer:
         """Of an object's attributes."""
         content = []
         if isinstance(state := getattr(value, "__dict__", None), dict):
-            self._watch.size(state)
+            self._watch.size(state, is_state=True)
             for name in sorted(filter(self._names.__contains__, state)):
                 self._watch.binding(state, name, state[name])
                 content.append(f"{name}={self(state[name])}")

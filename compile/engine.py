@@ -23,7 +23,7 @@ from .block_tree import has_global_hooks
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
-from .torch_compiler import MAX_STATES, CompileScope, RegionCode
+from .torch_compiler import MAX_STATES, Compiled, CompileScope, RegionCode
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class _Step:
     use_artefacts: bool
     scope: CompileScope
     blocks: dict[int, _Block] | None = None  # by id of the module, from the first call of a block on
-    functions: dict[int, Callable | None] = field(default_factory=dict)  # compiled, by id of the region's state
+    compiled: dict[int, Compiled | None] = field(default_factory=dict)  # by id of the region's state
     compiling: str = ""  # the region that is called
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
@@ -155,6 +155,7 @@ class CompiledModule:
         self._blocks: dict[int, _Block] = {}  # by id of the module, of the regions
         self._states: dict[tuple, _RegionState] = {}  # by what blocks are made of
         self._failures: dict[tuple, str] = {}  # why compile is off, by what all the regions are made of
+        self._unused: dict[str, list[str]] = {}  # why artefacts are not used, by region; until one of it is loaded
         self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
         self._step: _Step | None = None
@@ -304,12 +305,18 @@ class CompiledModule:
             if artefacts.instead:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
-        function = self._function(step, block)
-        if function is None:
+        compiled = self._compiled(step, block)
+        if compiled is not None and compiled.guards.zeros and not compiled.guards.zeros.agree(module, args, kwargs):
+            self._fall_back(f"a number that {block.region.name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it "
+                            "runs uncompiled where the sign is another than at first.")
+            compiled = None
+        if compiled is None:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
-        return _call_compiled(function, module, args, kwargs, block.mark)
+        result = _call_compiled(compiled.call, module, args, kwargs, block.mark)
+        compiled.look(module)
+        return result
 
     def _begin(self, step: _Step) -> None:
         """At the first block of a step, when every wrapper around the model has done what it does."""
@@ -328,7 +335,7 @@ class CompiledModule:
                     state.artefacts = self._region_artefacts(region)
                 state.artefacts.begin()
 
-    def _function(self, step: _Step, block: _Block) -> Callable | None:
+    def _compiled(self, step: _Step, block: _Block) -> Compiled | None:
         """What torch compiled for the block's region as its classes are now; None where it is not compiled."""
         code = block.region.code
         step.compiling = code.name
@@ -336,14 +343,15 @@ class CompiledModule:
             if not self.report.graphs:
                 self._say("loading the compiler")
             step.scope.open()
-        if id(code) not in step.functions:
-            step.functions[id(code)] = found = code.find(step.filter_guards)
+        known = step.compiled.get(id(code), MISSING)
+        if known is MISSING or (known is not None and not known.still_fits()):
+            step.compiled[id(code)] = found = code.find(step.filter_guards)
             if found is None and (replaced := code.replaced()):
                 self._fall_back(f"{replaced} has been replaced (by another pack): running uncompiled while it is.")
             elif found is None:
                 self._fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another pack): it "
                                 "runs uncompiled with new code or values.")
-        return step.functions[id(code)]
+        return step.compiled[id(code)]
 
     def _region_artefacts(self, region: Region) -> RegionArtefacts:
         options = self.options
@@ -373,11 +381,21 @@ class CompiledModule:
         if event in ("built", "refused"):
             report.building = [building for building in report.building if building.partition(" ")[0] != name]
         if event == "loaded":
+            report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
             report.artefacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps
             logger.info("%s: step %d on runs %s from the compile cache", self.options.title, report.steps, text)
         elif event == "refused" and self.options.background:
             self._fall_back(f"{text}: running uncompiled. Set background to false to compile it in this process.")
+        elif event == "not used":
+            if self.options.background:
+                reason = f"{text}: running uncompiled while it is so."
+                self._fall_back(reason)
+            else:
+                reason = f"{NOT_KEPT}: {text}"
+                report.fallbacks += [] if reason in report.fallbacks else [reason]
+                logger.info("%s: not used: %s", self.options.title, text)
+            self._unused.setdefault(name, []).append(reason)
         elif event == "refused":
             report.fallbacks.append(f"{NOT_KEPT}: {text}")
             logger.info("%s: not kept in the compile cache: %s", self.options.title, text)
@@ -397,7 +415,6 @@ class CompiledModule:
         limit = scope.limit()
         for region in self._regions:
             code = self._states[region.key].code
-            code.after_compile(region.modules[0])
             if code.is_at_limit(limit):
                 self._fall_back(f"{region.name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
                                 "it runs uncompiled wherever it would need another compile.")

@@ -1,6 +1,7 @@
 """More of the same promise: whatever is changed, the result is eager's. See test_right_under_change."""
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -32,3 +33,129 @@ def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():
         assert difference(got, net(x)) < 1e-4
     assert len(results) == 2 and all(difference(result, net(x)) < 1e-4 for result in results)
     assert compiled.report.last_calls["graph"] == 3
+
+
+def test_why_an_artefact_is_not_used_is_in_the_report(tmp_path):
+    net, compiled, x = nets.make(), cached(tmp_path / "cache"), inputs()
+    for _ in range(2):
+        run(compiled, net, *x)
+    assert not compiled.report.fallbacks
+    net.blocks[0].gain = 2.0
+    nets.scaled.__defaults__ = (2.0,)
+    try:
+        run(compiled, net, *x)
+    finally:
+        nets.scaled.__defaults__ = (1.0,)
+    run(compiled, net, *x)
+    code, attribute = compiled.report.fallbacks
+    assert code.endswith("is not the code that its artefact was made of: running uncompiled while it is so.")
+    assert attribute == ("Block: gain is not as in the blocks that its artefact was made of: running uncompiled while it is so.")
+    assert code in compiled.report.text() and attribute in compiled.report.text()
+
+
+class Zeros(nets.Small):
+    """Reads numbers from everywhere; copysign tells 0.0 from -0.0."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.table = 0.0, {"inner": [0.0]}
+
+    def forward(self, x, number, transformer_options=None):
+        h = self.body(x).abs()
+        for value in (self.own, self.table["inner"][0], number, transformer_options.get("strength", 1.0), ZERO[0]):
+            h = h + 0.3 * torch.copysign(h, torch.full_like(h, value))
+        return h
+
+
+ZERO = [0.0]
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("place", ["argument", "option", "attribute", "nested", "global"])
+def test_a_zero_of_the_other_sign_is_another_number(tmp_path, place, way):
+    net = nets.make(Zeros)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    x = inputs()[0]
+    for first, is_first in ((0.0, True), (-0.0, False)):
+        for value in (first, first, -first, first):
+            for block in net.blocks:
+                block.own = value if place == "attribute" else 0.0
+                block.table["inner"][0] = value if place == "nested" else 0.0
+            ZERO[0] = value if place == "global" else 0.0
+            arguments = (value if place == "argument" else 0.0,)
+            options = {"strength": value} if place == "option" else {}
+            assert difference(run(compiled, net, x, *arguments, **options), net(x, *arguments, **options)) < 1e-4
+        if is_first:
+            assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+    ZERO[0] = 0.0
+
+
+class Between(torch.nn.Module):
+    """Changes, from one step on, what its blocks read before each of them."""
+
+    def __init__(self, kind, change):
+        super().__init__()
+        self.blocks = nets.make(kind).blocks
+        self.change, self.step, self.start = change, 0, 10 ** 6
+
+    def forward(self, x):
+        self.step += 1
+        for index, block in enumerate(self.blocks):
+            if self.step >= self.start:
+                self.change(index + 1.0)
+            x = block(x, transformer_options={})
+        return x
+
+
+STATE = {"gain": 1.0}
+LIST = [1.0]
+
+
+class Settings:
+    gain = 1.0
+
+
+SETTINGS = Settings()
+
+
+class Stateful(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * STATE["gain"] * LIST[0] * SETTINGS.gain * Settings.gain * nets.FACTOR * nets.TABLE["gain"] * self.slope
+
+    slope = 1.0
+
+
+BETWEEN = {
+    "a dict": (Stateful, lambda value: STATE.update(gain=value)),
+    "a list": (Stateful, lambda value: LIST.__setitem__(0, value)),
+    "an object": (Stateful, lambda value: setattr(SETTINGS, "gain", value)),
+    "a class attribute": (Stateful, lambda value: setattr(Settings, "gain", value)),
+    "an attribute of the block's class": (Stateful, lambda value: setattr(Stateful, "slope", value)),
+    "another module's number": (Stateful, lambda value: setattr(nets, "FACTOR", value)),
+    "another module's dict": (Stateful, lambda value: nets.TABLE.update(gain=value)),
+    "the environment": (nets.Getenv, lambda value: os.environ.update(INT8_COMPILE_TEST_GAIN=str(value))),
+}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("what", BETWEEN)
+@pytest.mark.parametrize("start", [1, 6])
+def test_what_a_model_sets_between_its_blocks_counts_at_each_of_them(tmp_path, what, start, way):
+    kind, change = BETWEEN[what]
+    net = Between(kind, change)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    x = inputs()[0]
+    try:
+        net.start = start
+        for step in range(1, 9):
+            net.step = step - 1
+            got = run(compiled, net, x)
+            net.step = step - 1
+            change(1.0)
+            assert difference(got, net(x)) < 1e-4, step
+            change(1.0)
+            if step == 5 and start == 6 and kind is Stateful:
+                assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+    finally:
+        change(1.0)
+        os.environ.pop("INT8_COMPILE_TEST_GAIN", None)
