@@ -123,7 +123,7 @@ class ClassGuards:
     def difference(self) -> str:
         """A class that is another one now, empty where there is none."""
         if self._watch is None or not self._watch.unchanged():
-            self._watch = Watch()
+            self._watch = Watch(Watch())
             try:
                 found = classes_of(self._kinds, self._names, self._watch, self._lenient)
             except Unsupported as error:

@@ -241,7 +241,7 @@ class Sources:
     def mismatch(self) -> str:
         """The first function that is another one here, empty where all are the same. Fast where nothing has changed since."""
         if self._watch is None or not self._watch.unchanged():
-            self._watch = Watch()
+            self._watch = Watch(Watch())
             try:
                 self._mismatch = self._look()
             except Unsupported as error:
