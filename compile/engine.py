@@ -117,8 +117,14 @@ class _Step:
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
 
-class _Attached:
-    """The call of one block, in its ``_compiled_call_impl``."""
+class OwnCall:
+    """What this pack puts into ``_compiled_call_impl``, the slot of nn.Module.compile. Anything else there is another pack's."""
+
+    __slots__ = ()
+
+
+class _BlockCall(OwnCall):
+    """The call of one block."""
 
     __slots__ = ("module", "owner")
 
@@ -128,6 +134,18 @@ class _Attached:
 
     def __call__(self, *args, **kwargs):
         return self.owner.call_block(self.module, args, kwargs)
+
+
+class _WrappedCall(OwnCall):
+    """The same with something around it, see CompiledModule.run."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable):
+        self._call = call
+
+    def __call__(self, *args, **kwargs):
+        return self._call(*args, **kwargs)
 
 
 class CompiledModule:
@@ -234,8 +252,8 @@ class CompiledModule:
             if state is None:
                 state = self._states[region.key] = _RegionState(
                     region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options))
-            for module in region.modules:
-                first = module is region.modules[0]
+            for index, module in enumerate(region.modules):
+                first = index == 0
                 blocks[id(module)] = _Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
         return blocks
 
@@ -248,19 +266,25 @@ class CompiledModule:
         outer = self._step
         scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
         step = self._step = _Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope)
-        attached = [_Attached(self, module) for module in self._regions.blocks]
-        before = [module.__dict__.get("_compiled_call_impl") for module in self._regions.blocks]
+        before = []
         try:
-            for block in attached:
-                block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
+            for module in self._regions.blocks:
+                previous = module.__dict__.get("_compiled_call_impl")
+                if previous is not None and not isinstance(previous, OwnCall):
+                    self._fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled them.")
+                    step.calls["eager"] += 1
+                    continue
+                before.append((module, previous))
+                block = _BlockCall(self, module)
+                module.__dict__["_compiled_call_impl"] = _WrappedCall(around_block(block)) if around_block else block
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
-            for block, previous in zip(attached, before):
+            for module, previous in before:
                 if previous is None:
-                    block.module.__dict__.pop("_compiled_call_impl", None)
+                    module.__dict__.pop("_compiled_call_impl", None)
                 else:
-                    block.module.__dict__["_compiled_call_impl"] = previous
+                    module.__dict__["_compiled_call_impl"] = previous
             compiled = scope.close()
             self._step = outer
             self._after_step(step, compiled)
@@ -291,7 +315,7 @@ class CompiledModule:
         if step.blocks is None:
             self._begin(step)
         block = step.blocks.get(id(module))
-        if block is None or self._regions.hooks[id(module)]:
+        if block is None or self._regions.has_hooks(module):
             if block is not None:
                 self._fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
@@ -325,6 +349,9 @@ class CompiledModule:
         if not self._blocks:  # forgotten
             self._blocks = self._describe_blocks()
         step.blocks = self._blocks
+        if foreign := self._regions.compiled_inside():
+            step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
+            self._fall_back("in some blocks another pack has compiled a module: they run uncompiled while it is.")
         if has_global_hooks():
             step.blocks = {}
             self._fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")

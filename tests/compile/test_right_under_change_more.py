@@ -1,9 +1,11 @@
 """More of the same promise: whatever is changed, the result is eager's. See test_right_under_change."""
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,105 @@ def test_what_a_model_sets_between_its_blocks_counts_at_each_of_them(tmp_path, w
     finally:
         change(1.0)
         os.environ.pop("INT8_COMPILE_TEST_GAIN", None)
+
+
+def exchange(name, make):
+    """The dict that a module of a block keeps under name for another one."""
+    def change(net):
+        state = net.blocks[1].second.__dict__
+        before = state[name]
+        state[name] = make(net, dict(before))
+
+        def back():
+            state[name] = before
+        return back
+    return change
+
+
+def exchange_state(net):
+    layer = net.blocks[1].second
+    before = layer.__dict__
+    layer.__dict__ = {**before, "_parameters": other_weights(net, before["_parameters"])}
+
+    def back():
+        layer.__dict__ = before
+    return back
+
+
+def other_weights(net, weights):
+    return {name: torch.nn.Parameter(tensor * 2, requires_grad=False) for name, tensor in weights.items()}
+
+
+def exchange_modules(net):
+    block = net.blocks[1]
+    before = block.__dict__["_modules"]
+    torch.manual_seed(7)
+    block.__dict__["_modules"] = {**before, "second": torch.nn.Linear(64, 32)}
+
+    def back():
+        block.__dict__["_modules"] = before
+    return back
+
+
+def compile_inside(net):
+    layer = net.blocks[1].second
+    layer._compiled_call_impl = lambda *args: layer._call_impl(*args) * 2
+
+    def back():
+        layer._compiled_call_impl = None
+    return back
+
+
+def compile_block(net):
+    block = net.blocks[1]
+    block._compiled_call_impl = lambda *args, **kwargs: block._call_impl(*args, **kwargs) * 2
+
+    def back():
+        block._compiled_call_impl = None
+    return back
+
+
+CHANGES = {
+    "parameters": exchange("_parameters", other_weights),
+    "hooks": exchange("_forward_hooks", lambda net, hooks: {0: lambda module, args, out: out * 2}),
+    "pre-hooks": exchange("_forward_pre_hooks", lambda net, hooks: {0: lambda module, args: (args[0] * 2,)}),
+    "modules": exchange_modules,
+    "all of a module": exchange_state,
+    "the compiled call of a layer": compile_inside,
+    "the compiled call of a block": compile_block,
+}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_holds_a_modules_parts_may_be_exchanged_as_a_whole(tmp_path, change, way):
+    net, x = nets.make(), inputs()
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    used = "artefact" if way == "kept" else "graph"
+    for _ in range(2):
+        assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    back = CHANGES[change](net)
+    for _ in range(2):
+        assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    back()
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    assert compiled.report.last_calls[used] == 3 and not compiled.report.failure
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+def test_a_block_that_is_replaced_and_a_model_that_is_deleted_are_freed_at_once(tmp_path, way):
+    net, x = nets.make(), inputs()
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    for _ in range(2):
+        run(compiled, net, *x)
+    gc.collect()
+    old = [weakref.ref(value) for value in (net.blocks[1], net.blocks[1].second, net.blocks[1].second.weight)]
+    net.blocks[1] = nets.Block().requires_grad_(False).eval()
+    gc.collect()  # dynamo's own
+    assert not [reference() for reference in old if reference() is not None]
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    gc.collect()
+    old = [weakref.ref(value) for value in (net, *net.modules(), *net.parameters())]
+    del net
+    gc.collect()
+    assert not [reference() for reference in old if reference() is not None]
