@@ -14,8 +14,8 @@ import torch
 
 from . import warmup
 from .cache_block import ClassGuards, classes_of, module_classes
-from .cache_sources import Recording, Sources, sources_of
-from .describe import is_own
+from .cache_sources import Recording, Sources, cached_function, sources_of
+from .describe import Names, is_own
 from .guards import GuardFilter
 from .interrupt import interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
@@ -35,8 +35,12 @@ def _entry(name: str) -> types.FunctionType:
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 
 
-class Replaced(RuntimeError):
-    """A function of torch's that compiled code calls by its name is another pack's."""
+class Refused(RuntimeError):
+    """What dynamo would get wrong. holds: whether it still would."""
+
+    def __init__(self, reason: str, holds: Callable[[], bool]):
+        super().__init__(reason)
+        self.holds = holds
 
 
 class _Backend:
@@ -46,30 +50,46 @@ class _Backend:
     def __init__(self, inner: Callable, name: str):
         self.__name__ = name
         self.traced: dict[types.CodeType, None] = {}
-        self.replaced: tuple[object, str, object] | None = None  # where a function of torch stands, its name, what stands there instead
+        self.refused: Refused | None = None
         self._inner = inner
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
         context = torch._guards.TracingContext.try_get()
         self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
-        self._require_torchs_own(graph)
+        try:
+            _require_torchs_own(graph)
+            if name := cached_function(self.traced):
+                raise Refused(f"{name} keeps its results (functools.lru_cache), where torch would compute them anew: running uncompiled.",
+                              lambda: True)
+        except Refused as refused:
+            self.refused = refused
+            raise
         return self._inner(graph, inputs, **options)
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
 
-    def _require_torchs_own(self, graph: torch.fx.GraphModule) -> None:
-        """Raises Replaced where a function of torch in graph, which calls it by its name, would be another one by then."""
-        for node in graph.graph.nodes:
-            owner, name = None, getattr(node.target, "__name__", "")
-            if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
-                owner, name = torch.Tensor, node.target
-            elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
-                owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
-                              and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
-            if owner is not None:
-                self.replaced = owner, name, getattr(owner, name)
-                raise Replaced(owner, name)
+
+def _require_torchs_own(graph: torch.fx.GraphModule) -> None:
+    """Raises Refused where a function of torch in graph, which calls it by its name, would be another one by then."""
+    for node in graph.graph.nodes:
+        owner, name = None, getattr(node.target, "__name__", "")
+        if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
+            owner, name = torch.Tensor, node.target
+        elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
+            owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
+                          and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
+        if owner is not None:
+            raise Refused(f"{_path_of(owner)}.{name} has been replaced (by another pack): running uncompiled while it is.",
+                          functools.partial(_is_still, owner, name, getattr(owner, name)))
+
+
+def _path_of(owner) -> str:
+    return owner.__name__ if isinstance(owner, types.ModuleType) else f"torch.{owner.__name__}"
+
+
+def _is_still(owner, name: str, value) -> bool:
+    return getattr(owner, name, None) is value
 
 
 def _is_of(function, space: types.ModuleType) -> bool:
@@ -93,6 +113,7 @@ class Compiled:
     traced: int = 0  # functions, when code and classes were described
     code: Sources | None = None
     classes: ClassGuards | None = None
+    names: Names | None = None  # of attributes that it can read
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -101,17 +122,17 @@ class Compiled:
 
     def fits(self) -> bool:
         """Whether it is right for the code and values of now."""
-        if self.backend is not None and self.backend.replaced is not None:
-            owner, name, value = self.backend.replaced
-            return getattr(owner, name, None) is value
-        return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch()) and (self.classes is None or not self.classes.difference()))
+        if self.backend is not None and self.backend.refused is not None:
+            return self.backend.refused.holds()
+        return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch())
+                and (self.classes is None or not self.classes.difference()))
 
     def look(self, block: torch.nn.Module) -> None:
         """After a call: describes what was traced in it, as it is now."""
         if self.backend is not None and len(self.backend.traced) > self.traced:
             self.traced = len(self.backend.traced)
             found = Recording.of(self.backend.traced)
-            names = found.names()
+            self.names = names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
@@ -137,14 +158,13 @@ class RegionCode:
             entry, guards = _entry(self.name), GuardFilter(filter_guards)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
             known.insert(0, found)
-        return found if found.backend is None or found.backend.replaced is None else None
+        return found if found.backend is None or found.backend.refused is None else None
 
-    def replaced(self) -> str:
-        """The function of torch that another pack has replaced, empty for none."""
+    def refusal(self) -> str:
+        """Why it is not compiled for the code and values of now, empty where it is."""
         for compiled in (*self._compiled[False], *self._compiled[True]):
-            if compiled.backend is not None and compiled.backend.replaced is not None and compiled.fits():
-                owner, name, _ = compiled.backend.replaced
-                return f"{'torch.Tensor' if owner is torch.Tensor else owner.__name__}.{name}"
+            if compiled.backend is not None and compiled.backend.refused is not None and compiled.fits():
+                return str(compiled.backend.refused)
         return ""
 
     def is_at_limit(self, limit: int) -> bool:
