@@ -6,6 +6,7 @@ import functools
 import os
 import time
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,25 @@ MAX_STATES = 8
 
 
 def _entry(name: str) -> types.FunctionType:
-    """A function with a code object of its own. Dynamo keeps what it compiled on the code object: so one region never uses up
-    the recompile limit of another, and all of it is freed with the region."""
+    """A function with a code object and globals of its own. Dynamo keeps what it compiled on the code object, and puts it into the globals:
+    so one region never uses up the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
         return module._call_impl(*args, **kwargs)
-    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
+    own = {key: call.__globals__[key] for key in ("__builtins__", "__name__", "__file__")}
+    return types.FunctionType(call.__code__.replace(co_name=name), own, name)
+
+
+def _forget(code: types.CodeType, backend: _Backend | None) -> None:
+    """What was compiled of code goes with its model: the code holds it, and is held by it where the garbage collector does not see it;
+    torch keeps every backend that was ever used."""
+    torch._dynamo.eval_frame.reset_code(code)
+    if backend is None:
+        return
+    backend.traced.clear()
+    known = getattr(torch._dynamo.eval_frame, "cached_backends", {})
+    for key, value in list(known.items()):
+        if getattr(value, "compiler_fn", value) is backend:
+            known.pop(key, None)
 
 
 class Refused(RuntimeError):
@@ -157,6 +172,7 @@ class RegionCode:
                 return None
             entry, guards = _entry(self.name), GuardFilter(filter_guards)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
+            weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
             known.insert(0, found)
         return found if found.backend is None or found.backend.refused is None else None
 
