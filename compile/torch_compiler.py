@@ -38,13 +38,26 @@ def _entry(name: str) -> types.FunctionType:
 
 
 def _forget(code: types.CodeType, backend: _Backend | None) -> None:
-    """What was compiled of code goes with its model: the code holds it, and is held by it where the garbage collector does not see it;
-    torch keeps every backend that was ever used."""
-    torch._dynamo.eval_frame.reset_code(code)
+    """What was compiled of code goes with its model: the code holds it, and is held by it where the garbage collector does not see it.
+    Torch keeps every backend that was ever used, the guards on every class and the last sizes that were reasoned about."""
+    from torch._dynamo import eval_frame
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    guards = [getattr(entry, "guard_manager", None) for entry in eval_frame._debug_get_cache_entry_list(code)]
+    eval_frame.reset_code(code)
+    for finalizer, info in list(getattr(weakref.finalize, "_registry", {}).items()):
+        manager = getattr(getattr(info.func, "func", None), "__self__", None)  # calls its invalidate() when a class is freed
+        if any(guard is not None and getattr(manager, "guard_manager", None) is guard for guard in guards):
+            finalizer.detach()
+    for cache in vars(ShapeEnv).values():
+        getattr(cache, "cache_clear", bool)()
     if backend is None:
         return
     backend.traced.clear()
-    known = getattr(torch._dynamo.eval_frame, "cached_backends", {})
+    for environment in backend.sizes:
+        environment.tracked_fakes = None  # their sizes hold it, in C++
+    backend.sizes.clear()
+    known = getattr(eval_frame, "cached_backends", {})
     for key, value in list(known.items()):
         if getattr(value, "compiler_fn", value) is backend:
             known.pop(key, None)
@@ -66,11 +79,14 @@ class _Backend:
         self.__name__ = name
         self.traced: dict[types.CodeType, None] = {}
         self.refused: Refused | None = None
+        self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
         context = torch._guards.TracingContext.try_get()
         self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
+        if (environment := getattr(getattr(context, "fake_mode", None), "shape_env", None)) is not None:
+            self.sizes.append(environment)
         try:
             _require_torchs_own(graph)
             if name := cached_function(self.traced):

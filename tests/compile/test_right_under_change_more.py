@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 
 
@@ -364,3 +365,25 @@ def test_constants_and_builtins_may_be_replaced(tmp_path, monkeypatch, owner, na
         assert difference(run(compiled, net, x), net(x)) < 1e-4
     if way == "kept" or name != "OFFSET":  # which dynamo cannot compile
         assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+
+
+def graphs_and_sizes() -> int:
+    """How many of torch's graphs and of what it knows of sizes are alive."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    gc.collect()
+    return sum(isinstance(kind, type) and issubclass(kind, (torch.fx.GraphModule, ShapeEnv)) for kind in map(type, gc.get_objects()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_a_model_compiled_is_freed_with_it(backend):
+    counts = []
+    for _ in range(4):
+        net, x = nets.make(nets.Plain), inputs()[0]
+        compiled = CompiledModule(CompileOptions(mark_sizes=True, dynamic=False, backend=backend))
+        for _ in range(2):
+            run(compiled, net, x)
+        assert compiled.report.last_calls["graph"] == 3
+        del net, compiled
+        counts.append(graphs_and_sizes())
+    assert counts[1] == counts[2] == counts[3]

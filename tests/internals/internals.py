@@ -38,6 +38,7 @@ INTERNALS = (
     Internal("torch._dynamo.callback.callback_handler", "what is compiled is shown, and can be interrupted", _FAILED),
     Internal("torch._dynamo.config", "the recompile limit of a model", _FAILED),
     Internal("torch._dynamo.eval_frame._debug_get_cache_entry_list", "whether a block is at its recompile limit", _FAILED),
+    Internal("torch._dynamo.eval_frame.reset_code", "what a deleted model compiled is freed", "each loaded model costs some MB"),
     Internal("torch._dynamo.eval_frame.cached_backends", "what a deleted model compiled is freed", "each loaded model costs some MB",
              needed=False),
     Internal("torch._dynamo.exc.TorchDynamoException", "what a function of cache_compile does that cannot be traced",
@@ -102,4 +103,4 @@ INTERNALS = (
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
 OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function",
-       "._int8_compile_modes", "._aoti"}
+       "._int8_compile_modes", "._aoti", "._registry"}
