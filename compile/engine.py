@@ -335,7 +335,7 @@ class CompiledModule:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
-        result = _call_compiled(compiled.call, module, args, kwargs, block.mark)
+        result = _call_compiled(compiled, module, args, kwargs, block.mark)
         compiled.look(module)
         return result
 
@@ -465,16 +465,22 @@ class CompiledModule:
             logger.warning("%s: %s", self.options.title, message)
 
 
-def _call_compiled(compiled: Callable, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
-    copies = _dense_copies((*args, *kwargs.values()))
+def _call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
+    copies = _dense_copies((*args, *kwargs.values())) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *copies.values()))
     if not copies:
-        return compiled(module, *args, **kwargs)
+        return compiled.call(module, *args, **kwargs)
     # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
-    args = [copies[id(v)][1] if id(v) in copies else v for v in args]
-    kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
-    result = compiled(module, *args, **kwargs)
+    dense = [copies[id(v)][1] if id(v) in copies else v for v in args]
+    dense_kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
+    try:
+        with compiled.given_copies():
+            result = compiled.call(module, *dense, **dense_kwargs)
+    except Exception:
+        if compiled.takes_copies:
+            raise
+        return compiled.call(module, *args, **kwargs)  # found out while it compiled
     originals = {}
     for value, copy in copies.values():
         value.copy_(copy)  # a block may have written into its input, or return it

@@ -19,6 +19,7 @@ from .cache_sources import Recording, Sources, cached_function, sources_of
 from .describe import Names, is_own
 from .guards import GuardFilter
 from .interrupt import interruptible
+from .layouts import depends_on_layout
 from .optional import OPTIONAL_BACKENDS, compile_optional
 from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile
@@ -57,7 +58,7 @@ def _forget(code: types.CodeType, backend: _Backend | None) -> None:
     for environment in backend.sizes:
         environment.tracked_fakes = None  # their sizes hold it, in C++
     backend.sizes.clear()
-    known = getattr(eval_frame, "cached_backends", {})
+    known = eval_frame.cached_backends if hasattr(eval_frame, "cached_backends") else {}
     for key, value in list(known.items()):
         if getattr(value, "compiler_fn", value) is backend:
             known.pop(key, None)
@@ -71,6 +72,10 @@ class Refused(RuntimeError):
         self.holds = holds
 
 
+class ByLayout(RuntimeError):
+    """The block must have its inputs in the layout that they have."""
+
+
 class _Backend:
     """A backend for torch.compile that notes what dynamo has traced. Unequal to any other: dynamo shares frames that it compiled for equal
     backends (below a graph break), whatever was patched between."""
@@ -79,6 +84,8 @@ class _Backend:
         self.__name__ = name
         self.traced: dict[types.CodeType, None] = {}
         self.refused: Refused | None = None
+        self.by_layout = False  # see depends_on_layout
+        self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
 
@@ -95,6 +102,9 @@ class _Backend:
         except Refused as refused:
             self.refused = refused
             raise
+        self.by_layout = self.by_layout or depends_on_layout(graph, inputs)
+        if self.by_layout and self.gets_copies:
+            raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         return self._inner(graph, inputs, **options)
 
     def __getattr__(self, name):
@@ -157,6 +167,21 @@ class Compiled:
             return self.backend.refused.holds()
         return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch())
                 and (self.classes is None or not self.classes.difference()))
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether dense copies of its inputs do."""
+        return self.backend is None or not self.backend.by_layout
+
+    @contextlib.contextmanager
+    def given_copies(self):
+        if self.backend is not None:
+            self.backend.gets_copies = True
+        try:
+            yield
+        finally:
+            if self.backend is not None:
+                self.backend.gets_copies = False
 
     def look(self, block: torch.nn.Module) -> None:
         """After a call: describes what was traced in it, as it is now."""

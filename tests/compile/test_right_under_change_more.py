@@ -387,3 +387,75 @@ def test_what_a_model_compiled_is_freed_with_it(backend):
         del net, compiled
         counts.append(graphs_and_sizes())
     assert counts[1] == counts[2] == counts[3]
+
+
+class WritesContiguous(nets.Small):
+    def forward(self, x, transformer_options=None):
+        y = x.contiguous()
+        y += self.body(x)
+        return y * 2
+
+
+class WritesTransposed(nets.Small):
+    """Into its input, where that is contiguous once it is transposed."""
+
+    def forward(self, x, transformer_options=None):
+        y = x.transpose(1, 2).contiguous()
+        y += 1
+        return self.body(y.transpose(1, 2))
+
+
+class WritesReshaped(nets.Small):
+    def forward(self, x, transformer_options=None):
+        y = x.reshape(-1, x.shape[-1])
+        y.mul_(2)
+        return self.body(x)
+
+
+class ReturnsContiguous(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return x.contiguous(), self.body(x)
+
+
+class ReturnsTransposed(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return x.transpose(1, 2).contiguous(), self.body(x)
+
+
+class WritesBelowBreak(nets.Small):
+    def forward(self, x, transformer_options=None):
+        y = x.transpose(1, 2).contiguous()
+        torch._dynamo.graph_break()
+        y += 1
+        return self.body(y.transpose(1, 2))
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("kind", [WritesContiguous, WritesTransposed, WritesReshaped, ReturnsContiguous, ReturnsTransposed,
+                                  WritesBelowBreak], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("first", ["dense", "loose"])
+def test_what_is_written_by_layout_is_written_where_eager_writes_it(tmp_path, kind, first, way):
+    net = nets.make(kind)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    block = net.blocks[0]
+
+    def dense():
+        return inputs()[0]
+
+    def loose():
+        return inputs()[0].transpose(1, 2).contiguous().transpose(1, 2)
+
+    def sliced():
+        return torch.cat([inputs()[0]] * 2, -1)[..., :32]
+
+    def call(x):
+        found = block(x, transformer_options={})
+        found[0].add_(1)  # the caller's, who may write into what it got
+        return found
+    for make in ((dense, loose) if first == "dense" else (loose, dense)) * 2 + (sliced, loose, dense):
+        got, want = make(), make()
+        result = compiled.run(net, lambda got=got: call(got), filter_guards=True, passthrough=lambda error: False)
+        expected = call(want)
+        for one, other in zip((*result, got), (*expected, want)):
+            assert difference(one, other) < 1e-4, make.__name__
+    assert not compiled.report.failure
