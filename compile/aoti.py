@@ -134,12 +134,12 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     state = random.getstate()  # a trace in this process may draw from it
     try:
         traced, body = _trace(job)
+        found = traced.seen.recording
+        found.require_pure()
+        if _depends_on_layout(job):
+            raise Unsupported("it writes into its input, or returns it, in one layout and a copy of it in another")
     finally:
         random.setstate(state)
-    if _depends_on_layout(job):
-        raise Unsupported("it writes into its input, or returns it, in one layout and a copy of it in another")
-    found = traced.seen.recording
-    found.require_pure()
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
