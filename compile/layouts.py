@@ -8,23 +8,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SPREAD = ()  # stands for every second element of a larger tensor
-MAX_DIMS = 4  # all orders of so many dims are tried, of more dims two that change places
+MAX_DIMS = 4  # all orders of so many dims are tried, of more dims two neighbours that change places
 
 
 def depends_on_layout(call: Callable, inputs: list, device: str | None = None) -> bool:
     """Whether call(*inputs) writes into other inputs, or returns parts of others, where an input has another layout than a dense one; also
     where that cannot be found out. inputs: tensors, of which parameters stay as they are, and numbers. device: instead of theirs.
     Nothing is computed: a run without data takes some ms."""
-    base = _run(call, inputs, device, None)
+    base = _run(call, inputs, device, {})
     if base is None or base.returns_part:
         return True
     if isinstance(call, torch.fx.GraphModule) and not base.writes and not _may_return_copy(call):
         return False
-    most = max((value.dim() for value in inputs if _is_activation(value)), default=0)
-    orders = [order for dims in range(2, min(most, MAX_DIMS) + 1) for order in itertools.permutations(range(dims))]
-    orders += [tuple(_swapped(dims, a, b)) for dims in range(MAX_DIMS + 1, most + 1) for a, b in itertools.combinations(range(dims), 2)]
-    return any(_run(call, inputs, device, order) != base for order in (_SPREAD, *orders))
+    orders = {dims: _orders(dims) for dims in {value.dim() for value in inputs if _is_activation(value)}}
+    # At once for all inputs: the orders of each number of dims in turn.
+    layouts = itertools.zip_longest(*[[(dims, order) for order in found] for dims, found in orders.items()])
+    return any(_run(call, inputs, device, dict(filter(None, layout))) != base for layout in layouts)
 
 
 class _Effects:
@@ -56,27 +55,29 @@ def _is_activation(value) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
-def _swapped(dims: int, a: int, b: int) -> list[int]:
-    order = list(range(dims))
-    order[a], order[b] = b, a
-    return order
+def _orders(dims: int) -> list[tuple[int, ...]]:
+    """Of dims in memory, the outermost first; () stands for every second element of a larger tensor."""
+    if dims <= MAX_DIMS:
+        return [(), *itertools.permutations(range(dims))]
+    return [(), *[(*range(dim), dim + 1, dim, *range(dim + 2, dims)) for dim in range(dims - 1)]]
 
 
 def _number(value):
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
-def _run(call: Callable, inputs: list, device: str | None, order: tuple[int, ...] | None) -> _Effects | None:
-    """The call without data, with those activations that have as many dims as order in its layout. None where it cannot be run so."""
+def _run(call: Callable, inputs: list, device: str | None, orders: dict[int, tuple[int, ...]]) -> _Effects | None:
+    """The call without data, with those activations that have so many dims in that order (see _orders). None where it cannot be run so."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def make(value):
         if not isinstance(value, Tensor):
             return _number(value)
         shape, strides = [list(map(_number, numbers)) for numbers in (value.shape, value.stride())]
-        if order == _SPREAD and _is_activation(value):
+        order = orders.get(len(shape)) if _is_activation(value) else None
+        if order == ():
             strides = [stride * 2 for stride in strides]
-        elif order is not None and _is_activation(value) and len(order) == len(shape):
+        elif order is not None:
             step = 1
             for dim in reversed(order):
                 strides[dim], step = step, step * max(shape[dim], 2)  # a dim of 1 would hide the order
