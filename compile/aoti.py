@@ -27,6 +27,7 @@ from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
 from .describe import Names
 from .expressions import parse_expression
+from .layouts import depends_on_layout
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,12 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     state = random.getstate()  # a trace in this process may draw from it
     try:
         traced, body = _trace(job)
+        found = traced.seen.recording
+        found.require_pure()
+        if _depends_on_layout(job):
+            raise Unsupported("it writes into its input, or returns it, in one layout and a copy of it in another")
     finally:
         random.setstate(state)
-    found = traced.seen.recording
-    found.require_pure()
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
@@ -158,6 +161,23 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
         break
     (folder / READABLE).write_text(_readable(job, body, program))
     return body
+
+
+def _depends_on_layout(job: Job) -> bool:
+    """A call makes dense copies of what has another layout than the traced one: whether that is another call."""
+    block = _Caller(_skeleton(job), job.method)
+
+    def make(dtype: str, shape: tuple, kind: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[kind])
+
+    def call(*tensors):
+        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [OptionReads(values) for values in job.options])
+        outputs: list[Tensor] = []
+        named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
+        _output_structure(torch.func.functional_call(block, named, args, kwargs), outputs)
+        return outputs
+    weights = [torch.nn.Parameter(make(*spec), requires_grad=False) for _, *spec in job.tensors]
+    return depends_on_layout(call, [*weights, *(make(*spec) for spec in job.leaves)], job.device)
 
 
 def _unchanged_attributes(job: Job, traced: _Traced, names: Names) -> list[list]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import cache_key
 from .aoti import Artefact, Job, varying
+from .block_tree import attributes_of_tensors
 from .builder import Builder, Order
 from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, module_classes, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
@@ -35,7 +36,8 @@ class Cache:
     host: Callable[[], dict] = dict
 
 
-# Steps in which an artefact is looked at before each block: whether the model changes between blocks what they read.
+# Steps in which all that an artefact was made of is looked at before each block: whether the model patches between blocks what they run.
+# Later only the values that they read are.
 YOUNG = 2
 
 
@@ -46,6 +48,16 @@ class _Loaded:
     classes: ClassGuards
     usable: bool = True
     young: int = YOUNG
+
+    def change(self) -> str:
+        """What is not as the artefact was made of it, empty where all is."""
+        return self.sources.mismatch() or self.classes.difference()
+
+    def change_on_the_way(self) -> str:
+        """The same, asked before each block of a step."""
+        if not self.young and self.sources.values_unchanged() and self.classes.values_unchanged():
+            return ""
+        return self.change()
 
 
 class BlockInfo:
@@ -103,14 +115,15 @@ class RegionArtefacts:
         for group in self._loaded.values():
             for loaded in group:
                 loaded.young -= loaded.young > 0
-                changed = loaded.sources.mismatch() or loaded.classes.difference()
+                changed = loaded.change()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
                         self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
 
-    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict):
-        """The block's result by an artefact; MISSING where none fits this call."""
+    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
+        """The block's result by an artefact; MISSING where none fits this call. attributes: names of what Python code has put on
+        weights."""
         if self._refusal and not self._loaded:
             return MISSING
         try:
@@ -119,9 +132,12 @@ class RegionArtefacts:
                 return MISSING  # the block may ask whether two of its arguments are one
             if info.weights is None:
                 self._learn(block, info)
+            attributes |= attributes_of_tensors(call.leaves)
             for loaded in self._loaded.get(call.structure, ()):
+                if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artefact.names), "")):
+                    raise Unsupported(f"it reads the attribute {read} of a tensor")
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
-                    if loaded.young and (changed := loaded.sources.mismatch() or loaded.classes.difference()):
+                    if changed := loaded.change_on_the_way():
                         loaded.usable = False
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()

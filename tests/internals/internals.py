@@ -38,12 +38,22 @@ INTERNALS = (
     Internal("torch._dynamo.callback.callback_handler", "what is compiled is shown, and can be interrupted", _FAILED),
     Internal("torch._dynamo.config", "the recompile limit of a model", _FAILED),
     Internal("torch._dynamo.eval_frame._debug_get_cache_entry_list", "whether a block is at its recompile limit", _FAILED),
+    Internal("torch._dynamo.eval_frame.reset_code", "what a deleted model compiled is freed", "each loaded model costs some MB"),
+    Internal("torch._dynamo.eval_frame.cached_backends", "what a deleted model compiled is freed", "each loaded model costs some MB",
+             needed=False),
     Internal("torch._dynamo.exc.TorchDynamoException", "what a function of cache_compile does that cannot be traced",
              "cache_compile's error has no hint"),
     Internal("torch._dynamo.utils.counters", "the report's graphs, breaks and cache hits", _FAILED),
     Internal("torch._dynamo.utils.get_compilation_metrics", "the report's causes of recompiles", _FAILED),
     Internal("._dynamo_weak_dynamic_indices", "sizes that vary are dynamic from the first compile on", "one more graph at the second size",
              file="torch/_dynamo/variables/builder.py"),
+    Internal("torch._C._dynamo.guards.TensorGuards", "weights are compared with those of the last call in C++",
+             "they are compared in Python, 5 us a block more", needed=False),
+    Internal("torch.utils._python_dispatch.TorchDispatchMode", "whether a block writes into anything", _FAILED),
+    Internal("torch.utils._pytree.tree_leaves", "whether a block returns its inputs", _FAILED),
+    Internal("._schema", "whether an operator writes into its input", "inputs of another layout are compiled for once more",
+             file="torch/_ops.py"),
+    Internal("._cdata", "whether two tensors share memory", "inputs of another layout are compiled for once more", file="torch/storage.py"),
     Internal("torch.fx.experimental._config.patch", "equal sizes are not taken for the same size", _FAILED),
     Internal("torch._inductor.list_mode_options", "what a mode is in options", "compile nodes with a mode fail"),
     Internal("torch._inductor.config.get_config_copy", "names and types of options are checked", "options are refused"),
@@ -98,4 +108,4 @@ INTERNALS = (
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
 OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function",
-       "._int8_compile_modes", "._aoti"}
+       "._int8_compile_modes", "._aoti", "._registry"}
