@@ -42,13 +42,15 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
 
 class GuardFilter:
     """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. reads_environment: whether what was compiled asked
-    os.getenv, which dynamo takes for a constant."""
+    os.getenv, which dynamo takes for a constant. classes: of the objects that it read; dynamo guards which they are, not what they hold."""
 
     def __init__(self, drop_bookkeeping: bool):
         self._drop_bookkeeping = drop_bookkeeping
         self.reads_environment = False
+        self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
+        self.classes.update(type(entry.value) for entry in entries if entry.has_value)
         self.reads_environment |= any(entry.has_value and entry.value is os.getenv for entry in entries)
         if not self._drop_bookkeeping:
             return [True] * len(entries)

@@ -15,7 +15,7 @@ import torch
 from . import warmup
 from .cache_block import ClassGuards, classes_of, module_classes
 from .cache_sources import Recording, Sources, sources_of
-from .describe import is_own
+from .describe import is_own, is_pristine_package
 from .guards import GuardFilter
 from .interrupt import interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
@@ -112,6 +112,7 @@ class _Compiled:
             names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
+            kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
 
 

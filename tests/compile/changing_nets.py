@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import os
 import random
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,133 @@ class Block(Base):
         h = h * SETTINGS.nested.depth[1][0] * KIND.value
         h = Rope.apply(h) + F.silu(scaled(h)).tanh()
         return x + self.finish(h)
+
+
+class Slotted:
+    __slots__ = ("gain", "inner")
+
+    def __init__(self, inner=None):
+        self.gain, self.inner = 1.0, inner
+
+
+class Level(float):
+    def __init__(self, value):
+        self.extra = 1.0
+
+
+class Label(str):
+    pass
+
+
+class Shade(enum.Enum):
+    LIGHT = 1.0
+
+    def __init__(self, strength):
+        self.strength = strength
+
+
+class Meta(type):
+    factor = 1.0
+
+    @property
+    def level(cls):
+        return 1.0
+
+
+class Measured(metaclass=Meta):
+    pass
+
+
+class First:
+    def gain(self):
+        return 1.0
+
+
+class Second:
+    def gain(self):
+        return 2.0
+
+
+class Helper(First):
+    pass
+
+
+class Other(torch.nn.Module):
+    """Stands where Base stands."""
+
+    def finish(self, x):
+        return x * 3
+
+
+SLOTTED = Slotted(Slotted())
+INNER = {"gain": 1.0}
+VIEW = MappingProxyType(INNER)
+SCALED = functools.partial(scaled, by=1.0)
+SHIFT = TIMES = LAYERS = 1.0
+
+
+def timed(function):
+    @functools.wraps(function)
+    def outer(x):
+        return function(x) * TIMES
+    return outer
+
+
+@timed
+def decorated(x):
+    return x * SHIFT
+
+
+def enclosing(factors):
+    return lambda x: x * factors[0] * LAYERS
+
+
+CLOSED = enclosing([1.0])
+
+
+def marked(x):
+    return x * marked.amount
+
+
+marked.amount = 1.0
+
+
+class Reads(Base):
+    """Reads values, and calls functions, in ways that are easy to overlook."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.first, self.second = Layer(width, width), torch.nn.Linear(width, width)
+        self.norm, self.leaky, self.gelu = torch.nn.LayerNorm(width), torch.nn.LeakyReLU(0.1), torch.nn.GELU()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+        self.slotted = Slotted()
+        self.nested = SimpleNamespace(depth=SimpleNamespace(gain=1.0))
+        self.helper = Helper()
+
+    def forward(self, x, scale, transformer_options=None):
+        import changing_values
+        import changing_values as values
+        from changing_values import EXPONENT
+
+        h = self.norm(x + 0.1)
+        h = self.second(self.leaky(self.gelu(self.first(h))))
+        h = self.conv(h[:, None])[:, 0] * scale[:, None]
+        h = h * self.slotted.gain * SLOTTED.inner.gain * INNER["gain"] * VIEW["gain"]
+        h = h * operator.attrgetter("nested.depth.gain")(self) * Shade.LIGHT.strength * Measured.factor
+        h = CLOSED(decorated(SCALED(marked(h)))) * self.helper.gain()
+        return x + self.finish(h * changing_values.FACTOR * values.FACTOR * EXPONENT)
+
+
+class Breaks(Reads):
+    """What dynamo makes several graphs of."""
+
+    def __init__(self):
+        super().__init__()
+        self.level, self.label = Level(1.0), Label("gain")
+
+    def forward(self, x, scale, transformer_options=None):
+        h = self.second(self.norm(x)) * float(self.level) * self.level.extra * len(self.label) * Measured.level
+        return x + h * scale[:, None]
 
 
 class Net(torch.nn.Module):

@@ -6,6 +6,7 @@ test_artefacts.py and tests/nodes run real packages. Each change is made, taken 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+import changing_values
 from int8_compile.compile import aoti
 from int8_compile.compile.artefacts import Cache
 from int8_compile.compile.cache_store import CacheStore
@@ -26,6 +28,7 @@ from int8_compile.compile.options import CompileOptions
 
 KEPT = CompileOptions(mark_sizes=True, dynamic=False, background=True)
 COMPILED = CompileOptions(mark_sizes=True, dynamic=False, backend="eager")  # dynamo and its guards; what follows them has no say here
+TRACED = CompileOptions(mark_sizes=True, dynamic=False, backend="aot_eager")  # nor has Python when it runs
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +115,11 @@ def set_item(container, key, value):
 def set_attribute(owner, name, value):
     """owner: an object, or a function of the net that gives some."""
     def change(net):
-        owners = owner(net) if isinstance(owner, types.LambdaType) and not isinstance(owner, type) else [owner]
-        # Of a function vars() has none of its own attributes.
-        before = [(o, name in vars(o) or isinstance(o, types.FunctionType), vars(o).get(name, getattr(o, name, None))) for o in owners]
+        owners = owner(net) if isinstance(owner, types.LambdaType) and owner.__name__ == "<lambda>" else [owner]
+        # Of a function vars() has none of its own attributes; slots and cells have no vars() at all.
+        spaces = [(o, getattr(o, "__dict__", {})) for o in owners]
+        before = [(o, name in space or isinstance(o, types.FunctionType) or not hasattr(o, "__dict__"), space.get(name, getattr(o, name, None)))
+                  for o, space in spaces]
         for o in owners:
             setattr(o, name, value)
 
@@ -221,19 +226,84 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("way", ["kept", "compiled"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, change, way):
-    net, x = nets.make(), inputs()
-    compiled = cached(folder) if way == "kept" else CompiledModule(COMPILED)
+def set_bases(kind, *bases):
+    def change(net):
+        before, kind.__bases__ = kind.__bases__, bases
+
+        def back():
+            kind.__bases__ = before
+        return back
+    return change
+
+
+def twice_operator(function):
+    return lambda value, other: function(function(value, other), 2)
+
+
+OF = lambda name: lambda net: [getattr(block, name) for block in net.blocks]  # noqa: E731
+# Of nets.Reads.
+EASILY_MISSED = {
+    "LayerNorm.eps": set_attribute(OF("norm"), "eps", 10.0),
+    "LeakyReLU.negative_slope": set_attribute(OF("leaky"), "negative_slope", -5.0),
+    "Conv2d.padding_mode": set_attribute(OF("conv"), "padding_mode", "circular"),
+    "F.layer_norm, which a layer calls": set_attribute(F, "layer_norm", twice(F.layer_norm)),
+    "F.leaky_relu, which a layer calls": set_attribute(F, "leaky_relu", twice(F.leaky_relu)),
+    "F.gelu, which a layer calls": set_attribute(F, "gelu", twice(F.gelu)),
+    "_call_impl of a class": set_attribute(nets.Layer, "_call_impl", twice(nets.Layer._call_impl)),
+    "_call_impl of the block's class": set_attribute(nets.Reads, "_call_impl", twice(nets.Reads._call_impl)),
+    "_call_impl of one layer": set_attribute(lambda net: [net.blocks[1].second], "_call_impl", lambda x: x * 2),
+    "_call_impl of one block": set_attribute(lambda net: [net.blocks[1]], "_call_impl", lambda x, *args, **kwargs: x * 2),
+    "_call_impl of all modules": set_attribute(torch.nn.Module, "_call_impl", twice(torch.nn.Module._call_impl)),
+    "_wrapped_call_impl of a class": set_attribute(nets.Layer, "__call__", twice(nets.Layer._wrapped_call_impl)),
+    "Tensor.__add__": set_attribute(torch.Tensor, "__add__", twice_operator(torch.Tensor.__add__)),
+    "Tensor.__mul__": set_attribute(torch.Tensor, "__mul__", twice_operator(torch.Tensor.__mul__)),
+    "a slot": set_attribute(OF("slotted"), "gain", 3.0),
+    "a slot of a slot of a module's object": set_attribute(nets.SLOTTED.inner, "gain", 3.0),
+    "an attribute of a function": set_attribute(nets.marked, "amount", 3.0),
+    "a partial": set_attribute(nets, "SCALED", functools.partial(nets.scaled, by=3.0)),
+    "a partial's keywords": set_item(nets.SCALED.keywords, "by", 3.0),
+    "what is behind a MappingProxyType": set_item(nets.INNER, "gain", 3.0),
+    "a MappingProxyType": set_attribute(nets, "VIEW", types.MappingProxyType({"gain": 3.0})),
+    "an attribute of an enum's member": set_attribute(nets.Shade.LIGHT, "strength", 3.0),
+    "an attribute of a metaclass": set_attribute(nets.Meta, "factor", 3.0),
+    "a global of a decorator": set_attribute(nets, "TIMES", 3.0),
+    "a global behind a decorator": set_attribute(nets, "SHIFT", 3.0),
+    "a global of a lambda": set_attribute(nets, "LAYERS", 3.0),
+    "a list in a closure": set_item(nets.CLOSED.__closure__[0].cell_contents, 0, 3.0),
+    "a closure": set_attribute(nets.CLOSED.__closure__[0], "cell_contents", [3.0]),
+    "a global of a module that forward imports": set_attribute(changing_values, "FACTOR", 3.0),
+    "a global that forward imports": set_attribute(changing_values, "EXPONENT", 3.0),
+    "what a dotted path leads to": set_attribute(lambda net: [block.nested.depth for block in net.blocks], "gain", 3.0),
+    "on the way of a dotted path": set_attribute(lambda net: [block.nested for block in net.blocks], "depth", types.SimpleNamespace(gain=3.0)),
+    "bases of a helper": set_bases(nets.Helper, nets.Second),
+    "a method that a helper's base class had": set_attribute(nets.Helper, "gain", lambda self: 3.0),
+    "a method of a helper's base class": set_attribute(nets.First, "gain", lambda self: 3.0),
+    "bases of the block": set_bases(nets.Reads, nets.Other),
+}
+BREAKS = {
+    "a subclass of float": set_attribute(BLOCKS, "level", nets.Level(3.0)),
+    "an attribute of a subclass of float": set_attribute(OF("level"), "extra", 3.0),
+    "a subclass of str": set_attribute(BLOCKS, "label", nets.Label("other")),
+    "a property of a metaclass": set_attribute(nets.Meta, "level", property(lambda cls: 3.0)),
+}
+CASES = [(kind, change, way) for kind, changes in ((nets.Block, CHANGES), (nets.Reads, EASILY_MISSED), (nets.Breaks, BREAKS))
+         for change in changes for way in ("kept", "compiled")]
+UNSEEN = "training", "parameters' type"  # no other result
+
+
+@pytest.mark.parametrize("kind, change, way", CASES, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, kind, change, way):
+    net, x = nets.make(kind), inputs()
+    compiled = cached(folder) if way == "kept" else CompiledModule(TRACED if change.startswith("Tensor.") else COMPILED)
     used = "artefact" if way == "kept" else "graph"
     for _ in range(2):
         assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     assert compiled.report.last_calls[used] == 3, (compiled.report, compiled._cache and compiled._cache.builder.reasons)
-    before = compiled.report.graphs
-    back = CHANGES[change](net)
+    before, plain = compiled.report.graphs, net(*x)
+    back = {**CHANGES, **EASILY_MISSED, **BREAKS}[change](net)
     try:
         x64 = tuple(value.to(net.blocks[0].norm.weight.dtype) for value in x)
+        assert change in UNSEEN or difference(net(*x64), plain) > 1e-3
         for _ in range(2):
             assert difference(run(compiled, net, *x64), net(*x64)) < 1e-4
     finally:
