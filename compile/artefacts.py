@@ -96,13 +96,15 @@ class RegionArtefacts:
 
     def begin(self) -> None:
         """At the start of a step: what the builder has finished since is loaded; code that was patched since is not used."""
+        for group in self._loaded.values():
+            for loaded in group:
+                loaded.young -= loaded.young > 0
         if self._changed.is_set() and self._place:
             self._changed.clear()
             self._asked.clear()
             self._load()
         for group in self._loaded.values():
             for loaded in group:
-                loaded.young -= loaded.young > 0
                 changed = loaded.sources.mismatch() or loaded.classes.difference()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
@@ -122,7 +124,7 @@ class RegionArtefacts:
             for loaded in self._loaded.get(call.structure, ()):
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
                     if loaded.young and (changed := loaded.sources.mismatch() or loaded.classes.difference()):
-                        loaded.usable = False
+                        self._loaded[call.structure].remove(loaded)  # it may be as it was at the next step's first block
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time

@@ -31,6 +31,7 @@ def _entry(name: str) -> types.FunctionType:
     """A function with a code object of its own. Dynamo keeps what it compiled on the code object: so one region never uses up
     the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
+        tuple(kwargs)  # dynamo then guards their order, which it loses on the way through nn.Module
         return module._call_impl(*args, **kwargs)
     return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
 

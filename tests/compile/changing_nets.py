@@ -7,7 +7,10 @@ import operator
 import os
 import random
 import time
+import uuid
+from collections import namedtuple
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType, SimpleNamespace
 
 import torch
@@ -163,6 +166,9 @@ INNER = {"gain": 1.0}
 VIEW = MappingProxyType(INNER)
 SCALED = functools.partial(scaled, by=1.0)
 SHIFT = TIMES = LAYERS = 1.0
+FILE = ""
+PACKED = True
+Pair = namedtuple("Pair", "first second")
 
 
 def timed(function):
@@ -327,6 +333,37 @@ class Getenv(Small):
         return self.body(x) * float(os.getenv("INT8_COMPILE_TEST_GAIN", "1"))
 
 
+class Now(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * datetime.now().microsecond
+
+
+class Unique(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (uuid.uuid4().int % 1009)
+
+
+class Opens(Small):
+    def forward(self, x, transformer_options=None):
+        with open(FILE) as file:
+            return self.body(x) * float(file.read())
+
+
+class Stats(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * os.path.getsize(FILE)
+
+
+class Identity(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (id(self) % 1009)
+
+
+class Process(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (os.getpid() % 1009)
+
+
 class ByBatch(Small):
     def forward(self, x, transformer_options=None):
         return self.body(x) * (2.0 if x.shape[0] == 1 else 3.0)
@@ -348,6 +385,38 @@ class Length(Small):
         return self.body(x) * (1 + len(transformer_options or ()))
 
 
+class Differs(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if transformer_options != {} else 1)
+
+
+class Prints(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * len(str(transformer_options))
+
+
+class Pops(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if transformer_options.pop("a", None) else 1)
+
+
+class Deletes(Small):
+    def forward(self, x, transformer_options=None):
+        h = self.body(x) * (2 if "a" in transformer_options else 1)
+        if "a" in transformer_options:
+            del transformer_options["a"]
+        return h
+
+
+class Hands(Small):
+    """Hands a tensor on to the next block."""
+
+    def forward(self, x, transformer_options=None):
+        h = self.body(x) + transformer_options.get("handed", 0)
+        transformer_options["handed"] = h
+        return h
+
+
 class Sigmas(Small):
     def forward(self, x, transformer_options=None):
         sigmas = transformer_options.get("sigmas")
@@ -367,6 +436,58 @@ class Conds(Small):
 class Numbers(Small):
     def forward(self, x, number, transformer_options=None):
         return self.body(x) * number
+
+
+class Sized(Small):
+    def forward(self, x, size, transformer_options=None):
+        return self.body(x) * {torch.Size: 2.0, tuple: 3.0, list: 4.0}[type(size)] * size[-1]
+
+
+class Named(Small):
+    def forward(self, x, pair, transformer_options=None):
+        return self.body(x) * (pair.second if hasattr(pair, "second") else pair[0])
+
+
+class Keywords(Small):
+    def forward(self, x, transformer_options=None, **gains):
+        return self.body(x) * (gains["low"] if next(iter(gains), "") == "high" else 5.0)
+
+
+class Same(Small):
+    def forward(self, x, first, second, transformer_options=None):
+        return self.body(x) + first * (2.0 if first is second else 3.0) + second
+
+
+class Called(Small):
+    def forward(self, x, function, transformer_options=None):
+        return function(self.body(x))
+
+
+class Unpacked(torch.nn.Linear):
+    def artefact_tensors(self):
+        return dict(self._parameters)
+
+
+class Packed(Unpacked):
+    """As a layer of this pack: gives its tensors by a mapping, none while it computes otherwise."""
+
+    def artefact_tensors(self):
+        return super().artefact_tensors() if PACKED else {}
+
+    def artefact_replacement(self):
+        return Unpacked, (self.in_features, self.out_features)
+
+    def forward(self, x):
+        return super().forward(x) if PACKED else x * 2
+
+
+class Packs(Small):
+    def __init__(self):
+        super().__init__()
+        self.second = Packed(32, 32)
+
+    def forward(self, x, transformer_options=None):
+        return self.body(x)
 
 
 class Scalar(Small):
@@ -401,7 +522,18 @@ class Optional(Small):
         self.register_buffer("extra", None)
 
     def forward(self, x, transformer_options=None):
-        return self.body(x) if self.extra is None else self.body(x) * self.extra
+        return self.body(x) if getattr(self, "extra", None) is None else self.body(x) * self.extra
+
+
+class Fails(Small):
+    def __init__(self):
+        super().__init__()
+        self.fails = None
+
+    def forward(self, x, transformer_options=None):
+        if self.fails is not None:
+            self.fails()
+        return self.body(x)
 
 
 class Plain(Small):
