@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class Cache:
     host: Callable[[], dict] = dict
 
 
-# Steps in which an artefact is looked at before each block: whether the model changes between blocks what they read.
+# Steps in which all that an artefact was made of is looked at before each block: whether the model patches between blocks what they run.
+# Later only the values that they read are.
 YOUNG = 2
 
 
@@ -45,7 +47,17 @@ class _Loaded:
     sources: Sources
     classes: ClassGuards
     usable: bool = True
-    young: int = YOUNG
+    young: float = YOUNG
+
+    def change(self) -> str:
+        """What is not as the artefact was made of it, empty where all is."""
+        return self.sources.mismatch() or self.classes.difference()
+
+    def change_on_the_way(self) -> str:
+        """The same, asked before each block of a step."""
+        if not self.young and self.sources.values_unchanged() and self.classes.values_unchanged():
+            return ""
+        return self.change()
 
 
 class BlockInfo:
@@ -105,7 +117,7 @@ class RegionArtefacts:
             self._load()
         for group in self._loaded.values():
             for loaded in group:
-                changed = loaded.sources.mismatch() or loaded.classes.difference()
+                changed = loaded.change()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
@@ -123,8 +135,9 @@ class RegionArtefacts:
                 self._learn(block, info)
             for loaded in self._loaded.get(call.structure, ()):
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
-                    if loaded.young and (changed := loaded.sources.mismatch() or loaded.classes.difference()):
-                        self._loaded[call.structure].remove(loaded)  # it may be as it was at the next step's first block
+                    if changed := loaded.change_on_the_way():
+                        loaded.usable = False
+                        loaded.young = math.inf  # the next step's first block may find all as it was
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time

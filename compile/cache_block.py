@@ -17,6 +17,11 @@ import weakref
 import torch
 from torch import Tensor
 
+try:
+    from torch._C._dynamo.guards import TensorGuards  # dynamo's own comparison, in C++
+except ImportError:
+    TensorGuards = None
+
 from .cache_call import Unsupported, layout
 from .cache_sources import identifiers
 from .describe import Describer, Names, Watch, is_pristine_package, path_of
@@ -123,7 +128,7 @@ class ClassGuards:
     def difference(self) -> str:
         """A class that is another one now, empty where there is none."""
         if self._watch is None or not self._watch.unchanged():
-            self._watch = Watch()
+            self._watch = Watch(Watch())
             try:
                 found = classes_of(self._kinds, self._names, self._watch, self._lenient)
             except Unsupported as error:
@@ -131,6 +136,10 @@ class ClassGuards:
             else:
                 self._difference = next((path for path, _ in _differing(found, self._expected)), "")
         return self._difference
+
+    def values_unchanged(self) -> bool:
+        """Whether the class attributes that are no methods are those of the last look. Asked at every call."""
+        return self._watch is not None and self._watch.values.unchanged()
 
 
 class BlockGuards:
@@ -187,7 +196,7 @@ class Weights:
 
     specs: those the artefact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
 
-    __slots__ = ("_absent", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
+    __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
 
     def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
         self._owners: list[tuple[dict | weakref.ref, str]] = []
@@ -215,19 +224,23 @@ class Weights:
         self._dtypes = [getattr(torch, dtype) for dtype, _, _ in specs]
         self._layouts = [kind for *_, kind in specs]
         self._devices = [device] * len(specs)
+        # Of a block without INT8 layers: the same look-up in C.
+        self._columns = tuple(zip(*self._owners)) if all(isinstance(owner, dict) for owner, _ in self._owners) else None
+        self._checked: TensorGuards | None = None  # dtypes, sizes, strides and devices of tensors that were right
 
     def get(self) -> list[Tensor] | None:
         """In the order of tensors_of; None where one is not what the artefact was made for."""
         made: dict = {}
         if len(self._owners) != len(self._shapes) or list(map(len, self._spaces)) != self._sizes:
             return None
-        result = [owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
-        if not (_PLAIN.issuperset(map(type, result)) and list(map(_shape_of, result)) == self._shapes
-                and list(map(_dtype_of, result)) == self._dtypes and list(map(_device_of, result)) == self._devices):
-            return None
-        for tensor, kind in zip(result, self._layouts):
-            if not (tensor.is_contiguous() if kind == "c" else layout(tensor) == kind):
+        if self._columns:
+            result = list(map(dict.get, *self._columns))
+        else:
+            result = [owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
+        if result and (self._checked is None or not self._checked.check(*result)):
+            if not self._are_right(result):
                 return None
+            self._checked = TensorGuards and TensorGuards(*result, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         for owner, name in self._absent:
             if owner.get(name) is not None:
                 return None
@@ -235,6 +248,11 @@ class Weights:
             if (owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
                 return None
         return result
+
+    def _are_right(self, tensors: list[Tensor]) -> bool:
+        return (_PLAIN.issuperset(map(type, tensors)) and list(map(_shape_of, tensors)) == self._shapes
+                and list(map(_dtype_of, tensors)) == self._dtypes and list(map(_device_of, tensors)) == self._devices
+                and all(tensor.is_contiguous() if kind == "c" else layout(tensor) == kind for tensor, kind in zip(tensors, self._layouts)))
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})

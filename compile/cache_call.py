@@ -43,7 +43,7 @@ def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
         leaves.append(value)
         return "tensor"
     if isinstance(value, CONSTANTS):
-        return type(value).__name__, value
+        return constant(value)
     if isinstance(value, types.FunctionType):
         if function_at(value.__module__, value.__qualname__) is not value:
             raise Unsupported(f"an argument is the function {value.__qualname__}, which its name does not lead to")
@@ -56,6 +56,11 @@ def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
             return "options"
         return ("dict", *[(key, _shape_of(item, leaves, options)) for key, item in value.items()])
     raise Unsupported(f"an argument is a {type(value).__name__}")
+
+
+def constant(value) -> tuple:
+    """Equal only for what is the same: zeros, which compare equal, are texts, with their sign."""
+    return type(value).__name__, str(value) if type(value) is float and value == 0.0 else value
 
 
 def without_numbers(structure):
@@ -82,7 +87,7 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
             return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](value(item) for item in items)
         if kind == "dict":
             return {key: value(item) for key, item in items}
-        return items[0]
+        return float(items[0]) if kind == "float" else items[0]
     args, kwargs = structure
     return value(args), value(kwargs)
 
@@ -277,7 +282,7 @@ def option_value(options: dict, key: str):
     if key in BOOKKEEPING and value is not None:
         return _PRESENT
     if isinstance(value, CONSTANTS):
-        return [type(value).__name__, value]
+        return list(constant(value))
     if isinstance(value, (dict, list, tuple)) and not value:
         return ["empty", type(value).__name__]
     raise Unsupported(f"the block reads transformer_options['{key}'], which is a {type(value).__name__}")
@@ -313,7 +318,7 @@ def options_match(options: dict, constants: dict) -> bool:
             if expected != _PRESENT:
                 return False
         elif isinstance(value, CONSTANTS):
-            if expected != [type(value).__name__, value]:
+            if expected != [*constant(value)]:
                 return False
         elif not isinstance(value, (dict, list, tuple)) or value or expected != ["empty", type(value).__name__]:
             return False

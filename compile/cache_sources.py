@@ -241,12 +241,17 @@ class Sources:
     def mismatch(self) -> str:
         """The first function that is another one here, empty where all are the same. Fast where nothing has changed since."""
         if self._watch is None or not self._watch.unchanged():
-            self._watch = Watch()
+            self._watch = Watch(Watch())
             try:
                 self._mismatch = self._look()
             except Unsupported as error:
                 self._mismatch = f"code of which {error}"
         return self._mismatch
+
+    def values_unchanged(self) -> bool:
+        """Whether the values that it was made from, as far as a program sets them while it runs, are those of the last look. Asked at every
+        call."""
+        return self._watch is not None and self._watch.values.unchanged()
 
     def _look(self) -> str:
         called = self.called
@@ -295,7 +300,7 @@ def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch
             value = space.get(name, ABSENT)
             if name == "__builtins__" or (value is ABSENT and space is not function.__globals__):
                 continue
-            watch.binding(space, name, value)
+            watch.binding(space, name, value, bool(folder))
             if isinstance(value, types.ModuleType):
                 # What is reached through a module (comfy.model_management.cast_to, torch.nn.functional.silu) is looked up there.
                 if all(value.__dict__ is not seen for seen, _ in spaces):

@@ -9,6 +9,7 @@ import collections
 import enum
 import functools
 import hashlib
+import itertools
 import logging
 import pathlib
 import re
@@ -35,39 +36,54 @@ _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(El
 _IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
              types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+_CODE = (types.FunctionType, type, types.ModuleType, types.MethodType, staticmethod, classmethod, property, functools.partial,
+         functools.cached_property, functools._lru_cache_wrapper, torch._ops.OpOverload, torch._ops.OpOverloadPacket, *_BUILTINS)
 # What runs of a module without being named in its code.
 _CALLED = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _get, _get_of_class = dict.get, types.MappingProxyType.get
+_chain = itertools.chain.from_iterable
 
 
 class Watch:
     """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
-    Asked at every step or call, so its loops run in C."""
+    Asked at every step or call, so its loops run in C.
 
-    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_containers", "_dicts", "_functions", "_sizes")
+    values: gets that part of it which a program sets while it runs: numbers, texts, objects and what is in them; not functions and classes,
+    nor what is an installed library's."""
 
-    def __init__(self):
+    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_dicts", "_functions", "_known", "_lists", "_sizes", "_tables",
+                 "values")
+
+    def __init__(self, values: Watch | None = None):
+        self.values = values
         self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
         self._class_bindings: tuple[list, list, list] = [], [], []
         self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
         self._functions: list[tuple] = []  # function, its code, its defaults
         self._cells: list[tuple[types.CellType, object]] = []
         self._bases: list[tuple[type, tuple]] = []
-        self._attributes: list[tuple] = []
-        self._containers: list[tuple[object, list]] = []
+        self._attributes: tuple[list, list, list] = [], [], []  # owners, names, values
+        self._lists: tuple[list, list, list] = [], [], []  # lists, sets and deques; their sizes; their items
+        self._tables: tuple[list, list, list] = [], [], []  # dicts; their sizes; their keys and values
+        self._known: set[tuple] = set()  # what is watched already
 
-    def binding(self, space: dict | types.MappingProxyType, name: str, value) -> None:
+    def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
         """name in space is value, or not there (ABSENT)."""
-        columns = self._dicts if isinstance(space, dict) else self._class_bindings
-        for column, item in zip(columns, (space, name, value)):
-            column.append(item)
+        if (id(space), name) in self._known:
+            return
+        self._known.add((id(space), name))
+        _append(self._dicts if isinstance(space, dict) else self._class_bindings, space, name, value)
+        if self.values is not None and not (is_library or value is ABSENT or isinstance(value, _CODE)):
+            self.values.binding(space, name, value)
 
-    def size(self, space: dict | types.MappingProxyType) -> None:
-        """space gets no new name: one might come before what is looked up further on."""
+    def size(self, space: dict | types.MappingProxyType, is_state: bool = False) -> None:
+        """space gets no new name: one might come before what is looked up further on. is_state: of an object's attributes."""
         self._sizes[0].append(space)
         self._sizes[1].append(len(space))
+        if self.values is not None and is_state:
+            self.values.size(space)
 
     def function(self, function: types.FunctionType) -> None:
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
@@ -78,21 +94,31 @@ class Watch:
 
     def attribute(self, owner, name: str, value) -> None:
         """Of an object that keeps it elsewhere than in a dict (__slots__)."""
-        self._attributes.append((owner, name, value))
+        _append(self._attributes, owner, name, value)
+        if self.values is not None:
+            self.values.attribute(owner, name, value)
 
-    def container(self, container, items: list) -> None:
-        """items: of a list, set or deque; of a dict its keys, then its values."""
-        self._containers.append((container, items))
+    def container(self, container, is_code: bool = False) -> None:
+        """A list, set, deque or dict. is_code: of a function's own attributes."""
+        if id(container) in self._known:
+            return
+        self._known.add(id(container))
+        if isinstance(container, (dict, types.MappingProxyType)):
+            _append(self._tables, container, len(container), [*container, *container.values()])
+        else:
+            _append(self._lists, container, len(container), list(container))
+        if self.values is not None and not is_code:
+            self.values.container(container)
 
     def unchanged(self) -> bool:
         spaces, names, values = self._dicts
-        if not all(map(is_, map(_get, spaces, names, _ABSENTS), values)):
+        if spaces and not all(map(is_, map(_get, spaces, names, _ABSENTS), values)):
             return False
         spaces, names, values = self._class_bindings
-        if not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
+        if spaces and not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
             return False
         spaces, sizes = self._sizes
-        if list(map(len, spaces)) != sizes:
+        if spaces and list(map(len, spaces)) != sizes:
             return False
         for function, code, defaults, keywords in self._functions:
             if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
@@ -103,14 +129,25 @@ class Watch:
         for kind, bases in self._bases:
             if kind.__mro__ is not bases:
                 return False
-        for owner, name, value in self._attributes:
-            if getattr(owner, name, ABSENT) is not value:
+        owners, names, values = self._attributes
+        if owners and not all(map(is_, map(getattr, owners, names, _ABSENTS), values)):
+            return False
+        lists, sizes, items = self._lists
+        if lists and (list(map(len, lists)) != sizes or not all(map(is_, _chain(lists), _chain(items)))):
+            return False
+        tables, sizes, items = self._tables
+        if tables:
+            if list(map(len, tables)) != sizes:
                 return False
-        for container, items in self._containers:
-            now = [*container, *container.values()] if isinstance(container, (dict, types.MappingProxyType)) else container
-            if len(now) != len(items) or not all(map(is_, now, items)):
-                return False
+            for table, item in zip(tables, items):
+                if item and not all(map(is_, itertools.chain(table, table.values()), item)):
+                    return False
         return True
+
+
+def _append(columns: tuple[list, ...], *row) -> None:
+    for column, item in zip(columns, row):
+        column.append(item)
 
 
 class Names:
@@ -229,7 +266,7 @@ class Describer:
         """Of an object's attributes."""
         content = []
         if isinstance(state := getattr(value, "__dict__", None), dict):
-            self._watch.size(state)
+            self._watch.size(state, is_state=True)
             for name in sorted(filter(self._names.__contains__, state)):
                 self._watch.binding(state, name, state[name])
                 content.append(f"{name}={self(state[name])}")
@@ -242,14 +279,14 @@ class Describer:
     def _content(self, value) -> list[str]:
         """Of a container."""
         if isinstance(value, (dict, types.MappingProxyType)):
-            self._watch.container(value, [*value, *value.values()])
+            self._watch.container(value)
             return [f"{self(key)}: {self(item)}" for key, item in value.items()]
         if isinstance(value, (set, frozenset)):
             if isinstance(value, set):
-                self._watch.container(value, list(value))
+                self._watch.container(value)
             return sorted(map(self, value))
         if isinstance(value, (list, collections.deque)):
-            self._watch.container(value, list(value))
+            self._watch.container(value)
         return list(map(self, value)) if isinstance(value, (list, tuple, collections.deque)) else []
 
     def _function(self, function: types.FunctionType) -> str:
@@ -260,6 +297,7 @@ class Describer:
         parts += [self(value) for value in (function.__defaults__, function.__kwdefaults__) if value]
         parts += [self(content) for cell in function.__closure__ or () if (content := _content(cell)) is not ABSENT]
         if function.__dict__:
+            self._watch.container(function.__dict__, is_code=True)
             parts.append(self(function.__dict__))
         return " ".join(parts)
 

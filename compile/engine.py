@@ -23,7 +23,7 @@ from .block_tree import has_global_hooks
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
-from .torch_compiler import MAX_STATES, CompileScope, RegionCode
+from .torch_compiler import MAX_STATES, Compiled, CompileScope, RegionCode
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +112,19 @@ class _Step:
     use_artefacts: bool
     scope: CompileScope
     blocks: dict[int, _Block] | None = None  # by id of the module, from the first call of a block on
-    functions: dict[int, Callable | None] = field(default_factory=dict)  # compiled, by id of the region's state
+    compiled: dict[int, Compiled | None] = field(default_factory=dict)  # by id of the region's state
     compiling: str = ""  # the region that is called
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
 
-class _Attached:
-    """The call of one block, in its ``_compiled_call_impl``."""
+class OwnCall:
+    """What this pack puts into ``_compiled_call_impl``, the slot of nn.Module.compile. Anything else there is another pack's."""
+
+    __slots__ = ()
+
+
+class _BlockCall(OwnCall):
+    """The call of one block."""
 
     __slots__ = ("module", "owner")
 
@@ -130,6 +136,18 @@ class _Attached:
         return self.owner.call_block(self.module, args, kwargs)
 
 
+class _WrappedCall(OwnCall):
+    """The same with something around it, see CompiledModule.run."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable):
+        self._call = call
+
+    def __call__(self, *args, **kwargs):
+        return self._call(*args, **kwargs)
+
+
 class CompiledModule:
     """The compiled regions of one module on one device. Thread-safe; built at the first call.
 
@@ -137,8 +155,6 @@ class CompiledModule:
     the modules themselves stay as they are, and everything is put back afterwards. Branches of a model (INT8 and float, two methods) may
     take turns: what was compiled belongs to what the blocks are made of.
     """
-
-    _nested = threading.local()  # depth: of runs in this thread
 
     def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
         self.report = CompileReport(title=options.title)
@@ -157,6 +173,7 @@ class CompiledModule:
         self._blocks: dict[int, _Block] = {}  # by id of the module, of the regions
         self._states: dict[tuple, _RegionState] = {}  # by what blocks are made of
         self._failures: dict[tuple, str] = {}  # why compile is off, by what all the regions are made of
+        self._unused: dict[str, list[str]] = {}  # why artefacts are not used, by region; until one of it is loaded
         self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
         self._step: _Step | None = None
@@ -176,9 +193,9 @@ class CompiledModule:
         nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
         compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """
-        if not self._acquire():
+        if not self._lock.acquire(blocking=False):
+            # In another thread's run, which may be waiting for this one: the blocks run eager.
             return call()
-        self._nested.depth = getattr(self._nested, "depth", 0) + 1
         try:
             if tell is not self._tell:
                 self._tell, self._told = tell, False
@@ -207,13 +224,7 @@ class CompiledModule:
             logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
             return result
         finally:
-            self._nested.depth -= 1
             self._lock.release()
-
-    def _acquire(self) -> bool:
-        """The lock; False where waiting for it might be for ever: this thread is in another model's run, and the one that holds this lock
-        may be waiting for that. The blocks run eager then."""
-        return self._lock.acquire(blocking=not getattr(self._nested, "depth", 0))
 
     def _refresh(self, root: torch.nn.Module) -> None:
         if self._root is None or self._root() is not root or self._regions is None or not self._regions.is_current():
@@ -241,8 +252,8 @@ class CompiledModule:
             if state is None:
                 state = self._states[region.key] = _RegionState(
                     region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options))
-            for module in region.modules:
-                first = module is region.modules[0]
+            for index, module in enumerate(region.modules):
+                first = index == 0
                 blocks[id(module)] = _Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
         return blocks
 
@@ -255,19 +266,25 @@ class CompiledModule:
         outer = self._step
         scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
         step = self._step = _Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope)
-        attached = [_Attached(self, module) for module in self._regions.blocks]
-        before = [module.__dict__.get("_compiled_call_impl") for module in self._regions.blocks]
+        before = []
         try:
-            for block in attached:
-                block.module.__dict__["_compiled_call_impl"] = around_block(block) if around_block else block
+            for module in self._regions.blocks:
+                previous = module.__dict__.get("_compiled_call_impl")
+                if previous is not None and not isinstance(previous, OwnCall):
+                    self._fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled them.")
+                    step.calls["eager"] += 1
+                    continue
+                before.append((module, previous))
+                block = _BlockCall(self, module)
+                module.__dict__["_compiled_call_impl"] = _WrappedCall(around_block(block)) if around_block else block
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
-            for block, previous in zip(attached, before):
+            for module, previous in before:
                 if previous is None:
-                    block.module.__dict__.pop("_compiled_call_impl", None)
+                    module.__dict__.pop("_compiled_call_impl", None)
                 else:
-                    block.module.__dict__["_compiled_call_impl"] = previous
+                    module.__dict__["_compiled_call_impl"] = previous
             compiled = scope.close()
             self._step = outer
             self._after_step(step, compiled)
@@ -298,7 +315,7 @@ class CompiledModule:
         if step.blocks is None:
             self._begin(step)
         block = step.blocks.get(id(module))
-        if block is None or self._regions.hooks[id(module)]:
+        if block is None or self._regions.has_hooks(module):
             if block is not None:
                 self._fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
@@ -312,12 +329,18 @@ class CompiledModule:
             if artefacts.instead:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
-        function = self._function(step, block)
-        if function is None:
+        compiled = self._compiled(step, block)
+        if compiled is not None and compiled.guards.zeros and not compiled.guards.zeros.agree(module, args, kwargs):
+            self._fall_back(f"a number that {block.region.name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it "
+                            "runs uncompiled where the sign is another than at first.")
+            compiled = None
+        if compiled is None:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
-        return _call_compiled(function, module, args, kwargs, block.mark)
+        result = _call_compiled(compiled.call, module, args, kwargs, block.mark)
+        compiled.look(module)
+        return result
 
     def _begin(self, step: _Step) -> None:
         """At the first block of a step, when every wrapper around the model has done what it does."""
@@ -326,6 +349,9 @@ class CompiledModule:
         if not self._blocks:  # forgotten
             self._blocks = self._describe_blocks()
         step.blocks = self._blocks
+        if foreign := self._regions.compiled_inside():
+            step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
+            self._fall_back("in some blocks another pack has compiled a module: they run uncompiled while it is.")
         if has_global_hooks():
             step.blocks = {}
             self._fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")
@@ -336,7 +362,7 @@ class CompiledModule:
                     state.artefacts = self._region_artefacts(region)
                 state.artefacts.begin()
 
-    def _function(self, step: _Step, block: _Block) -> Callable | None:
+    def _compiled(self, step: _Step, block: _Block) -> Compiled | None:
         """What torch compiled for the block's region as its classes are now; None where it is not compiled."""
         code = block.region.code
         step.compiling = code.name
@@ -344,14 +370,15 @@ class CompiledModule:
             if not self.report.graphs:
                 self._say("loading the compiler")
             step.scope.open()
-        if id(code) not in step.functions:
-            step.functions[id(code)] = found = code.find(step.filter_guards)
+        known = step.compiled.get(id(code), MISSING)
+        if known is MISSING or (known is not None and not known.still_fits()):
+            step.compiled[id(code)] = found = code.find(step.filter_guards)
             if found is None and (replaced := code.replaced()):
                 self._fall_back(f"{replaced} has been replaced (by another pack): running uncompiled while it is.")
             elif found is None:
                 self._fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another pack): it "
                                 "runs uncompiled with new code or values.")
-        return step.functions[id(code)]
+        return step.compiled[id(code)]
 
     def _region_artefacts(self, region: Region) -> RegionArtefacts:
         options = self.options
@@ -381,11 +408,21 @@ class CompiledModule:
         if event in ("built", "refused"):
             report.building = [building for building in report.building if building.partition(" ")[0] != name]
         if event == "loaded":
+            report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
             report.artefacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps
             logger.info("%s: step %d on runs %s from the compile cache", self.options.title, report.steps, text)
         elif event == "refused" and self.options.background:
             self._fall_back(f"{text}: running uncompiled. Set background to false to compile it in this process.")
+        elif event == "not used":
+            if self.options.background:
+                reason = f"{text}: running uncompiled while it is so."
+                self._fall_back(reason)
+            else:
+                reason = f"{NOT_KEPT}: {text}"
+                report.fallbacks += [] if reason in report.fallbacks else [reason]
+                logger.info("%s: not used: %s", self.options.title, text)
+            self._unused.setdefault(name, []).append(reason)
         elif event == "refused":
             report.fallbacks.append(f"{NOT_KEPT}: {text}")
             logger.info("%s: not kept in the compile cache: %s", self.options.title, text)
@@ -405,7 +442,6 @@ class CompiledModule:
         limit = scope.limit()
         for region in self._regions:
             code = self._states[region.key].code
-            code.after_compile(region.modules[0])
             if code.is_at_limit(limit):
                 self._fall_back(f"{region.name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
                                 "it runs uncompiled wherever it would need another compile.")

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import collections.abc
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -40,18 +42,57 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
     return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
 
 
+_BUILTINS = {"__builtins__": {}, "type": type, "dict": dict}
+
+
+class Zeros:
+    """The zeros that compiled code took for constants, with their signs: dynamo's guards take 0.0 and -0.0 for the same."""
+
+    def __init__(self):
+        self._known: dict[str, tuple[Callable, float]] = {}  # by how dynamo gets it from the block's call: how to, and its sign
+
+    def add(self, source: str, value: float) -> None:
+        if source not in self._known and _OF_THE_CALL.search(source):
+            self._known[source] = eval(f"lambda L: {source}", dict(_BUILTINS)), math.copysign(1.0, value)
+
+    def agree(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether each has the sign that it had when the block was compiled. Asked at every call."""
+        scope = {"module": module, "args": args, "kwargs": kwargs}
+        for get, sign in self._known.values():
+            try:
+                value = get(scope)
+            except (AttributeError, LookupError, TypeError, NameError):
+                continue  # dynamo's guards see that
+            if type(value) is float and value == 0.0 and math.copysign(1.0, value) != sign:
+                return False
+        return True
+
+    def __bool__(self):
+        return bool(self._known)
+
+
+# Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
+_OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
+
+
 class GuardFilter:
-    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. reads_environment: whether what was compiled asked
-    os.getenv, which dynamo takes for a constant. classes: of the objects that it read; dynamo guards which they are, not what they hold."""
+    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. environment: of the process when it was compiled, where
+    that asked os.getenv, which dynamo takes for a constant. zeros: see Zeros. classes: of the objects that it read: dynamo guards
+    which they are, not what they hold."""
 
     def __init__(self, drop_bookkeeping: bool):
         self._drop_bookkeeping = drop_bookkeeping
-        self.reads_environment = False
+        self.environment: dict[str, str] | None = None
+        self.zeros = Zeros()
         self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
         self.classes.update(type(entry.value) for entry in entries if entry.has_value)
-        self.reads_environment |= any(entry.has_value and entry.value is os.getenv for entry in entries)
+        if self.environment is None and any(entry.has_value and entry.value is os.getenv for entry in entries):
+            self.environment = dict(os.environ)
+        for entry in entries:
+            if entry.has_value and type(entry.value) is float and entry.value == 0.0 and hasattr(entry, "orig_guard"):
+                self.zeros.add(entry.orig_guard.name, entry.value)
         if not self._drop_bookkeeping:
             return [True] * len(entries)
         return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]

@@ -1,13 +1,14 @@
 """What to compile: each repeated block class once, shared by its instances."""
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..int8.structure import repeated_blocks, signature
-from .block_tree import BlockTree, Hooks
+from .block_tree import BlockTree, Hooks, InnerCalls, has_inner_call
 
 
 @dataclass
@@ -31,14 +32,32 @@ def find_regions(root: torch.nn.Module, blocks_only: bool = True) -> list[Region
     return list(groups.values()) or [Region(type(root).__name__, [root], key=signature(root))]
 
 
+class HeldRegion:
+    """A region whose modules may be freed."""
+
+    def __init__(self, region: Region):
+        self.name, self.key = region.name, region.key
+        self._references = list(map(weakref.ref, region.modules))
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        return [module for reference in self._references if (module := reference()) is not None]
+
+
 class RegionSet(Sequence):
     """The regions of a root as it is now. on_gone: called when one of the modules in them is freed."""
 
     def __init__(self, root: torch.nn.Module, blocks_only: bool, on_gone: Callable[[], None]):
-        self._regions = find_regions(root, blocks_only)
-        self.blocks = [module for region in self for module in region.modules]
-        self._tree = BlockTree(root, on_gone)
-        self.hooks = {id(module): Hooks(module) for module in self.blocks}
+        self._regions = list(map(HeldRegion, find_regions(root, blocks_only)))
+        self._inner_calls: InnerCalls | None = InnerCalls(self.blocks)
+        self._hooks = {id(module): Hooks(module) for module in self.blocks}
+        owner = weakref.ref(self)
+
+        def gone():
+            if (regions := owner()) is not None:
+                regions._hooks, regions._inner_calls = {}, None
+            on_gone()
+        self._tree = BlockTree(root, gone)
 
     def __len__(self):
         return len(self._regions)
@@ -47,8 +66,21 @@ class RegionSet(Sequence):
         return self._regions[index]
 
     @property
+    def blocks(self) -> list[torch.nn.Module]:
+        return [module for region in self for module in region.modules]
+
+    @property
     def key(self) -> tuple:
         return tuple(region.key for region in self)
+
+    def has_hooks(self, block: torch.nn.Module) -> bool:
+        """Whether a module in block has forward hooks."""
+        hooks = self._hooks.get(id(block))
+        return bool(Hooks(block) if hooks is None else hooks)
+
+    def compiled_inside(self) -> set[int]:
+        """Ids of the blocks in which another pack has compiled a module."""
+        return {id(block) for block in self.blocks if has_inner_call(block)} if self._inner_calls or self._inner_calls is None else set()
 
     def is_current(self) -> bool:
         """Whether the blocks and everything in them are in their places."""

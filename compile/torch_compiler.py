@@ -83,9 +83,9 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass
-class _Compiled:
-    """guards, code, classes: what it depends on that dynamo does not look at; known from the first compile on. environment: of the process
-    when it was compiled, where it depends on that."""
+class Compiled:
+    """call: what torch compiled of entry. guards, code, classes: what it depends on that dynamo does not look at; known from the first
+    compile on."""
 
     entry: types.FunctionType
     call: Callable
@@ -94,19 +94,21 @@ class _Compiled:
     traced: int = 0  # functions, when code and classes were described
     code: Sources | None = None
     classes: ClassGuards | None = None
-    environment: dict | None = None
+
+    def still_fits(self) -> bool:
+        """fits(), which was true before, asked before each block: only values may have changed since."""
+        return ((self.guards.environment is None and (self.code is None or self.code.values_unchanged())
+                 and (self.classes is None or self.classes.values_unchanged())) or self.fits())
 
     def fits(self) -> bool:
+        """Whether it is right for the code and values of now."""
         if self.backend is not None and self.backend.replaced is not None:
             owner, name, value = self.backend.replaced
             return getattr(owner, name, None) is value
-        return ((self.environment is None or self.environment == dict(os.environ))
-                and (self.code is None or not self.code.mismatch()) and (self.classes is None or not self.classes.difference()))
+        return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch()) and (self.classes is None or not self.classes.difference()))
 
     def look(self, block: torch.nn.Module) -> None:
-        """After a compile: describes what was traced, as it is now."""
-        if self.guards.reads_environment and self.environment is None:
-            self.environment = dict(os.environ)
+        """After a call: describes what was traced in it, as it is now."""
         if self.backend is not None and len(self.backend.traced) > self.traced:
             self.traced = len(self.backend.traced)
             found = Recording.of(self.backend.traced)
@@ -115,6 +117,7 @@ class _Compiled:
             kinds = module_classes(block)
             kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
+            self.fits()  # looks
 
 
 class RegionCode:
@@ -123,20 +126,20 @@ class RegionCode:
     def __init__(self, name: str, options: CompileOptions):
         self.name = name
         self._options = options
-        self._compiled: dict[bool, list[_Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
+        self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
-    def find(self, filter_guards: bool) -> Callable | None:
+    def find(self, filter_guards: bool) -> Compiled | None:
         """What was, or will be, compiled for the code and values of now. Asked once a step. None where it must not be compiled."""
         known = self._compiled[filter_guards]
         found = next((compiled for compiled in known if compiled.fits()), None)
         if found is None:
-            known[:] = [compiled for compiled in known if compiled.environment in (None, dict(os.environ))]
+            known[:] = [compiled for compiled in known if compiled.guards.environment in (None, os.environ)]
             if len(known) >= MAX_STATES:
                 return None
             entry, guards = _entry(self.name), GuardFilter(filter_guards)
-            found = _Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
+            found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
             known.insert(0, found)
-        return found.call if found.backend is None or found.backend.replaced is None else None
+        return found if found.backend is None or found.backend.replaced is None else None
 
     def replaced(self) -> str:
         """The function of torch that another pack has replaced, empty for none."""
@@ -145,11 +148,6 @@ class RegionCode:
                 owner, name, _ = compiled.backend.replaced
                 return f"{'torch.Tensor' if owner is torch.Tensor else owner.__name__}.{name}"
         return ""
-
-    def after_compile(self, block: torch.nn.Module) -> None:
-        """block: one of the region."""
-        for compiled in (*self._compiled[False], *self._compiled[True]):
-            compiled.look(block)
 
     def is_at_limit(self, limit: int) -> bool:
         entries = torch._dynamo.eval_frame._debug_get_cache_entry_list

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..engine import CompiledModule
+from ..engine import CompiledModule, OwnCall
 from ..options import CompileOptions, parse_options, require_backend
 from .errors import ModeConfigError
 from .mode import Mode
@@ -56,7 +56,7 @@ class Compile(Mode):
         return self.convert(model, config)[0]
 
 
-class CompiledCall:
+class CompiledCall(OwnCall):
     """In the slot of torch.nn.Module.compile, which copies and state_dict leave out: the same call with the blocks compiled."""
 
     def __init__(self, model: torch.nn.Module, options: CompileOptions):

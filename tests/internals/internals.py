@@ -44,6 +44,8 @@ INTERNALS = (
     Internal("torch._dynamo.utils.get_compilation_metrics", "the report's causes of recompiles", _FAILED),
     Internal("._dynamo_weak_dynamic_indices", "sizes that vary are dynamic from the first compile on", "one more graph at the second size",
              file="torch/_dynamo/variables/builder.py"),
+    Internal("torch._C._dynamo.guards.TensorGuards", "weights are compared with those of the last call in C++",
+             "they are compared in Python, 5 us a block more", needed=False),
     Internal("torch.fx.experimental._config.patch", "equal sizes are not taken for the same size", _FAILED),
     Internal("torch._inductor.list_mode_options", "what a mode is in options", "compile nodes with a mode fail"),
     Internal("torch._inductor.config.get_config_copy", "names and types of options are checked", "options are refused"),

@@ -1,0 +1,265 @@
+"""More of the same promise: whatever is changed, the result is eager's. See test_right_under_change."""
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import changing_nets as nets
+from int8_compile.compile.engine import CompiledModule
+from test_right_under_change import COMPILED, KEPT, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+
+
+def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():
+    net, compiled, x, results = nets.make(nets.Plain), CompiledModule(COMPILED), inputs()[0], []
+
+    def inner():
+        with torch.inference_mode():
+            results.append(run(compiled, net, x))
+
+    def call():
+        thread = threading.Thread(target=inner, daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+        return net(x)
+    for _ in range(2):
+        got = compiled.run(net, call, filter_guards=True, passthrough=lambda error: False)
+        assert difference(got, net(x)) < 1e-4
+    assert len(results) == 2 and all(difference(result, net(x)) < 1e-4 for result in results)
+    assert compiled.report.last_calls["graph"] == 3
+
+
+def test_why_an_artefact_is_not_used_is_in_the_report(tmp_path):
+    net, compiled, x = nets.make(), cached(tmp_path / "cache"), inputs()
+    for _ in range(2):
+        run(compiled, net, *x)
+    assert not compiled.report.fallbacks
+    net.blocks[0].gain = 2.0
+    nets.scaled.__defaults__ = (2.0,)
+    try:
+        run(compiled, net, *x)
+    finally:
+        nets.scaled.__defaults__ = (1.0,)
+    run(compiled, net, *x)
+    code, attribute = compiled.report.fallbacks
+    assert code.endswith("is not the code that its artefact was made of: running uncompiled while it is so.")
+    assert attribute == ("Block: gain is not as in the blocks that its artefact was made of: running uncompiled while it is so.")
+    assert code in compiled.report.text() and attribute in compiled.report.text()
+
+
+class Zeros(nets.Small):
+    """Reads numbers from everywhere; copysign tells 0.0 from -0.0."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.table = 0.0, {"inner": [0.0]}
+
+    def forward(self, x, number, transformer_options=None):
+        h = self.body(x).abs()
+        for value in (self.own, self.table["inner"][0], number, transformer_options.get("strength", 1.0), ZERO[0]):
+            h = h + 0.3 * torch.copysign(h, torch.full_like(h, value))
+        return h
+
+
+ZERO = [0.0]
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("place", ["argument", "option", "attribute", "nested", "global"])
+def test_a_zero_of_the_other_sign_is_another_number(tmp_path, place, way):
+    net = nets.make(Zeros)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    x = inputs()[0]
+    for first, is_first in ((0.0, True), (-0.0, False)):
+        for value in (first, first, -first, first):
+            for block in net.blocks:
+                block.own = value if place == "attribute" else 0.0
+                block.table["inner"][0] = value if place == "nested" else 0.0
+            ZERO[0] = value if place == "global" else 0.0
+            arguments = (value if place == "argument" else 0.0,)
+            options = {"strength": value} if place == "option" else {}
+            assert difference(run(compiled, net, x, *arguments, **options), net(x, *arguments, **options)) < 1e-4
+        if is_first:
+            assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+    ZERO[0] = 0.0
+
+
+class Between(torch.nn.Module):
+    """Changes, from one step on, what its blocks read before each of them."""
+
+    def __init__(self, kind, change):
+        super().__init__()
+        self.blocks = nets.make(kind).blocks
+        self.change, self.step, self.start = change, 0, 10 ** 6
+
+    def forward(self, x):
+        self.step += 1
+        for index, block in enumerate(self.blocks):
+            if self.step >= self.start:
+                self.change(index + 1.0)
+            x = block(x, transformer_options={})
+        return x
+
+
+STATE = {"gain": 1.0}
+LIST = [1.0]
+
+
+class Settings:
+    gain = 1.0
+
+
+SETTINGS = Settings()
+
+
+class Stateful(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * STATE["gain"] * LIST[0] * SETTINGS.gain * Settings.gain * nets.FACTOR * nets.TABLE["gain"] * self.slope
+
+    slope = 1.0
+
+
+BETWEEN = {
+    "a dict": (Stateful, lambda value: STATE.update(gain=value)),
+    "a list": (Stateful, lambda value: LIST.__setitem__(0, value)),
+    "an object": (Stateful, lambda value: setattr(SETTINGS, "gain", value)),
+    "a class attribute": (Stateful, lambda value: setattr(Settings, "gain", value)),
+    "an attribute of the block's class": (Stateful, lambda value: setattr(Stateful, "slope", value)),
+    "another module's number": (Stateful, lambda value: setattr(nets, "FACTOR", value)),
+    "another module's dict": (Stateful, lambda value: nets.TABLE.update(gain=value)),
+    "the environment": (nets.Getenv, lambda value: os.environ.update(INT8_COMPILE_TEST_GAIN=str(value))),
+}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("what", BETWEEN)
+@pytest.mark.parametrize("start", [1, 6])
+def test_what_a_model_sets_between_its_blocks_counts_at_each_of_them(tmp_path, what, start, way):
+    kind, change = BETWEEN[what]
+    net = Between(kind, change)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    x = inputs()[0]
+    try:
+        net.start = start
+        for step in range(1, 9):
+            net.step = step - 1
+            got = run(compiled, net, x)
+            net.step = step - 1
+            change(1.0)
+            assert difference(got, net(x)) < 1e-4, step
+            change(1.0)
+            if step == 5 and start == 6 and kind is Stateful:
+                assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+    finally:
+        change(1.0)
+        os.environ.pop("INT8_COMPILE_TEST_GAIN", None)
+
+
+def exchange(name, make):
+    """The dict that a module of a block keeps under name for another one."""
+    def change(net):
+        state = net.blocks[1].second.__dict__
+        before = state[name]
+        state[name] = make(net, dict(before))
+
+        def back():
+            state[name] = before
+        return back
+    return change
+
+
+def exchange_state(net):
+    layer = net.blocks[1].second
+    before = layer.__dict__
+    layer.__dict__ = {**before, "_parameters": other_weights(net, before["_parameters"])}
+
+    def back():
+        layer.__dict__ = before
+    return back
+
+
+def other_weights(net, weights):
+    return {name: torch.nn.Parameter(tensor * 2, requires_grad=False) for name, tensor in weights.items()}
+
+
+def exchange_modules(net):
+    block = net.blocks[1]
+    before = block.__dict__["_modules"]
+    torch.manual_seed(7)
+    block.__dict__["_modules"] = {**before, "second": torch.nn.Linear(64, 32)}
+
+    def back():
+        block.__dict__["_modules"] = before
+    return back
+
+
+def compile_inside(net):
+    layer = net.blocks[1].second
+    layer._compiled_call_impl = lambda *args: layer._call_impl(*args) * 2
+
+    def back():
+        layer._compiled_call_impl = None
+    return back
+
+
+def compile_block(net):
+    block = net.blocks[1]
+    block._compiled_call_impl = lambda *args, **kwargs: block._call_impl(*args, **kwargs) * 2
+
+    def back():
+        block._compiled_call_impl = None
+    return back
+
+
+CHANGES = {
+    "parameters": exchange("_parameters", other_weights),
+    "hooks": exchange("_forward_hooks", lambda net, hooks: {0: lambda module, args, out: out * 2}),
+    "pre-hooks": exchange("_forward_pre_hooks", lambda net, hooks: {0: lambda module, args: (args[0] * 2,)}),
+    "modules": exchange_modules,
+    "all of a module": exchange_state,
+    "the compiled call of a layer": compile_inside,
+    "the compiled call of a block": compile_block,
+}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_holds_a_modules_parts_may_be_exchanged_as_a_whole(tmp_path, change, way):
+    net, x = nets.make(), inputs()
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    used = "artefact" if way == "kept" else "graph"
+    for _ in range(2):
+        assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    back = CHANGES[change](net)
+    for _ in range(2):
+        assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    back()
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    assert compiled.report.last_calls[used] == 3 and not compiled.report.failure
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+def test_a_block_that_is_replaced_and_a_model_that_is_deleted_are_freed_at_once(tmp_path, way):
+    net, x = nets.make(), inputs()
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    for _ in range(2):
+        run(compiled, net, *x)
+    gc.collect()
+    old = [weakref.ref(value) for value in (net.blocks[1], net.blocks[1].second, net.blocks[1].second.weight)]
+    net.blocks[1] = nets.Block().requires_grad_(False).eval()
+    gc.collect()  # dynamo's own
+    assert not [reference() for reference in old if reference() is not None]
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    gc.collect()
+    old = [weakref.ref(value) for value in (net, *net.modules(), *net.parameters())]
+    del net
+    gc.collect()
+    assert not [reference() for reference in old if reference() is not None]
