@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib
 import operator
 import os
 import random
@@ -233,6 +234,14 @@ class Breaks(Reads):
     def forward(self, x, scale, transformer_options=None):
         h = self.second(self.norm(x)) * float(self.level) * self.level.extra * len(self.label) * Measured.level
         return x + h * scale[:, None]
+
+
+class ByText(Reads):
+    """Gets at globals by texts."""
+
+    def forward(self, x, scale, transformer_options=None):
+        factor = globals()["INNER"]["gain"] * importlib.import_module("changing_values").FACTOR
+        return x + self.second(self.norm(x)) * scale[:, None] * factor
 
 
 class Net(torch.nn.Module):

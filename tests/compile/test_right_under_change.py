@@ -293,8 +293,13 @@ BREAKS = {
     "a subclass of str": set_attribute(BLOCKS, "label", nets.Label("other")),
     "a property of a metaclass": set_attribute(nets.Meta, "level", property(lambda cls: 3.0)),
 }
-CASES = [(kind, change, way) for kind, changes in ((nets.Block, CHANGES), (nets.Reads, EASILY_MISSED), (nets.Breaks, BREAKS))
-         for change in changes for way in ("kept", "compiled")]
+BY_TEXT = {
+    "a global": set_item(nets.INNER, "gain", 3.0),
+    "another global": set_attribute(nets, "INNER", {"gain": 3.0}),
+    "a module's global": set_attribute(changing_values, "FACTOR", 3.0),
+}
+ALL = {nets.Block: CHANGES, nets.Reads: EASILY_MISSED, nets.Breaks: BREAKS, nets.ByText: BY_TEXT}
+CASES = [(kind, change, way) for kind, changes in ALL.items() for change in changes for way in ("kept", "compiled")]
 UNSEEN = "training", "parameters' type", "a slice"  # no other result
 
 
@@ -307,7 +312,7 @@ def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder
         assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     assert compiled.report.last_calls[used] == 3, (compiled.report, compiled._cache and compiled._cache.builder.reasons)
     before, plain = compiled.report.graphs, net(*x)
-    back = {**CHANGES, **EASILY_MISSED, **BREAKS}[change](net)
+    back = ALL[kind][change](net)
     try:
         x64 = tuple(value.to(net.blocks[0].norm.weight.dtype) for value in x)
         assert change in UNSEEN or difference(net(*x64), plain) > 1e-3
