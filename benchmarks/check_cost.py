@@ -114,9 +114,9 @@ def main() -> None:
         block = regions[0].modules[0]
         known = kept._blocks[id(block)]
         (guards,) = known.info.guards.values()
-        (((loaded,),),) = [[group for group in state.artefacts._loaded.values()] for state in states if state is known.region]
-        result["call_us"] = {"values": microseconds(loaded.change_on_the_way), "attributes": microseconds(guards.is_unchanged), "weights": microseconds(known.info.weights.get),
-                             "hooks": microseconds(lambda: regions.has_hooks(block))}
+        (loaded,) = known.region.artefacts._loaded[next(iter(known.region.artefacts._loaded))]
+        result["call_us"] = {"values": microseconds(loaded.change_on_the_way), "attributes": microseconds(guards.is_unchanged),
+                             "weights": microseconds(known.info.weights.get), "hooks": microseconds(lambda: regions.has_hooks(block))}
         result["modules"] = sum(1 for _ in net.modules())
     for name in ("step_us", "call_us"):
         sys.stdout.write("\n".join([f"{name}:", *(f"  {what:32} {value:8.1f}" for what, value in result[name].items())]) + "\n")

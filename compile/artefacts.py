@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import cache_key
 from .aoti import Artefact, Job, varying
+from .block_tree import attributes_of_tensors
 from .builder import Builder, Order
 from .cache_block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, module_classes, spec_of, structure_of, tensors_of
 from .cache_call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
@@ -123,8 +124,9 @@ class RegionArtefacts:
                     if changed:
                         self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
 
-    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict):
-        """The block's result by an artefact; MISSING where none fits this call."""
+    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
+        """The block's result by an artefact; MISSING where none fits this call. attributes: names of what Python code has put on
+        weights."""
         if self._refusal and not self._loaded:
             return MISSING
         try:
@@ -133,7 +135,10 @@ class RegionArtefacts:
                 return MISSING  # the block may ask whether two of its arguments are one
             if info.weights is None:
                 self._learn(block, info)
+            attributes |= attributes_of_tensors(call.leaves)
             for loaded in self._loaded.get(call.structure, ()):
+                if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artefact.names), "")):
+                    raise Unsupported(f"it reads the attribute {read} of a tensor")
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
                     if changed := loaded.change_on_the_way():
                         loaded.usable = False

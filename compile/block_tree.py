@@ -9,21 +9,30 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from operator import is_, itemgetter
+from operator import attrgetter, is_
 
 import torch
 from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What a module's own dict holds for good; some packs put another object there.
-_held = itemgetter("_parameters", "_buffers", "_modules", *_HOOKS)
-_chain = itertools.chain.from_iterable
+_HELD = "_parameters", "_buffers", "_modules"
+_chain, _repeat = itertools.chain.from_iterable, itertools.repeat
+_state_of, _item = attrgetter("__dict__"), dict.__getitem__
 # Of all modules; torch's own profiler and some packs use them.
 _GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
 
 
 def has_global_hooks() -> bool:
     return any(_GLOBAL_HOOKS)
+
+
+def attributes_of_tensors(tensors: list) -> frozenset[str]:
+    """Names of what Python code has put on plain tensors, dynamo aside. Others than tensors may be among them."""
+    if not any(map(getattr, tensors, _repeat("__dict__"), _repeat(None))):
+        return frozenset()
+    return frozenset(name for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter) for name in tensor.__dict__
+                     if "dynamo" not in name)
 
 
 class BlockTree:
@@ -37,12 +46,12 @@ class BlockTree:
         def gone(_):
             if (tree := owner()) is not None:
                 tree._gone = True  # its id may be another module's from now on
-                tree._states = tree._dicts = tree._children = tree._childless = []
+                tree._states = tree._held = tree._children = tree._childless = []
                 on_gone()
         self._references = [weakref.ref(module, gone) for module in modules]
         self._classes = list(map(type, modules))
         self._states = list(map(vars, modules))
-        self._dicts = list(_chain(map(_held, self._states)))
+        self._held = [(name, [state[name] for state in self._states]) for name in _HELD]
         self._children = [module._modules for module in modules if module._modules]
         self._names = list(_chain(self._children))
         self._ids = self._child_ids()
@@ -56,9 +65,9 @@ class BlockTree:
         if self._gone or self._child_ids() != self._ids or any(self._childless):
             return False
         modules = [reference() for reference in self._references]
-        return (list(_chain(self._children)) == self._names and all(map(is_, map(type, modules), self._classes))
-                and all(map(is_, map(getattr, modules, itertools.repeat("__dict__"), itertools.repeat(None)), self._states))
-                and all(map(is_, _chain(map(_held, self._states)), self._dicts)))
+        return (all(map(is_, map(type, modules), self._classes)) and list(_chain(self._children)) == self._names
+                and all(map(is_, map(_state_of, modules), self._states))
+                and all(all(map(is_, map(_item, self._states, _repeat(name)), dicts)) for name, dicts in self._held))
 
 
 class Hooks:
@@ -74,15 +83,21 @@ class Hooks:
         return any(self._dicts) or any(map(dict.__contains__, self._states, itertools.repeat("_call_impl")))
 
 
-class InnerCalls:
-    """The slots of nn.Module.compile inside blocks: what stands there runs in the place of the module's forward, and is another's."""
+class Interior:
+    """What the modules inside blocks have on themselves now, wherever their dicts have been exchanged."""
 
     def __init__(self, blocks: list[torch.nn.Module]):
         self._states = [vars(module) for block in blocks for module in block.modules() if module is not block]
+        self._blocks = list(map(vars, blocks))
 
-    def __bool__(self):
-        return any(map(dict.get, self._states, itertools.repeat("_compiled_call_impl")))
+    def has_hooks(self) -> bool:
+        return any(any(map(_item, (*self._states, *self._blocks), _repeat(name))) for name in _HOOKS)
 
+    def tensor_attributes(self) -> frozenset[str]:
+        """Names of what Python code has put on the weights."""
+        spaces = _chain(map(_item, (*self._states, *self._blocks), _repeat(name)) for name in ("_parameters", "_buffers"))
+        return attributes_of_tensors(list(_chain(map(dict.values, spaces))))
 
-def has_inner_call(block: torch.nn.Module) -> bool:
-    return bool(InnerCalls([block]))
+    def is_compiled(self) -> bool:
+        """Whether something stands in the slot of nn.Module.compile, and runs in the place of the module's forward."""
+        return any(map(dict.get, self._states, _repeat("_compiled_call_impl")))

@@ -8,6 +8,7 @@ would use the artefact. What a trace reads that no description can hold (the clo
 from __future__ import annotations
 
 import ast
+import builtins
 import dis
 import enum
 import functools
@@ -200,6 +201,17 @@ def _pattern(name: ast.expr) -> str:
     return "*"
 
 
+def cached_function(traced: Iterable[types.CodeType]) -> str:
+    """The first function among the code that dynamo has traced that stands behind functools.lru_cache, which dynamo looks through: an
+    object that it gives twice would be two. Empty for none. What an installed library caches is its own affair."""
+    for (module, name), code in Recording.of(traced).functions.items():
+        bindings = _resolve(module, name)[1] or _resolve(module, code.co_name)[1]
+        values = [getattr(value, "__func__", value) for *_, value in bindings]
+        if any(isinstance(value, functools._lru_cache_wrapper) for value in values) and not _package_folder(module):
+            return f"{module}.{code.co_name}"
+    return ""
+
+
 def _written_globals(code: types.CodeType) -> str:
     """The first global that code assigns to, empty for none."""
     for instruction in dis.get_instructions(code):
@@ -304,6 +316,11 @@ def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch
             if name == "__builtins__" or (value is ABSENT and space is not function.__globals__):
                 continue
             watch.binding(space, name, value, bool(folder))
+            if value is ABSENT and name in vars(builtins):
+                value = vars(builtins)[name]
+                watch.binding(vars(builtins), name, value)
+                if getattr(value, "__module__", None) == "builtins" and not isinstance(value, types.FunctionType):
+                    continue
             if isinstance(value, types.ModuleType):
                 # What is reached through a module (comfy.model_management.cast_to, torch.nn.functional.silu) is looked up there.
                 if all(value.__dict__ is not seen for seen, _ in spaces):
@@ -325,10 +342,10 @@ def _package_folder(module: str) -> str:
 
 def _is_its_own(value, folder: str) -> bool:
     """Whether a library's value is known with the library: its functions as long as nothing else stands in their place; its classes,
-    tables and objects; of torch and Python, whose settings are in the key (cache_key.settings), its numbers too."""
+    tables and objects. Not its numbers and texts (math.pi)."""
     if isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
         return is_own(value, folder)
-    return folder in _SKIPPED_FOLDERS or not isinstance(value, (bool, int, float, str, type(None), enum.Enum))
+    return not isinstance(value, (bool, int, float, str, type(None), enum.Enum))
 
 
 def _patched_functions(names: Names, watch: Watch) -> str:

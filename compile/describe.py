@@ -240,7 +240,9 @@ class Describer:
         if isinstance(value, (functools.partial, functools.partialmethod)):
             return f"partial {self(value.func)} {self(value.args)} {self(value.keywords)}"
         if isinstance(value, functools._lru_cache_wrapper):
-            return f"lru_cache {self(value.__wrapped__)}"
+            if is_pristine_package(value.__module__ or ""):
+                return f"lru_cache {self(value.__wrapped__)}"
+            return self._refuse(f"{value.__qualname__}, which keeps its results (functools.lru_cache)", value)
         if isinstance(value, _BUILTINS):
             owner = getattr(value, "__self__", None)
             of = "" if owner is None or isinstance(owner, (types.ModuleType, type)) else f" of {self(owner)}"

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from .aoti import varying
 from .artefacts import MISSING, BlockInfo, Cache, RegionArtefacts
-from .block_tree import has_global_hooks
+from .block_tree import attributes_of_tensors, has_global_hooks
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
@@ -113,6 +113,7 @@ class _Step:
     scope: CompileScope
     blocks: dict[int, _Block] | None = None  # by id of the module, from the first call of a block on
     compiled: dict[int, Compiled | None] = field(default_factory=dict)  # by id of the region's state
+    tensor_attributes: frozenset[str] = frozenset()  # names of what Python code has put on the blocks' weights
     compiling: str = ""  # the region that is called
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
@@ -216,7 +217,7 @@ class CompiledModule:
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
-            if any(state.code.replaced() for state in self._states.values()):
+            if any(state.code.refusal() for state in self._states.values()):
                 return result  # the next step says so
             self._failures[self._regions.key] = self.report.failure = cause
             self._told = False
@@ -322,7 +323,7 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         if step.use_artefacts:
             artefacts = block.region.artefacts
-            result = artefacts.run(module, block.info, args, kwargs)
+            result = artefacts.run(module, block.info, args, kwargs, step.tensor_attributes)
             if result is not MISSING:
                 step.calls["artefact"] += 1
                 return result
@@ -330,11 +331,7 @@ class CompiledModule:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
         compiled = self._compiled(step, block)
-        if compiled is not None and compiled.guards.zeros and not compiled.guards.zeros.agree(module, args, kwargs):
-            self._fall_back(f"a number that {block.region.name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it "
-                            "runs uncompiled where the sign is another than at first.")
-            compiled = None
-        if compiled is None:
+        if compiled is None or self._is_beyond_guards(step, block, compiled, args, kwargs):
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
@@ -349,7 +346,8 @@ class CompiledModule:
         if not self._blocks:  # forgotten
             self._blocks = self._describe_blocks()
         step.blocks = self._blocks
-        if foreign := self._regions.compiled_inside():
+        foreign, step.tensor_attributes = self._regions.look_inside()
+        if foreign:
             step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
             self._fall_back("in some blocks another pack has compiled a module: they run uncompiled while it is.")
         if has_global_hooks():
@@ -362,6 +360,20 @@ class CompiledModule:
                     state.artefacts = self._region_artefacts(region)
                 state.artefacts.begin()
 
+    def _is_beyond_guards(self, step: _Step, block: _Block, compiled: Compiled, args: tuple, kwargs: dict) -> bool:
+        """Whether this call differs from what was compiled in something that dynamo's guards do not see."""
+        name, zeros = block.region.name, compiled.guards.zeros
+        if zeros and not zeros.agree(block.info.block(), args, kwargs):
+            self._fall_back(f"a number that {name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it runs "
+                            "uncompiled where the sign is another than at first.")
+            return True
+        present = step.tensor_attributes | attributes_of_tensors([*args, *kwargs.values()])
+        read = next((item for item in sorted(present) if compiled.names is not None and item in compiled.names), "")
+        if read:
+            self._fall_back(f"{name} reads the attribute {read} of a tensor, which torch takes for a constant: it runs uncompiled while a "
+                            "tensor has one.")
+        return bool(read)
+
     def _compiled(self, step: _Step, block: _Block) -> Compiled | None:
         """What torch compiled for the block's region as its classes are now; None where it is not compiled."""
         code = block.region.code
@@ -373,8 +385,8 @@ class CompiledModule:
         known = step.compiled.get(id(code), MISSING)
         if known is MISSING or (known is not None and not known.still_fits()):
             step.compiled[id(code)] = found = code.find(step.filter_guards)
-            if found is None and (replaced := code.replaced()):
-                self._fall_back(f"{replaced} has been replaced (by another pack): running uncompiled while it is.")
+            if found is None and (reason := code.refusal()):
+                self._fall_back(reason)
             elif found is None:
                 self._fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another pack): it "
                                 "runs uncompiled with new code or values.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..int8.structure import repeated_blocks, signature
-from .block_tree import BlockTree, Hooks, InnerCalls, has_inner_call
+from .block_tree import BlockTree, Hooks, Interior
 
 
 @dataclass
@@ -49,13 +49,13 @@ class RegionSet(Sequence):
 
     def __init__(self, root: torch.nn.Module, blocks_only: bool, on_gone: Callable[[], None]):
         self._regions = list(map(HeldRegion, find_regions(root, blocks_only)))
-        self._inner_calls: InnerCalls | None = InnerCalls(self.blocks)
+        self._interior: Interior | None = Interior(self.blocks)
         self._hooks = {id(module): Hooks(module) for module in self.blocks}
         owner = weakref.ref(self)
 
         def gone():
             if (regions := owner()) is not None:
-                regions._hooks, regions._inner_calls = {}, None
+                regions._hooks, regions._interior = {}, None
             on_gone()
         self._tree = BlockTree(root, gone)
 
@@ -73,14 +73,18 @@ class RegionSet(Sequence):
     def key(self) -> tuple:
         return tuple(region.key for region in self)
 
+    def look_inside(self) -> tuple[set[int], frozenset[str]]:
+        """At the start of a step: (ids of the blocks in which another pack has compiled a module, names of attributes of weights)."""
+        interior = self._interior or Interior(self.blocks)
+        if interior.has_hooks():
+            self._hooks = {}  # where they are may be a dict that was not there before
+        compiled = {id(block) for block in self.blocks if Interior([block]).is_compiled()} if interior.is_compiled() else set()
+        return compiled, interior.tensor_attributes()
+
     def has_hooks(self, block: torch.nn.Module) -> bool:
         """Whether a module in block has forward hooks."""
         hooks = self._hooks.get(id(block))
         return bool(Hooks(block) if hooks is None else hooks)
-
-    def compiled_inside(self) -> set[int]:
-        """Ids of the blocks in which another pack has compiled a module."""
-        return {id(block) for block in self.blocks if has_inner_call(block)} if self._inner_calls or self._inner_calls is None else set()
 
     def is_current(self) -> bool:
         """Whether the blocks and everything in them are in their places."""

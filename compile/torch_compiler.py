@@ -6,6 +6,7 @@ import functools
 import os
 import time
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 
 from . import warmup
 from .cache_block import ClassGuards, classes_of, module_classes
-from .cache_sources import Recording, Sources, sources_of
-from .describe import is_own, is_pristine_package
+from .cache_sources import Recording, Sources, cached_function, sources_of
+from .describe import Names, is_own, is_pristine_package
 from .guards import GuardFilter
 from .interrupt import interruptible
 from .optional import OPTIONAL_BACKENDS, compile_optional
@@ -28,16 +29,34 @@ MAX_STATES = 8
 
 
 def _entry(name: str) -> types.FunctionType:
-    """A function with a code object of its own. Dynamo keeps what it compiled on the code object: so one region never uses up
-    the recompile limit of another, and all of it is freed with the region."""
+    """A function with a code object and globals of its own. Dynamo keeps what it compiled on the code object, and puts it into the globals:
+    so one region never uses up the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
         tuple(kwargs)  # dynamo then guards their order, which it loses on the way through nn.Module
         return module._call_impl(*args, **kwargs)
-    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
+    own = {key: call.__globals__[key] for key in ("__builtins__", "__name__", "__file__")}
+    return types.FunctionType(call.__code__.replace(co_name=name), own, name)
 
 
-class Replaced(RuntimeError):
-    """A function of torch's that compiled code calls by its name is another pack's."""
+def _forget(code: types.CodeType, backend: _Backend | None) -> None:
+    """What was compiled of code goes with its model: the code holds it, and is held by it where the garbage collector does not see it;
+    torch keeps every backend that was ever used."""
+    torch._dynamo.eval_frame.reset_code(code)
+    if backend is None:
+        return
+    backend.traced.clear()
+    known = getattr(torch._dynamo.eval_frame, "cached_backends", {})
+    for key, value in list(known.items()):
+        if getattr(value, "compiler_fn", value) is backend:
+            known.pop(key, None)
+
+
+class Refused(RuntimeError):
+    """What dynamo would get wrong. holds: whether it still would."""
+
+    def __init__(self, reason: str, holds: Callable[[], bool]):
+        super().__init__(reason)
+        self.holds = holds
 
 
 class _Backend:
@@ -47,30 +66,46 @@ class _Backend:
     def __init__(self, inner: Callable, name: str):
         self.__name__ = name
         self.traced: dict[types.CodeType, None] = {}
-        self.replaced: tuple[object, str, object] | None = None  # where a function of torch stands, its name, what stands there instead
+        self.refused: Refused | None = None
         self._inner = inner
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
         context = torch._guards.TracingContext.try_get()
         self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
-        self._require_torchs_own(graph)
+        try:
+            _require_torchs_own(graph)
+            if name := cached_function(self.traced):
+                raise Refused(f"{name} keeps its results (functools.lru_cache), where torch would compute them anew: running uncompiled.",
+                              lambda: True)
+        except Refused as refused:
+            self.refused = refused
+            raise
         return self._inner(graph, inputs, **options)
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
 
-    def _require_torchs_own(self, graph: torch.fx.GraphModule) -> None:
-        """Raises Replaced where a function of torch in graph, which calls it by its name, would be another one by then."""
-        for node in graph.graph.nodes:
-            owner, name = None, getattr(node.target, "__name__", "")
-            if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
-                owner, name = torch.Tensor, node.target
-            elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
-                owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
-                              and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
-            if owner is not None:
-                self.replaced = owner, name, getattr(owner, name)
-                raise Replaced(owner, name)
+
+def _require_torchs_own(graph: torch.fx.GraphModule) -> None:
+    """Raises Refused where a function of torch in graph, which calls it by its name, would be another one by then."""
+    for node in graph.graph.nodes:
+        owner, name = None, getattr(node.target, "__name__", "")
+        if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
+            owner, name = torch.Tensor, node.target
+        elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
+            owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
+                          and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
+        if owner is not None:
+            raise Refused(f"{_path_of(owner)}.{name} has been replaced (by another pack): running uncompiled while it is.",
+                          functools.partial(_is_still, owner, name, getattr(owner, name)))
+
+
+def _path_of(owner) -> str:
+    return owner.__name__ if isinstance(owner, types.ModuleType) else f"torch.{owner.__name__}"
+
+
+def _is_still(owner, name: str, value) -> bool:
+    return getattr(owner, name, None) is value
 
 
 def _is_of(function, space: types.ModuleType) -> bool:
@@ -94,6 +129,7 @@ class Compiled:
     traced: int = 0  # functions, when code and classes were described
     code: Sources | None = None
     classes: ClassGuards | None = None
+    names: Names | None = None  # of attributes that it can read
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -102,17 +138,17 @@ class Compiled:
 
     def fits(self) -> bool:
         """Whether it is right for the code and values of now."""
-        if self.backend is not None and self.backend.replaced is not None:
-            owner, name, value = self.backend.replaced
-            return getattr(owner, name, None) is value
-        return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch()) and (self.classes is None or not self.classes.difference()))
+        if self.backend is not None and self.backend.refused is not None:
+            return self.backend.refused.holds()
+        return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch())
+                and (self.classes is None or not self.classes.difference()))
 
     def look(self, block: torch.nn.Module) -> None:
         """After a call: describes what was traced in it, as it is now."""
         if self.backend is not None and len(self.backend.traced) > self.traced:
             self.traced = len(self.backend.traced)
             found = Recording.of(self.backend.traced)
-            names = found.names()
+            self.names = names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
             kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
@@ -138,15 +174,15 @@ class RegionCode:
                 return None
             entry, guards = _entry(self.name), GuardFilter(filter_guards)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
+            weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
             known.insert(0, found)
-        return found if found.backend is None or found.backend.replaced is None else None
+        return found if found.backend is None or found.backend.refused is None else None
 
-    def replaced(self) -> str:
-        """The function of torch that another pack has replaced, empty for none."""
+    def refusal(self) -> str:
+        """Why it is not compiled for the code and values of now, empty where it is."""
         for compiled in (*self._compiled[False], *self._compiled[True]):
-            if compiled.backend is not None and compiled.backend.replaced is not None and compiled.fits():
-                owner, name, _ = compiled.backend.replaced
-                return f"{'torch.Tensor' if owner is torch.Tensor else owner.__name__}.{name}"
+            if compiled.backend is not None and compiled.backend.refused is not None and compiled.fits():
+                return str(compiled.backend.refused)
         return ""
 
     def is_at_limit(self, limit: int) -> bool:

@@ -1,7 +1,10 @@
 """More of the same promise: whatever is changed, the result is eager's. See test_right_under_change."""
 from __future__ import annotations
 
+import builtins
+import functools
 import gc
+import math
 import os
 import sys
 import threading
@@ -263,3 +266,101 @@ def test_a_block_that_is_replaced_and_a_model_that_is_deleted_are_freed_at_once(
     del net
     gc.collect()
     assert not [reference() for reference in old if reference() is not None]
+
+
+class Gain:
+    def __init__(self):
+        self.value = 1.0
+
+
+@functools.lru_cache
+def kept_gain():
+    return Gain()
+
+
+class Cached(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * kept_gain().value
+
+
+class Registry:
+    @classmethod
+    @functools.lru_cache(None)
+    def kept_gain(cls):
+        return Gain()
+
+
+class CachedMethod(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * Registry.kept_gain().value
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("kind, get", [(Cached, kept_gain), (CachedMethod, Registry.kept_gain)], ids=["function", "method"])
+def test_an_object_behind_lru_cache_may_change(tmp_path, kind, get, way):
+    net, x = nets.make(kind), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    get().value = 3.0
+    for value in (3.0, 3.0, 2.0, 1.0):
+        get().value = value
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert not compiled.report.failure
+    if way == "kept" or kind is Cached:  # dynamo itself does not look through a method
+        assert "keeps its results (functools.lru_cache)" in (refused(compiled) if way == "kept" else compiled.report.text())
+
+
+class Attributes(nets.Small):
+    def forward(self, x, transformer_options=None):
+        h = self.body(x) * getattr(self.first.weight, "strength", 1.0) * getattr(x, "strength", 1.0)
+        return h * self.second.bias.strength if hasattr(self.second.bias, "strength") else h
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("first", [None, 2.0])
+@pytest.mark.parametrize("place", ["weight", "bias", "input"])
+def test_what_is_put_on_a_tensor_counts(tmp_path, place, first, way):
+    net = nets.make(Attributes)
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    for value in (first, first, 3.0, 4.0, None, 5.0, None):
+        x = inputs()[0]
+        owners = {"weight": [b.first.weight for b in net.blocks[:2]], "bias": [net.blocks[1].second.bias], "input": [x]}[place]
+        for owner in owners:
+            owner.__dict__.pop("strength", None)
+            if value is not None:
+                owner.strength = value
+        assert difference(run(compiled, net, x), net(x)) < 1e-4, value
+    if first is None:
+        assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+
+
+def scale(x):
+    return x * math.pi * torch.pi * divmod(7, 3)[0]
+
+
+def offset(x):
+    return x * OFFSET  # noqa: F821 (another pack's builtin)
+
+
+class Constants(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return scale(self.body(x))
+
+
+class Offset(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return offset(self.body(x))
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("owner, name, value", [(torch, "pi", 3.0), (math, "pi", 3.0), (builtins, "divmod", lambda a, b: (9, 9)),
+                                                (builtins, "OFFSET", 2.0)], ids=["torch.pi", "math.pi", "a builtin", "a new builtin"])
+def test_constants_and_builtins_may_be_replaced(tmp_path, monkeypatch, owner, name, value, way):
+    monkeypatch.setattr(builtins, "OFFSET", 1.0, raising=False)
+    net, x = nets.make(Offset if name == "OFFSET" else Constants), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    before = getattr(owner, name)
+    for now in (before, before, value, value, before):
+        monkeypatch.setattr(owner, name, now)
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    if way == "kept" or name != "OFFSET":  # which dynamo cannot compile
+        assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure

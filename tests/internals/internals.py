@@ -38,6 +38,8 @@ INTERNALS = (
     Internal("torch._dynamo.callback.callback_handler", "what is compiled is shown, and can be interrupted", _FAILED),
     Internal("torch._dynamo.config", "the recompile limit of a model", _FAILED),
     Internal("torch._dynamo.eval_frame._debug_get_cache_entry_list", "whether a block is at its recompile limit", _FAILED),
+    Internal("torch._dynamo.eval_frame.cached_backends", "what a deleted model compiled is freed", "each loaded model costs some MB",
+             needed=False),
     Internal("torch._dynamo.exc.TorchDynamoException", "what a function of cache_compile does that cannot be traced",
              "cache_compile's error has no hint"),
     Internal("torch._dynamo.utils.counters", "the report's graphs, breaks and cache hits", _FAILED),
