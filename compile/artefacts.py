@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class _Loaded:
     sources: Sources
     classes: ClassGuards
     usable: bool = True
-    young: int = YOUNG
+    young: float = YOUNG
 
     def change(self) -> str:
         """What is not as the artefact was made of it, empty where all is."""
@@ -108,13 +109,15 @@ class RegionArtefacts:
 
     def begin(self) -> None:
         """At the start of a step: what the builder has finished since is loaded; code that was patched since is not used."""
+        for group in self._loaded.values():
+            for loaded in group:
+                loaded.young -= loaded.young > 0
         if self._changed.is_set() and self._place:
             self._changed.clear()
             self._asked.clear()
             self._load()
         for group in self._loaded.values():
             for loaded in group:
-                loaded.young -= loaded.young > 0
                 changed = loaded.change()
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
@@ -139,6 +142,7 @@ class RegionArtefacts:
                 if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
                     if changed := loaded.change_on_the_way():
                         loaded.usable = False
+                        loaded.young = math.inf  # the next step's first block may find all as it was
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time

@@ -71,15 +71,16 @@ class BlockTree:
 
 
 class Hooks:
-    """The forward hooks of a block's modules."""
+    """The forward hooks of a block's modules, and calls of their own (_call_impl), which dynamo does not see."""
 
-    __slots__ = ("_dicts",)
+    __slots__ = ("_dicts", "_states")
 
     def __init__(self, block: torch.nn.Module):
-        self._dicts = [module.__dict__[name] for module in block.modules() for name in _HOOKS]
+        self._states = [module.__dict__ for module in block.modules()]
+        self._dicts = [state[name] for state in self._states for name in _HOOKS]
 
     def __bool__(self):
-        return any(self._dicts)
+        return any(self._dicts) or any(map(dict.__contains__, self._states, itertools.repeat("_call_impl")))
 
 
 class Interior:

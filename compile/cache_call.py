@@ -159,6 +159,9 @@ class OptionReads(dict):
     def __ne__(self, other):
         return not self == other
 
+    def __repr__(self):
+        return dict.__repr__(self._all())
+
     __hash__ = None
 
     def pop(self, key, *default):

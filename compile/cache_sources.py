@@ -46,6 +46,8 @@ _OUTSIDE = {open, id, input}
 _OUTSIDE_MODULES = ("posix", "nt", "_io", "_thread", "_socket", "select")
 # What reads attributes by names that the code does not contain.
 _BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
+# What gives a global or a module by a text.
+_BY_TEXT = ("globals", "import_module", "__import__", "modules")
 _ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__")
 
 
@@ -302,7 +304,8 @@ def _fingerprint(function: types.FunctionType, describe: Describer, called: froz
 
 
 def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch, parts: list[str]) -> None:
-    used = sorted(_global_names(function.__code__))
+    used = _global_names(function.__code__)
+    used = sorted(identifiers(function.__code__) if used.intersection(_BY_TEXT) else used)
     spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
     # What is imported inside the function is a local name there.
     spaces += [(vars(module), _package_folder(name)) for name in used if name not in function.__globals__

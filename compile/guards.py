@@ -77,14 +77,17 @@ _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
 
 class GuardFilter:
     """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. environment: of the process when it was compiled, where
-    that asked os.getenv, which dynamo takes for a constant. zeros: see Zeros."""
+    that asked os.getenv, which dynamo takes for a constant. zeros: see Zeros. classes: of the objects that it read: dynamo guards
+    which they are, not what they hold."""
 
     def __init__(self, drop_bookkeeping: bool):
         self._drop_bookkeeping = drop_bookkeeping
         self.environment: dict[str, str] | None = None
         self.zeros = Zeros()
+        self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
+        self.classes.update(type(entry.value) for entry in entries if entry.has_value)
         if self.environment is None and any(entry.has_value and entry.value is os.getenv for entry in entries):
             self.environment = dict(os.environ)
         for entry in entries:

@@ -16,7 +16,7 @@ import torch
 from . import warmup
 from .cache_block import ClassGuards, classes_of, module_classes
 from .cache_sources import Recording, Sources, cached_function, sources_of
-from .describe import Names, is_own
+from .describe import Names, is_own, is_pristine_package
 from .guards import GuardFilter
 from .interrupt import interruptible
 from .layouts import depends_on_layout
@@ -33,6 +33,7 @@ def _entry(name: str) -> types.FunctionType:
     """A function with a code object and globals of its own. Dynamo keeps what it compiled on the code object, and puts it into the globals:
     so one region never uses up the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
+        tuple(kwargs)  # dynamo then guards their order, which it loses on the way through nn.Module
         return module._call_impl(*args, **kwargs)
     own = {key: call.__globals__[key] for key in ("__builtins__", "__name__", "__file__")}
     return types.FunctionType(call.__code__.replace(co_name=name), own, name)
@@ -191,6 +192,7 @@ class Compiled:
             self.names = names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
+            kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
             self.fits()  # looks
 

@@ -3,11 +3,16 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib
+import operator
 import os
 import random
 import time
+import uuid
+from collections import namedtuple
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from datetime import datetime
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +104,144 @@ class Block(Base):
         h = h * SETTINGS.nested.depth[1][0] * KIND.value
         h = Rope.apply(h) + F.silu(scaled(h)).tanh()
         return x + self.finish(h)
+
+
+class Slotted:
+    __slots__ = ("gain", "inner")
+
+    def __init__(self, inner=None):
+        self.gain, self.inner = 1.0, inner
+
+
+class Level(float):
+    def __init__(self, value):
+        self.extra = 1.0
+
+
+class Label(str):
+    pass
+
+
+class Shade(enum.Enum):
+    LIGHT = 1.0
+
+    def __init__(self, strength):
+        self.strength = strength
+
+
+class Meta(type):
+    factor = 1.0
+
+    @property
+    def level(cls):
+        return 1.0
+
+
+class Measured(metaclass=Meta):
+    pass
+
+
+class First:
+    def gain(self):
+        return 1.0
+
+
+class Second:
+    def gain(self):
+        return 2.0
+
+
+class Helper(First):
+    pass
+
+
+class Other(torch.nn.Module):
+    """Stands where Base stands."""
+
+    def finish(self, x):
+        return x * 3
+
+
+SLOTTED = Slotted(Slotted())
+INNER = {"gain": 1.0}
+VIEW = MappingProxyType(INNER)
+SCALED = functools.partial(scaled, by=1.0)
+SHIFT = TIMES = LAYERS = 1.0
+FILE = ""
+PACKED = True
+Pair = namedtuple("Pair", "first second")
+
+
+def timed(function):
+    @functools.wraps(function)
+    def outer(x):
+        return function(x) * TIMES
+    return outer
+
+
+@timed
+def decorated(x):
+    return x * SHIFT
+
+
+def enclosing(factors):
+    return lambda x: x * factors[0] * LAYERS
+
+
+CLOSED = enclosing([1.0])
+
+
+def marked(x):
+    return x * marked.amount
+
+
+marked.amount = 1.0
+
+
+class Reads(Base):
+    """Reads values, and calls functions, in ways that are easy to overlook."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.first, self.second = Layer(width, width), torch.nn.Linear(width, width)
+        self.norm, self.leaky, self.gelu = torch.nn.LayerNorm(width), torch.nn.LeakyReLU(0.1), torch.nn.GELU()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+        self.slotted = Slotted()
+        self.nested = SimpleNamespace(depth=SimpleNamespace(gain=1.0))
+        self.helper = Helper()
+
+    def forward(self, x, scale, transformer_options=None):
+        import changing_values
+        import changing_values as values
+        from changing_values import EXPONENT
+
+        h = self.norm(x + 0.1)
+        h = self.second(self.leaky(self.gelu(self.first(h))))
+        h = self.conv(h[:, None])[:, 0] * scale[:, None]
+        h = h * self.slotted.gain * SLOTTED.inner.gain * INNER["gain"] * VIEW["gain"]
+        h = h * operator.attrgetter("nested.depth.gain")(self) * Shade.LIGHT.strength * Measured.factor
+        h = CLOSED(decorated(SCALED(marked(h)))) * self.helper.gain()
+        return x + self.finish(h * changing_values.FACTOR * values.FACTOR * EXPONENT)
+
+
+class Breaks(Reads):
+    """What dynamo makes several graphs of."""
+
+    def __init__(self):
+        super().__init__()
+        self.level, self.label = Level(1.0), Label("gain")
+
+    def forward(self, x, scale, transformer_options=None):
+        h = self.second(self.norm(x)) * float(self.level) * self.level.extra * len(self.label) * Measured.level
+        return x + h * scale[:, None]
+
+
+class ByText(Reads):
+    """Gets at globals by texts."""
+
+    def forward(self, x, scale, transformer_options=None):
+        factor = globals()["INNER"]["gain"] * importlib.import_module("changing_values").FACTOR
+        return x + self.second(self.norm(x)) * scale[:, None] * factor
 
 
 class Net(torch.nn.Module):
@@ -199,6 +342,37 @@ class Getenv(Small):
         return self.body(x) * float(os.getenv("INT8_COMPILE_TEST_GAIN", "1"))
 
 
+class Now(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * datetime.now().microsecond
+
+
+class Unique(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (uuid.uuid4().int % 1009)
+
+
+class Opens(Small):
+    def forward(self, x, transformer_options=None):
+        with open(FILE) as file:
+            return self.body(x) * float(file.read())
+
+
+class Stats(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * os.path.getsize(FILE)
+
+
+class Identity(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (id(self) % 1009)
+
+
+class Process(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (os.getpid() % 1009)
+
+
 class ByBatch(Small):
     def forward(self, x, transformer_options=None):
         return self.body(x) * (2.0 if x.shape[0] == 1 else 3.0)
@@ -220,6 +394,38 @@ class Length(Small):
         return self.body(x) * (1 + len(transformer_options or ()))
 
 
+class Differs(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if transformer_options != {} else 1)
+
+
+class Prints(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * len(str(transformer_options))
+
+
+class Pops(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if transformer_options.pop("a", None) else 1)
+
+
+class Deletes(Small):
+    def forward(self, x, transformer_options=None):
+        h = self.body(x) * (2 if "a" in transformer_options else 1)
+        if "a" in transformer_options:
+            del transformer_options["a"]
+        return h
+
+
+class Hands(Small):
+    """Hands a tensor on to the next block."""
+
+    def forward(self, x, transformer_options=None):
+        h = self.body(x) + transformer_options.get("handed", 0)
+        transformer_options["handed"] = h
+        return h
+
+
 class Sigmas(Small):
     def forward(self, x, transformer_options=None):
         sigmas = transformer_options.get("sigmas")
@@ -239,6 +445,58 @@ class Conds(Small):
 class Numbers(Small):
     def forward(self, x, number, transformer_options=None):
         return self.body(x) * number
+
+
+class Sized(Small):
+    def forward(self, x, size, transformer_options=None):
+        return self.body(x) * {torch.Size: 2.0, tuple: 3.0, list: 4.0}[type(size)] * size[-1]
+
+
+class Named(Small):
+    def forward(self, x, pair, transformer_options=None):
+        return self.body(x) * (pair.second if hasattr(pair, "second") else pair[0])
+
+
+class Keywords(Small):
+    def forward(self, x, transformer_options=None, **gains):
+        return self.body(x) * (gains["low"] if next(iter(gains), "") == "high" else 5.0)
+
+
+class Same(Small):
+    def forward(self, x, first, second, transformer_options=None):
+        return self.body(x) + first * (2.0 if first is second else 3.0) + second
+
+
+class Called(Small):
+    def forward(self, x, function, transformer_options=None):
+        return function(self.body(x))
+
+
+class Unpacked(torch.nn.Linear):
+    def artefact_tensors(self):
+        return dict(self._parameters)
+
+
+class Packed(Unpacked):
+    """As a layer of this pack: gives its tensors by a mapping, none while it computes otherwise."""
+
+    def artefact_tensors(self):
+        return super().artefact_tensors() if PACKED else {}
+
+    def artefact_replacement(self):
+        return Unpacked, (self.in_features, self.out_features)
+
+    def forward(self, x):
+        return super().forward(x) if PACKED else x * 2
+
+
+class Packs(Small):
+    def __init__(self):
+        super().__init__()
+        self.second = Packed(32, 32)
+
+    def forward(self, x, transformer_options=None):
+        return self.body(x)
 
 
 class Scalar(Small):
@@ -273,7 +531,18 @@ class Optional(Small):
         self.register_buffer("extra", None)
 
     def forward(self, x, transformer_options=None):
-        return self.body(x) if self.extra is None else self.body(x) * self.extra
+        return self.body(x) if getattr(self, "extra", None) is None else self.body(x) * self.extra
+
+
+class Fails(Small):
+    def __init__(self):
+        super().__init__()
+        self.fails = None
+
+    def forward(self, x, transformer_options=None):
+        if self.fails is not None:
+            self.fails()
+        return self.body(x)
 
 
 class Plain(Small):

@@ -6,6 +6,11 @@ test_artefacts.py and tests/nodes run real packages. Each change is made, taken 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import gc
+import itertools
+import logging
 import random
 import sys
 import threading
@@ -18,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+import changing_values
 from int8_compile.compile import aoti
 from int8_compile.compile.artefacts import Cache
 from int8_compile.compile.cache_store import CacheStore
@@ -26,6 +32,7 @@ from int8_compile.compile.options import CompileOptions
 
 KEPT = CompileOptions(mark_sizes=True, dynamic=False, background=True)
 COMPILED = CompileOptions(mark_sizes=True, dynamic=False, backend="eager")  # dynamo and its guards; what follows them has no say here
+TRACED = CompileOptions(mark_sizes=True, dynamic=False, backend="aot_eager")  # nor has Python when it runs
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +49,7 @@ class Here:
         self.reasons: list[str] = []
 
     def submit(self, order) -> None:
+        logging.disable()  # pytest's handlers would be part of what is traced, and read all names
         try:
             with torch.inference_mode(False):
                 self.store.build_once(order.place, order.entry, lambda folder: aoti.build(order.job, folder, tiers=("export",)),
@@ -50,6 +58,8 @@ class Here:
         except Exception as error:
             self.reasons.append(f"{type(error).__name__}: {error}")
             order.done(self.reasons[-1])
+        finally:
+            logging.disable(logging.NOTSET)
 
     @contextlib.contextmanager
     def sampling(self):
@@ -112,9 +122,11 @@ def set_item(container, key, value):
 def set_attribute(owner, name, value):
     """owner: an object, or a function of the net that gives some."""
     def change(net):
-        owners = owner(net) if isinstance(owner, types.LambdaType) and not isinstance(owner, type) else [owner]
-        # Of a function vars() has none of its own attributes.
-        before = [(o, name in vars(o) or isinstance(o, types.FunctionType), vars(o).get(name, getattr(o, name, None))) for o in owners]
+        owners = owner(net) if isinstance(owner, types.LambdaType) and owner.__name__ == "<lambda>" else [owner]
+        # Of a function vars() has none of its own attributes; slots and cells have no vars() at all.
+        spaces = [(o, getattr(o, "__dict__", {})) for o in owners]
+        before = [(o, name in space or isinstance(o, types.FunctionType) or not hasattr(o, "__dict__"),
+                   space.get(name, getattr(o, name, None))) for o, space in spaces]
         for o in owners:
             setattr(o, name, value)
 
@@ -221,19 +233,89 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("way", ["kept", "compiled"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, change, way):
-    net, x = nets.make(), inputs()
-    compiled = cached(folder) if way == "kept" else CompiledModule(COMPILED)
+def set_bases(kind, *bases):
+    def change(net):
+        before, kind.__bases__ = kind.__bases__, bases
+
+        def back():
+            kind.__bases__ = before
+        return back
+    return change
+
+
+def twice_operator(function):
+    return lambda value, other: function(function(value, other), 2)
+
+
+OF = lambda name: lambda net: [getattr(block, name) for block in net.blocks]  # noqa: E731
+# Of nets.Reads.
+EASILY_MISSED = {
+    "LayerNorm.eps": set_attribute(OF("norm"), "eps", 10.0),
+    "LeakyReLU.negative_slope": set_attribute(OF("leaky"), "negative_slope", -5.0),
+    "Conv2d.padding_mode": set_attribute(OF("conv"), "padding_mode", "circular"),
+    "F.layer_norm, which a layer calls": set_attribute(F, "layer_norm", twice(F.layer_norm)),
+    "F.leaky_relu, which a layer calls": set_attribute(F, "leaky_relu", twice(F.leaky_relu)),
+    "F.gelu, which a layer calls": set_attribute(F, "gelu", twice(F.gelu)),
+    "_call_impl of a class": set_attribute(nets.Layer, "_call_impl", twice(nets.Layer._call_impl)),
+    "_call_impl of the block's class": set_attribute(nets.Reads, "_call_impl", twice(nets.Reads._call_impl)),
+    "_call_impl of one layer": set_attribute(lambda net: [net.blocks[1].second], "_call_impl", lambda x: x * 2),
+    "_call_impl of one block": set_attribute(lambda net: [net.blocks[1]], "_call_impl", lambda x, *args, **kwargs: x * 2),
+    "_call_impl of all modules": set_attribute(torch.nn.Module, "_call_impl", twice(torch.nn.Module._call_impl)),
+    "_wrapped_call_impl of a class": set_attribute(nets.Layer, "__call__", twice(nets.Layer._wrapped_call_impl)),
+    "Tensor.__add__": set_attribute(torch.Tensor, "__add__", twice_operator(torch.Tensor.__add__)),
+    "Tensor.__mul__": set_attribute(torch.Tensor, "__mul__", twice_operator(torch.Tensor.__mul__)),
+    "a slot": set_attribute(OF("slotted"), "gain", 3.0),
+    "a slot of a slot of a module's object": set_attribute(nets.SLOTTED.inner, "gain", 3.0),
+    "an attribute of a function": set_attribute(nets.marked, "amount", 3.0),
+    "a partial": set_attribute(nets, "SCALED", functools.partial(nets.scaled, by=3.0)),
+    "a partial's keywords": set_item(nets.SCALED.keywords, "by", 3.0),
+    "what is behind a MappingProxyType": set_item(nets.INNER, "gain", 3.0),
+    "a MappingProxyType": set_attribute(nets, "VIEW", types.MappingProxyType({"gain": 3.0})),
+    "an attribute of an enum's member": set_attribute(nets.Shade.LIGHT, "strength", 3.0),
+    "an attribute of a metaclass": set_attribute(nets.Meta, "factor", 3.0),
+    "a global of a decorator": set_attribute(nets, "TIMES", 3.0),
+    "a global behind a decorator": set_attribute(nets, "SHIFT", 3.0),
+    "a global of a lambda": set_attribute(nets, "LAYERS", 3.0),
+    "a list in a closure": set_item(nets.CLOSED.__closure__[0].cell_contents, 0, 3.0),
+    "a closure": set_attribute(nets.CLOSED.__closure__[0], "cell_contents", [3.0]),
+    "a global of a module that forward imports": set_attribute(changing_values, "FACTOR", 3.0),
+    "a global that forward imports": set_attribute(changing_values, "EXPONENT", 3.0),
+    "what a dotted path leads to": set_attribute(lambda net: [block.nested.depth for block in net.blocks], "gain", 3.0),
+    "on the way of a dotted path": set_attribute(OF("nested"), "depth", types.SimpleNamespace(gain=3.0)),
+    "bases of a helper": set_bases(nets.Helper, nets.Second),
+    "a method that a helper's base class had": set_attribute(nets.Helper, "gain", lambda self: 3.0),
+    "a method of a helper's base class": set_attribute(nets.First, "gain", lambda self: 3.0),
+    "bases of the block": set_bases(nets.Reads, nets.Other),
+}
+BREAKS = {
+    "a subclass of float": set_attribute(BLOCKS, "level", nets.Level(3.0)),
+    "an attribute of a subclass of float": set_attribute(OF("level"), "extra", 3.0),
+    "a subclass of str": set_attribute(BLOCKS, "label", nets.Label("other")),
+    "a property of a metaclass": set_attribute(nets.Meta, "level", property(lambda cls: 3.0)),
+}
+BY_TEXT = {
+    "a global": set_item(nets.INNER, "gain", 3.0),
+    "another global": set_attribute(nets, "INNER", {"gain": 3.0}),
+    "a module's global": set_attribute(changing_values, "FACTOR", 3.0),
+}
+ALL = {nets.Block: CHANGES, nets.Reads: EASILY_MISSED, nets.Breaks: BREAKS, nets.ByText: BY_TEXT}
+CASES = [(kind, change, way) for kind, changes in ALL.items() for change in changes for way in ("kept", "compiled")]
+UNSEEN = "training", "parameters' type", "a slice"  # no other result
+
+
+@pytest.mark.parametrize("kind, change, way", CASES, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, kind, change, way):
+    net, x = nets.make(kind), inputs()
+    compiled = cached(folder) if way == "kept" else CompiledModule(TRACED if change.startswith("Tensor.") else COMPILED)
     used = "artefact" if way == "kept" else "graph"
     for _ in range(2):
         assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     assert compiled.report.last_calls[used] == 3, (compiled.report, compiled._cache and compiled._cache.builder.reasons)
-    before = compiled.report.graphs
-    back = CHANGES[change](net)
+    before, plain = compiled.report.graphs, net(*x)
+    back = ALL[kind][change](net)
     try:
         x64 = tuple(value.to(net.blocks[0].norm.weight.dtype) for value in x)
+        assert change in UNSEEN or difference(net(*x64), plain) > 1e-3
         for _ in range(2):
             assert difference(run(compiled, net, *x64), net(*x64)) < 1e-4
     finally:
@@ -242,6 +324,9 @@ def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder
     assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     assert compiled.report.last_calls[used] == 3 and compiled.report.graphs == after
     assert not compiled.report.failure and (way == "kept") == (before == 0)
+
+
+WHOLE = nets.Truth, nets.Length, nets.Differs, nets.Prints  # read transformer_options as a whole
 
 
 def refused(compiled) -> str:
@@ -256,6 +341,15 @@ def refused(compiled) -> str:
     (nets.Remembers, "it changes its attribute state"),
     (nets.Random, "it draws random numbers (random)"),
     (nets.Clock, "it reads the clock (time.time)"),
+    (nets.Now, "it asks something outside of it (now)"),
+    (nets.Unique, "it asks something outside of it (urandom)"),
+    (nets.Opens, "it asks something outside of it (open)"),
+    (nets.Stats, "it asks something outside of it (stat)"),
+    (nets.Identity, "it asks something outside of it (id)"),
+    (nets.Process, "it asks something outside of it (getpid)"),
+    (nets.Pops, "it changes transformer_options"),
+    (nets.Deletes, "it changes transformer_options"),
+    (nets.Hands, "it changes transformer_options"),
     (nets.Environment, "it reads an environment variable"),
     (nets.Getenv, "it reads an environment variable"),
     (nets.Index, "the block reads transformer_options['block_index']"),
@@ -264,15 +358,18 @@ def refused(compiled) -> str:
     (nets.Scalar, "which cannot be described"),
     (nets.View, "it returns a part of its input"),
 ], ids=lambda value: value.__name__ if isinstance(value, type) else "")
-def test_what_an_artefact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, kind, reason):
+def test_what_an_artefact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, monkeypatch, kind, reason):
+    (tmp_path / "file").write_text("2.0")
+    monkeypatch.setattr(nets, "FILE", str(tmp_path / "file"))
+
     def call(net):
         cache, index, found = [None, None, None, 1.0], [0], []
         arguments = {nets.Appends: (cache, index), nets.Collects: (found,)}.get(kind, ())
-        options = {"cond_or_uncond": [1, 0]} if kind is nets.Conds else {}
+        options = {"cond_or_uncond": [1, 0]} if kind is nets.Conds else {"a": 1} if kind in (nets.Pops, nets.Deletes) else {}
         random.seed(3)
         result = net(inputs()[0], *arguments, **options)
         return result, index, len(found)
-    if kind is nets.Clock:
+    if kind in (nets.Clock, nets.Now, nets.Unique, nets.Identity):
         def call(net):
             return net(inputs()[0])[:0], 0, 0
     compiled, net, twin = cached(tmp_path / "cache"), nets.make(kind), nets.make(kind)
@@ -286,15 +383,19 @@ def test_what_an_artefact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, 
 
 @pytest.mark.parametrize("kind", [nets.Counts, nets.Remembers, nets.Random, nets.Environment, nets.Getenv, nets.Index, nets.Conds,
                                   nets.Sigmas, nets.Truth, nets.Length, nets.Flags, nets.Appends, nets.ByBatch, nets.SliceByBatch,
-                                  nets.Numbers], ids=lambda kind: kind.__name__)
-def test_torch_compile_in_this_process_has_the_same_effects_as_eager(kind, monkeypatch):
+                                  nets.Numbers, nets.Differs, nets.Pops, nets.Deletes, nets.Hands, nets.Opens, nets.Stats],
+                         ids=lambda kind: kind.__name__)
+def test_torch_compile_in_this_process_has_the_same_effects_as_eager(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(nets, "FILE", str(tmp_path / "file"))
+
     def call(net, round):
+        (tmp_path / "file").write_text(str(10.0 ** round))
         monkeypatch.setenv("INT8_COMPILE_TEST_GAIN", str(round + 1))
         random.seed(round)
         options = [{}, {"a": 1}, {"cond_or_uncond": [1]}, {"cond_or_uncond": [0]}, {}][round]
         arguments = {nets.Appends: ([None, None, None, 1.0], [0]), nets.Numbers: (round + 0.5,)}.get(kind, ())
-        bare = {"bare": True} if kind in (nets.Truth, nets.Length, nets.Sigmas) else {}
-        if kind is nets.Flags:
+        bare = {"bare": True} if kind in (*WHOLE, nets.Sigmas) else {}
+        if kind in (nets.Flags, nets.Hands):
             bare = {"shared": {}}
         return net(inputs(batch=1 + round % 2)[0], *arguments, **bare, **options)
     net, twin = nets.make(kind), nets.make(kind)
@@ -305,8 +406,20 @@ def test_torch_compile_in_this_process_has_the_same_effects_as_eager(kind, monke
     assert not compiled.report.failure
 
 
+@pytest.mark.parametrize("kind", [nets.Clock, nets.Now, nets.Unique, nets.Identity], ids=lambda kind: kind.__name__)
+def test_what_differs_at_each_look_is_no_constant_of_torch_compile(kind):
+    net, compiled, x = nets.make(kind, depth=2), CompiledModule(COMPILED), inputs()[0]
+    first, second = net.blocks
+    results = [compiled.run(net, lambda block=block: block(x), filter_guards=True, passthrough=lambda error: False)
+               for block in (first, first, second, second)]
+    if kind is nets.Identity:
+        assert all(difference(result, block(x)) < 1e-4 for result, block in zip(results, (first, first, second, second)))
+    else:
+        assert difference(results[0], results[1]) > 0 and difference(results[2], results[3]) > 0
+
+
 @pytest.mark.parametrize("kind", [nets.Truth, nets.Length, nets.Flags, nets.ByBatch, nets.SliceByBatch, nets.Plain, nets.InPlace, nets.Tied,
-                                  nets.Optional], ids=lambda kind: kind.__name__)
+                                  nets.Optional, nets.Differs, nets.Prints], ids=lambda kind: kind.__name__)
 def test_an_artefact_serves_only_what_it_was_made_of(tmp_path, kind):
     net, twin, compiled = nets.make(kind), nets.make(kind), cached(tmp_path / "cache")
     rounds = [({}, 2), ({"a": 1}, 2), ({}, 2), ({"b": 1}, 1), ({}, 1), ({}, 3)]
@@ -315,7 +428,7 @@ def test_an_artefact_serves_only_what_it_was_made_of(tmp_path, kind):
         arguments = (x.clone(),) if kind is nets.InPlace else ()
 
         def call(net, x=x, arguments=arguments, options=options):
-            given = {"shared": dict(options)} if kind is nets.Flags else {"bare": kind in (nets.Truth, nets.Length), **options}
+            given = {"shared": dict(options)} if kind is nets.Flags else {"bare": kind in WHOLE, **options}
             return net(x.clone(), *arguments, **given)
         got = compiled.run(net, lambda: call(net), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, call(twin)) < 1e-4
@@ -327,6 +440,31 @@ def test_an_artefact_serves_only_what_it_was_made_of(tmp_path, kind):
     x = inputs()[0]
     if kind in (nets.Tied, nets.Optional):
         assert difference(run(compiled, net, x), net(x)) < 1e-4
+
+
+Y, Z = torch.ones(2, 10, 32), torch.full((2, 10, 32), 0.5)
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("kind, calls", [
+    (nets.Sized, [((torch.Size([1, 2]),), {}), (((1, 2),), {}), (([1, 2],), {})]),
+    (nets.Named, [((nets.Pair(1.0, 2.0),), {}), (((1.0, 2.0),), {})]),
+    (nets.Keywords, [((), {"low": 2.0, "high": 3.0}), ((), {"high": 3.0, "low": 2.0}), ((), {"low": 2.0})]),
+    (nets.Same, [((Y, Y), {}), ((Y, Z), {}), ((Z, Z), {}), ((Z, Y), {})]),
+    (nets.Called, [((nets.scaled,), {}), ((nets.shifted,), {}), ((lambda x: x * 2,), {}), ((lambda x: x * 3,), {})]),
+], ids=lambda value: value.__name__ if isinstance(value, type) else "")
+def test_a_call_is_served_by_what_was_made_for_calls_of_its_kind(tmp_path, kind, calls, way):
+    net, compiled, x = nets.make(kind), cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED), inputs()[0]
+
+    def call(args, kwargs):
+        return net.blocks[1](net.blocks[0](x, *args, **kwargs), *args, **kwargs)
+    wanted = [call(*given) for given in calls]
+    assert all(difference(a, b) > 1e-3 for a, b in itertools.pairwise(wanted))
+    for given, want in [*zip(calls, wanted)] * 3:
+        got = compiled.run(net, lambda given=given: call(*given), filter_guards=True, passthrough=lambda error: False)
+        assert difference(got, want) < 1e-4
+    assert not compiled.report.failure and (compiled.report.calls["artefact" if way == "kept" else "graph"]
+                                            or (kind is nets.Named and "an argument is a Pair" in refused(compiled)))
 
 
 @pytest.mark.parametrize("way", ["kept", "compiled"])
@@ -387,35 +525,41 @@ def test_compile_stays_on_for_inference_tensors_under_no_grad():
     assert not compiled.report.failure and compiled.report.last_calls["graph"] == 3
 
 
-def test_an_error_that_the_model_raises_once_is_raised_and_compile_goes_on():
-    class Failing(nets.Small):
-        fails = False
+def raise_one():
+    raise ValueError("the model's own, once")
 
-        def forward(self, x, transformer_options=None):
-            if Failing.fails:
-                Failing.fails = False
-                raise ValueError("the model's own, once")
-            return self.body(x)
+
+ERRORS = {"raise": (raise_one, ValueError), "int": (lambda: int("x"), ValueError), "dict": (lambda: {}["x"], KeyError),
+          "tensor": (lambda: torch.ones(2) @ torch.ones(3), RuntimeError), "next": (lambda: next(iter(())), StopIteration)}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["model", "block"])
+def test_an_error_that_the_model_raises_once_is_raised_and_compile_goes_on(tmp_path, where, error, way):
+    raises, kind = ERRORS[error]
 
     class Wrapper(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.net, self.fails = nets.make(nets.Plain), False
+            self.net, self.fails = nets.make(nets.Fails), None
 
         def forward(self, x):
             x = self.net(x)
             if self.fails:
-                self.fails = False
-                raise ValueError("the model's own, once")
+                self.fails()
             return x
-    net, compiled = Wrapper(), CompiledModule(COMPILED)
+    net, compiled = Wrapper(), cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
     x = inputs()[0]
-    run(compiled, net, x)
-    net.fails = True
-    with pytest.raises(ValueError, match="the model's own, once"):
+    for _ in range(2):
         run(compiled, net, x)
+    owner = net if where == "model" else net.net.blocks[1]
+    owner.fails = raises
+    with pytest.raises(kind):
+        run(compiled, net, x)
+    owner.fails = None
     assert difference(run(compiled, net, x), net(x)) < 1e-4
-    assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
 
 
 def test_two_models_that_call_each_other_from_two_threads_come_back():
@@ -479,3 +623,110 @@ def test_methods_that_are_patched_anew_each_time_with_the_same_content_compile_o
     assert compiled.report.graphs < 20 and any("was changed more than" in text for text in compiled.report.fallbacks)
     assert compiled.report.status() == "running uncompiled"
     assert difference(run(compiled, net, x), net(x)) < 1e-4
+
+
+class Doubling(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is F.gelu else result
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+def test_a_mode_that_changes_torchs_functions_changes_the_result(tmp_path, way):
+    net, compiled, x = nets.make(nets.Plain), cached(tmp_path / "cache") if way == "kept" else CompiledModule(TRACED), inputs()[0]
+    plain = net(x)
+    for _ in range(2):
+        assert difference(run(compiled, net, x), plain) < 1e-4
+    with Doubling():
+        assert difference(net(x), plain) > 1e-3
+        for _ in range(2):
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert difference(run(compiled, net, x), plain) < 1e-4
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+
+
+class Alternates(nets.Net):
+    """Sets what its blocks read before each of them."""
+
+    def __init__(self, change):
+        super().__init__(depth=2)
+        self.change = change
+
+    def forward(self, x, *args, **options):
+        for index, block in enumerate(self.blocks):
+            back = self.change(index)(self)
+            x = block(x, *args, transformer_options=options)
+            back()
+        return x
+
+
+BETWEEN = {
+    "a global": lambda index: set_attribute(nets, "FACTOR", index + 1.0),
+    "a table": lambda index: set_item(nets.TABLE, "gain", index + 1.0),
+    "an attribute": lambda index: set_attribute(BLOCKS, "gain", index + 1.0),
+    "a config": lambda index: set_attribute(lambda net: [block.config for block in net.blocks], "gain", index + 1.0),
+    "a class attribute": lambda index: set_attribute(nets.Block, "slope", index + 1.0),
+    "a class attribute of a helper": lambda index: set_attribute(nets.Rope, "strength", index + 1.0),
+    "an attribute of an enum": lambda index: set_attribute(BLOCKS, "kind", list(nets.Kind)[index % 2]),
+    "a default": lambda index: set_attribute(lambda net: [nets.scaled], "__defaults__", (index + 1.0,)),
+}
+METHODS = ("a default", "compiled"),  # functions are looked at once a step there
+
+
+@pytest.mark.parametrize("change, way", [case for case in itertools.product(BETWEEN, ("kept", "compiled")) if case not in METHODS])
+def test_what_the_model_itself_changes_from_block_to_block_is_refused_or_right(tmp_path, change, way):
+    torch.manual_seed(0)
+    net, x = Alternates(BETWEEN[change]).eval().requires_grad_(False), inputs()
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    want = net(*x)
+    assert difference(nets.make(depth=2)(*x), want) > 1e-3
+    for _ in range(4):
+        assert difference(run(compiled, net, *x), want) < 1e-4
+    assert not compiled.report.failure
+
+
+def test_a_block_that_was_looked_at_may_go_before_what_was_built_for_it_is_loaded(tmp_path):
+    net, compiled, x = nets.make(nets.Plain), cached(tmp_path / "cache"), inputs()[0]
+    run(compiled, net, x)
+    for index in range(3):
+        net.blocks[index] = copy.deepcopy(net.blocks[index])
+        net.blocks[index].first.weight.mul_(2)
+    gc.collect()
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
+
+
+def test_the_status_says_that_a_model_runs_uncompiled_while_artefacts_are_not_allowed(tmp_path):
+    net, compiled, x = nets.make(nets.Plain), cached(tmp_path / "cache"), inputs()[0]
+    for _ in range(2):
+        run(compiled, net, x)
+    assert compiled.report.status().startswith("ready")
+    run(compiled, net, x, patched=True)
+    assert compiled.report.status() == "running uncompiled"
+    assert compiled.report.last_calls == {"artefact": 0, "graph": 0, "eager": 3}
+    run(compiled, net, x)
+    assert compiled.report.status().startswith("ready")
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("missing", ["a buffer", "a bias", "a layer's own tensors"])
+def test_a_weight_that_is_missing_is_missed(tmp_path, monkeypatch, missing, way):
+    net = nets.make(nets.Packs if missing == "a layer's own tensors" else nets.Optional)
+    if missing == "a buffer":
+        net.blocks[1].extra = torch.full((32,), 2.0)
+    compiled, x = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED), inputs()[0]
+    plain = net(x)
+    for _ in range(2):
+        assert difference(run(compiled, net, x), plain) < 1e-4
+    with monkeypatch.context() as patch:
+        if missing == "a buffer":
+            patch.delitem(net.blocks[1]._buffers, "extra")
+        elif missing == "a bias":
+            patch.setitem(net.blocks[1].first._parameters, "bias", None)
+        else:
+            patch.setattr(nets, "PACKED", False)
+        assert difference(net(x), plain) > 1e-3
+        for _ in range(2):
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert difference(run(compiled, net, x), plain) < 1e-4
+    assert not compiled.report.failure and not compiled.report.last_calls["eager"]
