@@ -31,7 +31,7 @@ def attributes_of_tensors(tensors: list) -> frozenset[str]:
     """Names of what Python code has put on plain tensors, dynamo aside. Others than tensors may be among them."""
     if not any(map(getattr, tensors, _repeat("__dict__"), _repeat(None))):
         return frozenset()
-    return frozenset(name for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter) for name in tensor.__dict__
+    return frozenset(name for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter) for name in list(tensor.__dict__)
                      if "dynamo" not in name)
 
 

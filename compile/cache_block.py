@@ -97,7 +97,7 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
 def _read_by_torch(kind: type) -> frozenset[str]:
     """Names of attributes that torch's own layers among kind's bases read (eps, padding_mode)."""
     functions = [value for base in kind.__mro__ if base not in (object, torch.nn.Module) and is_pristine_package(base.__module__)
-                 for value in vars(base).values() if isinstance(value, types.FunctionType) and value.__name__ != "__init__"]
+                 for value in list(vars(base).values()) if isinstance(value, types.FunctionType) and value.__name__ != "__init__"]
     return frozenset(name for function in functions for name in identifiers(function.__code__))
 
 
@@ -282,8 +282,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT):
             return getattr(value, REPLACEMENT)()
         if isinstance(value, types.FunctionType) and "<lambda>" in value.__qualname__:
-            for name, table in vars(sys.modules.get(value.__module__)).items():
-                for key, item in table.items() if isinstance(table, dict) else ():
+            for name, table in list(vars(sys.modules.get(value.__module__)).items()):
+                for key, item in list(table.items()) if isinstance(table, dict) else ():
                     if item is value:  # a table of activations
                         return _item_of, (value.__module__, name, key)
         return NotImplemented

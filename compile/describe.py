@@ -269,7 +269,7 @@ class Describer:
         content = []
         if isinstance(state := getattr(value, "__dict__", None), dict):
             self._watch.size(state, is_state=True)
-            for name in sorted(filter(self._names.__contains__, state)):
+            for name in sorted(filter(self._names.__contains__, list(state))):
                 self._watch.binding(state, name, state[name])
                 content.append(f"{name}={self(state[name])}")
         for name, item in sorted((_slots(value) or {}).items()):
@@ -279,17 +279,17 @@ class Describer:
         return content
 
     def _content(self, value) -> list[str]:
-        """Of a container."""
+        """Of a container, which another thread may be filling."""
         if isinstance(value, (dict, types.MappingProxyType)):
             self._watch.container(value)
-            return [f"{self(key)}: {self(item)}" for key, item in value.items()]
+            return [f"{self(key)}: {self(item)}" for key, item in list(value.items())]
         if isinstance(value, (set, frozenset)):
             if isinstance(value, set):
                 self._watch.container(value)
-            return sorted(map(self, value))
+            return sorted(map(self, list(value)))
         if isinstance(value, (list, collections.deque)):
             self._watch.container(value)
-        return list(map(self, value)) if isinstance(value, (list, tuple, collections.deque)) else []
+        return list(map(self, list(value))) if isinstance(value, (list, tuple, collections.deque)) else []
 
     def _function(self, function: types.FunctionType) -> str:
         """By its code and by what it was made with; what its global names stand for counts where it is called, see cache_sources."""
