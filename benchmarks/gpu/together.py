@@ -24,8 +24,8 @@ FULL = CONTENDERS[:4]
 
 
 def profile(context: Context) -> None:
-    """Where a step of the 12 blocks goes, for each way to run them, without anything being built for the next start meanwhile. GPU_SUITE_ONLY: names of
-    contenders, where time is short."""
+    """Where a step of the 12 blocks goes, for each way to run them, without anything being built for the next start meanwhile.
+    GPU_SUITE_ONLY: names of contenders, where time is short."""
     only = list(filter(None, os.environ.get("GPU_SUITE_ONLY", "").split(",")))
     side_by_side(context, "flux", [c for c in CONTENDERS[:4] if not only or c.name in only], profiled=True)
 
