@@ -260,7 +260,7 @@ class Launch(NamedTuple):
     programs: int | None
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def launch(device: torch.device, config: GemmConfig, n: int, k: int, dtypes: tuple, scalar_ws: bool) -> Launch:
     """What Triton compiles apart, but for m, which it does not look at. dtypes: of all operands and of y, None without a bias."""
     flags = dict(SCALAR_WS=scalar_ws, HAS_BIAS=dtypes[4] is not None)
@@ -309,7 +309,7 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) 
     return y
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _sum_kernel(device: torch.device, n: int, dtypes: tuple, split: int, scalar_ws: bool, has_bias: bool) -> Bound:
     return Bound(sum_kernel, dict(SCALAR_WS=scalar_ws, HAS_BIAS=has_bias, SPLIT_K=split, BM=SUM_BM, BN=SUM_BN))
 

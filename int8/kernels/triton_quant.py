@@ -201,7 +201,7 @@ class Quantizer(NamedTuple):
     factors: torch.Tensor | None
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def quantizer(device: torch.device, dtype: torch.dtype, width: int, stride: int, group: int, act: str, smooth: torch.dtype | None,
               precision: str, ptx: bool) -> Quantizer:
     """What Triton compiles apart, for x of this dtype, width and stride of rows. smooth: the dtype of pre_quant_scale."""
