@@ -48,6 +48,8 @@ class Bound:
 
     def __init__(self, kernel, constants: dict, describe: tuple[Callable[[torch.Tensor], object], ...] = ()):
         self._kernel, self._constants, self._describe = kernel, constants, describe
+        # Not in the interpreter; AMD's launcher is another one.
+        self._may_bind = isinstance(kernel, triton.JITFunction) and not torch.version.hip
         # (grid of three, stream, arguments), once bound.
         self._launch: Callable | None = None
         self._device = -1
@@ -80,28 +82,36 @@ class Bound:
                 key = index, addresses[index], operands[index].shape[0]
                 arguments += self._descriptors.get(key) or self._descriptor(key, operands[index])
             arguments += addresses[len(self._describe):]
-        if self._current_device() == device:
-            launch(grid, self._current_stream(device), *arguments, *numbers)
-        else:
-            with torch.cuda.device(device):
+        try:
+            if self._current_device() == device:
                 launch(grid, self._current_stream(device), *arguments, *numbers)
+            else:
+                with torch.cuda.device(device):
+                    launch(grid, self._current_stream(device), *arguments, *numbers)
+        except TypeError as error:  # nothing has run: that is not what this Triton's launcher takes
+            self._give_up(error)
+            self._by_triton(grid, operands, numbers)
 
     def _by_triton(self, grid, operands, numbers) -> None:
         descriptors = [describe(operand) for describe, operand in zip(self._describe, operands)]
         with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
             compiled = self._kernel[grid](*descriptors, *operands[len(descriptors):], *numbers, **self._constants)
-        if self._launch is not None or not isinstance(self._kernel, triton.JITFunction) or torch.version.hip:
+        if self._launch is not None or not self._may_bind:
             return
         device = operands[0].get_device()
         if any(operand.data_ptr() % ALIGN or operand.get_device() != device for operand in operands):
             return
         try:
             if not is_watched(self._kernel):
-                self._bind(compiled, device)
+                self._bind(compiled, device, descriptors)
         except Exception as error:  # another Triton, whose kernels are launched otherwise
-            logger.debug("INT8: %s is launched by Triton each time: %s: %s", self._kernel, type(error).__name__, error)
+            self._give_up(error)
 
-    def _bind(self, compiled, device: int) -> None:
+    def _give_up(self, error: Exception) -> None:
+        self._launch, self._may_bind = None, False
+        logger.debug("INT8: Triton launches %s each time: %s: %s", self._kernel, type(error).__name__, error)
+
+    def _bind(self, compiled, device: int, descriptors: list) -> None:
         names = [name for name in self._kernel.arg_names if name in self._constants]
         if self._kernel.arg_names[-len(names):] != names:
             raise ValueError("constants come before other parameters")
@@ -119,6 +129,8 @@ class Bound:
             def launch(grid, stream, *arguments):
                 launcher(*grid, stream, function, *flags, *arguments, *constants)
         self._encode = tuple(zip(self._describe, encoders))
+        for encode, descriptor in zip(encoders, descriptors):
+            encode(descriptor)  # may be another function in another Triton
         active = triton.runtime.driver.active
         self._current_device, self._current_stream = active.get_current_device, active.get_current_stream
         self._device, self._launch = device, launch
