@@ -35,6 +35,7 @@ def measured(root: Path) -> dict[str, dict[str, float]]:
     """{"bound" or "by_triton": {operation: microseconds}} of the pack in root; one without bound launches has none."""
     load_pack(root)
     import torch
+
     from benchmarks.gpu.no_driver import Driver
 
     driver = Driver()
@@ -114,6 +115,7 @@ def main() -> None:
     if arguments.json:
         import torch
         import triton
+
         from benchmarks.demo_report import cpu_name
 
         result = {"date": str(datetime.date.today()), "cpu": cpu_name(), "torch": torch.__version__, "triton": triton.__version__,

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ALIGN = 16
 # TMA descriptors that are kept of a kernel: weights of one shape, and where the allocator has put q.
 MAX_DESCRIPTORS = 1024
-# What the generated launcher of Triton 3.5 to 3.7 takes before a kernel's own arguments.
+# What a launcher that Triton 3.6 generates takes before the kernel's own arguments.
 ARGUMENTS = "iiiKKppOOOOOO"
 
 
@@ -52,6 +52,7 @@ class Bound:
         self._may_bind = isinstance(kernel, triton.JITFunction) and not torch.version.hip
         # (grid of three, stream, arguments), once bound.
         self._launch: Callable | None = None
+        self._compiled: object = None
         self._device = -1
         self._current_device: Callable = int
         self._current_stream: Callable = int
@@ -133,6 +134,7 @@ class Bound:
             encode(descriptor)  # may be another function in another Triton
         active = triton.runtime.driver.active
         self._current_device, self._current_stream = active.get_current_device, active.get_current_stream
+        self._compiled = compiled  # unloads its module when it goes
         self._device, self._launch = device, launch
 
     def _descriptor(self, key: tuple[int, int, int], operand: torch.Tensor) -> tuple:

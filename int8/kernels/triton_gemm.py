@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import NamedTuple
 
 import torch
@@ -254,7 +255,7 @@ def is_broken(device: torch.device, config: GemmConfig, error: Exception) -> Non
 
 
 class Launch(NamedTuple):
-    """A tile for operands of one kind. programs: at most so many, None for one a tile of y. columns: of tiles."""
+    """A tile for operands of one kind. columns: of tiles. programs: at most so many; None for one a tile of y and part of K."""
     bound: Bound
     columns: int
     programs: int | None
@@ -265,7 +266,7 @@ def launch(device: torch.device, config: GemmConfig, n: int, k: int, dtypes: tup
     """What Triton compiles apart, but for m, which it does not look at. dtypes: of all operands and of y, None without a bias."""
     flags = dict(SCALAR_WS=scalar_ws, HAS_BIAS=dtypes[4] is not None)
     tile = dict(BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M)
-    most = (card(device)[1] or 0) * resident(config) or None
+    programs = (card(device)[1] or sys.maxsize) * resident(config)
     if config.kernel in GLUON:
         from . import gluon_gemm  # it imports this module
 
@@ -276,8 +277,8 @@ def launch(device: torch.device, config: GemmConfig, n: int, k: int, dtypes: tup
     else:
         bound = Bound(pointer_kernel, dict(EVEN_K=k % config.bk == 0, **flags, SPLIT_K=config.split_k, **tile, num_warps=config.warps,
                                            num_stages=config.stages))
-        most = None
-    return Launch(bound, -(-n // config.bn), most)
+        programs = None
+    return Launch(bound, -(-n // config.bn), programs)
 
 
 def describe_box(t: torch.Tensor, box: list[int]):
@@ -299,10 +300,7 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) 
     bound, columns, programs = launch(device, config, n, k, (q.dtype, s.dtype, qweight.dtype, weight_scale.dtype, bias_dtype, out_dtype),
                                       scalar)
     tiles = -(-m // config.bm) * columns
-    if programs is None and config.kernel == "pointer":
-        grid = tiles, split, 1
-    else:
-        grid = min(tiles * split, programs or tiles), 1, 1
+    grid = (tiles, split, 1) if programs is None else (min(tiles * split, programs), 1, 1)
     bound(grid, (q, qweight, s, weight_scale, bias, parts), m, n, k)
     if split > 1:
         _sum(parts, s, weight_scale, bias, y, split, bias_dtype is not None)
