@@ -122,8 +122,11 @@ def quantizers_too_whatever_the_rows_of_x_are():
 
 @promise
 def a_call_like_the_one_before_asks_triton_nothing_and_encodes_nothing():
-    given = operands(64, 256, 512)
-    wrong = []
+    """Triton 3.7 and later encode descriptors themselves."""
+    from triton.backends.nvidia import driver
+
+    given, wrong = operands(64, 256, 512), []
+    encoded = getattr(driver, "_BASE_ARGS_FORMAT", "") != bound.ARGUMENTS
     for config in CONFIGS:
         for _ in range(2):
             triton_gemm.int8_gemm(*given, BF16, config)
@@ -133,7 +136,7 @@ def a_call_like_the_one_before_asks_triton_nothing_and_encodes_nothing():
             y = [triton_gemm.int8_gemm(*given, BF16, config) for _ in range(3)]
         finally:
             triton.JITFunction.run = run
-        if DRIVER.maps() != maps or len(y) != 3:
+        if (DRIVER.maps() != maps and not encoded) or len(y) != 3:
             wrong.append(f"{config}: {DRIVER.maps() - maps} descriptors")
     return wrong
 
