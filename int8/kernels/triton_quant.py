@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..hadamard import hadamard, made_apart
+from .bound import Bound
 from .reference import ACTIVATIONS, MIN_SCALE
 
 # 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
@@ -192,20 +194,36 @@ def takes_ptx(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and not INTERPRETED
 
 
+class Quantizer(NamedTuple):
+    """k: values of a row of q. factors: of the rotation, None without."""
+    bound: Bound
+    k: int
+    factors: torch.Tensor | None
+
+
+@functools.lru_cache(4096)
+def quantizer(device: torch.device, dtype: torch.dtype, width: int, stride: int, group: int, act: str, smooth: torch.dtype | None,
+              precision: str, ptx: bool) -> Quantizer:
+    """What Triton compiles apart, for x of this dtype, width and stride of rows. smooth: the dtype of pre_quant_scale."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
+    k = width // 2 if act == "swiglu" else width
+    kernel, blocks, warps = launch(k, group, precision)
+    constants = dict(K=k, ACT=ACTIVATIONS.index(act), SMOOTH=smooth is not None, GROUP=group, PRECISION=precision, PTX=ptx,
+                     num_warps=warps, num_stages=STAGES, **blocks)
+    return Quantizer(Bound(kernel, constants), k, factors(group, device) if group else None)
+
+
 def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
                precision: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.quant_rows. precision: of the rotation, see rotation_precision."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    m, k = x.shape[0], x.shape[1] // 2 if act == "swiglu" else x.shape[1]
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    s = torch.empty(m, dtype=torch.float32, device=x.device)
-    h = factors(group, x.device) if group else s
+    (m, width), (stride, step), device = x.shape, x.stride(), x.device
+    if step != 1:
+        x, stride = x.contiguous(), width
+    bound, k, h = quantizer(device, x.dtype, width, stride, group, act, None if pre_quant_scale is None else pre_quant_scale.dtype,
+                            precision or rotation_precision(x), takes_ptx(x))
+    q = torch.empty_strided((m, k), (k, 1), dtype=torch.int8, device=device)
+    s = torch.empty_strided((m,), (1,), dtype=torch.float32, device=device)
     smooth = s if pre_quant_scale is None else pre_quant_scale.contiguous()
-    precision = precision or rotation_precision(x)
-    kernel, blocks, warps = launch(k, group, precision)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[(m,)](x, smooth, h, q, s, x.stride(0), MIN_SCALE, K=k, ACT=ACTIVATIONS.index(act), SMOOTH=pre_quant_scale is not None,
-                     GROUP=group, PRECISION=precision, PTX=takes_ptx(x), num_warps=warps, num_stages=STAGES, **blocks)
+    bound((m, 1, 1), (x, smooth, s if h is None else h, q, s), stride, MIN_SCALE)
     return q, s
