@@ -42,15 +42,15 @@ class Driver:
     """device: the current one. streams: the current raw stream of each, 0 if not named."""
 
     def __init__(self, capability: tuple[int, int] = (9, 0)):
-        folder = tempfile.mkdtemp(prefix="no_driver-")
-        library = Path(folder) / "libcuda.so.1"
+        self._folder = tempfile.TemporaryDirectory(prefix="no_driver-")  # while the process lives
+        library = Path(self._folder.name) / "libcuda.so.1"
         subprocess.run(["gcc", "-O2", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE], check=True)
         self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on
         self._library.launched.restype = ctypes.POINTER(_Launch)
         self._library.launch_count.restype = self._library.map_count.restype = ctypes.c_uint64
         import triton
 
-        triton.knobs.nvidia.libcuda_path = folder
+        triton.knobs.nvidia.libcuda_path = self._folder.name
         from triton.backends.nvidia.driver import CudaDriver
 
         self.device, self.streams = CPU, {}

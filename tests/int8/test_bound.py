@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import CUDA
+
 SCRIPT = Path(__file__).with_name("bound_launches.py")
 PROMISES = [node.name for node in ast.parse(SCRIPT.read_text(encoding="utf-8")).body
             if isinstance(node, ast.FunctionDef) and any(getattr(decorator, "id", "") == "promise" for decorator in node.decorator_list)]
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed on this platform"),
+              pytest.mark.skipif(CUDA, reason="a GPU's driver is there, and test_triton_gemm launches on it"),
               pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="the driver is made with gcc, for Linux")]
 
 
