@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -115,7 +116,12 @@ class _Step:
     compiled: dict[int, Compiled | None] = field(default_factory=dict)  # by id of the region's state
     tensor_attributes: frozenset[str] = frozenset()  # names of what Python code has put on the blocks' weights
     compiling: str = ""  # the region that is called
+    passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run
+    failure: str = ""  # of compiling a block; that block, and all after it, then ran eager
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
+
+
+_MODULE_CALL = torch.nn.Module._wrapped_call_impl.__code__
 
 
 class OwnCall:
@@ -134,6 +140,9 @@ class _BlockCall(OwnCall):
         self.module = module
 
     def __call__(self, *args, **kwargs):
+        caller = sys._getframe(1)
+        if caller.f_code is _MODULE_CALL and (called := caller.f_locals["self"]) is not self.module:
+            return called._call_impl(*args, **kwargs)  # a copy of the block by its __dict__, as torch's replicas are
         return self.owner.call_block(self.module, args, kwargs)
 
 
@@ -206,7 +215,7 @@ class CompiledModule:
                 self._say()
                 return call()
             try:
-                result = self._run_compiled(call, filter_guards, around_block, interrupted)
+                result = self._run_compiled(call, filter_guards, around_block, interrupted, passthrough)
                 self._say()
                 # The memory of a CUDA graph's outputs is written again at the next step.
                 return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result
@@ -217,15 +226,19 @@ class CompiledModule:
                 cause = f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
-            if any(state.code.refusal() for state in self._states.values()):
-                return result  # the next step says so
-            self._failures[self._regions.key] = self.report.failure = cause
-            self._told = False
-            self._say()
-            logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
+            self._fail(cause)
             return result
         finally:
             self._lock.release()
+
+    def _fail(self, cause: str) -> None:
+        """From now on what these blocks are made of runs uncompiled."""
+        if any(state.code.refusal() for state in self._states.values()):
+            return  # the next step says so
+        self._failures[self._regions.key] = self.report.failure = cause
+        self._told = False
+        self._say()
+        logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
 
     def _refresh(self, root: torch.nn.Module) -> None:
         if self._root is None or self._root() is not root or self._regions is None or not self._regions.is_current():
@@ -258,7 +271,7 @@ class CompiledModule:
                 blocks[id(module)] = _Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
         return blocks
 
-    def _run_compiled(self, call, filter_guards, around_block, interrupted):
+    def _run_compiled(self, call, filter_guards, around_block, interrupted, passthrough):
         use_artefacts = filter_guards and self._artefacts_allowed()
         self.report.steps += 1
         if self._cache and self.options.background and not use_artefacts:
@@ -266,7 +279,8 @@ class CompiledModule:
             return call()  # a compile in this process is what was not asked for
         outer = self._step
         scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
-        step = self._step = _Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope)
+        step = self._step = _Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope,
+                                  passthrough=passthrough)
         before = []
         try:
             for module in self._regions.blocks:
@@ -289,7 +303,9 @@ class CompiledModule:
             compiled = scope.close()
             self._step = outer
             self._after_step(step, compiled)
-        if self.report.graphs:  # not after an interrupt, which leaves some of it uncompiled
+        if step.failure:
+            self._fail(step.failure)
+        elif self.report.graphs:  # not after an interrupt, which leaves some of it uncompiled
             self.report.compiled_from_step = self.report.compiled_from_step or self.report.steps
         return result
 
@@ -330,14 +346,29 @@ class CompiledModule:
             if artefacts.instead:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
-        compiled = self._compiled(step, block)
-        if compiled is None or self._is_beyond_guards(step, block, compiled, args, kwargs):
+        result = self._by_graph(step, block, module, args, kwargs)
+        if result is MISSING:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
-        result = _call_compiled(compiled, module, args, kwargs, block.mark)
-        compiled.look(module)
         return result
+
+    def _by_graph(self, step: _Step, block: _Block, module: torch.nn.Module, args: tuple, kwargs: dict):
+        """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
+        What the model has done before this block is not done again then."""
+        try:
+            compiled = self._compiled(step, block)
+            if compiled is None or self._is_beyond_guards(step, block, compiled, args, kwargs):
+                return MISSING
+            result = _call_compiled(compiled, module, args, kwargs, block.mark)
+            compiled.look(module)
+            return result
+        except Exception as error:
+            if step.passthrough(error) or _is_models_own(error):
+                raise
+            step.failure = f"{type(error).__name__}: {error}"
+            step.blocks, step.use_artefacts = {}, False
+        return MISSING
 
     def _begin(self, step: _Step) -> None:
         """At the first block of a step, when every wrapper around the model has done what it does."""

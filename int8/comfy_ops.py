@@ -126,7 +126,7 @@ class _Int8Forward(Int8Lora):
         on the fly, is replaced, or leaves the work to core."""
         if (not isinstance(self.weight, quant_ops.QuantizedTensor) or not _is_row_major(self.weight) or self.kernel == KITCHEN
                 or self.is_full_precision or self.weight_function or self.bias_function
-                or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self)
+                or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self) or not _is_as_written(type(self))
                 or self._forward_hooks or self._forward_pre_hooks):
             return {}
         named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
@@ -138,6 +138,16 @@ class _Int8Forward(Int8Lora):
         # What models ask of a layer beside calling it.
         shape = {"in_features": self.in_features, "out_features": self.out_features, "weight_dtype": self.weight.dtype}
         return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
+
+
+# What a call of a layer runs, as it is here and in torch: another pack may put its own in their place, on our class or on torch's.
+_FORWARD = _Int8Forward.forward, _Int8Forward._multiply
+_CALL = torch.nn.Module.__call__, torch.nn.Module._call_impl
+
+
+def _is_as_written(kind: type) -> bool:
+    """Whether a call of a layer of kind runs this module's forward."""
+    return (kind.forward, kind._multiply) == _FORWARD and (kind.__call__, kind._call_impl) == _CALL
 
 
 @functools.cache

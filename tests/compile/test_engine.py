@@ -162,6 +162,44 @@ def test_a_failed_compile_goes_on_eager_and_warns_once(caplog):
     assert "this backend cannot compile" in compiled.report.failure
 
 
+@pytest.mark.parametrize("failing", [0, 1], ids=["first class", "second class"])
+def test_what_a_model_did_before_a_block_that_cannot_be_compiled_is_not_done_twice(failing):
+    compiles = []
+
+    def backend(gm, inputs):
+        compiles.append(1)
+        return _broken_backend(gm, inputs) if len(compiles) == failing + 1 else gm
+
+    class Counting(Net):
+        def forward(self, x, transformer_options=None):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x.mul_(2), transformer_options) * self.calls
+    net, x = Counting(), torch.randn(3, 64)
+    compiled = CompiledModule(CompileOptions(backend=backend))
+    want = x * 2
+    got = run(compiled, net, x)
+    assert torch.equal(x, want) and net.calls == 1 and "this backend cannot compile" in compiled.report.failure
+    net.calls = 0
+    torch.testing.assert_close(got, net(want / 2))
+
+
+def test_a_copy_of_a_block_by_its_dict_runs_its_own_weights():
+    class Replicating(Net):
+        def forward(self, x, transformer_options=None):
+            block = self.blocks[0]
+            replica = object.__new__(type(block))
+            replica.__dict__ = {**block.__dict__, "_modules": dict(block._modules)}
+            replica.up = torch.nn.Linear(64, 128)
+            torch.nn.init.constant_(replica.up.weight, 0.01)
+            torch.nn.init.zeros_(replica.up.bias)
+            return super().forward(replica(x), transformer_options)
+    net, x = Replicating(), torch.randn(3, 64)
+    compiled = CompiledModule(CompileOptions(backend="aot_eager"))
+    for _ in range(2):
+        torch.testing.assert_close(run(compiled, net, x), net(x))
+    assert compiled.report.graphs == 2
+
+
 def test_an_error_of_the_model_itself_is_not_blamed_on_compile(caplog):
     net = Net()
     net.error = ValueError("wrong latent")
