@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -94,6 +95,27 @@ def attention_as_on_a_card():
     return library
 
 
+def tensors_of_numbers():
+    """torch.tensor on the card: a fake tensor, which torch otherwise keeps the value of, and computes with it there."""
+    real = torch.tensor
+
+    @functools.wraps(real)
+    def tensor(*args, device=None, **kwargs):
+        made = real(*args, **kwargs)
+        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
+    return mock.patch.object(torch, "tensor", tensor)
+
+
+class NoDriver:
+    """Triton's driver, which is asked for the target only."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        major, minor = torch.cuda.get_device_capability()
+        return GPUTarget("cuda", 10 * major + minor, 32)
+
+
 class Lowering:
     """While it is entered, what torch.compile makes for CUDA is kept in graphs, and is not run: the graph is, on fake tensors."""
 
@@ -108,18 +130,22 @@ class Lowering:
         import torch._functorch.config
         import torch._inductor.config
         from torch._inductor import compile_fx, graph, scheduler
+        from torch._inductor.fx_passes import joint_graph
         from torch._inductor.codegen.triton import TritonScheduling
         from torch._inductor.runtime import triton_helpers
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from triton.runtime import driver
 
+        with tensors_of_numbers():
+            joint_graph.lazy_init(rehearsal.CARD)  # patterns that inductor looks for, with numbers in them
         enter = self._stack.enter_context
-        enter(torch._inductor.config.patch(force_disable_caches=True, compile_threads=1))
+        enter(torch._inductor.config.patch(force_disable_caches=True, compile_threads=1, use_static_triton_launcher=False))
         enter(torch._functorch.config.patch(enable_autograd_cache=False))
         lower, define, extern = compile_fx._compile_fx_inner, TritonScheduling.define_kernel, scheduler.Scheduler.codegen_extern_call
         load = graph.GraphLowering.compile_to_module
 
         def lowered(module, inputs, **kwargs):
-            self.graphs.append(Graph(torch._dynamo.utils.get_metrics_context and _region()))
+            self.graphs.append(Graph(_region()))
             plain = copy.deepcopy(module)  # inductor rewrites it
             made = lower(module, inputs, **kwargs)
             made.current_callable = lambda values: plain(*values)
@@ -147,9 +173,9 @@ class Lowering:
         for owner, name, function in ((compile_fx, "_compile_fx_inner", lowered), (TritonScheduling, "define_kernel", defined),
                                       (scheduler.Scheduler, "codegen_extern_call", called),
                                       (graph.GraphLowering, "compile_to_module", loaded), (CachingAutotuner, "precompile", compiled),
-                                      # The target is named; there is no driver to ask.
-                                      (triton_helpers, "set_driver_to_gpu", lambda: None)):
+                                      (triton_helpers, "set_driver_to_gpu", lambda: driver.set_active(NoDriver()))):
             enter(mock.patch.object(owner, name, function))
+        driver.set_active(NoDriver())
         return self
 
     def __exit__(self, *_) -> None:
@@ -275,7 +301,7 @@ def quantized(model: torch.nn.Module) -> None:
 
 def flux(width: int):
     """Flux with two blocks of each class, which is what makes them a class to the engine, and a call of it."""
-    model = tiny_models.flux(2, 2, "cuda", width)
+    model = tiny_models.flux(2, 2, "cuda", width, torch.bfloat16)
     return model, lambda pixels, text: dict(
         x=torch.empty(1, 16, pixels // 8, pixels // 8, dtype=torch.bfloat16, device="cuda"),
         timestep=torch.empty(1, dtype=torch.bfloat16, device="cuda"),
@@ -286,7 +312,7 @@ def flux(width: int):
 
 def wan(width: int):
     """Wan, whose q, k and v are three layers."""
-    model = tiny_models.wan(2, "cuda", width, 4 * width)
+    model = tiny_models.wan(2, "cuda", width, 4 * width, torch.bfloat16)
     return model, lambda pixels, text: dict(
         x=torch.empty(1, 16, 1, pixels // 8, pixels // 8, dtype=torch.bfloat16, device="cuda"),
         timestep=torch.empty(1, dtype=torch.bfloat16, device="cuda"),
@@ -304,7 +330,7 @@ def lower(family: str, weights: str, width: int, pixels: int, text: int, compile
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), Lowering(compile_kernels) as lowering:
         model, inputs = FAMILIES[family](width)
-        model = model.to(torch.bfloat16).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
         if weights == "int8":
             quantized(model)
         arguments = inputs(pixels, text)

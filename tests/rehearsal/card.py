@@ -189,6 +189,8 @@ class State:
 def install(card: Card) -> State:
     """torch answers as on card from now on, in every thread, and computes on it."""
     state = answer(card)
+    torch.tensor, torch.as_tensor = map(_from_host, (torch.tensor, torch.as_tensor))
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, of the tensor's type
     _in_every_thread()
     return state
 
@@ -231,8 +233,6 @@ def answer(card: Card) -> State:
 
     fake_tensor.init_gpu_context = lambda device: None  # a first tensor on the card, made past every mode
     torch._C._ensureCUDADeviceGuardSet()  # torch's own way to name a device that is not there
-    torch.tensor, torch.as_tensor = map(_from_host, (torch.tensor, torch.as_tensor))
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, of the tensor's type
     return state
 
 
