@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,8 @@ MEASURED_DEPTH, MEASURED_STEPS = {"DoubleStreamBlock": 4, "SingleStreamBlock": 8
 MEASURED = {"bf16": {"all": 126.7}, "int8": {"all": 108.2, "attention": 37.4, "int8 gemm": 40.7, "quantizer": 9.4, "rope": 3.3,
                                              "triton": 7.4}}
 MEASURED_OTHERS = {"eager bf16": 145.7, "ComfyUI's own INT8, compiled": 141.9}
+KINDS = {"all": "all", "int8 gemm": "products", "triton": "fused kernels"}
+SHOWN = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3")
 GROUP = 256  # of the rotation
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
@@ -72,12 +76,12 @@ class Call:
 
 @dataclasses.dataclass
 class Graph:
-    """What inductor made of one graph. kernels: {name: what the cubin takes}; a kernel may be called more than once."""
+    """What inductor made of one graph. kernels: {name: what its cubin takes, for each of the launches that a card would try}."""
 
     region: str
     calls: list[Call] = dataclasses.field(default_factory=list)
-    kernels: dict[str, dict] = dataclasses.field(default_factory=dict)
-    wrapper: str = ""  # the generated code
+    kernels: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)  # {tensor: the one that it is written into}
 
 
 def attention_as_on_a_card():
@@ -125,11 +129,9 @@ class Lowering:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Lowering:
-        import copy
-
         import torch._functorch.config
         import torch._inductor.config
-        from torch._inductor import compile_fx, graph, scheduler
+        from torch._inductor import compile_fx, graph, ir, scheduler
         from torch._inductor.fx_passes import joint_graph
         from torch._inductor.codegen.triton import TritonScheduling
         from torch._inductor.runtime import triton_helpers
@@ -163,7 +165,8 @@ class Lowering:
 
         def loaded(lowering):
             module = load(lowering)
-            self.graphs[-1].wrapper = Path(module.__file__).read_text()
+            self.graphs[-1].parts.update((part.get_name(), whole.get_name()) for whole in lowering.buffers
+                                         if isinstance(whole, ir.ConcatKernel) for part in whole.inputs)
             return module
 
         def compiled(autotuner, *_, **__):
@@ -184,8 +187,7 @@ class Lowering:
 
 def _region() -> str:
     """The class of the block that is compiled: the name of its entry function, without its number (see torch_compiler._entry)."""
-    frame = torch._guards.TracingContext.get().traced_code or ()
-    names = [code.co_name for code in frame]
+    names = [code.co_name for code in torch._guards.TracingContext.get().traced_code or ()]
     return next((name.rpartition("_")[0] for name in names if re.fullmatch(r"\w+_\d+", name)), "")
 
 
@@ -259,8 +261,8 @@ def _extern_call(scheduled) -> Call | None:
     return Call(name, kind, reads, writes, operations)
 
 
-def _usage(results) -> dict:
-    """What the cubins of a kernel take, for each of the launches that are tried on the card."""
+def _usage(results) -> list[dict]:
+    """What the cubin of each launch takes: registers and bytes of stack a thread, bytes of shared memory a program; and its size."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -274,7 +276,7 @@ def _usage(results) -> dict:
         registers, stack = (int(re.search(rf"{what}:(\d+)", text).group(1)) for what in ("REG", "STACK"))
         found.append({"registers": registers, "stack": stack, "shared": result.kernel.metadata.shared, "bytes": len(cubin),
                       "arch": result.kernel.metadata.target.arch})
-    return {"launches": found}
+    return found
 
 
 def quantized(model: torch.nn.Module) -> None:
@@ -375,6 +377,128 @@ def lower_all(card: str, family: str, width: int, pixels: int, text: int, compil
     return found
 
 
+def graphs_of(lowered: dict, weights: str) -> dict[str, Graph]:
+    """{class: graph} of what lower_all returned."""
+    return {name: Graph(name, [Call(**call) for call in graph["calls"]], graph["kernels"], graph["parts"])
+            for name, graph in lowered["weights"][weights]["blocks"].items()}
+
+
+def milliseconds(graphs: dict[str, Graph], depth: dict[str, int], card: cards.Card) -> Counter:
+    """At least, of all blocks of a step, by kind of call."""
+    found = Counter()
+    for name, graph in graphs.items():
+        for call in graph.calls:
+            found[call.kind] += depth[name] * call.seconds(card) * 1e3
+    return found
+
+
+def passed_on(graphs: dict[str, Graph], depth: dict[str, int]) -> Counter:
+    """{(who writes, who reads): bytes a step} of tensors that go through memory from one call to another: what one kernel for the two
+    would not move. The write counts where nobody else reads it."""
+    found = Counter()
+    for name, graph in graphs.items():
+        whole = {part: graph.parts.get(part, part) for call in graph.calls for part in (*call.reads, *call.writes)}
+        readers: dict[str, list] = {}
+        for call in graph.calls:
+            for tensor, (_, size) in call.reads.items():
+                readers.setdefault(whole[tensor].partition("#")[0], []).append((call, size))
+        for call in graph.calls:
+            for tensor, (_, written) in call.writes.items():
+                reading = readers.get(whole[tensor], [])
+                for reader, size in reading:
+                    moved = min(size, written) + (written if len({id(other) for other, _ in reading}) == 1 else 0)
+                    found[short(call), short(reader)] += depth[name] * moved
+    return found
+
+
+def short(call: Call) -> str:
+    if call.kind not in ("triton", "other"):
+        return call.kind
+    name = re.sub(r"^triton_\w{3}_fused_|_\d+$", "", call.name)
+    words = ("gelu", "native_layer_norm", "rms_norm", "silu", "cat", "copy_", "transpose")
+    label = {"native_layer_norm": "layer norm, modulation", "rms_norm": "RMS norm", "copy_": "gate, residual", "transpose": "transpose"}
+    return " + ".join(label.get(word, word) for word in words if word in name and not (word == "cat" and "gelu" not in name)
+                      and not (word == "transpose" and "gelu" in name)) or "copy of v" * ("flash" in name) or name
+
+
+def table(found: dict) -> str:
+    """The page of results: found as main gathers it."""
+    lines = ["# Flux's blocks as inductor lowers them, and the least time that they take", "",
+             f"`python benchmarks/lowered_blocks.py`, {found['date']}, torch {found['torch']}, Triton {found['triton']}, ComfyUI "
+             f"{found['comfyui']}, on a machine without a GPU: width {found['width']}, {found['pixels']}x{found['pixels']} pixels, "
+             f"{found['text']} tokens of text, batch 1. Every Triton kernel was compiled to a cubin. A call takes at least its bytes over the "
+             "card's bandwidth or its operations over its rate, whichever is more; launches take nothing, caches hold nothing.", "",
+             "## A step of 19 double and 38 single blocks, at least", "",
+             "| card | lowered for | bf16 ms | INT8 ms | ratio | INT8: products | attention | quantizer | rope | fused kernels |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for target in found["targets"]:
+        for name in TARGETS[target["target"]]:
+            bf16, int8 = (milliseconds(graphs_of(target, weights), DEPTH, cards.CARDS[name]) for weights in WEIGHTS)
+            parts = " | ".join(f"{int8[kind]:.1f}" for kind in ("int8 gemm", "attention", "quantizer", "rope", "triton"))
+            lines.append(f"| {name} | sm_{target['arch']} | {bf16.total():.1f} | {int8.total():.1f} | "
+                         f"{bf16.total() / int8.total():.2f} | {parts} |")
+    lines += ["", "## Held against a profile", "",
+              f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU, measured, beside the "
+              "least that they can be. The profile has the rest of the model in it too.", "",
+              "| | measured | at least | measured / least |", "|---|---|---|---|"]
+    target = next(target for target in found["targets"] if target["target"] == MEASURED_CARD)
+    for weights, measured in MEASURED.items():
+        least = milliseconds(graphs_of(target, weights), MEASURED_DEPTH, cards.CARDS[MEASURED_CARD])
+        for kind, value in measured.items():
+            predicted = MEASURED_STEPS * (least.total() if kind == "all" else least[kind])
+            lines.append(f"| {weights}, compiled: {KINDS.get(kind, kind)} | {value} | {predicted:.1f} | {value / predicted:.2f} |")
+    lines += [f"| {name} | {value} | | |" for name, value in MEASURED_OTHERS.items()]
+    lines += ["", "## A block", "", "| lowered for | weights | block | graphs | calls | Triton kernels (cubins) | most registers | spills | "
+              "quantizers | products | MB moved | Gop | least us |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for target in found["targets"]:
+        for weights in WEIGHTS:
+            for name, graph in graphs_of(target, weights).items():
+                kinds = Counter(call.kind for call in graph.calls)
+                launches = [launch for kernel in graph.kernels.values() for launch in kernel]
+                card = cards.CARDS[target["target"]]
+                lines.append(f"| sm_{target['arch']} | {weights} | {name} | 1 | {len(graph.calls)} | {kinds['triton']} ({len(launches)}) | "
+                             f"{max(launch['registers'] for launch in launches)} | {sum(launch['stack'] > 0 for launch in launches)} | "
+                             f"{kinds['quantizer']} | {kinds['gemm'] + kinds['int8 gemm']} | {sum(c.bytes for c in graph.calls) / 1e6:.0f} | "
+                             f"{sum(c.operations for c in graph.calls) / 1e9:.0f} | {sum(c.seconds(card) for c in graph.calls) * 1e6:.0f} |")
+    graphs = graphs_of(target, "int8")
+    lines += ["", "## What passes through memory between two calls, INT8", "",
+              "Bytes that one kernel for both would not move, in a step, and what they take at the card's bandwidth.", "",
+              "| writes | reads | GB a step | " + " | ".join(f"ms {name.removeprefix('NVIDIA ')}" for name in SHOWN) + " |",
+              "|---|---|---|" + "---|" * len(SHOWN)]
+    for (writer, reader), size in passed_on(graphs, DEPTH).most_common(12):
+        lines.append(f"| {writer} | {reader} | {size / 1e9:.1f} | "
+                     + " | ".join(f"{size / cards.CARDS[name].bandwidth * 1e3:.1f}" for name in SHOWN) + " |")
+    for weights in WEIGHTS:
+        for name, graph in graphs_of(target, weights).items():
+            lines += ["", f"## {name}, {weights}, sm_{target['arch']}", "", "| call | reads | writes | MB | Gop | least us |",
+                      "|---|---|---|---|---|---|"]
+            for call in graph.calls:
+                reads, writes = ("<br>".join(f"{tensor.partition('#')[0]} {text}" for tensor, (text, _) in tensors.items())
+                                 for tensors in (call.reads, call.writes))
+                lines.append(f"| `{call.name}` | {reads} | {writes} | {call.bytes / 1e6:.1f} | {call.operations / 1e9:.1f} | "
+                             f"{call.seconds(cards.CARDS[target['target']]) * 1e6:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def gather(options) -> dict:
+    """What each target's own process says: what torch is told stays so in a process."""
+    import triton
+
+    comfyui = find_comfyui()
+    found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": triton.__version__,
+             "comfyui": runpy.run_path(str(comfyui / "comfyui_version.py"))["__version__"], "family": options.family,
+             "width": options.width, "pixels": options.pixels, "text": options.text, "targets": []}
+    for target in TARGETS:
+        arguments = [sys.executable, __file__, "--card", target]
+        for name in ("family", "width", "pixels", "text"):
+            arguments += [f"--{name}", str(getattr(options, name))]
+        done = subprocess.run(arguments + ["--no-cubins"] * options.no_cubins, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{target}:\n{done.stderr[-5000:]}")
+        found["targets"].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path)
@@ -389,6 +513,12 @@ def main() -> None:
     if options.card:
         print(json.dumps(lower_all(options.card, options.family, options.width, options.pixels, options.text, not options.no_cubins)))
         return
+    found = gather(options)
+    if options.json:
+        options.json.write_text(re.sub(r'(\{"name": |"triton_\w+": \[)', r"\n\1", json.dumps(found)) + "\n")
+    if options.table:
+        options.table.write_text(table(found))
+    print(table(found).partition("\n## DoubleStreamBlock")[0])
 
 
 if __name__ == "__main__":
