@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -44,10 +45,11 @@ DEPTH = {"DoubleStreamBlock": 19, "SingleStreamBlock": 38}  # Flux's
 # Busy milliseconds of 4 steps of 4 double and 8 single blocks, in a profile of an H100 SXM at the same sizes (torch 2.11).
 MEASURED_CARD = "NVIDIA H100 80GB HBM3"
 MEASURED_DEPTH, MEASURED_STEPS = {"DoubleStreamBlock": 4, "SingleStreamBlock": 8}, 4
-MEASURED = {"bf16": {"all": 126.7}, "int8": {"all": 108.2, "attention": 37.4, "int8 gemm": 40.7, "quantizer": 9.4, "rope": 3.3,
-                                             "triton": 7.4}}
+MEASURED = {"bf16": {"all": 126.7}, "int8": {"all": 108.2, "attention": 37.4, "int8 gemm": 40.7, "quantizer": 9.4, "rope": 3.3, "gelu + cat": 3.4,
+                                             "layer norm, modulation": 4.0}}
 MEASURED_OTHERS = {"eager bf16": 145.7, "ComfyUI's own INT8, compiled": 141.9}
-KINDS = {"all": "all", "int8 gemm": "products", "triton": "fused kernels"}
+PARTS = ("int8 gemm", "attention", "quantizer", "rope", "triton")
+KINDS = {"int8 gemm": "products", "triton": "fused kernels"}
 SHOWN = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3")
 GROUP = 256  # of the rotation
 
@@ -132,8 +134,8 @@ class Lowering:
         import torch._functorch.config
         import torch._inductor.config
         from torch._inductor import compile_fx, graph, ir, scheduler
-        from torch._inductor.fx_passes import joint_graph
         from torch._inductor.codegen.triton import TritonScheduling
+        from torch._inductor.fx_passes import joint_graph
         from torch._inductor.runtime import triton_helpers
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from triton.runtime import driver
@@ -326,17 +328,20 @@ FAMILIES = {"flux": flux, "wan": wan}
 
 def lower(family: str, weights: str, width: int, pixels: int, text: int, compile_kernels: bool = True) -> tuple[list[Graph], object]:
     """The graphs of family's blocks, and the engine's report. Torch must answer as on a card (see prepare)."""
-    from int8_compile.compile.engine import CompiledModule
+    from int8_compile.compile import engine
     from int8_compile.compile.options import CompileOptions
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), Lowering(compile_kernels) as lowering:
+    def storages(values):
+        return [value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)]
+    with (FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), Lowering(compile_kernels) as lowering,
+          mock.patch.object(engine, "_storages", storages)):  # those of fake tensors are all at the address 0
         model, inputs = FAMILIES[family](width)
         model.eval().requires_grad_(False)
         if weights == "int8":
             quantized(model)
         arguments = inputs(pixels, text)
-        compiled = CompiledModule(CompileOptions(mark_sizes=True, dynamic=True), rehearsal.CARD)  # as INT8 Lazy Torch Compile does
+        compiled = engine.CompiledModule(CompileOptions(mark_sizes=True, dynamic=True), rehearsal.CARD)  # as INT8 Lazy Torch Compile does
         compiled.run(model, lambda: model(**arguments), filter_guards=True, passthrough=lambda error: True)
     return lowering.graphs, compiled.report
 
@@ -357,17 +362,17 @@ def prepare(card: str):
 def check(graphs: list[Graph], report) -> None:
     """One graph for each class of blocks; no input is quantized twice."""
     assert not report.failure and not report.breaks and not report.fallbacks, report
-    assert [graph.region for graph in graphs] == [name for name, _ in report.regions] and report.graphs == len(graphs), (graphs, report)
+    assert [graph.region for graph in graphs] == [name for name, _ in report.regions] and report.graphs == len(graphs), report
     for graph in graphs:
         inputs = [next(iter(call.reads)) for call in graph.calls if call.kind == "quantizer"]
         assert len(set(inputs)) == len(inputs), f"{graph.region} quantizes {Counter(inputs).most_common(1)} more than once"
 
 
-def lower_all(card: str, family: str, width: int, pixels: int, text: int, compile_kernels: bool) -> dict:
+def lower_all(card: str, every_weights: Sequence[str], family: str, width: int, pixels: int, text: int, compile_kernels: bool) -> dict:
     """{weights: {class: graph}}, and how long it took."""
     kept = prepare(card)
     found = {"target": card, "arch": cards.CARDS[card].arch, "weights": {}}
-    for weights in WEIGHTS:
+    for weights in every_weights:
         start = time.perf_counter()
         graphs, report = lower(family, weights, width, pixels, text, compile_kernels)
         check(graphs, report)
@@ -383,12 +388,12 @@ def graphs_of(lowered: dict, weights: str) -> dict[str, Graph]:
             for name, graph in lowered["weights"][weights]["blocks"].items()}
 
 
-def milliseconds(graphs: dict[str, Graph], depth: dict[str, int], card: cards.Card) -> Counter:
+def milliseconds(graphs: dict[str, Graph], depth: dict[str, int], card: cards.Card, by: Callable = lambda call: call.kind) -> Counter:
     """At least, of all blocks of a step, by kind of call."""
     found = Counter()
     for name, graph in graphs.items():
         for call in graph.calls:
-            found[call.kind] += depth[name] * call.seconds(card) * 1e3
+            found[by(call)] += depth[name] * call.seconds(card) * 1e3
     return found
 
 
@@ -421,63 +426,94 @@ def short(call: Call) -> str:
                       and not (word == "transpose" and "gelu" in name)) or "copy of v" * ("flash" in name) or name
 
 
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def heading(*cells: str) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
 def table(found: dict) -> str:
-    """The page of results: found as main gathers it."""
-    lines = ["# Flux's blocks as inductor lowers them, and the least time that they take", "",
-             f"`python benchmarks/lowered_blocks.py`, {found['date']}, torch {found['torch']}, Triton {found['triton']}, ComfyUI "
-             f"{found['comfyui']}, on a machine without a GPU: width {found['width']}, {found['pixels']}x{found['pixels']} pixels, "
-             f"{found['text']} tokens of text, batch 1. Every Triton kernel was compiled to a cubin. A call takes at least its bytes over the "
-             "card's bandwidth or its operations over its rate, whichever is more; launches take nothing, caches hold nothing.", "",
-             "## A step of 19 double and 38 single blocks, at least", "",
-             "| card | lowered for | bf16 ms | INT8 ms | ratio | INT8: products | attention | quantizer | rope | fused kernels |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    """The page of results: found as gather makes it."""
+    last = next(target for target in found["targets"] if target["target"] == MEASURED_CARD)
+    size = f"{found['pixels']}x{found['pixels']} pixels, {found['text']} tokens of text"
+    return "\n".join([
+        "# Flux's blocks as inductor lowers them, and the least time that they take", "",
+        f"`python benchmarks/lowered_blocks.py`, {found['date']}, torch {found['torch']}, Triton {found['triton']}, ComfyUI "
+        f"{found['comfyui']}, on a machine without a GPU: width {found['width']}, {size}, batch 1. Every Triton kernel was compiled to a "
+        "cubin. A call takes at least its bytes over the card's bandwidth or its operations over its rate, whichever is more (rates: "
+        "`benchmarks/gpu/cards.py`); launches take nothing, and no tensor stays in a cache from one call to the next.", "",
+        "## A step of 19 double and 38 single blocks, at least", "", *_steps(found), "",
+        "## Held against a profile", "",
+        f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU as measured, beside the "
+        "least that they can be. The rest of the model is in what was measured. An H100's cache (50 MB) keeps some of what the small kernels "
+        "pass on.", "", *_against_profile(last), "",
+        "## A block", "", *_blocks(found), "",
+        "## What passes through memory between two calls, INT8", "",
+        "Bytes of a step that one kernel for both calls would not move, and their time at the card's bandwidth. (A tensor that others "
+        "read too would still be written.)", "", *_passed_on(last), *_calls(last), ""])
+
+
+def _steps(found: dict) -> list[str]:
+    lines = heading("card", "lowered for", "bf16 ms", "INT8 ms", "ratio", *(f"INT8: {KINDS.get(kind, kind)}" for kind in PARTS))
     for target in found["targets"]:
         for name in TARGETS[target["target"]]:
             bf16, int8 = (milliseconds(graphs_of(target, weights), DEPTH, cards.CARDS[name]) for weights in WEIGHTS)
-            parts = " | ".join(f"{int8[kind]:.1f}" for kind in ("int8 gemm", "attention", "quantizer", "rope", "triton"))
-            lines.append(f"| {name} | sm_{target['arch']} | {bf16.total():.1f} | {int8.total():.1f} | "
-                         f"{bf16.total() / int8.total():.2f} | {parts} |")
-    lines += ["", "## Held against a profile", "",
-              f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU, measured, beside the "
-              "least that they can be. The profile has the rest of the model in it too.", "",
-              "| | measured | at least | measured / least |", "|---|---|---|---|"]
-    target = next(target for target in found["targets"] if target["target"] == MEASURED_CARD)
+            lines.append(row(name, f"sm_{target['arch']}", f"{bf16.total():.1f}", f"{int8.total():.1f}",
+                             f"{bf16.total() / int8.total():.2f}", *(f"{int8[kind]:.1f}" for kind in PARTS)))
+    return lines
+
+
+def _against_profile(target: dict) -> list[str]:
+    lines = heading("", "measured", "at least", "measured / least")
     for weights, measured in MEASURED.items():
-        least = milliseconds(graphs_of(target, weights), MEASURED_DEPTH, cards.CARDS[MEASURED_CARD])
+        graphs = graphs_of(target, weights)
+        least = milliseconds(graphs, MEASURED_DEPTH, cards.CARDS[MEASURED_CARD])
+        least["all"] = least.total()
+        least = {**milliseconds(graphs, MEASURED_DEPTH, cards.CARDS[MEASURED_CARD], by=short), **least}
         for kind, value in measured.items():
-            predicted = MEASURED_STEPS * (least.total() if kind == "all" else least[kind])
-            lines.append(f"| {weights}, compiled: {KINDS.get(kind, kind)} | {value} | {predicted:.1f} | {value / predicted:.2f} |")
-    lines += [f"| {name} | {value} | | |" for name, value in MEASURED_OTHERS.items()]
-    lines += ["", "## A block", "", "| lowered for | weights | block | graphs | calls | Triton kernels (cubins) | most registers | spills | "
-              "quantizers | products | MB moved | Gop | least us |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+            predicted = MEASURED_STEPS * least[kind]
+            lines.append(row(f"{weights}, compiled: {KINDS.get(kind, kind)}", value, f"{predicted:.1f}", f"{value / predicted:.2f}"))
+    return lines + [row(name, value, "", "") for name, value in MEASURED_OTHERS.items()]
+
+
+def _blocks(found: dict) -> list[str]:
+    lines = heading("lowered for", "weights", "block", "graphs", "calls", "Triton kernels (cubins)", "most registers", "that spill",
+                    "quantizers", "products", "MB moved", "Gop", "least us")
     for target in found["targets"]:
+        card = cards.CARDS[target["target"]]
         for weights in WEIGHTS:
             for name, graph in graphs_of(target, weights).items():
-                kinds = Counter(call.kind for call in graph.calls)
-                launches = [launch for kernel in graph.kernels.values() for launch in kernel]
-                card = cards.CARDS[target["target"]]
-                lines.append(f"| sm_{target['arch']} | {weights} | {name} | 1 | {len(graph.calls)} | {kinds['triton']} ({len(launches)}) | "
-                             f"{max(launch['registers'] for launch in launches)} | {sum(launch['stack'] > 0 for launch in launches)} | "
-                             f"{kinds['quantizer']} | {kinds['gemm'] + kinds['int8 gemm']} | {sum(c.bytes for c in graph.calls) / 1e6:.0f} | "
-                             f"{sum(c.operations for c in graph.calls) / 1e9:.0f} | {sum(c.seconds(card) for c in graph.calls) * 1e6:.0f} |")
-    graphs = graphs_of(target, "int8")
-    lines += ["", "## What passes through memory between two calls, INT8", "",
-              "Bytes that one kernel for both would not move, in a step, and what they take at the card's bandwidth.", "",
-              "| writes | reads | GB a step | " + " | ".join(f"ms {name.removeprefix('NVIDIA ')}" for name in SHOWN) + " |",
-              "|---|---|---|" + "---|" * len(SHOWN)]
-    for (writer, reader), size in passed_on(graphs, DEPTH).most_common(12):
-        lines.append(f"| {writer} | {reader} | {size / 1e9:.1f} | "
-                     + " | ".join(f"{size / cards.CARDS[name].bandwidth * 1e3:.1f}" for name in SHOWN) + " |")
+                calls, kinds = graph.calls, Counter(call.kind for call in graph.calls)
+                cubins = [cubin for kernel in graph.kernels.values() for cubin in kernel]
+                lines.append(row(f"sm_{target['arch']}", weights, name, 1, len(calls), f"{kinds['triton']} ({len(cubins)})",
+                                 max((cubin["registers"] for cubin in cubins), default=""), sum(cubin["stack"] > 0 for cubin in cubins),
+                                 kinds["quantizer"], kinds["gemm"] + kinds["int8 gemm"], round(sum(call.bytes for call in calls) / 1e6),
+                                 round(sum(call.operations for call in calls) / 1e9),
+                                 round(sum(call.seconds(card) for call in calls) * 1e6)))
+    return lines
+
+
+def _passed_on(target: dict) -> list[str]:
+    lines = heading("writes", "reads", "GB a step", *(f"ms, {name.removeprefix('NVIDIA ')}" for name in SHOWN))
+    return lines + [row(writer, reader, f"{size / 1e9:.1f}", *(f"{size / cards.CARDS[name].bandwidth * 1e3:.1f}" for name in SHOWN))
+                    for (writer, reader), size in passed_on(graphs_of(target, "int8"), DEPTH).most_common(12)]
+
+
+def _calls(target: dict) -> list[str]:
+    """Which call reads and writes what, in order."""
+    lines = []
     for weights in WEIGHTS:
         for name, graph in graphs_of(target, weights).items():
-            lines += ["", f"## {name}, {weights}, sm_{target['arch']}", "", "| call | reads | writes | MB | Gop | least us |",
-                      "|---|---|---|---|---|---|"]
+            lines += ["", f"## {name}, {weights}, sm_{target['arch']}", "",
+                      *heading("call", "reads", "writes", "MB", "Gop", "least us")]
             for call in graph.calls:
-                reads, writes = ("<br>".join(f"{tensor.partition('#')[0]} {text}" for tensor, (text, _) in tensors.items())
-                                 for tensors in (call.reads, call.writes))
-                lines.append(f"| `{call.name}` | {reads} | {writes} | {call.bytes / 1e6:.1f} | {call.operations / 1e9:.1f} | "
-                             f"{call.seconds(cards.CARDS[target['target']]) * 1e6:.1f} |")
-    return "\n".join(lines) + "\n"
+                tensors = ["<br>".join(f"{tensor.partition('#')[0]} {text}" for tensor, (text, _) in side.items())
+                           for side in (call.reads, call.writes)]
+                lines.append(row(f"`{call.name}`", *tensors, f"{call.bytes / 1e6:.1f}", f"{call.operations / 1e9:.1f}",
+                                 f"{call.seconds(cards.CARDS[target['target']]) * 1e6:.1f}"))
+    return lines
 
 
 def gather(options) -> dict:
@@ -503,17 +539,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--read", type=Path, help="lower nothing: the table of what --json has written")
     parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--no-cubins", action="store_true", help="lower only")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="with --card")
     parser.add_argument("--card", choices=TARGETS, help="lower for this one, here, and print JSON")
     options = parser.parse_args()
     if options.card:
-        print(json.dumps(lower_all(options.card, options.family, options.width, options.pixels, options.text, not options.no_cubins)))
+        print(json.dumps(lower_all(options.card, options.weights, options.family, options.width, options.pixels, options.text,
+                                   not options.no_cubins)))
         return
-    found = gather(options)
+    found = json.loads(options.read.read_text()) if options.read else gather(options)
     if options.json:
         options.json.write_text(re.sub(r'(\{"name": |"triton_\w+": \[)', r"\n\1", json.dumps(found)) + "\n")
     if options.table:
