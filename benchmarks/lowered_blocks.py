@@ -45,13 +45,28 @@ DEPTH = {"DoubleStreamBlock": 19, "SingleStreamBlock": 38}  # Flux's
 # Busy milliseconds of 4 steps of 4 double and 8 single blocks, in a profile of an H100 SXM at the same sizes (torch 2.11).
 MEASURED_CARD = "NVIDIA H100 80GB HBM3"
 MEASURED_DEPTH, MEASURED_STEPS = {"DoubleStreamBlock": 4, "SingleStreamBlock": 8}, 4
-MEASURED = {"bf16": {"all": 126.7}, "int8": {"all": 108.2, "attention": 37.4, "int8 gemm": 40.7, "quantizer": 9.4, "rope": 3.3, "gelu + cat": 3.4,
+MEASURED = {"bf16": {"all": 126.7}, "int8": {"all": 108.2, "attention": 37.4, "int8 gemm": 40.7, "quantizer": 9.4, "rope": 3.3,
+                                             "gelu + cat": 3.4,
                                              "layer norm, modulation": 4.0}}
 MEASURED_OTHERS = {"eager bf16": 145.7, "ComfyUI's own INT8, compiled": 141.9}
 PARTS = ("int8 gemm", "attention", "quantizer", "rope", "triton")
 KINDS = {"int8 gemm": "products", "triton": "fused kernels"}
 SHOWN = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3")
 GROUP = 256  # of the rotation
+# What was found out with torch 2.11 and Triton 3.6.
+LIMITS = (
+    "- Dynamo, AOTAutograd, the passes, inductor's scheduler and code, and Triton's compiler up to the cubin need no GPU and no driver. Stood "
+    "in for are torch.cuda's functions (what card it is), Triton's driver (the target), and which kernel "
+    "`scaled_dot_product_attention` takes: C++ asks the driver, so flash attention is named.",
+    "- A number put on the card (`torch.tensor(2.0, device=\"cuda\")`) keeps its value even as a fake tensor, and torch computes with it on "
+    "the card: inductor's own patterns have such numbers, and get them without a value here.",
+    "- Of the launches of a kernel (block sizes) inductor takes the one that is fastest on the card: all are compiled here, none chosen. The "
+    "products of bf16 are cuBLAS's and attention is torch's: their bytes and operations are counted, their code is not seen.",
+    "- AOTInductor's CUDA package of a bf16 double block (width 256, sm_89) has been built without a GPU, in 40 s: `cuda.h` and `crt/` as "
+    "Triton ships them, `nv/target` of the wheel nvidia-cuda-cccl (`CPATH`), an empty `libcuda.so` to link with (`LIBRARY_PATH`), and in "
+    "the place of the run that tunes (`generate_and_run_autotune_block`) the first launch of each kernel, put into "
+    "`CudaKernelParamCache`. It has not been loaded on a GPU.",
+)
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
 
@@ -447,12 +462,13 @@ def table(found: dict) -> str:
         "## A step of 19 double and 38 single blocks, at least", "", *_steps(found), "",
         "## Held against a profile", "",
         f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU as measured, beside the "
-        "least that they can be. The rest of the model is in what was measured. An H100's cache (50 MB) keeps some of what the small kernels "
-        "pass on.", "", *_against_profile(last), "",
+        "least that they can be. The rest of the model is in what was measured. An H100's cache (50 MB) keeps some of what the small "
+        "kernels pass on.", "", *_against_profile(last), "",
         "## A block", "", *_blocks(found), "",
         "## What passes through memory between two calls, INT8", "",
         "Bytes of a step that one kernel for both calls would not move, and their time at the card's bandwidth. (A tensor that others "
-        "read too would still be written.)", "", *_passed_on(last), *_calls(last), ""])
+        "read too would still be written.)", "", *_passed_on(last), "",
+        "## Where torch ends without a GPU", "", *LIMITS, *_calls(last), ""])
 
 
 def _steps(found: dict) -> list[str]:

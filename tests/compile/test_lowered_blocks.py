@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
+
 from benchmarks import lowered_blocks
 
 CARD = "NVIDIA GeForce RTX 4090"
@@ -59,7 +60,7 @@ def test_every_tensor_that_a_call_reads_was_written_before_it(lowered):
             written = set()
             for call in graph.calls:
                 parts = {whole: {part for part, into in graph.parts.items() if into == whole} for whole in graph.parts.values()}
-                for tensor in map(lambda name: name.partition("#")[0], call.reads):
+                for tensor in (name.partition("#")[0] for name in call.reads):
                     assert tensor.startswith("arg") or tensor in written or (parts.get(tensor, {tensor}) <= written), (call, tensor)
                 written.update(call.writes)
 
