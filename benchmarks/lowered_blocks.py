@@ -55,17 +55,18 @@ SHOWN = ("NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3")
 GROUP = 256  # of the rotation
 # What was found out with torch 2.11 and Triton 3.6.
 LIMITS = (
-    "- Dynamo, AOTAutograd, the passes, inductor's scheduler and code, and Triton's compiler up to the cubin need no GPU and no driver. Stood "
-    "in for are torch.cuda's functions (what card it is), Triton's driver (the target), and which kernel "
+    "- Dynamo, AOTAutograd, the passes, inductor's scheduler and code, and Triton's compiler up to the cubin need no GPU and no driver. "
+    "Stood in for are torch.cuda's functions (what card it is), Triton's driver (the target), and which kernel "
     "`scaled_dot_product_attention` takes: C++ asks the driver, so flash attention is named.",
-    "- A number put on the card (`torch.tensor(2.0, device=\"cuda\")`) keeps its value even as a fake tensor, and torch computes with it on "
-    "the card: inductor's own patterns have such numbers, and get them without a value here.",
-    "- Of the launches of a kernel (block sizes) inductor takes the one that is fastest on the card: all are compiled here, none chosen. The "
-    "products of bf16 are cuBLAS's and attention is torch's: their bytes and operations are counted, their code is not seen.",
-    "- AOTInductor's CUDA package of a bf16 double block (width 256, sm_89) has been built without a GPU, in 40 s: `cuda.h` and `crt/` as "
-    "Triton ships them, `nv/target` of the wheel nvidia-cuda-cccl (`CPATH`), an empty `libcuda.so` to link with (`LIBRARY_PATH`), and in "
-    "the place of the run that tunes (`generate_and_run_autotune_block`) the first launch of each kernel, put into "
-    "`CudaKernelParamCache`. It has not been loaded on a GPU.",
+    "- A number put on the card (`torch.tensor(2.0, device=\"cuda\")`) keeps its value even as a fake tensor, and torch computes with it "
+    "on the card: inductor's own patterns have such numbers, and get them without a value here.",
+    "- Of the launches of a kernel (block sizes) inductor takes the one that is fastest on the card: all are compiled here, none chosen. "
+    "The products of bf16 are cuBLAS's and attention is torch's: their bytes and operations are counted, their code is not seen.",
+    "- AOTInductor's CUDA package of a bf16 double block (width 256) has been built without a GPU, in 40 s: `cuda.h` and `crt/` as Triton "
+    "ships them, `nv/target` of the wheel nvidia-cuda-cccl (`CPATH`), a `libcuda.so` with the driver's names to link with "
+    "(`LIBRARY_PATH`), and, in the place of the run that tunes (`generate_and_run_autotune_block`), the first launch of each kernel, put "
+    "into `CudaKernelParamCache`. Its cubins are of the architecture that was named. It has not been loaded on a GPU, nor has one with "
+    "INT8 layers been built.",
 )
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
