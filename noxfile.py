@@ -38,7 +38,7 @@ TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3", "matplotlib")
 FIRST_PART = ("tests/compile", "tests/nodes")
 # What users have: the oldest and the newest torch that the pack is made for and those between that changed much.
 RELEASES = ("torch==2.8.*", "torch==2.11.*", "torch==2.13.*", "torch==2.14.*", "torch==2.15.*", "comfy-kitchen==0.2.31",
-            "comfy-kitchen==0.2.40")
+            "comfy-kitchen==0.2.40", "triton==3.4.*", "triton==3.6.*", "triton==3.8.*")
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
 # torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
@@ -108,8 +108,8 @@ def matrix(session: nox.Session):
 
 @nox.session(venv_backend="virtualenv")
 def names(session: nox.Session):
-    """Looks up what the pack uses of torch's and comfy_kitchen's internals in their releases, which are downloaded one by one (60 to
-    130 MB each), read, not run, and deleted. Other releases: nox -s names -- torch==2.9.*"""
+    """Looks up what the pack uses of torch's, Triton's and comfy_kitchen's internals in their releases, which are downloaded one by one
+    (60 to 200 MB each), read, not run, and deleted. Other releases: nox -s names -- torch==2.9.*"""
     session.run("python", "tests/internals/releases.py", *(session.posargs or RELEASES))
 
 

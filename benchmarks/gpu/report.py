@@ -10,7 +10,8 @@ LAYER = ("bf16", "fp8", "ours", "ours ConvRot", "comfy_kitchen cuda ConvRot", "t
 def write(path: Path) -> str:
     """The table; FILE.md beside FILE.json, and FILE.png where there is matplotlib."""
     whole = json.loads(path.read_text(encoding="utf-8"))
-    text = "\n\n".join(filter(None, (head(whole), steps(whole), linear(whole), models(whole), soak(whole)))) + "\n"
+    text = "\n\n".join(filter(None, (head(whole), steps(whole), products(whole), linear(whole), side_by_side(whole), models(whole),
+                                     soak(whole)))) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     try:
         plot(whole, path.with_suffix(".png"))
@@ -61,6 +62,31 @@ def linear(whole: dict) -> str:
     return "\n".join(lines)
 
 
+def products(whole: dict) -> str:
+    """Of step tune: the fastest of all products, and what it is compared with, in TOPS."""
+    lines = ["| K, N | rows | the fastest | TOPS | torch._int_mm | comfy_kitchen |", "|---|---|---|---|---|---|"]
+    for row in rows(whole, "tune"):
+        if "milliseconds" not in row or row["M"] not in (256, 1024, 4096, 16384):
+            continue
+        tops = {name: f"{2 * row['M'] * row['K'] * row['N'] / value / 1e9:.0f}" for name, value in row["milliseconds"].items()}
+        lines.append(f"| {row['K']}, {row['N']} | {row['M']} | {row['chosen']} | {tops.get(row['chosen'], '-')} | "
+                     f"{tops.get('torch._int_mm', '-')} | {tops.get('comfy_kitchen', '-')} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def side_by_side(whole: dict) -> str:
+    """Of steps profile and full."""
+    lines = ["| step | how | s a step | against the first | GPU busy, s a step | difference |", "|---|---|---|---|---|---|"]
+    for step in ("profile", "full"):
+        measured = [row for row in rows(whole, step) if row.get("seconds_a_step", 0) > 0]
+        for row in measured:
+            busy = row.get("profile", {}).get("busy")
+            lines.append(f"| {step} | {row['contender']} | {row['seconds_a_step']:.4f} | "
+                         f"{measured[0]['seconds_a_step'] / row['seconds_a_step']:.2f}x | {f'{busy / 4:.4f}' if busy else '-'} | "
+                         f"{row['difference']:.1e} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def models(whole: dict) -> str:
     lines = ["| model | how | first image s | restart s | s a step | against eager bf16 | peak GB | recompiles | difference |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -94,7 +120,7 @@ def soak(whole: dict) -> str:
 
 
 def plot(whole: dict, path: Path) -> None:
-    """Above: layers, times faster than bf16, beside the floor. Below: seconds a step of each model."""
+    """Layers, times faster than bf16, beside the floor; products in TOPS; seconds a step of each model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,12 +129,14 @@ def plot(whole: dict, path: Path) -> None:
     layers = [row for row in rows(whole, "linear") if "ratio_to_bf16" in row and row["M"] > 1]
     layers = list({(row["K"], row["N"], row["M"]): row for row in layers}.values())
     contenders = {step: [row for row in rows(whole, step) if row.get("seconds_a_step", 0) > 0]
-                  for step in ("flux", "flux_full", "wan", "sdxl")}
+                  for step in ("profile", "full", "flux", "flux_full", "wan", "sdxl")}
+    tuned = [row for row in rows(whole, "tune") if row.get("M") == 4096 and "milliseconds" in row]
     contenders = {step: found for step, found in contenders.items() if found}
-    count = bool(layers) + len(contenders)
+    count = bool(layers) + bool(tuned) + len(contenders)
     if not count:
         return
-    height = [max(3, 0.3 * len(layers))] * bool(layers) + [0.4 * len(found) + 1 for found in contenders.values()]
+    height = [max(3, 0.3 * len(layers))] * bool(layers) + [max(3, 0.4 * len(tuned))] * bool(tuned)
+    height += [0.4 * len(found) + 1 for found in contenders.values()]
     figure, axes = pyplot.subplots(count, 1, figsize=(9, sum(height)), squeeze=False, height_ratios=height, layout="constrained")
     axes = list(axes[:, 0])
     if layers:
@@ -124,6 +152,17 @@ def plot(whole: dict, path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title("Linear layer: times faster than bf16")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=len(names) + 1)
+    if tuned:
+        axis = axes.pop(0)
+        names = ("the fastest", "torch._int_mm", "comfy_kitchen")
+        for number, name in enumerate(names):
+            taken = [row["milliseconds"].get(row["chosen"] if name == names[0] else name, float("inf")) for row in tuned]
+            axis.barh([place + (number - 1) * 0.27 for place in range(len(tuned))],
+                      [2 * row["M"] * row["K"] * row["N"] / value / 1e9 for row, value in zip(tuned, taken)], 0.27, label=name)
+        axis.set_yticks(range(len(tuned)), [f"{row['K']} -> {row['N']}" for row in tuned])
+        axis.invert_yaxis()
+        axis.set_title("INT8 product of 4096 rows with scales, bias and cast: TOPS")
+        axis.legend(fontsize=8)
     for axis, (step, found) in zip(axes, contenders.items()):
         axis.barh([row["contender"] for row in found], [row["seconds_a_step"] * 1e3 for row in found])
         axis.invert_yaxis()

@@ -1,6 +1,7 @@
 """60 mixed prompts on one server, each beside the same picture without compile: LoRA, size, batch, prompt length, branches, interrupts."""
 from __future__ import annotations
 
+import os
 import random
 import time
 
@@ -23,7 +24,7 @@ def run(context: Context) -> None:
     family = families(context.dry)["flux"]
     models = make_models(context, family)
     random.seed(5)
-    count = (2 if context.cheap else DRY_PROMPTS) if context.dry else PROMPTS
+    count = (2 if context.cheap else int(os.environ.get("GPU_SUITE_PROMPTS", DRY_PROMPTS))) if context.dry else PROMPTS
     with caches(context) as kept, serve(context, models, kept.env) as suite:
         compilers = {"INT8": ([QUANTIZE], "INT8LazyTorchCompile"), "bf16": ([], "CompileModel")}
         if context.dry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import os
 
 from benchmarks.comfy_server import relative_difference
 from benchmarks.gpu.comfyui import CORE, EAGER, QUANTIZE, Contender, limit, prediction, said, seconds_a_step
@@ -23,8 +24,10 @@ FULL = CONTENDERS[:4]
 
 
 def profile(context: Context) -> None:
-    """Where a step of the 12 blocks goes, for each way to run them, without anything being built for the next start meanwhile."""
-    side_by_side(context, "flux", CONTENDERS[:4], profiled=True)
+    """Where a step of the 12 blocks goes, for each way to run them, without anything being built for the next start meanwhile.
+    GPU_SUITE_ONLY: names of contenders, where time is short."""
+    only = list(filter(None, os.environ.get("GPU_SUITE_ONLY", "").split(",")))
+    side_by_side(context, "flux", [c for c in CONTENDERS[:4] if not only or c.name in only], profiled=True)
 
 
 def full(context: Context) -> None:
@@ -72,6 +75,9 @@ def side_by_side(context: Context, name: str, contenders, profiled: bool) -> Non
                     suite.start_profile()
                     suite.image(family, nodes, unet=unet, steps=short, seed=5)
                     row["profile"] = suite.profile()
+                    suite.start_profile()
+                    row["lora_image"], _ = suite.image(family, nodes, unet=unet, steps=short, seed=5, lora=1.0)
+                    row["lora_profile"] = suite.profile()
                 row["ok"] = row["difference"] < limit(contender) and not row["failures"]
             except Exception as error:  # the others go on
                 row |= {"ok": False, "why": f"{type(error).__name__}: {error}"[:1500]}

@@ -12,15 +12,17 @@ one is issued only after every thread has passed the wait. All that is loaded is
 """
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .triton_configs import GemmConfig, resident
-from .triton_gemm import GROUP_M, _raster, aligned, card, epilogue
+from .bound import Bound
+from .triton_configs import GemmConfig
+from .triton_gemm import _raster
 
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
 LOADER_REGISTERS = gl.constexpr(24)
@@ -226,22 +228,14 @@ def options(config: GemmConfig) -> dict:
     return dict(num_warps=config.warps, maxnreg=STARTING_REGISTERS[config.warps + 4])
 
 
-def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
-              bias: torch.Tensor | None, out_dtype: torch.dtype, config: GemmConfig) -> torch.Tensor:
-    """See reference.int8_gemm. config: of a kernel of triton_configs.GLUON; K is in one part whatever its split_k."""
-    q, qweight = aligned(q), aligned(qweight)
-    m, k = q.shape
-    n = qweight.shape[0]
-    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
-    if not m:
-        return y
-    scales, flags = epilogue(s, weight_scale, bias)
-    tiles = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        descs = (TensorDescriptor.from_tensor(t, [rows, config.bk], layout(rows, config.bk))
-                 for t, rows in ((q, config.bm), (qweight, config.bn)))
-        programs = min(tiles, card(q.device)[1] * resident(config))
-        (kernel if config.kernel == "gluon" else specialized_kernel)[(programs,)](
-            *descs, *scales, y, m, n, k, **flags, BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M, STAGES=config.stages,
-            **options(config))
-    return y
+def describe_box(t: torch.Tensor, box: list[int], layout):
+    """The descriptor of a matrix that is read box by box into shared memory of this layout."""
+    return TensorDescriptor.from_tensor(t, box, layout)
+
+
+def bound(config: GemmConfig, constants: dict) -> Bound:
+    """config's kernel. K is in one part whatever its split_k."""
+    describe = tuple(functools.partial(describe_box, box=[rows, config.bk], layout=layout(rows, config.bk))
+                     for rows in (config.bm, config.bn))
+    return Bound(kernel if config.kernel == "gluon" else specialized_kernel, dict(constants, STAGES=config.stages, **options(config)),
+                 describe)

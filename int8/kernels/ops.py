@@ -57,9 +57,16 @@ def implementation(kernel: str, device: torch.device):
     if device.type == "cpu":
         return cpu
     if kernel == "triton" or (kernel == "auto" and not triton_unavailable(device)):
-        from . import triton_kernels  # Triton is optional
-        return triton_kernels
+        return with_triton()
     return torch_mm if device.type == "cuda" else reference
+
+
+@functools.cache
+def with_triton():
+    """Triton is optional. (An import statement costs a microsecond also of what is imported.)"""
+    from . import triton_kernels
+
+    return triton_kernels
 
 
 def _quant_rows(x, group, act, pre_quant_scale, kernel):
@@ -68,7 +75,7 @@ def _quant_rows(x, group, act, pre_quant_scale, kernel):
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
     out_dtype = getattr(torch, out_dtype)
-    if kernel == "auto" and q.is_cuda and not triton_unavailable(q.device):
+    if kernel == "auto" and not triton_unavailable(q.device):
         return fastest.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
     return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import torch_mm
+from .bound import Bound
 from .triton_configs import GLUON, GemmConfig, configs, resident, tiles
 
 try:
@@ -251,44 +254,92 @@ def is_broken(device: torch.device, config: GemmConfig, error: Exception) -> Non
                    str(error).partition("\n")[0])
 
 
-def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig) -> torch.Tensor:
+class Launch(NamedTuple):
+    """A tile for operands of one kind. columns: of tiles. programs: at most so many; None for one a tile of y and part of K."""
+    bound: Bound
+    columns: int
+    programs: int | None
+
+
+@functools.lru_cache(4096)
+def launch(device: torch.device, config: GemmConfig, n: int, k: int, dtypes: tuple, scalar_ws: bool) -> Launch:
+    """What Triton compiles apart, but for m, which it does not look at. dtypes: of all operands and of y, None without a bias."""
+    flags = dict(SCALAR_WS=scalar_ws, HAS_BIAS=dtypes[4] is not None)
+    tile = dict(BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M)
+    programs = (card(device)[1] or sys.maxsize) * resident(config)
     if config.kernel in GLUON:
         from . import gluon_gemm  # it imports this module
 
-        return gluon_gemm.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, config)
-    q, qweight = aligned(q), aligned(qweight)
-    m, k = q.shape
-    n = qweight.shape[0]
-    y = torch.empty((m, n), dtype=out_dtype, device=q.device)
+        bound = gluon_gemm.bound(config, {**flags, **tile})
+    elif config.kernel == "tma":
+        describe = tuple(functools.partial(describe_box, box=[rows, config.bk]) for rows in (config.bm, config.bn))
+        bound = Bound(tma_kernel, dict(flags, SPLIT_K=config.split_k, **tile, num_warps=config.warps, num_stages=config.stages), describe)
+    else:
+        bound = Bound(pointer_kernel, dict(EVEN_K=k % config.bk == 0, **flags, SPLIT_K=config.split_k, **tile, num_warps=config.warps,
+                                           num_stages=config.stages))
+        programs = None
+    return Launch(bound, -(-n // config.bn), programs)
+
+
+def describe_box(t: torch.Tensor, box: list[int]):
+    """The descriptor of a matrix that is read box by box."""
+    return TensorDescriptor.from_tensor(t, box)
+
+
+@functools.lru_cache(4096)
+def verified(device: torch.device, config: GemmConfig, n: int, k: int, dtypes: tuple, scalar_ws: bool) -> Launch:
+    """launch of a tile that has been tried on device. Raises RuntimeError for one that reads through TMA and whose products are not exact:
+    these kernels synchronise by barriers, which another Triton, driver or card may take otherwise. Not tried while a CUDA graph is
+    captured: nothing can be read then."""
+    tried = config.kernel != "pointer" and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    if tried and not _is_exact(device, config, dtypes[4], dtypes[5], scalar_ws):
+        raise RuntimeError("its products are wrong here")
+    return launch(device, config, n, k, dtypes, scalar_ws)
+
+
+@functools.lru_cache(4096)
+def _is_exact(device: torch.device, config: GemmConfig, bias_dtype: torch.dtype | None, out_dtype: torch.dtype, scalar_ws: bool) -> bool:
+    m, n, k = config.bm + 5, 2 * config.bn + 16, 5 * config.bk + 16
+    generator = torch.Generator(device).manual_seed(0)  # a user's own is left as it is
+    q, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device, generator=generator) for rows in (m, n))
+    s, ws = torch.ones(m, device=device), torch.ones(1 if scalar_ws else n, device=device)
+    bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
+    y = _multiply(q, s, w, ws, bias, out_dtype, config, launch)
+    return torch.equal(y, (q.double() @ w.double().t()).float().to(out_dtype))
+
+
+def _multiply(q, s, qweight, weight_scale, bias, out_dtype, config: GemmConfig, launch=verified) -> torch.Tensor:
+    q, qweight, s, weight_scale = aligned(q), aligned(qweight), dense(s), dense(weight_scale)
+    (m, k), n, device = q.shape, qweight.shape[0], q.device
+    y = torch.empty_strided((m, n), (n, 1), dtype=out_dtype, device=device)
     if not m:
         return y
-    parts = y if config.split_k == 1 else torch.empty((config.split_k, m, n), dtype=torch.int32, device=q.device)
-    scales, flags = epilogue(s, weight_scale, bias)
-    flags["SPLIT_K"] = config.split_k
-    tile = dict(BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=GROUP_M, num_warps=config.warps, num_stages=config.stages)
-    grid = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        if config.kernel == "tma":
-            q_desc = TensorDescriptor.from_tensor(q, [config.bm, config.bk])
-            w_desc = TensorDescriptor.from_tensor(qweight, [config.bn, config.bk])
-            programs = min(grid * config.split_k, (card(q.device)[1] or grid) * resident(config))
-            tma_kernel[(programs,)](q_desc, w_desc, *scales, parts, m, n, k, **flags, **tile)
-        else:
-            pointer_kernel[(grid, config.split_k)](q, qweight, *scales, parts, m, n, k, EVEN_K=k % config.bk == 0, **flags, **tile)
-        if config.split_k > 1:
-            _sum(parts, scales, y, flags)
+    split = 1 if config.kernel in GLUON else config.split_k
+    parts = y if split == 1 else torch.empty((split, m, n), dtype=torch.int32, device=device)
+    bias_dtype = None if bias is None else bias.dtype
+    bias = s if bias is None else dense(bias)
+    scalar = weight_scale.numel() == 1
+    bound, columns, programs = launch(device, config, n, k, (q.dtype, s.dtype, qweight.dtype, weight_scale.dtype, bias_dtype, out_dtype),
+                                      scalar)
+    tiles = -(-m // config.bm) * columns
+    grid = (tiles, split, 1) if programs is None else (min(tiles * split, programs), 1, 1)
+    bound(grid, (q, qweight, s, weight_scale, bias, parts), m, n, k)
+    if split > 1:
+        _sum(parts, s, weight_scale, bias, y, split, bias_dtype is not None)
     return y
 
 
-def epilogue(s, weight_scale, bias) -> tuple[tuple, dict]:
-    """(what the kernels read of the scales and the bias, and what of it there is)"""
-    scales = (dense(s), dense(weight_scale), s if bias is None else dense(bias))
-    return scales, dict(SCALAR_WS=weight_scale.numel() == 1, HAS_BIAS=bias is not None)
+@functools.lru_cache(4096)
+def _sum_kernel(device: torch.device, n: int, dtypes: tuple, split: int, scalar_ws: bool, has_bias: bool) -> Bound:
+    return Bound(sum_kernel, dict(SCALAR_WS=scalar_ws, HAS_BIAS=has_bias, SPLIT_K=split, BM=SUM_BM, BN=SUM_BN))
 
 
-def _sum(parts: torch.Tensor, scales: tuple, y: torch.Tensor, flags: dict) -> None:
+def _sum(parts, s, weight_scale, bias, y, split: int, has_bias: bool) -> None:
+    """sum_kernel of dense operands. bias: anything where there is none."""
     m, n = y.shape
-    sum_kernel[triton.cdiv(m, SUM_BM), triton.cdiv(n, SUM_BN)](parts, *scales, y, m, n, **flags, BM=SUM_BM, BN=SUM_BN)
+    operands = parts, s, weight_scale, bias, y
+    bound = _sum_kernel(y.device, n, tuple(operand.dtype for operand in operands), split, weight_scale.numel() == 1, has_bias)
+    bound((-(-m // SUM_BM), -(-n // SUM_BN), 1), operands, m, n)
 
 
 def int_mm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
@@ -298,10 +349,8 @@ def int_mm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale
     m, n = q.shape[0], qweight.shape[0]
     q, qweight = dense(q), dense(qweight)
     y = torch.empty((m, n), dtype=out_dtype, device=q.device)
-    scales, flags = epilogue(s, weight_scale, bias)
-    flags["SPLIT_K"] = 1
-    with torch.cuda.device_of(q):
-        for begin, acc in torch_mm.products(q, qweight):
-            part = y[begin:begin + acc.shape[0]]
-            _sum(acc.contiguous(), (scales[0][begin:], *scales[1:]), part, flags)
+    s, weight_scale, has_bias = dense(s), dense(weight_scale), bias is not None
+    bias = dense(bias) if has_bias else s
+    for begin, acc in torch_mm.products(q, qweight):
+        _sum(acc.contiguous(), s[begin:], weight_scale, bias, y[begin:begin + acc.shape[0]], 1, has_bias)
     return y

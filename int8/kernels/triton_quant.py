@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..hadamard import hadamard, made_apart
+from .bound import Bound
 from .reference import ACTIVATIONS, MIN_SCALE
 
 # 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
@@ -23,7 +25,9 @@ SWIGLU = tl.constexpr(ACTIVATIONS.index("swiglu"))
 # Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
 MAX_ROW = {"tf32": 24576, "tf32x3": 8192, "ieee": 8192}
 VALUES_PER_WARP = 1024
-MAX_WARPS = 16
+# An H100 reads and writes half as much again with 8 warps a row as with 16 (K 12288 to 15360): two programs have room on an SM. Longer rows
+# would spill.
+MAX_WARPS, LONG, LONG_WARPS = 8, 15360, 16
 LONG_ROW_BLOCK, LONG_ROW_WARPS = 2048, 8
 # Loads that run ahead would wait in shared memory, up to 100 KB of it; other programs of the SM hide them as well.
 STAGES = 1
@@ -176,7 +180,7 @@ def launch(k: int, group: int, precision: str) -> tuple[object, dict, int]:
         return quant_long_rows_kernel, dict(BLOCK=LONG_ROW_BLOCK), LONG_ROW_WARPS
     head = max(smallest, 1 << k.bit_length() - 1)
     tail = max(smallest, triton.next_power_of_2(k - head)) if k > head else 0
-    warps = min(MAX_WARPS, triton.next_power_of_2(triton.cdiv(head + tail, VALUES_PER_WARP)))
+    warps = min(MAX_WARPS if k <= LONG else LONG_WARPS, triton.next_power_of_2(triton.cdiv(head + tail, VALUES_PER_WARP)))
     return quant_rows_kernel, dict(HEAD=head, TAIL=tail), warps
 
 
@@ -192,20 +196,36 @@ def takes_ptx(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and not INTERPRETED
 
 
+class Quantizer(NamedTuple):
+    """k: values of a row of q. factors: of the rotation, None without."""
+    bound: Bound
+    k: int
+    factors: torch.Tensor | None
+
+
+@functools.lru_cache(4096)
+def quantizer(device: torch.device, dtype: torch.dtype, width: int, stride: int, group: int, act: str, smooth: torch.dtype | None,
+              precision: str, ptx: bool) -> Quantizer:
+    """What Triton compiles apart, for x of this dtype, width and stride of rows. smooth: the dtype of pre_quant_scale."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
+    k = width // 2 if act == "swiglu" else width
+    kernel, blocks, warps = launch(k, group, precision)
+    constants = dict(K=k, ACT=ACTIVATIONS.index(act), SMOOTH=smooth is not None, GROUP=group, PRECISION=precision, PTX=ptx,
+                     num_warps=warps, num_stages=STAGES, **blocks)
+    return Quantizer(Bound(kernel, constants), k, factors(group, device) if group else None)
+
+
 def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
                precision: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.quant_rows. precision: of the rotation, see rotation_precision."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation '{act}'. Choose one of: {', '.join(ACTIVATIONS)}.")
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    m, k = x.shape[0], x.shape[1] // 2 if act == "swiglu" else x.shape[1]
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    s = torch.empty(m, dtype=torch.float32, device=x.device)
-    h = factors(group, x.device) if group else s
+    (m, width), (stride, step), device = x.shape, x.stride(), x.device
+    if step != 1:
+        x, stride = x.contiguous(), width
+    bound, k, h = quantizer(device, x.dtype, width, stride, group, act, None if pre_quant_scale is None else pre_quant_scale.dtype,
+                            precision or rotation_precision(x), takes_ptx(x))
+    q = torch.empty_strided((m, k), (k, 1), dtype=torch.int8, device=device)
+    s = torch.empty_strided((m,), (1,), dtype=torch.float32, device=device)
     smooth = s if pre_quant_scale is None else pre_quant_scale.contiguous()
-    precision = precision or rotation_precision(x)
-    kernel, blocks, warps = launch(k, group, precision)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[(m,)](x, smooth, h, q, s, x.stride(0), MIN_SCALE, K=k, ACT=ACTIVATIONS.index(act), SMOOTH=pre_quant_scale is not None,
-                     GROUP=group, PRECISION=precision, PTX=takes_ptx(x), num_warps=warps, num_stages=STAGES, **blocks)
+    bound((m, 1, 1), (x, smooth, s if h is None else h, q, s), stride, MIN_SCALE)
     return q, s

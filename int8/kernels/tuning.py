@@ -5,6 +5,7 @@ All candidates compute the same, so a choice changes the time and nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import stat
@@ -31,6 +32,7 @@ class NotNow(Exception):
     """A candidate could not be measured, which says nothing about it: why."""
 
 
+@functools.lru_cache(4096)
 def bucket(rows: int) -> int:
     """The bucket that rows fall into: the next larger one, the largest for more."""
     return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])

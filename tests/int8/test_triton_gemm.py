@@ -51,6 +51,14 @@ def test_every_tile_is_exact_on_ragged_edges(config, split):
     assert same(*operands(150, 304, 1000), config._replace(split_k=split))
 
 
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_tile_is_as_exact_when_it_is_launched_again_with_other_operands_and_rows(kernel, split):
+    """From the second call on it is bound, see bound.py; freed memory is used anew."""
+    for m in (40, 40, 40, 33, 130, 1, 40):
+        assert same(*operands(m, 96, 2048), GemmConfig(kernel, 64, 128, 128, 4, 3, split)), m
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 16), (3, 33, 40), (17, 100, 129), (65, 257, 255), (129, 16, 4096)], ids=str)
 @pytest.mark.parametrize("config", [config for config in (
     GemmConfig("pointer", 16, 64, 256, 4, 3), GemmConfig("pointer", 64, 64, 128, 4, 4, 8), GemmConfig("tma", 64, 128, 128, 4, 4),

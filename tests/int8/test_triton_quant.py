@@ -31,6 +31,15 @@ def assert_agrees(x, group=0, act="none", scale=None):
         assert (q.int() - want_q.int()).abs().max() <= 1 and (q != want_q).sum() <= max(2, 0.05 * q.numel())
 
 
+@pytest.mark.parametrize("k", [256, 257])
+def test_rows_are_as_right_when_their_kernel_is_launched_again_at_any_address(k):
+    """From the second call on it is bound, see bound.py; x[1:] of odd rows begins at an odd address."""
+    for m in (5, 5, 5, 1, 9):
+        x = torch.randn(m + 1, k)
+        assert_agrees(x)
+        assert_agrees(x[1:])
+
+
 @pytest.mark.parametrize("k", [1, 17, 255, 257, 1000, 3072, 3840, 8960, 13824, 18944, 24576, 24577, 28672, 40000], ids=str)
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 def test_rows_of_any_length(k, act):

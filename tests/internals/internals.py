@@ -98,6 +98,9 @@ INTERNALS = (
     Internal("._v", "whether dynamic VRAM streams a layer", "the layer is taken for one that is loaded", False, file="comfy/ops.py"),
     Internal("._quantization_metadata", "the key of a file's metadata that lists its INT8 layers", "the file's layers name their format",
              False, file="comfy/utils.py"),
+    # Triton
+    Internal("._BASE_ARGS_FORMAT", "whether a kernel's own launcher in C takes what it took in Triton 3.6",
+             "kernels are launched by way of Triton's function in Python", False, file="triton/backends/nvidia/driver.py"),
     # comfy_kitchen
     Internal("._qdata", "the int8 values of a quantized weight", "no INT8 layer of ComfyUI runs", file=_TENSOR),
     Internal("._params", "its scale and its rotation", "no INT8 layer of ComfyUI runs", file=_TENSOR),

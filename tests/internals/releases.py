@@ -1,4 +1,4 @@
-"""Which of the internals that the pack uses are missing in releases of torch and comfy_kitchen: their wheels are read, not run.
+"""Which of the internals that the pack uses are missing in releases of torch, Triton and comfy_kitchen: their wheels are read, not run.
 
     python tests/internals/releases.py "torch==2.8.*" "comfy-kitchen==0.2.40"
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from internals import INTERNALS, Internal
 from uses import Release
 
-PLATFORMS = {"torch": ("macosx_11_0_arm64", "macosx_14_0_arm64"),
+PLATFORMS = {"torch": ("macosx_11_0_arm64", "macosx_14_0_arm64"), "triton": ("manylinux_2_27_x86_64", "manylinux_2_28_x86_64"),
              "comfy-kitchen": ("manylinux_2_24_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")}
 PYTHON = "3.12"
 READ = (".py", ".pyi", ".so", ".dylib")
