@@ -95,7 +95,7 @@ def write_models(base_dir: Path, names: Sequence[str]) -> list[Path]:
     return written
 
 
-def flux(depth: int, depth_single: int, device: str, hidden: int = HIDDEN):
+def flux(depth: int, depth_single: int, device: str, hidden: int = HIDDEN, dtype=None):
     import comfy.ops
     import torch
     from comfy.ldm.flux.model import Flux
@@ -104,7 +104,7 @@ def flux(depth: int, depth_single: int, device: str, hidden: int = HIDDEN):
         in_channels=16, out_channels=16, patch_size=2, vec_in_dim=2048, context_in_dim=4096, hidden_size=hidden,
         num_heads=hidden // 128, depth=depth, depth_single_blocks=depth_single, mlp_ratio=4.0, axes_dim=[16, 56, 56],
         theta=10000, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
-        dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
+        dtype=dtype or torch.float32, device=device, operations=comfy.ops.disable_weight_init,
     )
 
 
@@ -119,14 +119,14 @@ def flux_weights(depth: int, depth_single: int, seed: int) -> dict:
     }
 
 
-def wan(layers: int, device: str, hidden: int = HIDDEN, ffn: int = 3 * HIDDEN):
+def wan(layers: int, device: str, hidden: int = HIDDEN, ffn: int = 3 * HIDDEN, dtype=None):
     import comfy.ops
     import torch
     from comfy.ldm.wan.model import WanModel
 
     return WanModel(
         model_type="t2v", dim=hidden, ffn_dim=ffn, num_heads=hidden // 128, num_layers=layers, text_dim=4096,
-        dtype=torch.float32, device=device, operations=comfy.ops.disable_weight_init,
+        dtype=dtype or torch.float32, device=device, operations=comfy.ops.disable_weight_init,
     )
 
 

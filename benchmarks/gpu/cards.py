@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """Dense rates in operations a second (an addition and a multiplication are two), memory in bytes a second; vendors' datasheets."""
+    """Dense rates in operations a second (an addition and a multiplication are two), memory in bytes a second; vendors' datasheets.
+    bf16: with sums in fp32, which GeForce cards do at half the rate that is advertised."""
     arch: int
     bf16: float
     int8: float
@@ -15,7 +16,14 @@ class Card(NamedTuple):
 CARDS = {
     "NVIDIA H200": Card(90, 989e12, 1979e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": Card(90, 989e12, 1979e12, 3.35e12),
+    "NVIDIA H100 NVL": Card(90, 835e12, 1671e12, 3.9e12),
+    "NVIDIA H100 PCIe": Card(90, 756e12, 1513e12, 2.0e12),
     "NVIDIA A100-SXM4-80GB": Card(80, 312e12, 624e12, 2.039e12),
+    "NVIDIA A100 80GB PCIe": Card(80, 312e12, 624e12, 1.935e12),
+    "NVIDIA A100-SXM4-40GB": Card(80, 312e12, 624e12, 1.555e12),
+    "NVIDIA A100-PCIE-40GB": Card(80, 312e12, 624e12, 1.555e12),
+    "NVIDIA L40S": Card(89, 362.05e12, 733e12, 0.864e12),
+    "NVIDIA GeForce RTX 5090": Card(120, 209.5e12, 838e12, 1.792e12),
     "NVIDIA GeForce RTX 4090": Card(89, 165.2e12, 660.6e12, 1.008e12),
     "NVIDIA GeForce RTX 3090": Card(86, 71e12, 284e12, 0.936e12),
 }

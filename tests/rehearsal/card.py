@@ -187,7 +187,16 @@ class State:
 
 
 def install(card: Card) -> State:
-    """torch answers as on card from now on, in every thread."""
+    """torch answers as on card from now on, in every thread, and computes on it."""
+    state = answer(card)
+    torch.tensor, torch.as_tensor = map(_from_host, (torch.tensor, torch.as_tensor))
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, of the tensor's type
+    _in_every_thread()
+    return state
+
+
+def answer(card: Card) -> State:
+    """torch's functions answer as on card from now on. Nothing can be computed on it: for fake tensors."""
     state = State(card)
     properties = types.SimpleNamespace(name=card.name, major=card.capability[0], minor=card.capability[1], total_memory=card.memory,
                                        multi_processor_count=card.processors, L2_cache_size=card.l2, warp_size=32, gcnArchName="",
@@ -224,9 +233,6 @@ def install(card: Card) -> State:
 
     fake_tensor.init_gpu_context = lambda device: None  # a first tensor on the card, made past every mode
     torch._C._ensureCUDADeviceGuardSet()  # torch's own way to name a device that is not there
-    torch.tensor, torch.as_tensor = map(_from_host, (torch.tensor, torch.as_tensor))
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, of the tensor's type
-    _in_every_thread()
     return state
 
 
