@@ -13,6 +13,7 @@ one is issued only after every thread has passed the wait. All that is loaded is
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 from triton.experimental import gluon
@@ -226,6 +227,11 @@ def options(config: GemmConfig) -> dict:
     if config.kernel == "gluon":
         return dict(num_warps=config.warps)
     return dict(num_warps=config.warps, maxnreg=STARTING_REGISTERS[config.warps + 4])
+
+
+def is_known() -> bool:
+    """Whether this Gluon is one that the kernels are written for (Triton 3.6 to 3.8): in 3.9 barriers are told otherwise what to expect."""
+    return "from_cta" not in inspect.signature(mbarrier.expect).parameters
 
 
 def describe_box(t: torch.Tensor, box: list[int], layout):

@@ -207,11 +207,11 @@ def has_gluon() -> bool:
     if not isinstance(tma_kernel, triton.JITFunction):
         return False
     try:
-        from . import gluon_gemm  # noqa: F401 (it imports this module)
+        from . import gluon_gemm  # it imports this module
     except (ImportError, AttributeError) as error:
         logger.debug("INT8: no Gluon: %s", error)
         return False
-    return True
+    return gluon_gemm.is_known()
 
 
 def candidates(q: torch.Tensor, qweight: torch.Tensor) -> tuple[GemmConfig, ...]:
