@@ -211,3 +211,26 @@ def test_one_row_more_than_a_bucket_costs_no_more_than_a_full_next_one(arch, lay
         here, above, full = (cycles(configs(arch, m, *layer)[0], arch, m, *layer, sms) for m in (rows, rows + 1, 2 * rows))
         assert above <= full
         assert above < 2.01 * here  # a second wave at the most
+
+
+@pytest.mark.parametrize("scalar_ws", [False, True])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+def test_a_tile_is_tried_before_it_serves_and_a_wrong_one_is_found_out(monkeypatch, bias_dtype, scalar_ws):
+    device, tile = torch.device("cuda" if torch.cuda.is_available() else "cpu"), GemmConfig("pointer", 16, 64, 256, 4, 3)
+    triton_gemm._is_exact.cache_clear()
+    state = torch.random.get_rng_state()
+    assert triton_gemm._is_exact(device, tile, bias_dtype, torch.float32, scalar_ws)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    right = triton_gemm.launch
+
+    def wrong(*args):
+        launched = right(*args)
+
+        def bound(grid, operands, *numbers):
+            launched.bound(grid, operands, *numbers)
+            operands[-1][-1, -1] += 1  # one product of one step too many
+        return launched._replace(bound=bound)
+    monkeypatch.setattr(triton_gemm, "launch", wrong)
+    triton_gemm._is_exact.cache_clear()
+    assert not triton_gemm._is_exact(device, tile, bias_dtype, torch.float32, scalar_ws)
+    triton_gemm._is_exact.cache_clear()
