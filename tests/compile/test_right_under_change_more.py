@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+from int8_compile.compile import aoti
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
@@ -459,3 +460,31 @@ def test_what_is_written_by_layout_is_written_where_eager_writes_it(tmp_path, ki
         for one, other in zip((*result, got), (*expected, want)):
             assert difference(one, other) < 1e-4, make.__name__
     assert not compiled.report.failure
+
+
+class Marked(nets.Small):
+    def forward(self, x, y, transformer_options=None):
+        return self.body(x) + (torch.view_as_real(y * (1 + 2j)).sum(-1) if y.is_complex() else y)
+
+
+@pytest.mark.parametrize("bit", ["neg", "conj"])
+def test_a_tensor_that_is_negated_or_conjugated_by_a_bit_is_read_so(tmp_path, monkeypatch, bit):
+    load = aoti.LOADERS["export"]
+
+    def by_address(entry, device):
+        run = load(entry, device)
+        # As a package takes its inputs.
+        return lambda values: run([torch.empty(0, dtype=value.dtype).set_(value.untyped_storage(), value.storage_offset(), value.shape,
+                                                                          value.stride()) for value in values])
+    monkeypatch.setitem(aoti.LOADERS, "export", by_address)
+    net, compiled, x = nets.make(Marked), cached(tmp_path / "cache"), inputs()[0]
+    if bit == "neg":
+        plain, marked = -x, torch._neg_view(x)
+    else:
+        plain = torch.complex(x, x.roll(1, -1))
+        marked = plain.conj()
+    assert marked.is_contiguous() and (marked.is_neg() or marked.is_conj())
+    for y in (plain, plain, marked, plain):
+        assert difference(run(compiled, net, x, y), net(x, y)) < 1e-4
+        got = compiled.report.last_calls.get("artefact")
+    assert got == 3 and not compiled.report.failure
