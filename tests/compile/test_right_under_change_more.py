@@ -5,6 +5,7 @@ import builtins
 import functools
 import gc
 import math
+import operator
 import os
 import sys
 import threading
@@ -488,3 +489,65 @@ def test_a_tensor_that_is_negated_or_conjugated_by_a_bit_is_read_so(tmp_path, mo
         assert difference(run(compiled, net, x, y), net(x, y)) < 1e-4
         got = compiled.report.last_calls.get("artefact")
     assert got == 3 and not compiled.report.failure
+
+
+ALIAS = getattr
+
+
+class Part(torch.nn.Module):
+    pass
+
+
+class ByNames(nets.Small):
+    """Reads an attribute by a name that its code does not have, through what is no call of getattr."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.path = Part(), ["part", "gain"]
+        self.part.gain = 1.0
+
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * self.read()
+
+
+class Reduced(ByNames):
+    def read(self):
+        return functools.reduce(getattr, self.path, self)
+
+
+class Mapped(ByNames):
+    def read(self):
+        return next(map(getattr, [self.part], self.path[1:]))
+
+
+class Renamed(ByNames):
+    def read(self):
+        get = getattr
+        return get(self.part, self.path[1])
+
+
+class RenamedGlobally(ByNames):
+    def read(self):
+        return ALIAS(self.part, self.path[1])
+
+
+class OfBuiltins(ByNames):
+    def read(self):
+        return builtins.getattr(self.part, self.path[1])
+
+
+class ByGetter(ByNames):
+    def read(self):
+        return operator.attrgetter(self.path[1])(self.part)
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("kind", [Reduced, Mapped, Renamed, RenamedGlobally, OfBuiltins, ByGetter], ids=lambda kind: kind.__name__)
+def test_getattr_may_be_used_as_a_value(tmp_path, kind, way):
+    net, x = nets.make(kind), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    for gain in (1.0, 1.0, 3.0, 1.0):
+        for block in net.blocks:
+            block.part.gain = gain
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
