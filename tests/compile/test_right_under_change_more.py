@@ -551,3 +551,36 @@ def test_getattr_may_be_used_as_a_value(tmp_path, kind, way):
             block.part.gain = gain
         assert difference(run(compiled, net, x), net(x)) < 1e-4
     assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+
+
+class DefaultDtype(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * torch.ones(1).element_size()
+
+
+class MathAttention(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if torch.backends.cuda.math_sdp_enabled() else 7)
+
+
+class Deterministic(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if torch.are_deterministic_algorithms_enabled() else 7)
+
+
+@pytest.mark.parametrize("kind, setter, values", [
+    (DefaultDtype, torch.set_default_dtype, (torch.float32, torch.float64)),
+    (MathAttention, torch.backends.cuda.enable_math_sdp, (True, False)),
+    (Deterministic, torch.use_deterministic_algorithms, (False, True)),
+], ids=["default dtype", "sdp", "deterministic"])
+def test_torchs_settings_may_change_between_steps(tmp_path, kind, setter, values):
+    net, compiled, x = nets.make(kind), cached(tmp_path / "cache"), inputs()[0]
+    before, after = values
+    try:
+        for value in (before, before, after, after, before):
+            setter(value)
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+            assert value is before or "torch's settings" in compiled.report.text()
+    finally:
+        setter(before)
+    assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
