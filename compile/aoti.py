@@ -522,8 +522,8 @@ class Artefact:
                 and all(guard(sizes) for guard in self._guards))
 
     def dense(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """leaves in the layout that was traced; the same tensor where it has it."""
-        return [_aligned(leaf.contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else leaf.contiguous())
+        """leaves in the layout that was traced, with no bit that negates or conjugates them; the same tensor where it is so."""
+        return [_aligned(_plain(leaf).contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else _plain(leaf).contiguous())
                 for leaf, (_, _, kind) in zip(leaves, self._leaves)]
 
     def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor], options: Sequence[dict] = ()):
@@ -537,6 +537,11 @@ class Artefact:
             target.update(values)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
         return _result(self._outputs, iter(results))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # A package takes the address of a tensor's memory for its values.
+    return tensor.resolve_conj().resolve_neg() if tensor.is_neg() or tensor.is_conj() else tensor
 
 
 def _aligned(tensor: Tensor) -> Tensor:

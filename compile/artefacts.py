@@ -89,6 +89,8 @@ class RegionArtefacts:
         self._background = background
         self._note = note
         self._place = ""
+        self._settings: dict = {}  # torch's, that the place is for
+        self._differs = False  # they are others in this step
         self._specs: list = []
         self._kinds: list[type] = []  # classes of the blocks' modules
         self._loaded: dict[tuple, list[_Loaded]] = {}
@@ -116,6 +118,10 @@ class RegionArtefacts:
             self._changed.clear()
             self._asked.clear()
             self._load()
+        differs = bool(self._place) and cache_key.settings() != self._settings
+        if differs and not self._differs:
+            self._note("not used", self._name, "torch's settings (default dtype, precision, threads, ...) are not those of its artefact")
+        self._differs = differs
         for group in self._loaded.values():
             for loaded in group:
                 changed = loaded.change()
@@ -127,7 +133,7 @@ class RegionArtefacts:
     def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
         """The block's result by an artefact; MISSING where none fits this call. attributes: names of what Python code has put on
         weights."""
-        if self._refusal and not self._loaded:
+        if self._differs or (self._refusal and not self._loaded):
             return MISSING
         try:
             call = flatten(args, kwargs)
@@ -158,6 +164,7 @@ class RegionArtefacts:
             structure = structure_of(block)
             self._kinds = module_classes(block)
             self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
+            self._settings = cache_key.settings()
             group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
             self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
             self._load()

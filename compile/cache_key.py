@@ -38,7 +38,9 @@ def settings() -> dict:
             "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
             "reduced": [torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
                         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction],
-            "deterministic": torch.are_deterministic_algorithms_enabled()}
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "attention": [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(),
+                          torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()]}
 
 
 def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import operator
 import os
 import random
 import re
@@ -46,9 +47,11 @@ _OUTSIDE = {open, id, input}
 _OUTSIDE_MODULES = ("posix", "nt", "_io", "_thread", "_socket", "select")
 # What reads attributes by names that the code does not contain.
 _BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
+_READERS = (*(getattr(builtins, name) for name in _BY_NAME), operator.attrgetter, operator.methodcaller, vars)
 # What gives a global or a module by a text.
 _BY_TEXT = ("globals", "import_module", "__import__", "modules")
-_ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__")
+_ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__", "__getattr__", "__builtins__", "attrgetter",
+              "methodcaller")
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Recording:
     def names(self) -> Names:
         """Of the attributes and globals that the code can read."""
         computed = {code: _computed_names(code) for code in self.functions.values()}
-        if None in computed.values():
+        if None in computed.values() or any(_has_alias(module, code) for (module, _), code in self.functions.items()):
             return Names(None)
         return Names({name for code, patterns in computed.items() for name in (*identifiers(code), *patterns)})
 
@@ -185,9 +188,24 @@ def _computed_names(code: types.CodeType) -> frozenset[str] | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME]
+    nodes = list(ast.walk(tree))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME]
+    called = {id(call.func) for call in calls}
+    if any(_name_of(node) in _BY_NAME and id(node) not in called for node in nodes):
+        return None  # passed on, or under another name
     patterns = {_pattern(call.args[1]) if len(call.args) > 1 else "*" for call in calls}
     return None if "*" in patterns else frozenset(pattern for pattern in patterns if "*" in pattern)
+
+
+def _has_alias(module: str, code: types.CodeType) -> bool:
+    """Whether code calls what reads attributes by name under another name that its module gave it."""
+    space = getattr(sys.modules.get(module), "__dict__", {})
+    return any(any(space.get(name) is reader for reader in _READERS) for name in _global_names(code).difference(_BY_NAME))
+
+
+def _name_of(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else (
+        node.name if isinstance(node, ast.alias) else "")
 
 
 def _pattern(name: ast.expr) -> str:

@@ -5,6 +5,7 @@ import builtins
 import functools
 import gc
 import math
+import operator
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+from int8_compile.compile import aoti
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
@@ -459,3 +461,126 @@ def test_what_is_written_by_layout_is_written_where_eager_writes_it(tmp_path, ki
         for one, other in zip((*result, got), (*expected, want)):
             assert difference(one, other) < 1e-4, make.__name__
     assert not compiled.report.failure
+
+
+class Marked(nets.Small):
+    def forward(self, x, y, transformer_options=None):
+        return self.body(x) + (torch.view_as_real(y * (1 + 2j)).sum(-1) if y.is_complex() else y)
+
+
+@pytest.mark.parametrize("bit", ["neg", "conj"])
+def test_a_tensor_that_is_negated_or_conjugated_by_a_bit_is_read_so(tmp_path, monkeypatch, bit):
+    load = aoti.LOADERS["export"]
+
+    def by_address(entry, device):
+        run = load(entry, device)
+        # As a package takes its inputs.
+        return lambda values: run([torch.empty(0, dtype=value.dtype).set_(value.untyped_storage(), value.storage_offset(), value.shape,
+                                                                          value.stride()) for value in values])
+    monkeypatch.setitem(aoti.LOADERS, "export", by_address)
+    net, compiled, x = nets.make(Marked), cached(tmp_path / "cache"), inputs()[0]
+    if bit == "neg":
+        plain, marked = -x, torch._neg_view(x)
+    else:
+        plain = torch.complex(x, x.roll(1, -1))
+        marked = plain.conj()
+    assert marked.is_contiguous() and (marked.is_neg() or marked.is_conj())
+    for y in (plain, plain, marked, plain):
+        assert difference(run(compiled, net, x, y), net(x, y)) < 1e-4
+        got = compiled.report.last_calls.get("artefact")
+    assert got == 3 and not compiled.report.failure
+
+
+ALIAS = getattr
+
+
+class Part(torch.nn.Module):
+    pass
+
+
+class ByNames(nets.Small):
+    """Reads an attribute by a name that its code does not have, through what is no call of getattr."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.path = Part(), ["part", "gain"]
+        self.part.gain = 1.0
+
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * self.read()
+
+
+class Reduced(ByNames):
+    def read(self):
+        return functools.reduce(getattr, self.path, self)
+
+
+class Mapped(ByNames):
+    def read(self):
+        return next(map(getattr, [self.part], self.path[1:]))
+
+
+class Renamed(ByNames):
+    def read(self):
+        get = getattr
+        return get(self.part, self.path[1])
+
+
+class RenamedGlobally(ByNames):
+    def read(self):
+        return ALIAS(self.part, self.path[1])
+
+
+class OfBuiltins(ByNames):
+    def read(self):
+        return builtins.getattr(self.part, self.path[1])
+
+
+class ByGetter(ByNames):
+    def read(self):
+        return operator.attrgetter(self.path[1])(self.part)
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+@pytest.mark.parametrize("kind", [Reduced, Mapped, Renamed, RenamedGlobally, OfBuiltins, ByGetter], ids=lambda kind: kind.__name__)
+def test_getattr_may_be_used_as_a_value(tmp_path, kind, way):
+    net, x = nets.make(kind), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+    for gain in (1.0, 1.0, 3.0, 1.0):
+        for block in net.blocks:
+            block.part.gain = gain
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+
+
+class DefaultDtype(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * torch.ones(1).element_size()
+
+
+class MathAttention(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if torch.backends.cuda.math_sdp_enabled() else 7)
+
+
+class Deterministic(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2 if torch.are_deterministic_algorithms_enabled() else 7)
+
+
+@pytest.mark.parametrize("kind, setter, values", [
+    (DefaultDtype, torch.set_default_dtype, (torch.float32, torch.float64)),
+    (MathAttention, torch.backends.cuda.enable_math_sdp, (True, False)),
+    (Deterministic, torch.use_deterministic_algorithms, (False, True)),
+], ids=["default dtype", "sdp", "deterministic"])
+def test_torchs_settings_may_change_between_steps(tmp_path, kind, setter, values):
+    net, compiled, x = nets.make(kind), cached(tmp_path / "cache"), inputs()[0]
+    before, after = values
+    try:
+        for value in (before, before, after, after, before):
+            setter(value)
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+            assert value is before or "torch's settings" in compiled.report.text()
+    finally:
+        setter(before)
+    assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
