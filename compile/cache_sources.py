@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from .cache_call import Unsupported
-from .describe import ABSENT, Describer, Names, Watch, is_own, is_pristine_package, local, portable
+from .describe import ABSENT, Describer, Names, Watch, is_own, is_pristine_package, local, place_of, portable
 
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "comfy_execution")  # packaged forks have it in site-packages
@@ -48,6 +48,8 @@ _OUTSIDE_MODULES = ("posix", "nt", "_io", "_thread", "_socket", "select")
 # What reads attributes by names that the code does not contain.
 _BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
 _READERS = (*(getattr(builtins, name) for name in _BY_NAME), operator.attrgetter, operator.methodcaller, vars)
+_FUNCTIONS = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinFunctionType, types.MethodDescriptorType,
+              types.WrapperDescriptorType, types.GetSetDescriptorType)
 # What gives a global or a module by a text.
 _BY_TEXT = ("globals", "import_module", "__import__", "modules")
 _ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__", "__getattr__", "__builtins__", "attrgetter",
@@ -345,6 +347,8 @@ def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch
                     spaces.append((value.__dict__, _package_folder(value.__name__)))
             elif value is not ABSENT and not (folder and _is_its_own(value, folder)):
                 parts.append(f"{name}={describe(value)}")
+            elif value is not ABSENT:
+                parts.append(f"{name}={place_of(value)}")
 
 
 @functools.lru_cache(1024)
@@ -367,8 +371,8 @@ def _is_its_own(value, folder: str) -> bool:
 
 
 def _patched_functions(names: Names, watch: Watch) -> str:
-    """What others have put in the place of torch's functions: in torch.nn.functional, which torch's own layers call, and of torch.Tensor's
-    methods the operators and those of these names."""
+    """What stands in the place of torch's functions, others' or another of torch's: in torch.nn.functional, which torch's own layers call,
+    and of torch.Tensor's methods the operators and those of these names."""
     found = []
     for space, all_names in ((vars(torch.nn.functional), True), (vars(torch.Tensor), False), (vars(torch.Tensor.__base__), False)):
         watch.size(space)
@@ -376,11 +380,12 @@ def _patched_functions(names: Names, watch: Watch) -> str:
             value = space[name]
             if not (all_names or name in names or name.startswith("__")):
                 continue
-            if isinstance(value, (types.FunctionType, functools.partial, types.MethodType, types.BuiltinFunctionType)):
+            function = value.fget if isinstance(value, property) else value
+            if isinstance(function, _FUNCTIONS):
                 watch.binding(space, name, value)
-                if not is_own(value, _SKIPPED_FOLDERS[0]):
-                    found.append(f"{name}={Describer(names, watch, lenient=True)(value)}")
-    return " ".join(found)
+                own = is_own(function, _SKIPPED_FOLDERS[0])
+                found.append(f"{name}={place_of(value) if own else Describer(names, watch, lenient=True)(value)}")
+    return hashlib.sha256(" ".join(found).encode(errors="backslashreplace")).hexdigest()[:24]
 
 
 @functools.lru_cache(4096)

@@ -313,11 +313,14 @@ class Describer:
             if base is object:
                 continue
             space, pristine = vars(base), is_pristine_package(base.__module__)
+            # A layer of torch calls methods of its own (_conv_forward), and torch's functions through globals of its module (F).
+            is_layer = pristine and base is not torch.nn.Module and issubclass(base, torch.nn.Module)
             self._watch.size(space)
             for name in sorted(space):
                 value = space[name]
                 function = _function_of(value)
-                if not (name in self._names or name in _CALLED or (name.startswith("__") and isinstance(function, types.FunctionType))):
+                if not (name in self._names or name in _CALLED
+                        or ((is_layer or name.startswith("__")) and isinstance(function, types.FunctionType))):
                     continue
                 self._watch.binding(space, name, value)
                 if not pristine:
@@ -326,7 +329,25 @@ class Describer:
                     self._watch.function(function)
                     if not is_own(function, _TORCH):
                         parts.append(f"{name}={self(value)}")
+                    elif not (base is torch.nn.Module and name in ("__init__", "__setstate__")):  # which dynamo wraps once it is used
+                        parts.append(f"{name}={place_of(value)}")
+                    if is_layer and name != "__init__":
+                        parts += self._globals_of(function)
+                elif isinstance(function, _BUILTINS):
+                    parts.append(f"{name}={place_of(value)}")
+                elif isinstance(function, (functools.partial, functools.partialmethod)):
+                    parts.append(f"{name}={self(value)}")
         return " ".join(parts)
+
+    def _globals_of(self, function: types.FunctionType) -> list[str]:
+        """Which functions, classes and modules the global names of a function of torch stand for."""
+        parts = []
+        for name in function.__code__.co_names:
+            if (value := function.__globals__.get(name, ABSENT)) is not ABSENT:
+                self._watch.binding(function.__globals__, name, value, is_library=True)
+                own = not isinstance(value, types.FunctionType) or is_own(value, _TORCH)
+                parts.append(f"{name}={place_of(value) if own else self(value)}")
+        return parts
 
     def _refuse(self, what: str, value) -> str:
         if self._lenient:
@@ -346,6 +367,20 @@ def _slots(value) -> dict | None:
 
 def path_of(kind: type) -> str:
     return f"{portable(kind.__module__)}.{kind.__qualname__}"
+
+
+def place_of(value) -> str:
+    """Where a library's function, class or module says that it is from: another one of the library's, put in its place, says another."""
+    if isinstance(value, types.ModuleType):
+        return f"module {portable(value.__name__)}"
+    if isinstance(value, type):
+        return f"class {path_of(value)}"
+    function = _function_of(value)
+    if not isinstance(function, (types.FunctionType, *_BUILTINS)):
+        return path_of(type(value))
+    code = getattr(function, "__code__", None)
+    names = [getattr(function, key, None) for key in ("__module__", "__qualname__", "__name__")]
+    return " ".join(map(str, [type(value).__name__, *names, *([code.co_name] if code else [])]))
 
 
 @functools.lru_cache(8192)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import time
 import types
@@ -116,14 +117,23 @@ def _require_torchs_own(graph: torch.fx.GraphModule) -> None:
     """Raises Refused where a function of torch in graph, which calls it by its name, would be another one by then."""
     for node in graph.graph.nodes:
         owner, name = None, getattr(node.target, "__name__", "")
-        if node.op == "call_method" and not is_own(getattr(torch.Tensor, node.target, None), _TORCH):
+        if node.op == "call_method" and not _is_tensors_own(node.target):
             owner, name = torch.Tensor, node.target
+        elif node.op == "call_function" and getattr(operator, name, None) is node.target:
+            replaced = [method for method in (f"__{name}__", f"__r{name}__") if not _is_tensors_own(method)]
+            owner, name = (torch.Tensor, replaced[0]) if replaced else (None, "")
         elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
             owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
                           and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
         if owner is not None:
             raise Refused(f"{_path_of(owner)}.{name} has been replaced (by another pack): running uncompiled while it is.",
                           functools.partial(_is_still, owner, name, getattr(owner, name)))
+
+
+def _is_tensors_own(name: str) -> bool:
+    """Whether a method of Tensor is torch's, and the one that it had when this pack was imported."""
+    value = getattr(torch.Tensor, name, None)
+    return value is None or (is_own(value, _TORCH) and value is _METHODS.get(name, value))
 
 
 def _path_of(owner) -> str:
@@ -141,6 +151,7 @@ def _is_of(function, space: types.ModuleType) -> bool:
 
 
 _TORCH = str(Path(torch.__file__).parent)
+_METHODS = {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor) if callable(getattr(torch.Tensor, name, None))}
 
 
 @dataclass

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 from int8_compile.compile import aoti
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from test_right_under_change import COMPILED, KEPT, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 
 
 def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():
@@ -584,3 +585,57 @@ def test_torchs_settings_may_change_between_steps(tmp_path, kind, setter, values
     finally:
         setter(before)
     assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
+
+
+class OfTorch(nets.Small):
+    """Calls functions and methods of torch by all ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.conv, self.silu = torch.nn.GELU(), torch.nn.Conv1d(10, 10, 1), torch.nn.SiLU()
+
+    def forward(self, x, transformer_options=None):
+        h = self.conv(self.act(self.first(x)))
+        return self.second(F.softplus(h) + self.silu(h) + torch.tanh(h).abs() * h) - h
+
+
+class Activations:
+    gelu = staticmethod(lambda x, approximate="none": x * 3)
+
+
+ANOTHER = {  # of torch's own
+    "GELU.forward": (torch.nn.GELU, "forward", torch.nn.Identity.forward),
+    "Linear.forward": (torch.nn.Linear, "forward", torch.nn.Identity.forward),
+    "Conv1d._conv_forward": (torch.nn.Conv1d, "_conv_forward", lambda self, x, weight, bias: x * 2),
+    "Tensor.abs": (torch.Tensor, "abs", torch.Tensor.neg),
+    "Tensor.__mul__": (torch.Tensor, "__mul__", torch.Tensor.__add__),
+    "F.softplus, a builtin": (F, "softplus", F.gelu),
+    "F.softplus": (F, "softplus", F.relu),
+    "F.silu, which a layer calls": (F, "silu", F.relu),
+    "torch.tanh": (torch, "tanh", torch.sigmoid),
+    "F of a layer's module": (torch.nn.modules.activation, "F", type("F", (), {**vars(F), **vars(Activations)})),
+}
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled", "traced"])
+@pytest.mark.parametrize("what", ANOTHER)
+def test_a_function_of_torch_may_be_replaced_by_another_of_torchs(tmp_path, what, way):
+    net, x = nets.make(OfTorch), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED if way == "compiled" else TRACED)
+    owner, name, value = ANOTHER[what]
+    had, before, plain = name in vars(owner), getattr(owner, name), net(x)
+    for step, now in enumerate((before, before, value, value, before, before)):
+        if now is value or had:
+            setattr(owner, name, now)
+        elif name in vars(owner):
+            delattr(owner, name)
+        try:
+            want = net(x)
+            assert (difference(want, plain) > 1e-3) == (now is value)
+            assert difference(run(compiled, net, x), want) < 1e-4, step
+        finally:
+            if had:
+                setattr(owner, name, before)
+            elif name in vars(owner):
+                delattr(owner, name)
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
