@@ -121,7 +121,8 @@ class _Step:
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
 
-_MODULE_CALL = torch.nn.Module._wrapped_call_impl.__code__
+_MODULE = torch.nn.Module
+_MODULE_CALL = _MODULE._wrapped_call_impl.__code__
 
 
 class OwnCall:

@@ -142,7 +142,8 @@ class _Int8Forward(Int8Lora):
 
 # What a call of a layer runs, as it is here and in torch: another pack may put its own in their place, on our class or on torch's.
 _FORWARD = _Int8Forward.forward, _Int8Forward._multiply
-_CALL = torch.nn.Module.__call__, torch.nn.Module._call_impl
+_MODULE = torch.nn.Module
+_CALL = _MODULE.__call__, _MODULE._call_impl
 
 
 def _is_as_written(kind: type) -> bool:
