@@ -224,7 +224,7 @@ def test_an_open_recording_sees_nothing_of_a_compiled_call(core, args):
     assert core.is_closed() and core.log.count("begin") == 1 and "abort" not in core.log and args.disable_comfy_compiler is False
 
 
-def test_a_failed_compile_leaves_nothing_open_before_the_eager_run(core, args, caplog):
+def test_a_step_whose_compile_fails_goes_on_once_and_leaves_nothing_open(core, args, caplog):
     seen = []
     model = Model(core)
 
@@ -234,7 +234,8 @@ def test_a_failed_compile_leaves_nothing_open_before_the_eager_run(core, args, c
     compiled = make_compiled(broken_backend)
     run(compiled, model)
     assert "the compiler broke" in compiled.report.failure
-    assert seen == [(0, None), (0, None)] and core.log == ["clean up"] and args.disable_comfy_compiler is False
+    # The model is not called again: its blocks run eager from the one on that cannot be compiled.
+    assert seen == [(0, None)] and not core.log and core.is_closed() and args.disable_comfy_compiler is False
     # The next step, eager for good, is recorded again.
     core.log.clear()
     run(compiled, model)
@@ -366,17 +367,21 @@ def test_a_compile_node_leaves_the_memory_compiler_before_the_model_is_called(co
         monkeypatch.setattr(torch, "compile", lambda function, compile=torch.compile, **_: compile(function, backend=broken_backend))
     compiled = nodes.CompileModel(flux, backend="eager")
     assert difference(sample(compiled), want) < 1e-5
-    # The step that fails runs once more, and the next is the model's own.
-    assert core.log == (["clean up", "begin", "end"] if fails else []) and args.disable_comfy_compiler is False
+    # The step that fails goes on, and the next is the model's own.
+    assert core.log == (["begin", "end"] if fails else []) and args.disable_comfy_compiler is False
     report, = reports(compiled)
     assert bool(report.failure) is fails and "memory compiler" in report.text()
 
 
 def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeypatch, caplog):
+    from int8_compile.compile.comfy_compiler import cleaned_up_after
+
+    def call():
+        raise RuntimeError("the model broke")
     monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", error(RuntimeError, "aimdo memory compile error"))
-    with caplog.at_level(logging.WARNING):
-        run(compiled := make_compiled(broken_backend), Model(core))
-    assert "the compiler broke" in compiled.report.failure and "cleanup_prefetch_queues failed after an error" in caplog.text
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="the model broke"):
+        make_compiled().run(Model(core), cleaned_up_after(call), filter_guards=True, passthrough=lambda error: False)
+    assert "cleanup_prefetch_queues failed after an error" in caplog.text
 
 
 def test_the_check_says_what_becomes_of_the_memory_compiler(core, args, comfy, monkeypatch):
