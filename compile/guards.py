@@ -1,12 +1,12 @@
 """Which guards on ComfyUI's transformer_options a compiled block can do without."""
 from __future__ import annotations
 
+import ast
 import collections.abc
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
 
 import torch
 
@@ -42,26 +42,45 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
     return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
 
 
-_BUILTINS = {"__builtins__": {}, "type": type, "dict": dict}
+_BUILTINS = {"type": type, "dict": dict}
+
+
+def _get(node: ast.expr, scope: dict):
+    """What a source of dynamo's stands for: names, attributes, items and calls of _BUILTINS. Raises TypeError for any other."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return scope[node.id]
+    if isinstance(node, ast.Attribute):
+        return getattr(_get(node.value, scope), node.attr)
+    if isinstance(node, ast.Subscript):
+        return _get(node.value, scope)[_get(node.slice, scope)]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_get(node.operand, scope)
+    if isinstance(node, ast.Call) and not node.keywords:
+        owner = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+        if isinstance(owner, ast.Name) and owner.id in _BUILTINS:
+            return _get(node.func, scope)(*(_get(argument, scope) for argument in node.args))
+    raise TypeError(f"{type(node).__name__} in a source")
 
 
 class Zeros:
     """The zeros that compiled code took for constants, with their signs: dynamo's guards take 0.0 and -0.0 for the same."""
 
     def __init__(self):
-        self._known: dict[str, tuple[Callable, float]] = {}  # by how dynamo gets it from the block's call: how to, and its sign
+        self._known: dict[str, tuple[ast.expr, float]] = {}  # by how dynamo gets it from the block's call: that, and its sign
 
     def add(self, source: str, value: float) -> None:
         if source not in self._known and _OF_THE_CALL.search(source):
-            self._known[source] = eval(f"lambda L: {source}", dict(_BUILTINS)), math.copysign(1.0, value)
+            self._known[source] = ast.parse(source, mode="eval").body, math.copysign(1.0, value)
 
     def agree(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether each has the sign that it had when the block was compiled. Asked at every call."""
-        scope = {"module": module, "args": args, "kwargs": kwargs}
-        for get, sign in self._known.values():
+        scope = {"L": {"module": module, "args": args, "kwargs": kwargs}, **_BUILTINS}
+        for source, sign in self._known.values():
             try:
-                value = get(scope)
-            except (AttributeError, LookupError, TypeError, NameError):
+                value = _get(source, scope)
+            except (AttributeError, LookupError, TypeError):
                 continue  # dynamo's guards see that
             if type(value) is float and value == 0.0 and math.copysign(1.0, value) != sign:
                 return False
