@@ -61,7 +61,7 @@ def _get(node: ast.expr, scope: dict):
         owner = node.func.value if isinstance(node.func, ast.Attribute) else node.func
         if isinstance(owner, ast.Name) and owner.id in _BUILTINS:
             return _get(node.func, scope)(*(_get(argument, scope) for argument in node.args))
-    raise TypeError(f"{type(node).__name__} in a source")
+    raise TypeError
 
 
 class Zeros:
