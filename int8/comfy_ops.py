@@ -48,14 +48,13 @@ KEY = "int8_compile"
 PREFIX = "diffusion_model."
 LAYOUT = "TensorWiseINT8Layout"
 FORMAT = "int8_tensorwise"
-# BaseModel -> {(layer, method, smoothing, kernel, dtype, what its weight is from): INT8 layer}: nodes that run again (a LoRA changed
-# upstream) reuse the layers that are still alive, so that weights are not quantized twice and compiled code keeps serving.
 # Kernels besides those of ops.implementation: core's own, and a float multiplication with the dequantized weight.
 KITCHEN, FULL_PRECISION = "comfy_kitchen", "full_precision"
 # What a quantizer computes before it quantizes.
 FUSED_ACTIVATIONS = ("gelu_tanh", "swiglu")
-# BaseModel -> {(layer, method, smoothing, kernel, dtype): INT8 layer}: nodes that run again (a LoRA changed upstream) reuse the layers
-# that are still alive, so that weights are not quantized twice and compiled code keeps serving.
+# BaseModel -> {(layer, method, smoothing, kernel, dtype, what its weight is from): INT8 layer}: nodes that run again (a LoRA changed
+# upstream) reuse the layers that are still alive, so that weights are not quantized twice and compiled code keeps serving. For a clone onto
+# another model, see own_weights: {(name, layer that it is a copy of): INT8 layer}.
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 

@@ -21,6 +21,7 @@ WHAT = ("plain", "two branches", "plain", "interrupt")
 
 
 def run(context: Context) -> None:
+    """GPU_SUITE_PROMPTS: how many of the small model, in a dry run."""
     family = families(context.dry)["flux"]
     models = make_models(context, family)
     random.seed(5)

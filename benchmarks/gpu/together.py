@@ -7,32 +7,28 @@ import functools
 import os
 
 from benchmarks.comfy_server import relative_difference
-from benchmarks.gpu.comfyui import CORE, EAGER, QUANTIZE, Contender, limit, prediction, said, seconds_a_step
+from benchmarks.gpu.comfyui import CORE, EAGER, OURS, Contender, limit, prediction, said, seconds_a_step
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.server import caches, families, make_models, save_int8, serve
 
-LAZY = "INT8LazyTorchCompile"
 CONTENDERS = (
     EAGER,
-    Contender("ours INT8 compiled", (QUANTIZE, LAZY)),
+    OURS,
     Contender("native INT8 compiled", (CORE,), int8=True, pack=False),
     Contender("ours compiled bf16", ("CompileModel",)),
-    Contender("core compiled bf16", (CORE,), pack=False),
-    Contender("ours INT8 eager", (QUANTIZE,)),
 )
-FULL = CONTENDERS[:4]
 
 
 def profile(context: Context) -> None:
     """Where a step of the 12 blocks goes, for each way to run them, without anything being built for the next start meanwhile.
     GPU_SUITE_ONLY: names of contenders, where time is short."""
     only = list(filter(None, os.environ.get("GPU_SUITE_ONLY", "").split(",")))
-    side_by_side(context, "flux", [c for c in CONTENDERS[:4] if not only or c.name in only], profiled=True)
+    side_by_side(context, "flux", [c for c in CONTENDERS if not only or c.name in only], profiled=True)
 
 
 def full(context: Context) -> None:
     """A step of the whole Flux, 19 + 38 blocks."""
-    side_by_side(context, "flux_full", FULL, profiled=False)
+    side_by_side(context, "flux_full", CONTENDERS, profiled=False)
 
 
 def side_by_side(context: Context, name: str, contenders, profiled: bool) -> None:

@@ -259,10 +259,10 @@ def timer(device: torch.device) -> Callable[[Callable], float]:
         with torch.cuda.device(device):
             flush = torch.empty(FLUSH * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
             call()  # compiles
-            start = time.perf_counter()
+            launched = time.perf_counter()
             call()
             # A slow CPU takes longer to launch a kernel than the GPU to run it, which is not the kernel's fault.
-            head_start = max(HEAD_START, int(3 * CYCLES * (time.perf_counter() - start)))
+            head_start = max(HEAD_START, int(3 * CYCLES * (time.perf_counter() - launched)))
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
             for start, end in events:
                 flush.zero_()

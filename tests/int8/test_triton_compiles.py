@@ -69,5 +69,5 @@ def test_gluon_leaves_one_product_under_way_in_its_loop_and_none_after_it(compil
 
     found = {name: kernel["in_flight"] for name, kernel in compiled[90].items() if name.startswith("gluon")}
     if not triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and not found:
-        pytest.skip("this Triton's Gluon is another, and none of it is offered")
+        pytest.skip(f"needs Triton 3.6 to 3.8, whose Gluon the kernels are written for: this is {triton.__version__}")
     assert len(found) >= len(GLUON_TILES) and set(map(tuple, found.values())) == {(1, 0)}, found
