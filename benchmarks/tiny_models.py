@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_NAMES = ("flux", "wan", "clip", "taef1", "loras")
-# flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with the first level only.
-ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "sd15")
+# flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with the first level only. zimage: one
+# layer and four refiners of the real width, by which ComfyUI knows it: 1.8 GB.
+ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "sd15", "zimage")
 
 HIDDEN = 256  # two heads of 128, the head size that both families fix
 LORA_RANK = 4
@@ -24,6 +25,7 @@ LORA_SIZE = 0.25  # ||delta W|| / ||W|| at strength 1
 FLUX_LORA_LAYERS = ("_attn.qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2")
 WAN_LORA_LAYERS = ("_attn.q", "_attn.k", "_attn.v", "_attn.o", ".ffn.0", ".ffn.2")
 SD15_LORA_LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+ZIMAGE_LORA_LAYERS = (".attention.out", ".feed_forward.w1", ".feed_forward.w2")
 
 
 def cache_dir() -> Path:
@@ -63,6 +65,10 @@ def builders() -> dict:
         "sd15": {
             "diffusion_models/tiny_sd15.safetensors": lambda: sd15_weights(seed=10),
             "loras/tiny_sd15_a.safetensors": lambda: peft_lora(sd15("meta"), SD15_LORA_LAYERS, seed=11),
+        },
+        "zimage": {
+            "diffusion_models/tiny_zimage.safetensors": lambda: zimage_weights(seed=12),
+            "loras/tiny_zimage_a.safetensors": lambda: peft_lora(zimage("meta"), ZIMAGE_LORA_LAYERS, seed=13),
         },
         "clip": {"text_encoders/tiny_clip_l.safetensors": lambda: clip_l_weights(seed=4)},
         "taef1": {
@@ -153,6 +159,25 @@ def sd15_weights(seed: int) -> dict:
     import torch
 
     return {name: weight.to(torch.bfloat16) for name, weight in fill(sd15("cpu"), seed).state_dict().items()}
+
+
+def zimage(device: str, dtype=None):
+    """One layer and four refiners; its context of 768 is CLIP-L's."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.lumina.model import NextDiT
+
+    return NextDiT(
+        patch_size=2, in_channels=16, dim=3840, n_layers=1, n_heads=30, n_kv_heads=30, ffn_dim_multiplier=8 / 3, qk_norm=True,
+        cap_feat_dim=768, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512], rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
+        pad_tokens_multiple=32, dtype=dtype or torch.float32, device=device, operations=comfy.ops.disable_weight_init,
+    )
+
+
+def zimage_weights(seed: int) -> dict:
+    import torch
+
+    return fill(zimage("cpu", torch.bfloat16), seed).state_dict()
 
 
 def clip_l_weights(seed: int) -> dict:

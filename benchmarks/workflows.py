@@ -75,6 +75,25 @@ def sd15_prompt(
     return _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix, clip_type="stable_diffusion")
 
 
+def zimage_prompt(
+    *,
+    width: int = 64,
+    height: int = 64,
+    batch: int = 1,
+    steps: int = 2,
+    seed: int = 1,
+    cfg: float = 1.0,
+    text: str = "a red fox",
+    lora: tuple[str, float] | None = None,
+    model_nodes: Sequence[Node] = (),
+    prefix: str = "zimage",
+    unet: str | Node = "tiny_zimage.safetensors",
+) -> dict:
+    """Text to image: saves a latent [batch, 16, height/8, width/8]."""
+    latent = ("EmptySD3LatentImage", {"width": width, "height": height, "batch_size": batch})
+    return _sampling_prompt(unet, lora, model_nodes, latent, text, steps, seed, cfg, prefix, clip_type="stable_diffusion")
+
+
 def sampled_again(prompt: dict, number: int) -> dict:
     """The same prompt to its image, but not to ComfyUI, which would serve the sampler's latent of last time: the empty latent is multiplied
     by another number, which leaves it empty."""

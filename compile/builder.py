@@ -27,14 +27,13 @@ import torch
 
 from ..int8 import own_files
 from ..int8.kernels.native import cache_folder
+from ..pack import PACKAGE, ROOT
 from . import worker
 from .aoti import Job
 from .cache_store import CacheError, CacheStore
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).absolute().parent.parent
-_PACK = __name__.rpartition(".compile.")[0]
 IDLE_SECONDS = 3.0
 SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, the other process is taken to hang
 BUILD_SECONDS = 1800  # for one artefact
@@ -238,8 +237,8 @@ class Builder:
                            **dict.fromkeys(worker.TEMPORARY, str(inductor))}
             flags = {"creationflags": subprocess.BELOW_NORMAL_PRIORITY_CLASS} if os.name == "nt" else {"start_new_session": True}
             errors = scope.enter_context(tempfile.TemporaryFile(dir=folder))
-            process = subprocess.Popen(worker.command(_PACK, ROOT, folder), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=errors, **flags)
+            process = subprocess.Popen(worker.command(PACKAGE, ROOT, folder), env=environment, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, stderr=errors, **flags)
             orders: queue.SimpleQueue = queue.SimpleQueue()
             frames: queue.SimpleQueue = queue.SimpleQueue()
             for target, stream, items in ((_collect, process.stdout, frames), (_send, process.stdin, orders)):

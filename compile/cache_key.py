@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ..pack import sources_digest
 from .cache_store import digest
 from .guards import BOOKKEEPING
 
-ROOT = Path(__file__).absolute().parent.parent
 FORMAT = 1
 
 
@@ -23,7 +23,7 @@ def machine(device_type: str, index: int | None) -> dict:
     """Versions and hardware: what does not change while this process runs."""
     key = {"format": FORMAT, "torch": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda,
            "hip": torch.version.hip, "python": list(sys.version_info[:2]), "system": platform.system(), "machine": platform.machine(),
-           "pack": _pack(), "triton": _version("triton") or _version("triton-windows") or _version("pytorch-triton")}
+           "pack": sources_digest(), "triton": _version("triton") or _version("triton-windows") or _version("pytorch-triton")}
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(index or 0)
         key |= {"gpu": properties.name, "capability": [properties.major, properties.minor], "processors": properties.multi_processor_count}
@@ -69,15 +69,6 @@ def entry_name(job) -> str:
                                for dim, size in enumerate(shape)], kind])
     options = [{key: value for key, value in values.items() if key not in BOOKKEEPING} for values in job.options]
     return digest([job.structure, leaves, options, job.attributes, job.method], 12)
-
-
-@functools.cache
-def _pack() -> str:
-    """Of this pack's sources: an update or an edit makes other code of the same block."""
-    hashed = hashlib.sha256()
-    for path in sorted(p for folder in ("compile", "int8") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp")):
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:16]
 
 
 def _version(package: str) -> str:

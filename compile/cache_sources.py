@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from ..pack import PACKAGE
 from .cache_call import Unsupported
 from .describe import ABSENT, Describer, Names, Watch, is_own, is_pristine_package, local, place_of, portable
 
@@ -37,7 +38,6 @@ _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, fun
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "comfy_execution")  # packaged forks have it in site-packages
 # What torch calls while it traces.
 _HELPERS = ("sympy", "mpmath", "numpy", "networkx", "triton", "typing_extensions", "filelock")
-_ROOT = __name__.rpartition(".compile.")[0]
 # When this process had its code: a file that changed later is not what runs here.
 _STARTED = time.time()
 # Builtins whose answer differs from call to call.
@@ -161,7 +161,7 @@ def _is_skipped(path: str, module: str) -> bool:
     """Whether it is torch's, Python's or this pack's, whose versions are in the key of the environment, or what they call."""
     if "site-packages" in path:
         return module.partition(".")[0] in ("torch", *_HELPERS)
-    return path.startswith(("<", *_SKIPPED_FOLDERS)) or f"{module}.".startswith(f"{_ROOT}.")
+    return path.startswith(("<", *_SKIPPED_FOLDERS)) or f"{module}.".startswith(f"{PACKAGE}.")
 
 
 @functools.lru_cache(4096)

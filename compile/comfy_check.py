@@ -13,6 +13,7 @@ import torch
 
 from ..int8 import comfy_core, comfy_recording
 from ..int8.comfy_ops import require_native_int8
+from ..pack import PACKAGE
 from .check import Check, check
 from .check_facts import MISSING, WARNING, Fact
 from .check_table import Sizes, kitchen_backends
@@ -87,10 +88,9 @@ def conflict_facts(own_ids: Iterable[str]) -> Iterator[Fact]:
         return
     import nodes  # ComfyUI's registry, complete once packs are loaded
 
-    pack = __name__.rpartition(".compile.")[0]
     found: dict[str, set[str]] = {}
     for node_id in own_ids & nodes.NODE_CLASS_MAPPINGS.keys():
-        if not nodes.NODE_CLASS_MAPPINGS[node_id].__module__.startswith(f"{pack}."):
+        if not nodes.NODE_CLASS_MAPPINGS[node_id].__module__.startswith(f"{PACKAGE}."):
             cls = nodes.NODE_CLASS_MAPPINGS[node_id]
             found.setdefault(getattr(cls, "RELATIVE_PYTHON_MODULE", cls.__module__), set()).add(node_id)
     for name, module in list(sys.modules.items()):

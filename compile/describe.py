@@ -21,10 +21,9 @@ from operator import is_
 
 import torch
 
+from ..pack import NAME, PACKAGE
 from .cache_call import Unsupported
 
-PACK = "int8_compile"
-_ROOT = __name__.rpartition(".compile.")[0]
 # A block's state has some hundred values. More is data, which belongs into tensors.
 MAX_VALUES = 20_000
 ABSENT = object()
@@ -415,8 +414,8 @@ def is_own(function: Callable, folder: str) -> bool:
 
 def portable(module: str) -> str:
     """A module's name, from this pack's root whatever ComfyUI calls that."""
-    return PACK + module.removeprefix(_ROOT) if module == _ROOT or module.startswith(f"{_ROOT}.") else module
+    return NAME + module.removeprefix(PACKAGE) if module == PACKAGE or module.startswith(f"{PACKAGE}.") else module
 
 
 def local(module: str) -> str:
-    return _ROOT + module.removeprefix(PACK) if module == PACK or module.startswith(f"{PACK}.") else module
+    return PACKAGE + module.removeprefix(NAME) if module == NAME or module.startswith(f"{NAME}.") else module

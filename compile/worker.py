@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+from ..pack import PACKAGE
+
 BEAT_SECONDS = 10.0
 TEMPORARY = "TMPDIR", "TEMP", "TMP"  # the variables for it of all systems
 # The server's path before anything is imported: python -c looks into the current folder first. Then this pack under the name that it has
@@ -82,9 +84,8 @@ def main(folder: str, beat_seconds: float) -> None:
     failed = ""
     if setup is not None:
         module, function, arguments = setup
-        pack = __name__.rpartition(".compile.")[0]
         try:
-            getattr(importlib.import_module(f"{pack}.{module}"), function)(*arguments)
+            getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(*arguments)
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
     while True:

@@ -5,6 +5,7 @@ import ast
 import asyncio
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -54,9 +55,29 @@ def test_icon_and_banner_are_in_the_repository_in_the_registrys_sizes():
     assert banner[0] / banner[1] == 21 / 9
 
 
+def test_an_edit_in_any_package_makes_other_cache_keys(tmp_path):
+    (tmp_path / "pack.py").write_text((REPO / "pack.py").read_text())
+    for package in ("compile", "new"):
+        (tmp_path / package / "deeper").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / "deeper" / "code.py").write_text("x = 1")
+
+    def digest():
+        return runpy.run_path(str(tmp_path / "pack.py"))["sources_digest"]()
+    before = digest()
+    assert digest() == before
+    seen = {before}
+    for change in (lambda: (tmp_path / "new" / "deeper" / "code.py").write_text("x = 2"),
+                   lambda: (tmp_path / "new" / "deeper" / "code.py").rename(tmp_path / "new" / "code.py"),
+                   lambda: (tmp_path / "compile" / "native.cpp").write_text("int x;")):
+        change()
+        seen.add(digest())
+    assert len(seen) == 4
+
+
 def test_nothing_below_imports_anything_above_it():
     """nodes -> compile -> int8 -> int8/kernels; ComfyUI is known in few files, named for it."""
-    allowed = {"int8/kernels": ("..hadamard", "..own_files"), "int8": (".", "..int8"), "compile": ("..int8",),
+    allowed = {"int8/kernels": ("..hadamard", "..own_files"), "int8": (".", "..int8"), "compile": ("..int8", "..pack"),
                "compile/modes": ("...int8", "..engine", "..options", "..patcher", "..report")}
     for path in (*(REPO / "int8").rglob("*.py"), *(REPO / "compile").rglob("*.py")):
         relative = path.relative_to(REPO)

@@ -1,6 +1,7 @@
 """Models that take turns in one server: whatever was there before, each image is its own, and what has been compiled stays compiled.
 
-INT8_COMPILE_ORDERS: how many random orders (60 take half an hour). INT8_COMPILE_ORDERS_SEED: of which seed.
+INT8_COMPILE_ORDERS: how many random orders. From 48 on some are of Z-Image, which is not small.
+INT8_COMPILE_ORDERS_SEED: of which seed.
 INT8_COMPILE_ORDERS_BACKEND: inductor, to have code generated and kept for every model; by default only for some, for time's sake.
 """
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui
 from benchmarks.tiny_models import cache_dir, make_models
-from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_prompt, wan_prompt
+from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_prompt, wan_prompt, zimage_prompt
 
 from .conftest import GPU_ATTENTION, difference, latent
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.e2e
 ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "12"))
 SEED = int(os.environ.get("INT8_COMPILE_ORDERS_SEED", "0"))
 BACKEND = os.environ.get("INT8_COMPILE_ORDERS_BACKEND", "aot_eager")
+WITH_ZIMAGE = ORDERS >= 48
 SAME = 1e-3
 # Inductor's code differs from eager in the last bits. In INT8 a rounding then goes the other way, and later ones with it: like a LoRA at a
 # strength of 1.000001, it changes up to 0.8 of the INT8 noise, of which half is shared. Other weights share nothing with eager's image but
@@ -35,8 +37,9 @@ FAMILIES = {
     "flux": lambda **inputs: flux_prompt(width=64, height=64, steps=2, **inputs),
     "wan": lambda **inputs: wan_prompt(steps=2, cfg=2.0, **inputs),
     "sd15": lambda **inputs: sd15_prompt(width=64, height=64, steps=2, **inputs),
+    "zimage": zimage_prompt,
 }
-LAST_BLOCKS = {"flux": "single_blocks.*", "wan": "blocks.3.*", "sd15": "output_blocks.*"}
+LAST_BLOCKS = {"flux": "single_blocks.*", "wan": "blocks.3.*", "sd15": "output_blocks.*", "zimage": "layers.*"}
 COMPILES = "CompileModel", "INT8LazyTorchCompile"
 
 
@@ -206,7 +209,7 @@ class Turns:
 
 @pytest.fixture(scope="module")
 def all_models(models_dir):
-    return make_models(find_comfyui(), cache_dir(), ("sd15",))
+    return make_models(find_comfyui(), cache_dir(), ("sd15", "zimage") if WITH_ZIMAGE else ("sd15",))
 
 
 def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, all_models):
@@ -214,9 +217,11 @@ def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, a
     rng = random.Random(SEED)
     with serve(extra_args=GPU_ATTENTION, env={"INT8_COMPILE_CACHE": "0"}) as server:
         turns = Turns(server)
-        flux, wan, unet = (models(family, {} if family == "wan" else None) for family in FAMILIES)
+        flux, wan, unet, zimage = (models(family, {} if family == "wan" else None) for family in FAMILIES)
         turns.alternate([*flux, *wan], ORDERS // 2, rng)
         turns.alternate(unet, max(1, ORDERS // 12), rng)
+        if WITH_ZIMAGE:
+            turns.alternate(zimage, ORDERS // 6, rng)
         turns.verify()
 
 
