@@ -4,14 +4,13 @@ Only the command trust.py, beside this pack's __init__.py, writes it; no node, s
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 
+from ..int8.own_files import make_folders, write_whole
 from .cache_store import CacheError, default_key_file
 
 NAME = "trusted_bundles.txt"
@@ -62,17 +61,8 @@ def set_trusted(digest: str, note: str = "", trust: bool = True) -> Path:
     listed.pop(digest, None)
     if trust:
         listed[digest] = "".join(c if c.isprintable() and c != "#" else "_" for c in note)[:200]
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trusted-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(_HEAD + "".join(f"{digest}  {note}".rstrip() + "\n" for digest, note in listed.items()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    make_folders(path.parent)
+    write_whole(path, (_HEAD + "".join(f"{digest}  {note}".rstrip() + "\n" for digest, note in listed.items())).encode())
     return path
 
 

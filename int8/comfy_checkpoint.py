@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8
 from .echo import echo
 from .hadamard import check_group
 from .options import Int8Options
-from .own_files import TEMPORARY, Watch, flush, move, temporary_folder
+from .own_files import writing_whole
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
 from .report import QuantizeReport, Tell, tell_nobody
@@ -74,12 +73,8 @@ def save_int8_model(patcher, path: Path, metadata: dict[str, str] | None = None)
     patcher = native_model(patcher)
     if not any(is_int8(getattr(m, "weight", None)) for m in _modules(patcher)):
         raise ValueError("Save INT8 Model: this model has no INT8 layers. Put INT8 Quantize Model before this node.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
-    with temporary_folder(path.parent) as folder:
-        comfy.sd.save_checkpoint(str(folder / path.name), patcher, metadata=metadata or {})
-        flush(folder / path.name)
-        move(folder / path.name, path, os.replace)
+    with writing_whole(path) as partial:
+        comfy.sd.save_checkpoint(str(partial), patcher, metadata=metadata or {})
 
 
 def _modules(patcher) -> Iterator[torch.nn.Module]:

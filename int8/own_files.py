@@ -241,10 +241,25 @@ def move(source: Path, target: Path, operation: Callable[[Path, Path], None] = o
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file is there whole, on the disk, or as it was. Raises OSError."""
-    with temporary_folder(path.parent) as folder:
-        partial = folder / path.name
+    """An owner-only file that is there whole, on the disk, or as it was. Raises OSError."""
+    with _partial(path) as partial:
         _write(partial, content)
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is then there whole, on the disk; or as it was after any error. Its folder is made; what killed writers
+    have left there is deleted. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
+    with _partial(path) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    with temporary_folder(path.parent) as folder:
+        yield (partial := folder / path.name)
         flush(partial)
         move(partial, path, os.replace)
     flush(path.parent)
@@ -458,6 +473,23 @@ class Watch:
                 where, pid, *_ = f"{path.name.removeprefix(TEMPORARY)}--".split("-")
                 if self.is_abandoned(path, where, pid, ABANDONED_SECONDS):
                     remove(path)
+
+
+def sweep_below(root: Path) -> None:
+    """Deletes the temporary folders of dead processes at any depth below root, in a thread: root may hold a hundred thousand images. Looks
+    again after SILENT_SECONDS at those that may be of a living one."""
+    threading.Thread(target=_sweep_below, args=(root,), name="int8-compile sweep", daemon=True).start()
+
+
+def _sweep_below(root: Path) -> None:
+    watch, left = Watch(), []
+    for folder, names, _ in os.walk(root):
+        left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
+        names[:] = [name for name in names if not name.startswith(".")]
+    watch.sweep(left)
+    if any(map(os.path.lexists, left)):
+        time.sleep(SILENT_SECONDS + 1)
+        watch.sweep(left)
 
 
 @contextlib.contextmanager

@@ -179,6 +179,14 @@ def test_long_input_is_refused_at_once_with_a_short_message(server, case):
     assert message in said and len(said) < 2000
 
 
+def test_what_a_killed_server_has_left_of_an_int8_file_is_gone_after_the_start(server):
+    """Wherever below output it was, and though nothing is saved there again."""
+    end = time.monotonic() + 10
+    while left := list((server.base_dir / "output").rglob(".int8-tmp-*")):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
 def test_afterwards_the_server_still_samples_and_has_written_nothing_elsewhere(server):
     assert samples(server)
     assert not list(server.base_dir.rglob("ran"))
