@@ -516,6 +516,16 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files at any depth, 0 where there is no folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
 def load_privately(files: Mapping[str, bytes], load: Callable[[Path], T], near: Path, lasting: bool) -> T:
     """load(folder), folder being a fresh one of this user with these checked files; it goes when load returns. In near, which nobody else
     can write to, or where that cannot be (a full or read-only disk, no code runs from it) in the system's folder for temporary files.
