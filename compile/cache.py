@@ -197,8 +197,10 @@ class CachedMethod:
             self.tier = "eager"
             return self.method(*args, **kwargs)
         try:
+            if self._jit is not self.method:
+                warmup.require_own_cache()
             result, self.tier = self._jit(*args, **kwargs), "fx"
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, CacheError) as error:
             logger.warning("compile cache: %s runs uncompiled: %s", self.method.__qualname__, str(error).partition("\n")[0])
             self._jit = self.method
             result, self.tier = self.method(*args, **kwargs), "eager"

@@ -64,13 +64,13 @@ def require_way(path: Path) -> None:
     the folders above it, those that links lead to included. A sticky folder (/tmp) keeps others' files from being replaced."""
     at, *left = Path(os.path.abspath(path)).parts[:-1]
     at, links = Path(at), 0
-    _require_folder(at)
+    require_folder(at)
     while left:
         if (part := left.pop(0)) == "..":
             at = at.parent
             continue
         at /= part
-        if _require_folder(at):
+        if require_folder(at):
             if (links := links + 1) > 40:
                 raise CacheError(f"{path} is reached by too many links")
             target = Path(os.readlink(at))
@@ -78,8 +78,8 @@ def require_way(path: Path) -> None:
             left = [*target.parts[target.is_absolute():], *left]
 
 
-def _require_folder(path: Path) -> bool:
-    """Whether it is a link."""
+def require_folder(path: Path) -> bool:
+    """Whether it is a link. Raises CacheError where others than this user and root can put other files in the place of those in it."""
     info = path.lstat()
     if _owner(path, info) not in (0, *_own_users()):
         raise CacheError(f"{path} belongs to another user, who could put other files in the place of those below it")
