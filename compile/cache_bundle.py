@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..int8.echo import echo
-from ..int8.own_files import make_folders, move
+from ..int8.own_files import is_reserved, make_folders, move
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
 
 try:
@@ -42,8 +42,7 @@ MAX_LINES = 40  # of what is shown of it
 PREFIX = ".bundle-"  # of what is being written
 YOUNG = 2.0  # seconds in which what is being written may not be locked yet
 _DEPTH = 5
-# A file name on every system: Windows drops dots at the end and has devices by these names, whatever their ending.
-_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w.+-]{0,198}\w)?", re.IGNORECASE)
+_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -218,6 +217,11 @@ def _unpack(store: CacheStore, held: Held, archive: zipfile.ZipFile):
         finish({key: value for key, value in held.body.items() if key != "files"})
 
 
+def is_name(text: str) -> bool:
+    """Whether it is one for a file on every system."""
+    return bool(_NAME.fullmatch(text)) and not is_reserved(text)
+
+
 def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
     """The files of each entry, by its path. Raises ValueError for names and sizes that no bundle has."""
     files = archive.infolist()
@@ -227,7 +231,7 @@ def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
     seen = set()
     for info in files:
         parts = info.orig_filename.split("/")
-        if len(parts) != _DEPTH or not all(map(_NAME.fullmatch, parts)) or info.orig_filename.casefold() in seen:
+        if len(parts) != _DEPTH or not all(map(is_name, parts)) or info.orig_filename.casefold() in seen:
             raise ValueError(f"it has a file named {info.orig_filename[:100]!r}")
         if info.file_size > (MAX_MANIFEST_BYTES if parts[-1] == MANIFEST else MAX_FILE_BYTES):
             raise ValueError(f"{parts[-1]} in it is too large")

@@ -10,7 +10,7 @@ import re
 import stat
 from pathlib import Path
 
-from ..int8.own_files import make_folders, write_whole
+from ..int8.own_files import is_of_others, make_folders, write_whole
 from .cache_store import CacheError, default_key_file
 
 NAME = "trusted_bundles.txt"
@@ -50,7 +50,7 @@ def trusted() -> dict[str, str]:
 def _require_safe(path: Path, info: os.stat_result) -> None:
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
         raise CacheError(f"{path} is no file")
-    if os.name == "posix" and (info.st_uid not in (os.getuid(), 0) or info.st_mode & 0o022):
+    if is_of_others(path, info):
         raise CacheError(f"{path} belongs to another user or can be written by others: chown it to the user that runs ComfyUI and "
                          "chmod go-w it")
 

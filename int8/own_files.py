@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -30,6 +31,7 @@ T = TypeVar("T")
 IS_POSIX = os.name == "posix"
 # The system, its administrators, the installer of Windows.
 _WINDOWS_ADMINISTRATORS = ("S-1-5-18", "S-1-5-32-544", "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464")
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])\s*(?:\.|$)", re.IGNORECASE)
 KEY_BYTES = 32
 TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
@@ -87,6 +89,11 @@ def require_folder(path: Path) -> bool:
         raise CacheError(f"{path} can be written by others, who could put other files in the place of those below it: chmod go-w it, or "
                          "keep the cache elsewhere (INT8_COMPILE_CACHE_DIR)")
     return stat.S_ISLNK(info.st_mode)
+
+
+def is_of_others(path: Path, info: os.stat_result) -> bool:
+    """Whether another user than this and root owns path or can write to it. info: of it."""
+    return _owner(path, info) not in (0, *_own_users()) or _others_write(info)
 
 
 def _others_write(info: os.stat_result) -> bool:
@@ -172,6 +179,28 @@ def _windows_sid(sid) -> str:
         _windows_free(text)
 
 
+def windows_has_ended(pid: int) -> bool:
+    """Whether this is known of a process."""
+    import ctypes
+    from ctypes import wintypes
+
+    synchronize, no_such_process, ended = 0x00100000, 87, 0  # SYNCHRONIZE, ERROR_INVALID_PARAMETER, WAIT_OBJECT_0
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    kernel.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
+    kernel.OpenProcess.restype = wintypes.HANDLE
+    kernel.WaitForSingleObject.argtypes = [wintypes.HANDLE, wintypes.DWORD]
+    kernel.WaitForSingleObject.restype = wintypes.DWORD
+    kernel.CloseHandle.argtypes = [wintypes.HANDLE]
+    if pid >> 32:
+        return False
+    if not (process := kernel.OpenProcess(synchronize, False, pid)):
+        return ctypes.get_last_error() == no_such_process  # otherwise it is another user's, and lives
+    try:
+        return kernel.WaitForSingleObject(process, 0) == ended  # somebody still has a handle of it
+    finally:
+        kernel.CloseHandle(process)
+
+
 def _windows_free(pointer) -> None:
     import ctypes
 
@@ -181,6 +210,11 @@ def _windows_free(pointer) -> None:
 
 
 # Folders and files
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes a file of that name for a device, or drops its end. Elsewhere too: files are carried."""
+    return bool(_RESERVED.match(name)) or name.endswith((".", " "))
 
 
 def make_folders(path: Path) -> None:
@@ -229,11 +263,16 @@ def flush(path: Path) -> None:
 
 
 def move(source: Path, target: Path, operation: Callable[[Path, Path], None] = os.rename) -> None:
-    """os.rename or os.replace, tried again for a while where Windows refuses because somebody has one of them open. Raises OSError."""
+    """os.rename or os.replace, patiently. Raises OSError."""
+    patiently(lambda: operation(source, target))
+
+
+def patiently(operation: Callable[[], T]) -> T:
+    """operation(), tried again for a while where Windows refuses because somebody has the file open. Raises OSError."""
     end = time.monotonic() + RENAME_SECONDS
     while True:
         try:
-            return operation(source, target)
+            return operation()
         except PermissionError:
             if IS_POSIX or time.monotonic() > end:
                 raise
@@ -432,8 +471,10 @@ def here() -> str:
 
 def has_ended(where: str, pid: str) -> bool:
     """Whether this is known of a process. A process id is used again, so that it is there says nothing."""
-    if where != here() or not pid.isdecimal() or not IS_POSIX:  # on Windows os.kill(pid, 0) would end it
+    if where != here() or not pid.isdecimal():
         return False
+    if not IS_POSIX:  # os.kill(pid, 0) would end it there
+        return windows_has_ended(int(pid))
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -15,7 +15,7 @@ from ..compile.cache_bundle import Bundle, load_bundle, read_bundle, save_bundle
 from ..compile.cache_store import CacheStore, default_key_file
 from ..int8.echo import echo
 from ..int8.kernels.native import cache_folder
-from ..int8.own_files import folder_size
+from ..int8.own_files import folder_size, is_reserved
 
 _FILE_NAME = re.compile(r"\w[\w .+%()-]{0,149}")
 
@@ -53,7 +53,7 @@ class SaveCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
-        if not _FILE_NAME.fullmatch(filename_prefix):
+        if not _FILE_NAME.fullmatch(filename_prefix) or is_reserved(f"{filename_prefix}_00001_.zip"):
             raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
                              "most.")
         _wait_for_builder()
@@ -175,7 +175,7 @@ def _entries_of(model, store: CacheStore) -> list[Path]:
 
 def _path_of(bundle: str) -> Path:
     folder = comfy_cache.bundles()
-    if not _FILE_NAME.fullmatch(bundle):
+    if not _FILE_NAME.fullmatch(bundle) or is_reserved(bundle):
         raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
                          "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():
