@@ -99,7 +99,7 @@ class LoadCompileCache(io.ComfyNode):
             _require_trust(found, trust.strip().lower())
             added, present = load_bundle(comfy_cache.open_store(), found)
         text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
-        if any(held.label("torch") != torch.__version__ for held in found.held):
+        if any(held.labels[-1] != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -210,7 +210,7 @@ def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
     output = run("SaveCompileCache", model=compiled, filename_prefix="flux")
     held = read_bundle(Path(output.args[0])).held
     (report,) = patcher.reports(compiled)
-    assert {item.label("name") for item in held} == {name for name, _ in report.regions}
+    assert {item.labels[0] for item in held} == {name for name, _ in report.regions}
     assert not {"aaaaaaaaaaaa", "cccccccccccc", "dddddddddddd"} & {item.name for item in held}
     sample(compiled)  # loads what was built
     assert report.artefacts
