@@ -66,7 +66,7 @@ def _report_id_clashes(registry: dict) -> None:
 def _warm_up(json_data: dict) -> dict:
     """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads. Not where there are artefacts, which
     need no compiler; the node finds out if they are of another model."""
-    prompt = json_data.get("prompt")
+    prompt = json_data.get("prompt") if isinstance(json_data, dict) else None  # of anybody, and core has not looked at it yet
     nodes = prompt.values() if isinstance(prompt, dict) else ()
     cache = get_cache()
     if ((cache is None or not cache.store.has())
