@@ -37,6 +37,7 @@ TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
 SILENT_SECONDS = 45.0  # without one it is taken for dead
 ABANDONED_SECONDS = 1800.0  # a temporary folder that is older by the clock; clocks of two hosts may differ
+MAX_DEPTH = 100  # of folders that are swept: more than a file's name here can have, and less than Python's os.walk can go
 RENAME_SECONDS = 2.0  # Windows renames nothing that somebody reads at this moment: a virus scanner, another server
 
 
@@ -526,7 +527,8 @@ def _sweep_below(root: Path) -> None:
     watch, left = Watch(), []
     for folder, names, _ in os.walk(root):
         left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
-        names[:] = [name for name in names if not name.startswith(".")]
+        is_deep = len(Path(folder).parts) - len(root.parts) >= MAX_DEPTH
+        names[:] = [name for name in names if not name.startswith(".") and not is_deep]
     watch.sweep(left)
     if any(map(os.path.lexists, left)):
         time.sleep(SILENT_SECONDS + 1)

@@ -246,6 +246,7 @@ def test_what_a_loaded_library_still_needs_stays_while_it_lives(home):
 def short(monkeypatch):
     monkeypatch.setattr(own_files, "SILENT_SECONDS", 0.6)
     monkeypatch.setattr(own_files, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(own_files, "_HEART", own_files._Heart())  # one that an earlier test has started sleeps for ten seconds
 
 
 def is_taken_over(store: CacheStore, seconds: float) -> bool:
@@ -302,6 +303,22 @@ def test_a_folder_that_another_host_is_filling_stays_while_it_is_touched(home, s
         store.evict()
         time.sleep(0.1)
     assert not folder.exists()
+
+
+def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_be(home):
+    """Any client may make them in the output folder, by uploads."""
+    at = home
+    for _ in range(1200):
+        at.mkdir(exist_ok=True)
+        os.chdir(at)
+        at = Path("a")
+    os.chdir(Path(__file__).parent)
+    left = home / "a" / f"{own_files.TEMPORARY}11111111-1-x"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    own_files._sweep_below(home)
+    assert not left.exists()
+    subprocess.run(["rm", "-rf", str(home / "a")], check=True)
 
 
 def test_what_another_process_is_writing_below_a_folder_stays_and_goes_when_it_is_silent(home, short):
