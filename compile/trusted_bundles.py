@@ -10,7 +10,7 @@ import re
 import stat
 from pathlib import Path
 
-from ..int8.own_files import is_of_others, make_folders, write_whole
+from ..int8.own_files import is_of_others, make_folders, require_way, write_whole
 from .cache_store import CacheError, default_key_file
 
 NAME = "trusted_bundles.txt"
@@ -42,6 +42,7 @@ def trusted() -> dict[str, str]:
     with os.fdopen(handle, "rb") as file:
         _require_safe(path, os.fstat(file.fileno()))
         _require_safe(path.parent, path.parent.stat())
+        require_way(path)
         text = file.read(MAX_BYTES).decode("utf-8", errors="replace")
     lines = (line.partition("#")[0].split(maxsplit=1) or [""] for line in text.splitlines())
     return {line[0]: " ".join(line[1:]).strip() for line in lines if is_digest(line[0])}

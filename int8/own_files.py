@@ -518,13 +518,13 @@ class Watch:
 
 
 def sweep_below(root: Path) -> None:
-    """Deletes the temporary folders of dead processes at any depth below root, in a thread: root may hold a hundred thousand images. Looks
-    again after SILENT_SECONDS at those that may be of a living one."""
+    """Deletes the temporary folders of dead processes at any depth below root, and in the system's folder for such, in a thread: root may
+    hold a hundred thousand images. Looks again after SILENT_SECONDS at those that may be of a living one."""
     threading.Thread(target=_sweep_below, args=(root,), name="int8-compile sweep", daemon=True).start()
 
 
 def _sweep_below(root: Path) -> None:
-    watch, left = Watch(), []
+    watch, left = Watch(), [*Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")]  # see load_privately
     for folder, names, _ in os.walk(root):
         left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
         is_deep = len(Path(folder).parts) - len(root.parts) >= MAX_DEPTH

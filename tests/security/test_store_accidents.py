@@ -321,6 +321,17 @@ def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_
     subprocess.run(["rm", "-rf", str(home / "a")], check=True)
 
 
+def test_what_was_loaded_from_the_systems_folder_by_a_killed_process_is_swept(home, monkeypatch):
+    """As where the cache's disk was full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp"))
+    for name in (f"{own_files.TEMPORARY}11111111-1-x", "tmpabc"):
+        (home / "tmp" / name).mkdir(parents=True)
+        os.utime(home / "tmp" / name, (0, 0))
+    (home / "output").mkdir()
+    own_files._sweep_below(home / "output")
+    assert [path.name for path in (home / "tmp").iterdir()] == ["tmpabc"]
+
+
 def test_what_another_process_is_writing_below_a_folder_stays_and_goes_when_it_is_silent(home, short):
     living, dead = (home / "a" / "b" / f"{own_files.TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
     for folder in (living, dead):
