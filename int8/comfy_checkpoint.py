@@ -35,6 +35,7 @@ QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.ut
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
+MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
 MAX_ENTRY_BYTES = 4096  # of a layer's comfy_quant, which has about 100
 # Endings of keys by which other quantized formats are known.
 FOREIGN = {
@@ -88,11 +89,13 @@ class _Checkpoint(Mapping):
     def __init__(self, path: str):
         self.path = path
         try:
-            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
-                self.metadata = file.metadata() or {}
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
+                if size > MAX_HEADER_BYTES:
+                    raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
                 header = json.loads(file.read(size))
+            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
+                self.metadata = file.metadata() or {}
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({echo(str(error))}). "
                              "Download it again.") from error

@@ -174,6 +174,15 @@ def test_nor_where_the_stock_loader_has_read_the_file(comfy, models_dir, tmp_pat
         adopt_native_layers(patcher, "auto")
 
 
+def test_a_header_that_no_model_has_is_refused_unread(load_int8, tmp_path):
+    header = json.dumps({f"layer{number}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(500_000)})
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    started = time.thread_time()
+    damaged(load_int8, path)
+    assert time.thread_time() - started < 0.1
+
+
 # What kernels take the address of
 
 LAYER = "double_blocks.0.img_mlp.0"
