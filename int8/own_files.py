@@ -37,6 +37,7 @@ TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
 SILENT_SECONDS = 45.0  # without one it is taken for dead
 ABANDONED_SECONDS = 1800.0  # a temporary folder that is older by the clock; clocks of two hosts may differ
+FIRST_PERSON = 1000  # user id; those below are of services (useradd's UID_MIN)
 MAX_DEPTH = 100  # of folders that are swept: more than a file's name here can have, and less than Python's os.walk can go
 RENAME_SECONDS = 2.0  # Windows renames nothing that somebody reads at this moment: a virus scanner, another server
 
@@ -112,7 +113,10 @@ def _is_private_group(info: os.stat_result) -> bool:
         user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(info.st_gid)
     except KeyError:
         return False
-    return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    # A group does not list those whose first group it is.
+    return (group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+            and not any(other.pw_gid == group.gr_gid and other.pw_uid >= FIRST_PERSON and other.pw_uid != user.pw_uid
+                        for other in pwd.getpwall()))
 
 
 def _owner(path: Path, info: os.stat_result) -> int | str:

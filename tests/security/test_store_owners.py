@@ -4,10 +4,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import getpass
-import grp  # noqa: F401 (before this process is a user who cannot read Python's folder)
+import grp  # before this process is a user who cannot read Python's folder
 import os
 import pickle
-import pwd  # noqa: F401
+import pwd
 import shutil
 import signal
 import subprocess
@@ -128,6 +128,26 @@ def test_a_sticky_folder_and_ones_of_root_are_fine(home):
     home.chmod(0o1777)
     as_user(OURS, put, home)
     assert as_user(OURS, loaded, home) == [b"ours"]
+
+
+@pytest.mark.parametrize("first, member, good", [(4321, None, True), (60003, None, False), (4321, "other", False)],
+                         ids=["its own", "another's first group too", "with a member"])
+def test_a_folder_that_a_group_may_write_to_is_fine_if_nobody_else_is_in_it(home, monkeypatch, first, member, good):
+    """With umask 002, as Debian and Fedora have it: the group of the user's own name."""
+    users = [pwd.struct_passwd((name, "x", user, group, "", "/", "/bin/sh"))
+             for name, user, group in (("me", OURS, 60003), ("other", 4321, first), ("sync", 5, 60003))]
+    group = grp.struct_group(("me", "x", 60003, [member] if member else []))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: users[0])
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
+    os.chown(home, OURS, 60003)
+    home.chmod(0o775)
+    if good:
+        as_user(OURS, put, home)
+        assert as_user(OURS, loaded, home) == [b"ours"]
+    else:
+        with pytest.raises(CacheError, match="who could put other files"):
+            as_user(OURS, put, home)
 
 
 def test_a_link_on_the_way_is_followed_and_what_it_leads_through_is_looked_at(home):
