@@ -532,7 +532,7 @@ def _sweep_below(root: Path) -> None:
     for folder, names, _ in os.walk(root):
         left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
         is_deep = len(Path(folder).parts) - len(root.parts) >= MAX_DEPTH
-        names[:] = [name for name in names if not name.startswith(".") and not is_deep]
+        names[:] = [name for name in names if not name.startswith(TEMPORARY) and not is_deep]
     watch.sweep(left)
     if any(map(os.path.lexists, left)):
         time.sleep(SILENT_SECONDS + 1)

@@ -333,10 +333,10 @@ def test_what_was_loaded_from_the_systems_folder_by_a_killed_process_is_swept(ho
 
 
 def test_what_another_process_is_writing_below_a_folder_stays_and_goes_when_it_is_silent(home, short):
-    living, dead = (home / "a" / "b" / f"{own_files.TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
+    living, dead = (home / "a" / ".b" / f"{own_files.TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
     for folder in (living, dead):
         folder.mkdir(parents=True)
-    (home / "a" / "b" / f"{own_files.TEMPORARY}link").symlink_to(home)
+    (home / "a" / ".b" / f"{own_files.TEMPORARY}link").symlink_to(home)
     with own_files.held(living):
         own_files._sweep_below(home)
         assert living.exists() and not dead.exists() and home.exists()
