@@ -253,7 +253,7 @@ def inductor_folder(otherwise: Path) -> Path:
     folder = cache_folder() / "inductor"
     try:
         own_files.make_folder(folder)
-        if sum(path.lstat().st_size for path in folder.rglob("*")) > INDUCTOR_LIMIT:
+        if own_files.folder_size(folder) > INDUCTOR_LIMIT:
             own_files.remove(folder)
             own_files.make_folder(folder)
     except (CacheError, OSError):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..int8.kernels.native import cache_folder
+from ..int8.own_files import is_reserved
 from . import cache_key, warmup
 from .aoti import FILES, READABLE, Artefact, build, varying
 from .artefacts import MAX_SIGNATURES, job_of
@@ -137,7 +138,8 @@ class CachedMethod:
         tier = "aoti" if "aoti" in self._tiers else "aot"
         structure = [structure_of(module), repr(self._dynamic), sorted(map(str, self._decompositions))]
         group = cache_key.group(type(module).__name__, bool(self._dynamic), tier, structure, self._config, _device(call), {})
-        return f"{group}/{self._ranks() or 'single'}/{self.method.__name__}"
+        name = self.method.__name__  # aux is a good one in Python
+        return f"{group}/{self._ranks() or 'single'}/{name}{'_' * is_reserved(name)}"
 
     def _add(self, place: str, entry, call: Call) -> _Method | None:
         try:
@@ -197,8 +199,10 @@ class CachedMethod:
             self.tier = "eager"
             return self.method(*args, **kwargs)
         try:
+            if self._jit is not self.method:
+                warmup.require_own_cache()
             result, self.tier = self._jit(*args, **kwargs), "fx"
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, CacheError) as error:
             logger.warning("compile cache: %s runs uncompiled: %s", self.method.__qualname__, str(error).partition("\n")[0])
             self._jit = self.method
             result, self.tier = self.method(*args, **kwargs), "eager"

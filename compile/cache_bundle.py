@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..int8.echo import echo
-from ..int8.own_files import make_folders, move
+from ..int8.own_files import is_reserved, make_folders, move
 from .cache_store import MANIFEST, CacheError, CacheStore, canonical
 
 try:
@@ -35,31 +35,28 @@ except ImportError:  # Windows, which does not delete a file that is open
 MIB = 1 << 20
 MAX_BYTES = 4096 * MIB  # of a bundle, packed and unpacked
 MAX_FILE_BYTES = 1024 * MIB
-MAX_MANIFEST_BYTES = 16 * MIB
+MAX_MANIFEST_BYTES = MIB  # they have 10 kB
 MAX_ENTRIES = 4096
 MAX_FILES = 16  # of an entry, its manifest included
 MAX_LINES = 40  # of what is shown of it
 PREFIX = ".bundle-"  # of what is being written
 YOUNG = 2.0  # seconds in which what is being written may not be locked yet
+LABELS = "name", "device", "torch"  # of a manifest, for a person
 _DEPTH = 5
-# A file name on every system: Windows drops dots at the end and has devices by these names, whatever their ending.
-_NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w.+-]{0,198}\w)?", re.IGNORECASE)
+_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class Held:
-    """An entry in a bundle. place: "group/distribution/method". body: its manifest's. size: bytes of its files."""
+    """An entry in a bundle. place: "group/distribution/method". labels: what its manifest says of name, device and torch. size: bytes of
+    its files. The manifest itself is read again when it is unpacked: as Python has it, it may take twenty times its size."""
 
     place: str
     name: str
-    body: dict
+    labels: tuple[str, str, str]
     size: int
-
-    def label(self, key: str) -> str:
-        """What its manifest says: of name, device, torch."""
-        return self.body.get(key, "unknown")
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,8 @@ class Bundle:
         counts: Counter = Counter()
         sizes: Counter = Counter()
         for held in self.held:
-            kind = tuple(map(held.label, ("name", "device", "torch")))
-            counts[kind] += 1
-            sizes[kind] += held.size
+            counts[held.labels] += 1
+            sizes[held.labels] += held.size
         lines = [f"{name} for {device}, torch {torch}: {counts[name, device, torch]} compiled, "
                  f"{sizes[name, device, torch] / 1e6:.1f} MB" for name, device, torch in sorted(counts)]
         more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
@@ -209,13 +205,20 @@ def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
 
 
 def _unpack(store: CacheStore, held: Held, archive: zipfile.ZipFile):
+    prefix = f"{held.place}/{held.name}/"
+    body = json.loads(archive.read(prefix + MANIFEST))["body"]  # checked, and of a copy that is ours
     with store.writing(held.place, held.name) as (folder, finish):
-        for name, digest in held.body["files"].items():
-            content = archive.read(f"{held.place}/{held.name}/{name}")
+        for name, digest in body["files"].items():
+            content = archive.read(prefix + name)
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"{name} was changed after it was checked")
             (folder / name).write_bytes(content)
-        finish({key: value for key, value in held.body.items() if key != "files"})
+        finish({key: value for key, value in body.items() if key != "files"})
+
+
+def is_name(text: str) -> bool:
+    """Whether it is one for a file on every system."""
+    return bool(_NAME.fullmatch(text)) and not is_reserved(text)
 
 
 def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
@@ -227,8 +230,10 @@ def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
     seen = set()
     for info in files:
         parts = info.orig_filename.split("/")
-        if len(parts) != _DEPTH or not all(map(_NAME.fullmatch, parts)) or info.orig_filename.casefold() in seen:
+        if len(parts) != _DEPTH or not all(map(is_name, parts)) or info.orig_filename.casefold() in seen:
             raise ValueError(f"it has a file named {info.orig_filename[:100]!r}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others ask for as much memory as they like
+            raise ValueError(f"{parts[-1]} in it is packed in another way than Save Compile Cache does")
         if info.file_size > (MAX_MANIFEST_BYTES if parts[-1] == MANIFEST else MAX_FILE_BYTES):
             raise ValueError(f"{parts[-1]} in it is too large")
         seen.add(info.orig_filename.casefold())
@@ -248,8 +253,9 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     digests = body.get("files") if isinstance(body, dict) else None
     if not isinstance(digests, dict) or set(digests) != set(files) - {MANIFEST}:
         raise ValueError(f"{name} has other files than its {MANIFEST} says")
-    for key in ("name", "device", "torch"):
-        if not (isinstance(label := body.get(key, "unknown"), str) and _LABEL.fullmatch(label)):
+    labels = tuple(body.get(key, "unknown") for key in LABELS)
+    for key, label in zip(LABELS, labels):
+        if not (isinstance(label, str) and _LABEL.fullmatch(label)):
             raise ValueError(f"the {key} of {name} is no {key}")
     size = len(manifest)  # as read: a zip may say more
     for file, digest in digests.items():
@@ -257,7 +263,7 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
             if _digest_of(stream) != digest:
                 raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
             size += stream.tell()
-    return Held(place, name, body, size)
+    return Held(place, name, labels, size)
 
 
 def _digest_of(file: BinaryIO) -> str:

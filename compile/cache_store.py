@@ -217,7 +217,7 @@ class CacheStore:
         if self._is_stale(path):
             _remove_lock(path)
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            handle = own_files.patiently(lambda: os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             yield False
             return
@@ -230,7 +230,7 @@ class CacheStore:
         finally:
             with contextlib.suppress(OSError):
                 if path.read_text() in (mark, ""):  # else it was taken over
-                    path.unlink()
+                    own_files.patiently(path.unlink)
 
     def try_build(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> bool:
         """Makes an entry with build(folder) -> body, unless it is there and not to be replaced. False: another process is at it."""
@@ -274,8 +274,9 @@ class CacheStore:
         return sum(_size(folder) for folder in self.all())
 
     def delete(self, folder: Path) -> None:
-        """An entry, at once for readers, and for whoever ends this process meanwhile."""
-        own_files.remove(_put_aside(folder))
+        """An entry, at once for readers, and for whoever ends this process meanwhile. Not where Windows refuses: somebody reads it."""
+        if (aside := _put_aside(folder)) != folder:
+            own_files.remove(aside)
 
     def clear(self) -> tuple[int, int]:
         """(entries, bytes) that were deleted. What is being built stays."""

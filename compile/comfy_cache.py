@@ -19,10 +19,11 @@ import torch
 
 from ..int8.echo import echo
 from ..int8.kernels.user_folder import is_kept
+from ..int8.own_files import make_folder
 from .artefacts import Cache
 from .builder import Builder
 from .cache_bundle import sweep
-from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file, require_own
+from .cache_store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +146,7 @@ def bundles() -> Path:
     """The folder of what Save Compile Cache writes and Load Compile Cache reads, beside the cache. Raises CacheError, OSError."""
     path = folder() / "bundles"
     require_apart(path)
-    for level in (path.parent, path):
-        level.mkdir(parents=True, exist_ok=True, mode=0o700)
-    require_own(path)
+    make_folder(path)
     sweep(path)
     return path
 

@@ -259,9 +259,10 @@ class CompileScope:
         return self._counters is not None
 
     def open(self) -> None:
-        """Raises Interrupted."""
+        """Raises Interrupted; CacheError where others can write what torch would load."""
         warmup.start(self._device_type)
         warmup.wait(self._interrupted)
+        warmup.require_own_cache()
         if self._options.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self._counters = Counters()

@@ -4,14 +4,13 @@ Only the command trust.py, beside this pack's __init__.py, writes it; no node, s
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 
+from ..int8.own_files import is_of_others, make_folders, require_way, write_whole
 from .cache_store import CacheError, default_key_file
 
 NAME = "trusted_bundles.txt"
@@ -43,6 +42,7 @@ def trusted() -> dict[str, str]:
     with os.fdopen(handle, "rb") as file:
         _require_safe(path, os.fstat(file.fileno()))
         _require_safe(path.parent, path.parent.stat())
+        require_way(path)
         text = file.read(MAX_BYTES).decode("utf-8", errors="replace")
     lines = (line.partition("#")[0].split(maxsplit=1) or [""] for line in text.splitlines())
     return {line[0]: " ".join(line[1:]).strip() for line in lines if is_digest(line[0])}
@@ -51,7 +51,7 @@ def trusted() -> dict[str, str]:
 def _require_safe(path: Path, info: os.stat_result) -> None:
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
         raise CacheError(f"{path} is no file")
-    if os.name == "posix" and (info.st_uid not in (os.getuid(), 0) or info.st_mode & 0o022):
+    if is_of_others(path, info):
         raise CacheError(f"{path} belongs to another user or can be written by others: chown it to the user that runs ComfyUI and "
                          "chmod go-w it")
 
@@ -62,17 +62,8 @@ def set_trusted(digest: str, note: str = "", trust: bool = True) -> Path:
     listed.pop(digest, None)
     if trust:
         listed[digest] = "".join(c if c.isprintable() and c != "#" else "_" for c in note)[:200]
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trusted-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(_HEAD + "".join(f"{digest}  {note}".rstrip() + "\n" for digest, note in listed.items()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    make_folders(path.parent)
+    write_whole(path, (_HEAD + "".join(f"{digest}  {note}".rstrip() + "\n" for digest, note in listed.items())).encode())
     return path
 
 

@@ -6,10 +6,13 @@ import logging
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
 
+from ..int8 import own_files
+from ..int8.own_files import CacheError
 from .interrupt import INTERVAL, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -54,13 +57,31 @@ def _run(device_type: str, ready: threading.Event):
 
 
 def prepare(device_type: str) -> None:
-    """The imports and, on a CPU, the probe."""
+    """The imports and, on a CPU, the probe. Raises CacheError as require_own_cache."""
+    require_own_cache()
     import torch._inductor.compile_fx
 
     if device_type == "cpu":
         _probe_vector_instructions()
     else:
         import torch._inductor.runtime.triton_heuristics  # noqa: F401
+
+
+def require_own_cache() -> None:
+    """Makes the folder in which torch keeps its headers, and what it compiles and loads: for this user only, whatever the umask. Raises
+    CacheError where it is another user's, as anybody can make it in /tmp before this one does."""
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    folder = Path(default_cache_dir())
+    own_files.make_folders(folder)
+    if not own_files.IS_POSIX:  # Windows has such a folder for each user
+        return
+    try:
+        own_files.require_folder(folder)
+        own_files.require_folder(folder.resolve())
+    except CacheError:
+        raise CacheError(f"{folder}, where torch keeps compiled code, belongs to another user or can be written by others: delete it, or "
+                         "set TMPDIR to a folder of your own") from None
 
 
 def _probe_vector_instructions():

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from .comfy_ops import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8
 from .echo import echo
 from .hadamard import check_group
 from .options import Int8Options
-from .own_files import TEMPORARY, Watch, flush, move, temporary_folder
+from .own_files import writing_whole
 from .plan import LayerPlan
 from .quantize import drop_kept, eligible_linears, quantize_weight
 from .report import QuantizeReport, Tell, tell_nobody
@@ -36,6 +35,7 @@ QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.ut
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
+MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
 MAX_ENTRY_BYTES = 4096  # of a layer's comfy_quant, which has about 100
 # Endings of keys by which other quantized formats are known.
 FOREIGN = {
@@ -74,12 +74,8 @@ def save_int8_model(patcher, path: Path, metadata: dict[str, str] | None = None)
     patcher = native_model(patcher)
     if not any(is_int8(getattr(m, "weight", None)) for m in _modules(patcher)):
         raise ValueError("Save INT8 Model: this model has no INT8 layers. Put INT8 Quantize Model before this node.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
-    with temporary_folder(path.parent) as folder:
-        comfy.sd.save_checkpoint(str(folder / path.name), patcher, metadata=metadata or {})
-        flush(folder / path.name)
-        move(folder / path.name, path, os.replace)
+    with writing_whole(path) as partial:
+        comfy.sd.save_checkpoint(str(partial), patcher, metadata=metadata or {})
 
 
 def _modules(patcher) -> Iterator[torch.nn.Module]:
@@ -93,11 +89,13 @@ class _Checkpoint(Mapping):
     def __init__(self, path: str):
         self.path = path
         try:
-            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
-                self.metadata = file.metadata() or {}
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
+                if size > MAX_HEADER_BYTES:
+                    raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
                 header = json.loads(file.read(size))
+            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
+                self.metadata = file.metadata() or {}
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({echo(str(error))}). "
                              "Download it again.") from error

@@ -450,9 +450,17 @@ def native_layers(patcher) -> list[str]:
     return [n for n, layer in _current_layers(patcher).items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
 
 
-def _check_rotation(name: str, layer: torch.nn.Module):
-    """What core's loader takes over from a file unseen."""
-    params = layer.weight._params
+def _check_layer(name: str, layer: torch.nn.Module):
+    """What core's loader takes over from a file unseen, and kernels would read past the end of."""
+    params, shape = layer.weight._params, (layer.out_features, layer.in_features)
+    found, scale, bias = layer.weight._qdata, params.scale, layer.bias
+    if found.dtype != torch.int8 or tuple(found.shape) != shape:
+        raise ValueError(f"INT8 Quantize Model: layer '{echo(name)}' has a weight of {echo(list(found.shape))} ({found.dtype}), not int8 "
+                         f"of {list(shape)}. The file is damaged.")
+    for what, tensor, sizes in (("weight_scale", scale, (1, shape[0])), ("bias", bias, shape[:1])):
+        if tensor is not None and not (tensor.is_floating_point() and tensor.numel() in sizes):
+            raise ValueError(f"INT8 Quantize Model: layer '{echo(name)}' has a {what} of {echo(list(tensor.shape))} ({tensor.dtype}), "
+                             f"which is none of {shape[0]} rows. The file is damaged.")
     if params.convrot:
         try:
             check_group(params.convrot_groupsize)
@@ -484,7 +492,7 @@ def adopt_native_layers(patcher, kernel: str):
         layer = patcher.get_model_object(PREFIX + name)
         if not _is_core_linear(layer):
             continue
-        _check_rotation(name, layer)
+        _check_layer(name, layer)
         ours = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -30,11 +31,14 @@ T = TypeVar("T")
 IS_POSIX = os.name == "posix"
 # The system, its administrators, the installer of Windows.
 _WINDOWS_ADMINISTRATORS = ("S-1-5-18", "S-1-5-32-544", "S-1-5-80-956008885-3418522649-1831038044-1853292631-2271478464")
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])\s*(?:\.|$)", re.IGNORECASE)
 KEY_BYTES = 32
 TEMPORARY = ".int8-tmp-"  # begins the name of what its writer deletes
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
 SILENT_SECONDS = 45.0  # without one it is taken for dead
 ABANDONED_SECONDS = 1800.0  # a temporary folder that is older by the clock; clocks of two hosts may differ
+FIRST_PERSON = 1000  # user id; those below are of services (useradd's UID_MIN)
+MAX_DEPTH = 100  # of folders that are swept: more than a file's name here can have, and less than Python's os.walk can go
 RENAME_SECONDS = 2.0  # Windows renames nothing that somebody reads at this moment: a virus scanner, another server
 
 
@@ -64,13 +68,13 @@ def require_way(path: Path) -> None:
     the folders above it, those that links lead to included. A sticky folder (/tmp) keeps others' files from being replaced."""
     at, *left = Path(os.path.abspath(path)).parts[:-1]
     at, links = Path(at), 0
-    _require_folder(at)
+    require_folder(at)
     while left:
         if (part := left.pop(0)) == "..":
             at = at.parent
             continue
         at /= part
-        if _require_folder(at):
+        if require_folder(at):
             if (links := links + 1) > 40:
                 raise CacheError(f"{path} is reached by too many links")
             target = Path(os.readlink(at))
@@ -78,8 +82,8 @@ def require_way(path: Path) -> None:
             left = [*target.parts[target.is_absolute():], *left]
 
 
-def _require_folder(path: Path) -> bool:
-    """Whether it is a link."""
+def require_folder(path: Path) -> bool:
+    """Whether it is a link. Raises CacheError where others than this user and root can put other files in the place of those in it."""
     info = path.lstat()
     if _owner(path, info) not in (0, *_own_users()):
         raise CacheError(f"{path} belongs to another user, who could put other files in the place of those below it")
@@ -87,6 +91,11 @@ def _require_folder(path: Path) -> bool:
         raise CacheError(f"{path} can be written by others, who could put other files in the place of those below it: chmod go-w it, or "
                          "keep the cache elsewhere (INT8_COMPILE_CACHE_DIR)")
     return stat.S_ISLNK(info.st_mode)
+
+
+def is_of_others(path: Path, info: os.stat_result) -> bool:
+    """Whether another user than this and root owns path or can write to it. info: of it."""
+    return _owner(path, info) not in (0, *_own_users()) or _others_write(info)
 
 
 def _others_write(info: os.stat_result) -> bool:
@@ -104,7 +113,10 @@ def _is_private_group(info: os.stat_result) -> bool:
         user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(info.st_gid)
     except KeyError:
         return False
-    return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    # A group does not list those whose first group it is.
+    return (group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+            and not any(other.pw_gid == group.gr_gid and other.pw_uid >= FIRST_PERSON and other.pw_uid != user.pw_uid
+                        for other in pwd.getpwall()))
 
 
 def _owner(path: Path, info: os.stat_result) -> int | str:
@@ -172,6 +184,28 @@ def _windows_sid(sid) -> str:
         _windows_free(text)
 
 
+def windows_has_ended(pid: int) -> bool:
+    """Whether this is known of a process."""
+    import ctypes
+    from ctypes import wintypes
+
+    synchronize, no_such_process, ended = 0x00100000, 87, 0  # SYNCHRONIZE, ERROR_INVALID_PARAMETER, WAIT_OBJECT_0
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+    kernel.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
+    kernel.OpenProcess.restype = wintypes.HANDLE
+    kernel.WaitForSingleObject.argtypes = [wintypes.HANDLE, wintypes.DWORD]
+    kernel.WaitForSingleObject.restype = wintypes.DWORD
+    kernel.CloseHandle.argtypes = [wintypes.HANDLE]
+    if pid >> 32:
+        return False
+    if not (process := kernel.OpenProcess(synchronize, False, pid)):
+        return ctypes.get_last_error() == no_such_process  # otherwise it is another user's, and lives
+    try:
+        return kernel.WaitForSingleObject(process, 0) == ended  # somebody still has a handle of it
+    finally:
+        kernel.CloseHandle(process)
+
+
 def _windows_free(pointer) -> None:
     import ctypes
 
@@ -181,6 +215,11 @@ def _windows_free(pointer) -> None:
 
 
 # Folders and files
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes a file of that name for a device, or drops its end. Elsewhere too: files are carried."""
+    return bool(_RESERVED.match(name)) or name.endswith((".", " "))
 
 
 def make_folders(path: Path) -> None:
@@ -229,11 +268,16 @@ def flush(path: Path) -> None:
 
 
 def move(source: Path, target: Path, operation: Callable[[Path, Path], None] = os.rename) -> None:
-    """os.rename or os.replace, tried again for a while where Windows refuses because somebody has one of them open. Raises OSError."""
+    """os.rename or os.replace, patiently. Raises OSError."""
+    patiently(lambda: operation(source, target))
+
+
+def patiently(operation: Callable[[], T]) -> T:
+    """operation(), tried again for a while where Windows refuses because somebody has the file open. Raises OSError."""
     end = time.monotonic() + RENAME_SECONDS
     while True:
         try:
-            return operation(source, target)
+            return operation()
         except PermissionError:
             if IS_POSIX or time.monotonic() > end:
                 raise
@@ -241,10 +285,25 @@ def move(source: Path, target: Path, operation: Callable[[Path, Path], None] = o
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file is there whole, on the disk, or as it was. Raises OSError."""
-    with temporary_folder(path.parent) as folder:
-        partial = folder / path.name
+    """An owner-only file that is there whole, on the disk, or as it was. Raises OSError."""
+    with _partial(path) as partial:
         _write(partial, content)
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is then there whole, on the disk; or as it was after any error. Its folder is made; what killed writers
+    have left there is deleted. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
+    with _partial(path) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    with temporary_folder(path.parent) as folder:
+        yield (partial := folder / path.name)
         flush(partial)
         move(partial, path, os.replace)
     flush(path.parent)
@@ -417,8 +476,10 @@ def here() -> str:
 
 def has_ended(where: str, pid: str) -> bool:
     """Whether this is known of a process. A process id is used again, so that it is there says nothing."""
-    if where != here() or not pid.isdecimal() or not IS_POSIX:  # on Windows os.kill(pid, 0) would end it
+    if where != here() or not pid.isdecimal():
         return False
+    if not IS_POSIX:  # os.kill(pid, 0) would end it there
+        return windows_has_ended(int(pid))
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -460,6 +521,24 @@ class Watch:
                     remove(path)
 
 
+def sweep_below(root: Path) -> None:
+    """Deletes the temporary folders of dead processes at any depth below root, and in the system's folder for such, in a thread: root may
+    hold a hundred thousand images. Looks again after SILENT_SECONDS at those that may be of a living one."""
+    threading.Thread(target=_sweep_below, args=(root,), name="int8-compile sweep", daemon=True).start()
+
+
+def _sweep_below(root: Path) -> None:
+    watch, left = Watch(), [*Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")]  # see load_privately
+    for folder, names, _ in os.walk(root):
+        left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
+        is_deep = len(Path(folder).parts) - len(root.parts) >= MAX_DEPTH
+        names[:] = [name for name in names if not name.startswith(TEMPORARY) and not is_deep]
+    watch.sweep(left)
+    if any(map(os.path.lexists, left)):
+        time.sleep(SILENT_SECONDS + 1)
+        watch.sweep(left)
+
+
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A fresh folder of this user that is deleted at the end, by a later Watch.sweep of parent if this process is killed."""
@@ -482,6 +561,16 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files at any depth, 0 where there is no folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def load_privately(files: Mapping[str, bytes], load: Callable[[Path], T], near: Path, lasting: bool) -> T:

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import comfy.model_management
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..compile import warmup
 from ..compile.comfy_cache import get_cache
-from ..int8 import comfy_core
+from ..int8 import comfy_core, own_files
 from ..int8.kernels import fastest
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
@@ -46,6 +48,7 @@ class Int8CompileExtension(ComfyExtension):
             PromptServer.instance.app.on_startup.append(look_again)
             PromptServer.instance.add_on_prompt_handler(_warm_up)
             fastest.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+            own_files.sweep_below(Path(folder_paths.get_output_directory()))  # Save INT8 Model writes anywhere in it
             await _register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -63,7 +66,7 @@ def _report_id_clashes(registry: dict) -> None:
 def _warm_up(json_data: dict) -> dict:
     """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads. Not where there are artefacts, which
     need no compiler; the node finds out if they are of another model."""
-    prompt = json_data.get("prompt")
+    prompt = json_data.get("prompt") if isinstance(json_data, dict) else None  # of anybody, and core has not looked at it yet
     nodes = prompt.values() if isinstance(prompt, dict) else ()
     cache = get_cache()
     if ((cache is None or not cache.store.has())

@@ -12,8 +12,10 @@ from comfy_api.latest import io, ui
 
 from ..compile import comfy_cache, patcher, trusted_bundles
 from ..compile.cache_bundle import Bundle, load_bundle, read_bundle, save_bundle
-from ..compile.cache_store import CacheStore
+from ..compile.cache_store import CacheStore, default_key_file
 from ..int8.echo import echo
+from ..int8.kernels.native import cache_folder
+from ..int8.own_files import folder_size, is_reserved
 
 _FILE_NAME = re.compile(r"\w[\w .+%()-]{0,149}")
 
@@ -51,7 +53,7 @@ class SaveCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
-        if not _FILE_NAME.fullmatch(filename_prefix):
+        if not _FILE_NAME.fullmatch(filename_prefix) or is_reserved(f"{filename_prefix}_00001_.zip"):
             raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
                              "most.")
         _wait_for_builder()
@@ -97,7 +99,7 @@ class LoadCompileCache(io.ComfyNode):
             _require_trust(found, trust.strip().lower())
             added, present = load_bundle(comfy_cache.open_store(), found)
         text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
-        if any(held.label("torch") != torch.__version__ for held in found.held):
+        if any(held.labels[-1] != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
@@ -109,9 +111,10 @@ class ClearCompileCache(io.ComfyNode):
             node_id="ClearCompileCache",
             display_name="Clear Compile Cache",
             category="INT8 Compile",
-            description="Deletes all compiled code from disk. Models that are loaded go on as they are; the next start compiles again.",
+            description="Deletes all compiled code of models from disk and says what it leaves. Models that are loaded go on as they "
+                        "are; the next start compiles again.",
             inputs=[],
-            outputs=[io.String.Output(display_name="report", tooltip="What was deleted.")],
+            outputs=[io.String.Output(display_name="report", tooltip="What was deleted, and what stays.")],
             is_output_node=True,
         )
 
@@ -129,7 +132,19 @@ class ClearCompileCache(io.ComfyNode):
         if bundles := comfy_cache.bundle_sizes():
             text += (f" {len(bundles)} bundles, {sum(bundles.values()) / 1e6:.1f} MB, stay: delete them by hand from the bundles folder of "
                      "the compile cache.")
+        if others := _others_kept():
+            text += f" Also left: {', '.join(others)}."
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _others_kept() -> list[str]:
+    """What this pack keeps besides compiled code of models and bundles, if it is there; with its size where that matters."""
+    files = {"the signing key": default_key_file(), "the list of trusted bundles": trusted_bundles.list_file(),
+             "measured choices of kernels": cache_folder() / "choices.json"}
+    folders = {"the library of CPU kernels": "native", "the compiler's own files": "inductor", "what cache_compile keeps": "methods"}
+    sizes = {name: folder_size(cache_folder() / below) for name, below in folders.items()}
+    return [*(name for name, path in files.items() if path.exists()),
+            *(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items() if size)]
 
 
 def _wait_for_builder():
@@ -160,7 +175,7 @@ def _entries_of(model, store: CacheStore) -> list[Path]:
 
 def _path_of(bundle: str) -> Path:
     folder = comfy_cache.bundles()
-    if not _FILE_NAME.fullmatch(bundle):
+    if not _FILE_NAME.fullmatch(bundle) or is_reserved(bundle):
         raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
                          "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():

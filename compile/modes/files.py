@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 
+from ...int8 import own_files
 from .errors import ModeRecordError
 from .record import MAX_CHARACTERS, METADATA_KEY
 from .restore import mode_state, restore_modes
@@ -22,14 +22,8 @@ def save_model(model: torch.nn.Module, path: str | os.PathLike) -> None:
         # A tied weight is written twice: the format has no references.
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(mode_state(model))})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with own_files.writing_whole(path) as partial:
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(mode_state(model))})
 
 
 def load_model(model, path: str | os.PathLike) -> torch.nn.Module:

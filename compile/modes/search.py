@@ -4,12 +4,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import final
 
+from ...int8 import own_files
 from .errors import ModeConfigError
 from .mode import Mode
 
@@ -98,16 +98,8 @@ class Searcher(ABC):
     def _save(self, known: dict[str, dict]) -> None:
         if self.checkpoint is None:
             return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": CHECKPOINT_VERSION, "mode": self.owner, "results": known})
-        handle, name = tempfile.mkstemp(dir=self.checkpoint.parent, prefix=f".{self.checkpoint.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, self.checkpoint)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with own_files.writing_whole(self.checkpoint) as partial:
+            partial.write_text(json.dumps({"version": CHECKPOINT_VERSION, "mode": self.owner, "results": known}), encoding="utf-8")
 
 
 def run_search(mode: Mode, model, config, kwargs: Mapping):

@@ -70,10 +70,17 @@ def with_triton():
 
 
 def _quant_rows(x, group, act, pre_quant_scale, kernel):
+    if pre_quant_scale is not None and pre_quant_scale.numel() != (k := x.shape[1] // 2 if act == "swiglu" else x.shape[1]):
+        raise ValueError(f"a pre_quant_scale of {pre_quant_scale.numel()} for {k} channels")
     return implementation(kernel, x.device).quant_rows(x, group, act, pre_quant_scale)
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
+    # Kernels take addresses, and tensors come from files.
+    n = qweight.shape[0]
+    if not n or weight_scale.numel() not in (1, n) or (bias is not None and bias.numel() != n) or s.numel() != q.shape[0]:
+        raise ValueError(f"scales {list(weight_scale.shape)} and bias {None if bias is None else list(bias.shape)} are not of a weight "
+                         f"{list(qweight.shape)}, or scales {list(s.shape)} not of {list(q.shape)}")
     out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and not triton_unavailable(q.device):
         return fastest.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -264,6 +265,28 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_refused(tmp_path):
     assert content.count((1 << 20).to_bytes(4, "little")) == 2
     path.write_bytes(content.replace((1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")))
     rejected(path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_file_that_is_packed_in_another_way_is_refused_unread(tmp_path, kind):
+    """LZMA asks for as much memory as the file says."""
+    path = hostile(tmp_path, {})
+    with zipfile.ZipFile(path) as archive:
+        files = {info: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for info, content in files.items():
+            archive.writestr(info.filename, content, kind)
+    rejected(path, "packed in another way")
+
+
+def test_what_is_kept_of_a_bundle_is_small_whatever_its_manifests_say(tmp_path):
+    """Empty lists, as Python has them, take twenty times their text: a bundle of 20 MB took all memory before it was trusted."""
+    content = hashlib.sha256(b"code").hexdigest()
+    manifest = json.dumps({"body": {"name": "Block", "device": "cpu", "torch": "2.11.0", "files": {"x": content}, "more": [[]] * 250_000}})
+    entries = {f"{PLACE}/entry{number}/{name}": text for number in range(8)
+               for name, text in (("x", b"code"), (MANIFEST, manifest.encode()))}
+    with (found := read_bundle(hostile(tmp_path, entries))).copy:
+        assert len(found.held) == 9 and len(pickle.dumps(found.held)) < 10_000
 
 
 def test_an_encrypted_file_is_refused(tmp_path):

@@ -65,6 +65,7 @@ INTERNALS = (
     Internal("torch._inductor.async_compile.AsyncCompile", "the precompiled header of a CPU's kernels", _WARM),
     Internal("torch._inductor.cpp_builder.get_cpp_compiler", "the probe of vector instructions", _WARM),
     Internal("torch._inductor.cpu_vec_isa.VecISA", "the probe of vector instructions", _WARM),
+    Internal("torch._inductor.runtime.runtime_utils", "where torch keeps compiled code (default_cache_dir)", _FAILED),
     Internal("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "the probe of vector instructions", _WARM),
     Internal("._arch_flags", "the probe of vector instructions", _WARM, file="torch/_inductor/cpu_vec_isa.py"),
     Internal("torch._C._len_torch_function_stack", "no artefact runs under a torch function mode", "the pack's compiled models fail"),

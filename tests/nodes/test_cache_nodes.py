@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.comfy
 
+REPO = Path(__file__).resolve().parents[2]
 PLACE = "DoubleStreamBlock_dynamic_aoti_0123456789abcdef/single/forward"
 
 
@@ -87,6 +88,30 @@ def test_save_clear_load_brings_back_what_was_compiled(cache, store, run, trust)
     assert names(store) == ["aaaaaaaaaaaa", "bbbbbbbbbbbb"]
     assert all(store.whole(folder) for folder in store.own())
     assert "0 compiled added, 2 were there already" in text_of(run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest))
+
+
+def test_clearing_says_what_it_leaves_and_the_help_page_says_where_that_is(cache, store, run, tmp_path, monkeypatch):
+    """Of what is there, without naming a folder to the client."""
+    from int8_compile.compile import trusted_bundles
+    from int8_compile.compile.cache_store import default_key_file
+
+    page = (REPO / "web" / "docs" / "ClearCompileCache.md").read_text(encoding="utf-8")
+    said = text_of(run("ClearCompileCache"))
+    assert said == "Deleted 2 compiled, 0.0 MB. Also left: the signing key."
+    trusted_bundles.set_trusted("0" * 64)
+    (cache / "choices.json").write_text("{}")
+    for name in ("native", "inductor", "methods"):
+        (cache / name / "deep").mkdir(parents=True)
+        (cache / name / "deep" / "file").write_bytes(bytes(1_500_000))
+    kept = {path: path.read_bytes() for path in (*cache.rglob("*"), default_key_file(), trusted_bundles.list_file()) if path.is_file()}
+    said = text_of(run("ClearCompileCache"))
+    assert said == ("Deleted 0 compiled, 0.0 MB. Also left: the signing key, the list of trusted bundles, measured choices of kernels, the "
+                    "library of CPU kernels (1.5 MB), the compiler's own files (1.5 MB), what cache_compile keeps (1.5 MB).")
+    assert {path: path.read_bytes() for path in kept} == kept
+    for name in ("bundles", "native", "inductor", "methods", "choices.json", "cache.key", "trusted_bundles.txt"):
+        assert f"`{name}`" in page or f"/{name}`" in page, name
+    for what in said.partition("left: ")[2].rstrip(".").split(", "):
+        assert what.partition(" (")[0].replace("cache_compile", "`cache_compile`") in page, what
 
 
 def test_a_machine_with_another_key_loads_and_serves_it(cache, store, run, trust, monkeypatch, tmp_path):
@@ -185,7 +210,7 @@ def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
     output = run("SaveCompileCache", model=compiled, filename_prefix="flux")
     held = read_bundle(Path(output.args[0])).held
     (report,) = patcher.reports(compiled)
-    assert {item.label("name") for item in held} == {name for name, _ in report.regions}
+    assert {item.labels[0] for item in held} == {name for name, _ in report.regions}
     assert not {"aaaaaaaaaaaa", "cccccccccccc", "dddddddddddd"} & {item.name for item in held}
     sample(compiled)  # loads what was built
     assert report.artefacts

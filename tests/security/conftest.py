@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from int8_compile.int8 import own_files
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui
 
@@ -75,6 +77,12 @@ def watched(models_dir, tmp_path_factory):
     (hooks / "sitecustomize.py").write_text(WATCH)
     log = hooks / "events.log"
     log.touch()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    # What a server that was killed within Save INT8 Model has left.
+    half = base / "output" / "diffusion_models" / f"{own_files.TEMPORARY}{own_files.here()}-{ended.pid}-abc"
+    half.mkdir(parents=True)
+    (half / "int8_00001_.safetensors").write_bytes(b"half")
     environment = {"INT8_COMPILE_CACHE": "", "INT8_COMPILE_CACHE_KEY_FILE": str(base / "key" / "cache.key"), "PYTHONPATH": str(hooks),
                    "SECURITY_LOG": str(log)}
     with ComfyServer(find_comfyui(), base, models=models_dir, env=environment, extra_args=("--use-pytorch-cross-attention",)) as server:

@@ -172,3 +172,74 @@ def test_nor_where_the_stock_loader_has_read_the_file(comfy, models_dir, tmp_pat
     patcher.object_patches[name] = native
     with pytest.raises(ValueError, match="INT8 Quantize Model: layer 'double_blocks"):
         adopt_native_layers(patcher, "auto")
+
+
+def test_a_header_that_no_model_has_is_refused_unread(load_int8, tmp_path):
+    header = json.dumps({f"layer{number}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(500_000)})
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    started = time.thread_time()
+    damaged(load_int8, path)
+    assert time.thread_time() - started < 0.1
+
+
+# What kernels take the address of
+
+LAYER = "double_blocks.0.img_mlp.0"
+WRONG_TENSORS = {
+    "scale of 3": {"weight_scale": torch.ones(3)}, "no scale": {"weight_scale": torch.ones(0)}, "scale of a weight": {
+        "weight_scale": torch.ones(1024, 256)}, "scale of int8": {"weight_scale": torch.ones(1024, 1, dtype=torch.int8)},
+    "more rows": {"weight": torch.ones(65536, 256, dtype=torch.int8), "weight_scale": torch.ones(65536, 1)},
+    "more rows, one scale": {"weight": torch.ones(65536, 256, dtype=torch.int8), "weight_scale": torch.ones(1)},
+    "no rows": {"weight": torch.ones(0, 256, dtype=torch.int8), "weight_scale": torch.ones(0, 1)},
+    "fewer columns": {"weight": torch.ones(1024, 16, dtype=torch.int8)}, "flat": {"weight": torch.ones(1024 * 256, dtype=torch.int8)},
+    "deep": {"weight": torch.ones(1024, 256, 1, dtype=torch.int8)}}
+
+
+@pytest.fixture(scope="module")
+def int8_tensors(comfy, models_dir, tmp_path_factory):
+    """Of an INT8 file as Save INT8 Model writes it."""
+    from int8_compile.int8.comfy_checkpoint import save_int8_model
+    from int8_compile.int8.comfy_ops import put_int8_layers
+    from int8_compile.int8.plan import LayerPlan
+    from safetensors.torch import load_file
+
+    patcher = comfy.sd.load_diffusion_model(str(models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors")).clone()
+    put_int8_layers(patcher, [LayerPlan(LAYER, "rowwise")], "auto")
+    path = tmp_path_factory.mktemp("int8") / "int8.safetensors"
+    save_int8_model(patcher, path)
+    return load_file(path)
+
+
+@pytest.mark.parametrize("stored", ["entry", "metadata"])
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+def test_tensors_that_kernels_would_read_past_the_end_of_are_a_damaged_file(comfy, load_int8, int8_tensors, tmp_path, wrong, stored):
+    """By both loaders: one server died of it, and another's image was made of what lay behind in memory."""
+    from int8_compile.int8.comfy_ops import adopt_native_layers
+
+    prefix = next(key for key in int8_tensors if key.endswith(f"{LAYER}.weight")).removesuffix("weight")
+    tensors = {**int8_tensors, **{prefix + name: tensor for name, tensor in WRONG_TENSORS[wrong].items()}}
+    metadata = None
+    if stored == "metadata":
+        del tensors[f"{prefix}comfy_quant"]
+        metadata = {"_quantization_metadata": json.dumps({"layers": {prefix.removesuffix("."): NATIVE}})}
+    path = tmp_path / "odd.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    for load in (load_int8, lambda path: adopt_native_layers(comfy.sd.load_diffusion_model(str(path)).clone(), "auto")):
+        with pytest.raises(ValueError, match=r"damaged") as raised:
+            load(path)
+        assert len(str(raised.value)) < 700 and str(path.parent) not in str(raised.value)
+
+
+@pytest.mark.parametrize("scale, bias, rows", [(3, None, 4), (0, None, 4), (64, 3, 4), (64, 65, 4), (1, 0, 4), (64, None, 3)])
+def test_a_kernel_never_sees_scales_or_a_bias_of_another_size(scale, bias, rows):
+    from int8_compile.int8.kernels import ops
+
+    q, weight = torch.ones(4, 64, dtype=torch.int8), torch.ones(64, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match="are not of a weight"):
+        ops.int8_gemm(q, torch.ones(rows), weight, torch.ones(scale), None if bias is None else torch.ones(bias), "float32", "auto")
+    with pytest.raises(ValueError, match="pre_quant_scale"):
+        ops.quant_rows(torch.ones(4, 64), 0, "none", torch.ones(scale), "auto") if scale != 64 else ops.quant_rows(
+            torch.ones(4, 128), 0, "swiglu", torch.ones(128), "auto")
+    with pytest.raises(ValueError, match="are not of a weight"):
+        ops.int8_gemm(q, torch.ones(4), torch.ones(0, 64, dtype=torch.int8), torch.ones(0), None, "float32", "auto")

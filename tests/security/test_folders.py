@@ -119,6 +119,21 @@ def test_bundles_count_in_the_limit_and_take_half_of_it_at_most(cache, tmp_path,
     assert cache.bundle_sizes() == {"a.zip": 200_000, "b.zip": 2_000_000}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+def test_every_folder_that_is_made_for_bundles_is_its_owners_alone_whatever_the_umask(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "a" / "b" / "c"))
+    before = os.umask(0)
+    try:
+        made = cache.bundles()
+    finally:
+        os.umask(before)
+    assert made == tmp_path / "a" / "b" / "c" / "bundles"
+    assert {folder.stat().st_mode & 0o777 for folder in (made, *list(made.parents)[:3])} == {0o700}
+    (tmp_path / "a" / "b").chmod(0o777)
+    with pytest.raises(CacheError, match="who could put other files in the place"):
+        cache.bundles()
+
+
 # The list of trusted bundles
 
 @pytest.fixture
@@ -140,6 +155,7 @@ def test_what_is_on_the_list_is_trusted_and_nothing_else(listed):
 @pytest.mark.skipif(os.name != "posix", reason="Windows keeps a user's folder to the user")
 @pytest.mark.parametrize("spoil", [
     lambda path: path.chmod(0o666), lambda path: path.chmod(0o620), lambda path: path.parent.chmod(0o777),
+    lambda path: path.parent.parent.chmod(0o777),
     lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")), lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
     lambda path: (path.unlink(), path.mkdir())])
 def test_a_list_that_others_could_have_written_is_none(listed, spoil):

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from int8_compile.compile.allowed_options import ALLOWED, VARIABLE
+from int8_compile.compile.modes import MODES as MODE_REGISTRY
 from int8_compile.compile.modes import ModeConfigError, apply_modes
-from int8_compile.compile.options import MODES, CompileOptions, parse_options
+from int8_compile.compile.modes.apply import parse_modes
+from int8_compile.compile.modes.record import parse_state
+from int8_compile.compile.options import MODES, CompileOptions, check_path, parse_options
+from int8_compile.int8.options import Int8Options
 
 SOURCES = Path(torch.__file__).parent / "_inductor"
 # Make command lines, run compilers and other programs, import modules by name, open logs and caches.
@@ -157,3 +161,26 @@ def test_text_that_is_no_options_is_refused_at_once(text):
     with pytest.raises(ValueError, match=REFUSED):
         parse_options(text, "inductor")
     assert time.thread_time() - started < 0.5
+
+
+def _apply_modes(text):
+    from int8_compile.nodes.modes import _parse
+    return _parse(text)
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("parse, value", [
+    (_apply_modes, '["int8"' + ', "int8"' * 1_000_000 + "]"), (lambda modes: parse_modes(modes, MODE_REGISTRY), ["int8"] * 1_000_000),
+    (lambda modes: parse_modes(modes, MODE_REGISTRY), ["a" * 1_000_000]), (lambda text: parse_state(text, MODE_REGISTRY), "[" * 5_000_000),
+    (lambda text: parse_state(text, MODE_REGISTRY), '{"version": 1, "modes": [' + ",".join(["{}"] * 1000) + "]}"),
+    (Int8Options.parse_keep_layers, "a*\n" * 1_000_000), (Int8Options.parse_keep_layers, "*a" * 500_000), (check_path, "a." * 500_000),
+    (lambda text: parse_options(text, "inductor"), json.dumps({"a" * 1_000_000: 1})),
+    (lambda text: CompileOptions(backend=text), "a" * 1_000_000)],
+    ids=["modes as text", "modes", "a mode", "a record", "modes in a record", "globs", "a glob", "a path", "options", "a backend"])
+def test_what_is_too_long_is_refused_within_a_tenth_of_a_second_and_a_short_message(comfy, parse, value):
+    """This took up to two minutes."""
+    assert _apply_modes("[]") == [] and CompileOptions(backend="aot_eager")  # what is imported at the first is no answer
+    started = time.thread_time()
+    with pytest.raises((ValueError, LookupError)) as raised:
+        Int8Options(keep_layers=found) if isinstance(found := parse(value), tuple) else found
+    assert time.thread_time() - started < 0.1 and len(str(raised.value)) < 1000

@@ -179,6 +179,23 @@ def test_long_input_is_refused_at_once_with_a_short_message(server, case):
     assert message in said and len(said) < 2000
 
 
+@pytest.mark.parametrize("body", ["[]", "null", "5", '"x"', '{"prompt": null}', '{"prompt": [5]}', '{"prompt": {"1": 5}}',
+                                  '{"prompt": {"1": {"class_type": {"a": 1}, "inputs": 5}}}',
+                                  '{"prompt": {"1": {"class_type": "CompileModel", "inputs": [1]}}}'])
+def test_no_body_of_a_prompt_is_an_error_of_this_pack(server, body):
+    """It sees each before core looks at it; what core then says is core's."""
+    assert request(server, "/prompt", body.encode())[0] in (400, 500)
+    assert "on_prompt_handler" not in server.log_text()
+
+
+def test_what_a_killed_server_has_left_of_an_int8_file_is_gone_after_the_start(server):
+    """Wherever below output it was, and though nothing is saved there again."""
+    end = time.monotonic() + 10
+    while left := list((server.base_dir / "output").rglob(".int8-tmp-*")):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
 def test_afterwards_the_server_still_samples_and_has_written_nothing_elsewhere(server):
     assert samples(server)
     assert not list(server.base_dir.rglob("ran"))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from int8_compile.compile import trusted_bundles
 from int8_compile.compile.cache_bundle import read_bundle, save_bundle
 from int8_compile.compile.cache_store import CacheStore
 from int8_compile.int8 import own_files
@@ -81,6 +82,20 @@ def write_signed(home):
         own_files.write_signed(home / "native" / "a.so", os.urandom(100_000), b"k" * 32)
 
 
+def write_int8_files(home):
+    """As Save INT8 Model, below the output folder."""
+    while True:
+        with own_files.writing_whole(home / "output" / "diffusion_models" / "int8.safetensors") as partial:
+            for _ in range(50):
+                with partial.open("ab") as file:
+                    file.write(os.urandom(10_000))
+
+
+def write_trusted(home):
+    for number in range(10**6):
+        trusted_bundles.set_trusted(f"{number % 100:064}")
+
+
 def load(home):
     store = open_store(home)
     put(store)
@@ -105,6 +120,13 @@ def check(home: Path):
     Choices(home / "choices.json").get("a")
     for key in (home / "keys").glob("key*"):
         assert len(own_files.signing_key(key)) == 32
+    trusted_bundles.trusted()
+    own_files.sweep_below(home / "output")
+    for thread in threading.enumerate():
+        if thread.name == "int8-compile sweep":
+            thread.join(10)
+    for path in (home / "output").rglob("*.safetensors"):
+        assert path.stat().st_size == 500_000
     if (home / "native").exists():
         own_files.Watch().sweep((home / "native").iterdir())
         with contextlib.suppress(FileNotFoundError):
@@ -112,8 +134,10 @@ def check(home: Path):
 
 
 @posix_only
-@pytest.mark.parametrize("write", [write_entries, write_bundles, write_choices, write_keys, write_signed, load], ids=lambda f: f.__name__)
-def test_killed_at_any_moment_nothing_damaged_is_there_and_nothing_is_left_after_one_start(home, write, caplog):
+@pytest.mark.parametrize("write", [write_entries, write_bundles, write_choices, write_keys, write_signed, write_int8_files, write_trusted,
+                                   load], ids=lambda f: f.__name__)
+def test_killed_at_any_moment_nothing_damaged_is_there_and_nothing_is_left_after_one_start(home, write, caplog, monkeypatch):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(home / "keys" / "key"))
     generator = random.Random(write.__name__)
     for _ in range(KILLS):
         child = os.fork()
@@ -222,6 +246,7 @@ def test_what_a_loaded_library_still_needs_stays_while_it_lives(home):
 def short(monkeypatch):
     monkeypatch.setattr(own_files, "SILENT_SECONDS", 0.6)
     monkeypatch.setattr(own_files, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(own_files, "_HEART", own_files._Heart())  # one that an earlier test has started sleeps for ten seconds
 
 
 def is_taken_over(store: CacheStore, seconds: float) -> bool:
@@ -278,6 +303,43 @@ def test_a_folder_that_another_host_is_filling_stays_while_it_is_touched(home, s
         store.evict()
         time.sleep(0.1)
     assert not folder.exists()
+
+
+def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_be(home):
+    """Any client may make them in the output folder, by uploads."""
+    at = home
+    for _ in range(1200):
+        at.mkdir(exist_ok=True)
+        os.chdir(at)
+        at = Path("a")
+    os.chdir(Path(__file__).parent)
+    left = home / "a" / f"{own_files.TEMPORARY}11111111-1-x"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    own_files._sweep_below(home)
+    assert not left.exists()
+    subprocess.run(["rm", "-rf", str(home / "a")], check=True)
+
+
+def test_what_was_loaded_from_the_systems_folder_by_a_killed_process_is_swept(home, monkeypatch):
+    """As where the cache's disk was full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp"))
+    for name in (f"{own_files.TEMPORARY}11111111-1-x", "tmpabc"):
+        (home / "tmp" / name).mkdir(parents=True)
+        os.utime(home / "tmp" / name, (0, 0))
+    (home / "output").mkdir()
+    own_files._sweep_below(home / "output")
+    assert [path.name for path in (home / "tmp").iterdir()] == ["tmpabc"]
+
+
+def test_what_another_process_is_writing_below_a_folder_stays_and_goes_when_it_is_silent(home, short):
+    living, dead = (home / "a" / ".b" / f"{own_files.TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
+    for folder in (living, dead):
+        folder.mkdir(parents=True)
+    (home / "a" / ".b" / f"{own_files.TEMPORARY}link").symlink_to(home)
+    with own_files.held(living):
+        own_files._sweep_below(home)
+        assert living.exists() and not dead.exists() and home.exists()
 
 
 def test_a_replaced_entry_that_cannot_be_put_aside_is_an_error_and_stays(home, monkeypatch):

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import grp  # noqa: F401 (before this process is a user who cannot read Python's folder)
+import getpass
+import grp  # before this process is a user who cannot read Python's folder
 import os
 import pickle
-import pwd  # noqa: F401
+import pwd
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,26 @@ def test_a_sticky_folder_and_ones_of_root_are_fine(home):
     assert as_user(OURS, loaded, home) == [b"ours"]
 
 
+@pytest.mark.parametrize("first, member, good", [(4321, None, True), (60003, None, False), (4321, "other", False)],
+                         ids=["its own", "another's first group too", "with a member"])
+def test_a_folder_that_a_group_may_write_to_is_fine_if_nobody_else_is_in_it(home, monkeypatch, first, member, good):
+    """With umask 002, as Debian and Fedora have it: the group of the user's own name."""
+    users = [pwd.struct_passwd((name, "x", user, group, "", "/", "/bin/sh"))
+             for name, user, group in (("me", OURS, 60003), ("other", 4321, first), ("sync", 5, 60003))]
+    group = grp.struct_group(("me", "x", 60003, [member] if member else []))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: users[0])
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
+    os.chown(home, OURS, 60003)
+    home.chmod(0o775)
+    if good:
+        as_user(OURS, put, home)
+        assert as_user(OURS, loaded, home) == [b"ours"]
+    else:
+        with pytest.raises(CacheError, match="who could put other files"):
+            as_user(OURS, put, home)
+
+
 def test_a_link_on_the_way_is_followed_and_what_it_leads_through_is_looked_at(home):
     def make():
         (home / "open").mkdir()
@@ -211,6 +232,54 @@ def test_running_out_of_file_handles_while_an_artefact_is_read_says_nothing_of_i
         except CacheError as error:
             return type(error)
     assert as_user(OURS, starved) is CacheError is not Damaged
+
+
+# The folder of torch's own cache, and of the headers that its compiler reads
+
+
+@pytest.fixture
+def torchs(tmp_path, monkeypatch):
+    """Where torch would keep what it compiles, not there yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"torchinductor_{getpass.getuser()}"
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder.mkdir(), chown(folder)), lambda folder: (folder.mkdir(), folder.chmod(0o777)),
+    lambda folder: (folder.mkdir(), folder.chmod(0o775), os.chown(folder, 0, SHARED)),
+    lambda folder: ((other := folder.with_name("other")).mkdir(), chown(other), folder.symlink_to("other")),
+    lambda folder: (folder.with_name("other").mkdir(), folder.symlink_to("other"), os.lchown(folder, THEIRS, SHARED))],
+    ids=["theirs", "777", "775", "a link to theirs", "their link"])
+def test_nothing_is_compiled_where_torch_would_load_it_from_a_folder_of_another(torchs, spoil, caplog):
+    """Anybody can make it in /tmp before this user does."""
+    import torch
+    from int8_compile.compile import warmup
+    from int8_compile.compile.engine import CompiledModule
+    from int8_compile.compile.options import CompileOptions
+
+    spoil(torchs)
+    net, x = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(3)]), torch.randn(2, 32)
+    compiled = CompiledModule(CompileOptions())
+    with torch.inference_mode():
+        assert torch.equal(compiled.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: False), net(x))
+    assert "compile failed; running uncompiled" in caplog.text and "belongs to another user or can be written by others" in caplog.text
+    assert not list(torchs.iterdir())
+    for other in ("cpu", "cuda"):
+        with pytest.raises(CacheError, match="set TMPDIR"):
+            warmup.prepare(other)
+
+
+def test_the_folder_of_torchs_cache_is_made_for_this_user_only(torchs):
+    from int8_compile.compile import warmup
+
+    before = os.umask(0)
+    try:
+        warmup.require_own_cache()
+    finally:
+        os.umask(before)
+    assert torchs.stat().st_mode & 0o777 == 0o700
+    torchs.chmod(0o755)
+    warmup.require_own_cache()
 
 
 # The library of the CPU kernels

@@ -1,11 +1,14 @@
 """What differs on Windows, with the platform stood in for: only what Python and Windows do is, not what the pack does."""
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 
 import pytest
-from int8_compile.compile.cache_bundle import _NAME
+from int8_compile.compile import trusted_bundles
+from int8_compile.compile.cache_bundle import is_name
+from int8_compile.compile.cache_call import flatten
 from int8_compile.compile.cache_store import CacheError, CacheStore
 from int8_compile.int8 import own_files
 
@@ -18,6 +21,7 @@ def windows(monkeypatch):
     """{path: owner}, all others being the system's above the user's folder and the user's in it."""
     owners: dict = {}
     monkeypatch.setattr(own_files, "IS_POSIX", False)
+    monkeypatch.setattr(own_files, "windows_has_ended", lambda pid: False)
     monkeypatch.setattr(own_files, "windows_user", lambda: ME)
     monkeypatch.setattr(own_files, "windows_owner", lambda path: owners.get(path, ME if "int8-user" in str(path) else INSTALLER))
     return owners
@@ -108,11 +112,157 @@ def test_a_file_that_is_open_somewhere_is_replaced_when_it_is_closed_or_said_to_
     assert store.entry(entry).read("artifact.pt2") == (b"new" if times == 3 else b"code")
 
 
-@pytest.mark.parametrize("name", ["NUL", "con", "nul.zip", "COM1", "lpt9.pt2", "aux.tar.gz", "name.", "name ", "..", "a..", ""])
+@pytest.mark.parametrize("name", ["NUL", "con", "nul.zip", "COM1", "lpt9.pt2", "aux.tar.gz", "name.", "name ", "..", "a..", "",
+                                  "com1", "COM¹", "lpt².pt2", "con.x_00001_.zip"])
 def test_names_that_windows_reserves_are_in_no_bundle(name):
-    assert not _NAME.fullmatch(name)
+    assert not is_name(name)
+
+
+def test_a_method_of_such_a_name_has_a_folder_of_another():
+    import torch
+    from int8_compile.compile.cache import cache_compile
+
+    class Net(torch.nn.Module):
+        def aux(self, x):
+            return x + 1
+
+        def auxiliary(self, x):
+            return x + 1
+
+    net = Net()
+    for method, name in ((net.aux, "aux_"), (net.auxiliary, "auxiliary")):
+        assert cache_compile(method)._place(flatten((torch.ones(2),), {})).endswith(f"/single/{name}")
 
 
 @pytest.mark.parametrize("name", ["null", "console.pt2", "com", "com10", "manifest.json", "a", "Block_dynamic_aoti_0123", "nul-a"])
 def test_other_names_are(name):
-    assert _NAME.fullmatch(name)
+    assert is_name(name)
+
+
+def test_an_entry_that_cannot_be_renamed_is_deleted_later_not_in_part(windows, home, monkeypatch):
+    """Somebody reads one of its files: half of the entry would be a damaged one."""
+    store = CacheStore(home / "compiled", home / "key")
+    entry = put(store)
+
+    def refuse(source, target):
+        raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+    with monkeypatch.context() as open_somewhere:
+        open_somewhere.setattr(os, "rename", refuse)
+        assert store.clear() == (0, 0)
+        store.limit = 0
+        store.evict()
+    assert store.whole(entry).read("artifact.pt2") == b"code"
+    assert store.clear()[0] == 1 and not store.all()
+
+
+@pytest.mark.parametrize("call", ["open", "unlink"])
+def test_a_lock_that_another_process_looks_at_is_taken_and_given_back_when_it_has_looked(windows, home, monkeypatch, call):
+    """A deleted file is there, and refused, until the last who has it open closes it; one that is open cannot be deleted."""
+    store, refusals = CacheStore(home / "compiled", home / "key"), []
+    lock, real = put(store).with_name(".lock-entry"), {"open": os.open, "unlink": os.unlink}[call]
+
+    def patient(path, *arguments, **named):
+        if str(path) == str(lock) and len(refusals) < 3:
+            refusals.append(path)
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        return real(path, *arguments, **named)
+    monkeypatch.setattr(os, call, patient)
+    for _ in range(2):
+        with store.lock(PLACE, "entry") as alone:
+            assert alone
+        assert not lock.exists()
+    assert len(refusals) == 3
+
+
+@pytest.mark.parametrize("whose, good", [(ME, True), (INSTALLER, True), (OTHER, False)])
+@pytest.mark.parametrize("what", ["list", "folder"])
+def test_the_list_of_trusted_bundles_is_of_this_user_or_the_administrators(windows, home, monkeypatch, what, whose, good):
+    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(home / "keys" / "key"))
+    path = trusted_bundles.set_trusted("0" * 64)
+    windows[path if what == "list" else path.parent] = whose
+    if good:
+        assert list(trusted_bundles.trusted()) == ["0" * 64]
+    else:
+        with pytest.raises(CacheError, match="belongs to another user"):
+            trusted_bundles.trusted()
+
+
+# What is asked of Windows itself: each function with the types that it is declared with, as a 64-bit process needs them.
+
+
+class Function:
+    """A function of a DLL: converts as ctypes does by argtypes, which must be given; of restype only the default for what is wider."""
+
+    def __init__(self, name: str, does, wide: bool):
+        self.name, self.does, self.wide = name, does, wide
+        self.argtypes = self.restype = None
+
+    def __call__(self, *arguments):
+        assert self.argtypes is not None or not arguments, f"{self.name} without argtypes"
+        for kind, argument in zip(self.argtypes or (), arguments, strict=True):
+            kind.from_param(argument)
+        assert not self.wide or self.restype is not None, f"{self.name} returns a handle and has no restype"
+        return self.does(*arguments)
+
+
+@pytest.fixture
+def dlls(monkeypatch):
+    """dlls(name=what it does): functions that Windows has; -> the names of those that were called."""
+    called = []
+
+    def dlls(wide=(), **functions):
+        class Library:
+            def __init__(self, name, use_last_error=False):
+                self.made = {}
+
+            def __getattr__(self, name):
+                def does(*arguments):
+                    called.append(name)
+                    return functions[name](*arguments)
+                return self.made.setdefault(name, Function(name, does, name in wide))
+        monkeypatch.setattr(ctypes, "WinDLL", Library, raising=False)
+        return called
+    return dlls
+
+
+@pytest.mark.parametrize("opened, error, waited, ended", [
+    (None, 87, None, True), (None, 5, None, False), (1 << 40, 0, 0, True), (1 << 40, 0, 258, False)],
+    ids=["there is none", "another user's", "it has ended", "it runs"])
+def test_whether_a_process_has_ended_is_asked_and_nothing_is_done_to_it(dlls, monkeypatch, opened, error, waited, ended):
+    asked = []
+    called = dlls(wide=("OpenProcess",), OpenProcess=lambda access, inherit, pid: asked.append((access, inherit, pid)) or opened,
+                  WaitForSingleObject=lambda process, milliseconds: waited, CloseHandle=lambda process: 1)
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: error, raising=False)
+    monkeypatch.setattr(own_files, "IS_POSIX", False)
+    assert own_files.has_ended(own_files.here(), "4321") is ended
+    assert asked == [(0x00100000, False, 4321)]  # SYNCHRONIZE: no right to end it
+    assert called == ["OpenProcess", *(["WaitForSingleObject", "CloseHandle"] if opened else [])]
+    assert not own_files.has_ended("elsewhere", "4321") and not own_files.has_ended(own_files.here(), "9" * 20)
+
+
+def test_the_owner_of_a_file_and_the_user_are_their_sids(dlls):
+    def owner_of(path, kind, what, owner, *more):
+        assert (path, kind, what) == ("C:\\x", 1, 1) and more[:3] == (None, None, None)
+        owner._obj.value, more[3]._obj.value = 7 << 40, 9 << 40
+        return 0
+
+    def text_of(sid, text):
+        assert sid.value == 7 << 40
+        text._obj.value = ctypes.addressof(buffer)
+        return 1
+
+    def user(token, kind, content, size, needed):
+        assert kind == 1 and size >= 84
+        ctypes.c_void_p.from_buffer(content).value = 7 << 40
+        return 1
+    buffer, freed = ctypes.create_unicode_buffer(ME), []
+    called = dlls(wide=("GetCurrentProcess", "GetNamedSecurityInfoW"), GetNamedSecurityInfoW=owner_of, ConvertSidToStringSidW=text_of,
+                  LocalFree=lambda pointer: freed.append(pointer.value), GetCurrentProcess=lambda: -1,
+                  OpenProcessToken=lambda process, access, token: 1, GetTokenInformation=user, CloseHandle=lambda handle: 1)
+    assert own_files.windows_owner("C:\\x") == ME
+    assert freed == [ctypes.addressof(buffer), 9 << 40], "the text, and the descriptor that the owner is in"
+    own_files.windows_user.cache_clear()
+    try:
+        assert own_files.windows_user() == ME and called[-1] == "CloseHandle"
+    finally:
+        own_files.windows_user.cache_clear()
