@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from .guards import BOOKKEEPING
+
 _PLAIN = (torch.Tensor, torch.nn.Module, type, types.ModuleType)
 
 
@@ -73,7 +75,7 @@ def contents_of(function: types.FunctionType) -> list:
 
 def closed_over(values: Iterable) -> list:
     """What the functions among values, the arguments of a call, were made with: to the end of their containers and of the functions among
-    that. Almost always empty."""
+    that; transformer_options aside. Almost always empty."""
     functions = [value for value in values if type(value) is types.FunctionType and (value.__closure__ or value.__defaults__)]
     found, seen = [], set()
     waiting = [item for function in functions for item in contents_of(function)]
@@ -87,7 +89,8 @@ def closed_over(values: Iterable) -> list:
         elif type(value) in (list, tuple):
             waiting += value
         elif type(value) is dict:
-            waiting += value.values()
+            # Transformer_options hold what is not the block's: wrappers and callbacks, this pack's among them.
+            waiting += value.values() if BOOKKEEPING.isdisjoint(value) else ()
         else:
             found.append(value)
     return found

@@ -122,6 +122,14 @@ def test_a_function_that_keeps_an_object_is_not_compiled_for_each_block_anew():
     assert sorted(net.cache.kept) == [0, 1, 2, 3]
 
 
+def test_what_transformer_options_hold_is_not_what_the_function_keeps():
+    """ComfyUI has wrappers there: objects, this pack's among them."""
+    net, compiled = nets.make(nets.prefixed), CompiledModule(TRACED)
+    for _ in range(2):
+        check(compiled, net, wrappers={"apply_model": {"int8_compile": [nets.Cache()]}})
+    assert compiled.report.last_calls["graph"] == 4 and compiled.report.graphs == 1 and not compiled.report.fallbacks
+
+
 def test_the_builder_process_makes_the_function_again(tmp_path):
     """With the compiler and the packages of AOTInductor."""
     cache, net = open_cache(tmp_path / "cache", tmp_path / "key"), nets.make(nets.scaled_by_tensor)
