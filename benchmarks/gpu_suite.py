@@ -42,6 +42,7 @@ STEPS = {
     "tune": ("tune", "run", 300, False),
     "linear": ("linear", "run", 300, False),
     "profile": ("together", "profile", 300, True),
+    "dynamic": ("together", "dynamic", 460, True),
     "full": ("together", "full", 400, True),
     "flux": ("comfyui", "flux", 460, True),
     "flux_full": ("comfyui", "flux_full", 470, True),

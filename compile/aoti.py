@@ -22,9 +22,10 @@ from torch import Tensor
 
 from . import warmup
 from .cache_block import Spec, attributes_of, classes_of, load_skeleton, module_classes
-from .cache_call import LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, rebuild
+from .cache_call import CELL, LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, closures_in, rebuild
 from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
+from .closures import CellReads, code_at
 from .describe import Names
 from .expressions import parse_expression
 from .layouts import depends_on_layout
@@ -99,7 +100,7 @@ class _Program(torch.nn.Module):
         self._seen = seen  # export puts back what is assigned to the module itself
 
     def forward(self, tensors, leaves):
-        args, kwargs = rebuild(self._job.structure, leaves, self._seen.options)
+        args, kwargs = rebuild(self._job.structure, leaves, self._seen.options, self._caller[0].block)
         containers = Containers(args, kwargs)
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
         with recording() as found:
@@ -133,6 +134,7 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     """
     state = random.getstate()  # a trace in this process may draw from it
     try:
+        job = _without_unread(job)
         traced, body = _trace(job)
         found = traced.seen.recording
         found.require_pure()
@@ -145,7 +147,7 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
              "classes": classes_of(module_classes(traced.block), names),
              "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
-             "sources": sources_of(found, names), "torch": torch.__version__}
+             "sources": sources_of(found, names, closures=sorted(set(closures_in(job.structure)))), "torch": torch.__version__}
     program = traced.program
     if decompositions:
         program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions})
@@ -163,6 +165,33 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     return body
 
 
+def _without_unread(job: Job) -> Job:
+    """job without those constants of its functions (closures) that the call does not read: a block's number that only some branch asks
+    for. So it serves calls with any. All stay where it cannot be found out."""
+    if not any(key.startswith(CELL) for values in job.options for key in values):
+        return job
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    block = _Caller(_skeleton(job), job.method)
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            tensors, leaves = [[torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
+                                for dtype, shape, kind in specs] for specs in ([spec for _, *spec in job.tensors], job.leaves)]
+            args, kwargs = rebuild(job.structure, leaves, [OptionReads(values) for values in job.options], block.block)
+            named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
+            codes = [code for place in closures_in(job.structure) if (code := code_at(*place)) is not None]
+            with recording() as found, CellReads(codes) as reads:
+                torch.func.functional_call(block, named, args, kwargs)
+    except Exception:
+        return job
+    names = found.names()
+    if "__closure__" in names or "cell_contents" in names:
+        return job
+    read = {CELL + name for name in reads.names}
+    return dataclasses.replace(job, options=[{key: value for key, value in values.items() if not key.startswith(CELL) or key in read}
+                                             for values in job.options])
+
+
 def _depends_on_layout(job: Job) -> bool:
     """A call makes dense copies of what has another layout than the traced one: whether that is another call."""
     block = _Caller(_skeleton(job), job.method)
@@ -171,7 +200,8 @@ def _depends_on_layout(job: Job) -> bool:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[kind])
 
     def call(*tensors):
-        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [OptionReads(values) for values in job.options])
+        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [OptionReads(values) for values in job.options],
+                               block.block)
         outputs: list[Tensor] = []
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
         _output_structure(torch.func.functional_call(block, named, args, kwargs), outputs)

@@ -136,7 +136,9 @@ class RegionArtefacts:
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
         try:
-            call = flatten(args, kwargs)
+            call = self._flatten(block, args, kwargs)
+            if call is None:
+                return MISSING
             if len(set(map(id, call.leaves))) < len(call.leaves):
                 return MISSING  # the block may ask whether two of its arguments are one
             if info.weights is None:
@@ -158,6 +160,16 @@ class RegionArtefacts:
         except Unsupported as error:
             self._refuse(str(error))
         return MISSING
+
+    def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
+        """None for a call that cannot be described, which says nothing of others: some blocks are called in two ways."""
+        try:
+            return flatten(args, kwargs, block)
+        except Unsupported as error:
+            if not self._refusal and str(error) not in self._said:
+                self._said.add(str(error))
+                self._note("refused", self._name, str(error))
+        return None
 
     def _learn(self, block: torch.nn.Module, info: BlockInfo) -> None:
         if not self._place:

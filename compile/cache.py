@@ -103,7 +103,7 @@ class CachedMethod:
             raise RuntimeError("Backward cache compilation is not supported yet")
         with self._lock, torch.no_grad():
             try:
-                call = flatten(args, kwargs)
+                call = flatten(args, kwargs, self.method.__self__)
                 known = next((known for known in self._known(call) if known.fits(call)), None)
                 if known is None and self._jit is None and self._built < MAX_SIGNATURES:
                     known = self._build(call, args, kwargs)

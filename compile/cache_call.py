@@ -4,16 +4,19 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .closures import EMPTY, code_at, code_digest, content_of, contents_of, function_at, is_at_its_place
 from .guards import BOOKKEEPING
 
 CONSTANTS = (type(None), bool, int, float, str)
 _ABSENT, _PRESENT = ["absent"], ["present"]
+_ARGUMENT = "an argument is "
+CELL = "closed over "  # before a name in the dict of the constants that a function closes over
 LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.channels_last_3d}
 
 
@@ -24,38 +27,89 @@ class Unsupported(Exception):
 @dataclass
 class Call:
     """structure: of the arguments, nested tuples of text and constants (tensors by their position). leaves: the tensors.
-    options: the dicts of settings among the arguments (transformer_options), which are constants; see OptionReads."""
+    options: the dicts of settings among the arguments (transformer_options), and of each function among them the constants that it closes
+    over; what of these is read is a constant of the artefact, see OptionReads."""
 
     structure: tuple
     leaves: list[Tensor]
     options: list[dict]
 
 
-def flatten(args: tuple, kwargs: dict) -> Call:
-    """Raises Unsupported for an argument that is neither a tensor nor a simple value."""
-    leaves: list[Tensor] = []
-    options: list[dict] = []
-    return Call((_shape_of(args, leaves, options), _shape_of(kwargs, leaves, options, True)), leaves, options)
+def flatten(args: tuple, kwargs: dict, block: torch.nn.Module | None = None) -> Call:
+    """block: what is called, whose modules functions among the arguments may keep. Raises Unsupported for an argument that is neither a
+    tensor nor a simple value, nor a function that was made with such."""
+    flat = _Flat(block)
+    return Call((flat.shape_of(args), flat.shape_of(kwargs, True)), flat.leaves, flat.options)
 
 
-def _shape_of(value, leaves: list, options: list, is_kwargs: bool = False):
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return "tensor"
-    if isinstance(value, CONSTANTS):
-        return constant(value)
-    if isinstance(value, types.FunctionType):
-        if function_at(value.__module__, value.__qualname__) is not value:
-            raise Unsupported(f"an argument is the function {value.__qualname__}, which its name does not lead to")
-        return "function", value.__module__, value.__qualname__
-    if type(value) in (tuple, list, torch.Size):
-        return (type(value).__name__, *[_shape_of(item, leaves, options) for item in value])
-    if type(value) is dict:
-        if not is_kwargs and not any(isinstance(item, Tensor) for key, item in value.items() if key not in BOOKKEEPING):
-            options.append(value)
-            return "options"
-        return ("dict", *[(key, _shape_of(item, leaves, options)) for key, item in value.items()])
-    raise Unsupported(f"an argument is a {type(value).__name__}")
+class _Flat:
+    def __init__(self, block: torch.nn.Module | None):
+        self.leaves: list[Tensor] = []
+        self.options: list[dict] = []
+        self._block = block
+        self._functions: list[types.FunctionType] = []
+
+    def shape_of(self, value, is_kwargs: bool = False):
+        if isinstance(value, Tensor):
+            self.leaves.append(value)
+            return "tensor"
+        if isinstance(value, CONSTANTS):
+            return constant(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if type(value) in (tuple, list, torch.Size):
+            return (type(value).__name__, *map(self.shape_of, value))
+        if type(value) is dict:
+            if not is_kwargs and not any(isinstance(item, Tensor) for key, item in value.items() if key not in BOOKKEEPING):
+                known = next((index for index, options in enumerate(self.options) if options is value), None)
+                if known is not None:
+                    return "same options", known
+                self.options.append(value)
+                return "options"
+            return ("dict", *[(key, self.shape_of(item)) for key, item in value.items()])
+        if isinstance(value, torch.nn.Module):
+            return "submodule", self._path(value)
+        raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}")
+
+    def _function(self, function: types.FunctionType) -> tuple:
+        module, name, code = function.__module__, function.__qualname__, function.__code__
+        if function_at(module, name) is function:
+            return "function", module, name
+        what = f"{_ARGUMENT}the function {name}"
+        if function.__globals__ is not getattr(sys.modules.get(module), "__dict__", None) or not is_at_its_place(module, name, code):
+            raise Unsupported(f"{what}, which its name does not lead to")
+        if function.__dict__:
+            raise Unsupported(f"{what}, which has attributes")
+        if any(function is known for known in self._functions):
+            raise Unsupported(f"{what}, which is there twice or calls itself")
+        self._functions.append(function)
+        constants: dict = {}
+        self.options.append(constants)
+        keywords = function.__kwdefaults__ or {}
+        defaults = [self._kept(what, item) for item in (*(function.__defaults__ or ()), *keywords.values())]
+        cells = [self._cell(what, name, cell, constants) for name, cell in zip(code.co_freevars, function.__closure__ or ())]
+        return "closure", module, name, code_digest(code), (*keywords,), (*defaults,), (*cells,)
+
+    def _cell(self, what: str, name: str, cell: types.CellType, constants: dict) -> tuple | str:
+        if (value := content_of(cell)) is EMPTY:
+            return "empty"
+        if isinstance(value, CONSTANTS):
+            constants[CELL + name] = value
+            return "constant"
+        return self._kept(what, value)
+
+    def _kept(self, what: str, value):
+        try:
+            return self.shape_of(value)
+        except Unsupported as error:
+            raise Unsupported(f"{what}, which keeps {str(error).removeprefix(_ARGUMENT)}") from None
+
+    def _path(self, module: torch.nn.Module) -> str:
+        named = self._block.named_modules() if self._block is not None else ()
+        for path, known in named:
+            if known is module:
+                return path
+        raise Unsupported(f"{_ARGUMENT}the module {type(module).__name__}, which is none of the block's own")
 
 
 def constant(value) -> tuple:
@@ -70,8 +124,9 @@ def without_numbers(structure):
     return structure
 
 
-def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple, dict]:
-    """(args, kwargs), the inverse of flatten."""
+def rebuild(structure, leaves: Sequence, options: Sequence[dict], block: torch.nn.Module | None = None) -> tuple[tuple, dict]:
+    """(args, kwargs), the inverse of flatten. A constant that a function closes over and that is not in its dict is missing there: code
+    that reads it raises NameError. Raises Unsupported for a function that this process does not have."""
     tensors, dicts = iter(leaves), iter(options)
 
     def value(part):
@@ -80,24 +135,51 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
         if part == "options":
             return next(dicts)
         kind, *items = part
+        if kind == "same options":
+            return options[items[0]]
+        if kind == "submodule":
+            return block.get_submodule(items[0])
         if kind == "function":
             importlib.import_module(items[0])
             return function_at(*items)
+        if kind == "closure":
+            return closure(*items)
         if kind in ("tuple", "list", "Size"):
             return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](value(item) for item in items)
         if kind == "dict":
             return {key: value(item) for key, item in items}
         return float(items[0]) if kind == "float" else items[0]
+
+    def closure(module: str, name: str, digest: str, keywords: tuple, defaults: tuple, cells: tuple) -> types.FunctionType:
+        importlib.import_module(module)
+        constants = next(dicts)
+        code = code_at(module, name, digest)
+        if code is None:
+            raise Unsupported(f"the function {name} is another one in a new process (another pack's patch?)")
+        made = list(map(value, defaults))
+        positional = len(made) - len(keywords)
+        kept = [cell(CELL + name, part, constants) for name, part in zip(code.co_freevars, cells)]
+        function = types.FunctionType(code, vars(sys.modules[module]), code.co_name, tuple(made[:positional]), tuple(kept))
+        function.__qualname__ = name
+        if keywords:
+            function.__kwdefaults__ = dict(zip(keywords, made[positional:]))
+        return function
+
+    def cell(name: str, part, constants: dict) -> types.CellType:
+        if part == "empty" or (part == "constant" and not dict.__contains__(constants, name)):
+            return types.CellType()
+        return types.CellType(constants[name] if part == "constant" else value(part))
     args, kwargs = structure
     return value(args), value(kwargs)
 
 
-def function_at(module: str, name: str):
-    """What a module has by that dotted name, None where it has nothing."""
-    value = sys.modules.get(module)
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    return value
+def closures_in(structure) -> Iterator[tuple[str, str, str]]:
+    """(module, qualified name, digest of the code) of the functions in a structure that are made anew in each call of the model."""
+    if isinstance(structure, tuple):
+        if structure[:1] == ("closure",):
+            yield structure[1:4]
+        for part in structure:
+            yield from closures_in(part)
 
 
 def as_tuples(value):
@@ -326,15 +408,26 @@ def options_match(options: dict, constants: dict) -> bool:
 
 
 class Containers:
-    """The lists and dicts among the arguments of a call, to see whether the call has changed one."""
+    """The lists and dicts among the arguments of a call, and what functions among them close over, to see whether the call has changed
+    one."""
 
     def __init__(self, *values):
         self._before: list[tuple] = []
+        self._functions: list[types.FunctionType] = []
+        self._cells: list[tuple[types.CellType, object]] = []
         self._add(values)
 
     def _add(self, value):
         if isinstance(value, OptionReads):
             return  # it knows by itself
+        if isinstance(value, types.FunctionType):
+            if not any(value is known for known in self._functions):
+                self._functions.append(value)
+                cells = value.__closure__ or ()
+                self._cells += [(cell, content_of(cell)) for cell in cells]
+                for item in contents_of(value):
+                    self._add(item)
+            return
         if isinstance(value, dict):
             self._before.append((value, [*value, *value.values()]))
         elif isinstance(value, list):
@@ -348,3 +441,5 @@ class Containers:
             now = [*container, *container.values()] if isinstance(container, dict) else container
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
                 raise Unsupported(f"it changes a {type(container).__name__} that it gets")
+        if any(content_of(cell) is not content for cell, content in self._cells):
+            raise Unsupported("it changes what a function that it gets closes over")

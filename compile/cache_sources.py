@@ -32,6 +32,7 @@ import torch
 
 from ..pack import PACKAGE
 from .cache_call import Unsupported
+from .closures import code_at
 from .describe import ABSENT, Describer, Names, Watch, is_own, is_pristine_package, local, place_of, portable
 
 _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, functools.__file__))
@@ -240,11 +241,14 @@ def _written_globals(code: types.CodeType) -> str:
     return next((found for c in code.co_consts if isinstance(c, types.CodeType) and (found := _written_globals(c))), "")
 
 
-def sources_of(recorded: Recording, names: Names, lenient: bool = False) -> list[list[str]]:
+def sources_of(recorded: Recording, names: Names, lenient: bool = False,
+               closures: Iterable[tuple[str, str, str]] = ()) -> list[list[str]]:
     """[[module, qualified name, fingerprint]] of the functions, and [[module, "", digest of its file]] of all that they are from. A
     function that has no place of its own (a closure) is known by its file. Modules of this pack are named from its root.
 
-    lenient: of code that this process itself has traced, whose files and odd values dynamo looks after. Raises Unsupported without."""
+    lenient: of code that this process itself has traced, whose files and odd values dynamo looks after. closures: (module, qualified name,
+    digest of the code) of functions that the trace was given: what their global names stand for counts too, see Sources. Raises
+    Unsupported without lenient."""
     result = {} if lenient else {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
     called = frozenset((portable(module), name) for module, name in recorded.functions)
     covered: set[types.CodeType] = set()
@@ -254,6 +258,11 @@ def sources_of(recorded: Recording, names: Names, lenient: bool = False) -> list
             result[portable(module), name] = _fingerprint(function, Describer(names, lenient=lenient), called, covered=covered)
         else:
             result.setdefault((portable(module), name), "")  # no place of its own
+    for module, name, digest in closures:
+        if (function := _closure(module, name, digest)) is None:
+            raise Unsupported(f"the function {name}, which it gets, is another one now")
+        describe = Describer(names, lenient=lenient)
+        result[portable(module), f"{name}{_WITH_CODE}{digest}"] = _fingerprint(function, describe, called, covered=covered)
     result["torch", "Tensor"] = _patched_functions(names, Watch())
     return [[*key, value] for key, value in sorted(result.items())]
 
@@ -299,13 +308,29 @@ class Sources:
                 if _patched_functions(self._names, self._watch) != expected:
                     return "torch.Tensor"
             else:
-                function, bindings = _resolve(local(module), name)
+                if _WITH_CODE in name:
+                    function, bindings = _closure(local(module), *name.split(_WITH_CODE)), []
+                else:
+                    function, bindings = _resolve(local(module), name)
                 for binding in bindings:
                     self._watch.binding(*binding)
                 describe = Describer(self._names, self._watch, lenient=self._lenient)
                 if function is None or _fingerprint(function, describe, called, self._watch) != expected:
                     return f"{module}.{name}"
         return ""
+
+
+_WITH_CODE = " with code "
+
+
+def _closure(module: str, name: str, digest: str) -> types.FunctionType | None:
+    """A function that another one makes, without what it closes over: that belongs to the call that gets it."""
+    code = code_at(module, name, digest)
+    if code is None:
+        return None
+    function = types.FunctionType(code, vars(sys.modules[module]), code.co_name, None, tuple(types.CellType() for _ in code.co_freevars))
+    function.__module__, function.__qualname__ = module, name
+    return function
 
 
 def _fingerprint(function: types.FunctionType, describe: Describer, called: frozenset[tuple[str, str]], watch: Watch | None = None,

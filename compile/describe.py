@@ -23,6 +23,7 @@ import torch
 
 from ..pack import NAME, PACKAGE
 from .cache_call import Unsupported
+from .closures import EMPTY, code_digest, content_of
 
 # A block's state has some hundred values. More is data, which belongs into tensors.
 MAX_VALUES = 20_000
@@ -86,7 +87,7 @@ class Watch:
 
     def function(self, function: types.FunctionType) -> None:
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
-        self._cells += [(cell, _content(cell)) for cell in function.__closure__ or ()]
+        self._cells += [(cell, content_of(cell)) for cell in function.__closure__ or ()]
 
     def bases(self, kind: type) -> None:
         self._bases.append((kind, kind.__mro__))
@@ -123,7 +124,7 @@ class Watch:
             if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
                 return False
         for cell, content in self._cells:
-            if _content(cell) is not content:
+            if content_of(cell) is not content:
                 return False
         for kind, bases in self._bases:
             if kind.__mro__ is not bases:
@@ -174,13 +175,6 @@ class _Forever:
 
 
 _ABSENTS = _Forever()
-
-
-def _content(cell: types.CellType):
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return ABSENT
 
 
 class Describer:
@@ -296,7 +290,7 @@ class Describer:
         self.met.append(function)
         parts = [f"function {portable(function.__module__ or '')}.{function.__qualname__}", code_digest(function.__code__)]
         parts += [self(value) for value in (function.__defaults__, function.__kwdefaults__) if value]
-        parts += [self(content) for cell in function.__closure__ or () if (content := _content(cell)) is not ABSENT]
+        parts += [self(content) for cell in function.__closure__ or () if (content := content_of(cell)) is not EMPTY]
         if function.__dict__:
             self._watch.container(function.__dict__, is_code=True)
             parts.append(self(function.__dict__))
@@ -380,14 +374,6 @@ def place_of(value) -> str:
     code = getattr(function, "__code__", None)
     names = [getattr(function, key, None) for key in ("__module__", "__qualname__", "__name__")]
     return " ".join(map(str, [type(value).__name__, *names, *([code.co_name] if code else [])]))
-
-
-@functools.lru_cache(8192)
-def code_digest(code: types.CodeType) -> str:
-    constants = [code_digest(c) if isinstance(c, types.CodeType) else repr(sorted(map(repr, c))) if isinstance(c, frozenset) else repr(c)
-                 for c in code.co_consts]
-    whole = repr((code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_flags))
-    return hashlib.sha256(whole.encode()).hexdigest()[:24]
 
 
 _PYTHON = str(pathlib.Path(functools.__file__).parent)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from .aoti import varying
 from .artefacts import MISSING, BlockInfo, Cache, RegionArtefacts
 from .block_tree import attributes_of_tensors, has_global_hooks
+from .closures import closed_over, kept_object
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
@@ -57,15 +58,16 @@ def _storages(value) -> list[int]:
     return [found for item in value for found in _storages(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _dense_copies(values: tuple) -> dict[int, tuple[Tensor, Tensor]]:
+def _dense_copies(values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
     """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
-    into the original would break; none where memory is shared, or the original may not be written."""
+    into the original would break; none where memory is shared, or the original may not be written. inside: what functions among values
+    close over."""
     loose = [v for v in values if isinstance(v, Tensor) and not v.is_contiguous() and _strided(v)]
     if not loose or torch.is_grad_enabled():
         return {}
     if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
         return {}
-    storages = _storages(values)
+    storages = _storages((*values, *inside))
     if len(set(storages)) < len(storages):
         return {}
     return {id(value): (value, value.contiguous()) for value in loose}
@@ -399,7 +401,12 @@ class CompiledModule:
             self._fall_back(f"a number that {name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it runs "
                             "uncompiled where the sign is another than at first.")
             return True
-        present = step.tensor_attributes | attributes_of_tensors([*args, *kwargs.values()])
+        inside = closed_over((*args, *kwargs.values()))
+        if inside and (kept := kept_object(inside)):
+            self._fall_back(f"{name} gets a function that keeps a {kept}, for which it would be compiled again and again: it runs "
+                            "uncompiled where it does.")
+            return True
+        present = step.tensor_attributes | attributes_of_tensors([*args, *kwargs.values(), *inside])
         read = next((item for item in sorted(present) if compiled.names is not None and item in compiled.names), "")
         if read:
             self._fall_back(f"{name} reads the attribute {read} of a tensor, which torch takes for a constant: it runs uncompiled while a "
@@ -498,9 +505,10 @@ class CompiledModule:
 
 
 def _call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
-    copies = _dense_copies((*args, *kwargs.values())) if compiled.takes_copies else {}
+    inside = closed_over((*args, *kwargs.values()))
+    copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
-        _mark((*args, *kwargs.values(), *copies.values()))
+        _mark((*args, *kwargs.values(), *inside, *copies.values()))
     if not copies:
         return compiled.call(module, *args, **kwargs)
     # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.

@@ -17,7 +17,8 @@ BOOKKEEPING = {
     "activations_shape", "cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars",
 }
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
-_OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])")
+# Or in a function among the arguments (args[3].__closure__[1].cell_contents['block']).
+_OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])|\.cell_contents(?=\['\w+'\])")
 _DICT_ARGUMENT = re.compile(r"(?:L\[')?args(?:'\])?\[\d+\]")
 _NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(collections.__file__), collections.abc.__file__,
                 os.path.dirname(os.path.abspath(__file__)))
@@ -36,7 +37,8 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
     stay. So does whatever other code than ComfyUI's reads.
     """
     options = _OPTIONS.search(name)
-    if not by_core or (not options and not (isinstance(value, dict) and _DICT_ARGUMENT.fullmatch(name))):
+    if not by_core or (not options and not (isinstance(value, dict) and (
+            _DICT_ARGUMENT.fullmatch(name) or (name.endswith(".cell_contents") and not BOOKKEEPING.isdisjoint(value))))):
         return True
     key = _KEY.match(name, options.end()) if options else None
     return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE

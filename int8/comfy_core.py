@@ -18,6 +18,7 @@ INT8 = "INT8 layers"
 COMPILE = "compiling"
 FUSED_ACTIVATION = "activations inside the INT8 quantizer"
 OFFLOAD = "compiled blocks with weights that are not on the device"
+PREFETCH = "weights of dynamic VRAM that stay where they are"
 COMPILER = "leaving ComfyUI's memory compiler while compiled code runs"
 # What happens without one.
 WITHOUT = {
@@ -25,6 +26,7 @@ WITHOUT = {
     COMPILE: "models run uncompiled",
     FUSED_ACTIVATION: "the activation is computed before the layer, which is slower",
     OFFLOAD: "such blocks are compiled layer by layer, which is slower",
+    PREFETCH: "they are copied before each block, which is slower",
     COMPILER: "start ComfyUI with --disable-comfy-compiler if compiled models fail or run out of memory",
 }
 
@@ -90,6 +92,9 @@ USES = (
     Use("comfy.ops.CastWeightBiasOp", OFFLOAD, "0.38.1"),
     Use("comfy.ops.cast_bias_weight", OFFLOAD, "0.38.1", 1, _CAST),
     Use("comfy.ops.uncast_bias_weight", OFFLOAD, "0.38.1", 4),
+    # The same with dynamic VRAM, as comfy.model_prefetch does it.
+    Use("comfy.ops.cast_modules_with_vbar", PREFETCH, "0.38.1", 5, since="0.33.0"),
+    Use("comfy.ops.resolve_cast_module_with_vbar", PREFETCH, "0.38.1", 6, since="0.33.0"),
     # compile/comfy_compiler.py, int8/comfy_recording.py: recordings of allocations.
     Use("comfy.cli_args.args.disable_comfy_compiler", COMPILER, "0.38.1", since="0.34.0"),
     Use("comfy.model_prefetch.malloc_graph_enabled", COMPILER, "0.38.1", 1, since="0.34.0"),

@@ -7,7 +7,19 @@ import functools
 import os
 
 from benchmarks.comfy_server import relative_difference
-from benchmarks.gpu.comfyui import CORE, EAGER, OURS, Contender, limit, prediction, said, seconds_a_step
+from benchmarks.gpu.comfyui import (
+    CORE,
+    EAGER,
+    OURS,
+    QUANTIZE,
+    STATIC,
+    Contender,
+    limit,
+    prediction,
+    reserve,
+    said,
+    seconds_a_step,
+)
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.server import caches, families, make_models, save_int8, serve
 
@@ -24,6 +36,25 @@ def profile(context: Context) -> None:
     GPU_SUITE_ONLY: names of contenders, where time is short."""
     only = list(filter(None, os.environ.get("GPU_SUITE_ONLY", "").split(",")))
     side_by_side(context, "flux", [c for c in CONTENDERS if not only or c.name in only], profiled=True)
+
+
+def dynamic(context: Context) -> None:
+    """Whether weights that dynamic VRAM has on the GPU are copied: with it and without it there must be as many copies on the device
+    ("Memcpy DtoD" in profile.copies), and a step must take the same time; streamed, each weight comes once a step ("Memcpy HtoD")."""
+    on = "INT8LazyTorchCompile", {"disable_dynamic_vram": False}
+    low = ("--reserve-vram", str(reserve(context)))
+    contenders = [
+        Contender("ours compiled bf16, dynamic VRAM off", ("INT8LazyTorchCompile",), extra_args=(STATIC,)),
+        Contender("ours compiled bf16 with dynamic VRAM", (on,)),
+        Contender("ours INT8 compiled, dynamic VRAM off", (QUANTIZE, "INT8LazyTorchCompile"), extra_args=(STATIC,)),
+        Contender("ours INT8 compiled with dynamic VRAM", (QUANTIZE, on)),
+    ]
+    side_by_side(context, "flux", contenders[:2] if context.dry else contenders, profiled=True)
+    if not context.dry:
+        streamed = [Contender("eager bf16, low VRAM", (), extra_args=low),
+                    Contender("ours compiled bf16 with dynamic VRAM, low VRAM", (on,), extra_args=low)]
+        for contender in streamed:  # one by one: each takes what the other leaves
+            side_by_side(context, "flux", [contender], profiled=True)
 
 
 def full(context: Context) -> None:

@@ -20,13 +20,21 @@ REFERENCE = (24, 28)  # height and width of a reference image's latent
 @dataclass(frozen=True)
 class SmallFamily:
     """arguments: on top of those in families.py. latent: channels, and frames of a video. timestep: as model_sampling gives it.
-    extra: (a function that draws a tensor, batch, tokens, height, width) -> what else comfy.model_base passes to the model."""
+    extra: (a function that draws a tensor, batch, tokens, height, width) -> what else comfy.model_base passes to the model. scale: of
+    height and width. context: width of the text embedding. audio: shape of a second stream without its batch. steps: that a call samples,
+    of a model that keeps something from its first (a prefix). reset: forgets that. batches: whether it takes more than one."""
 
     name: str
     arguments: dict
     latent: tuple[int, ...] = (16,)
     timestep: float = 700.0
     extra: Callable[..., dict] = lambda draw, batch, tokens, height, width: {}
+    scale: int = 1
+    context: int = CONTEXT
+    audio: tuple[int, ...] = ()
+    steps: int = 1
+    reset: Callable[[torch.nn.Module], None] = lambda model: None
+    batches: bool = True
 
     def build(self) -> torch.nn.Module:
         import comfy.ops
@@ -52,8 +60,15 @@ class SmallFamily:
         timestep = torch.full((batch,), self.timestep)
         options = {"wrappers": {}, "callbacks": {}, "sample_sigmas": torch.linspace(1, 0, 5), "sigmas": timestep[:1],
                    "cond_or_uncond": list(range(batch)), "uuids": [uuid.uuid4() for _ in range(batch)], "prefetch_dynamic_vbars": False}
-        return model(draw(batch, *self.latent, height, width), timestep, context=draw(batch, tokens, CONTEXT), control=None,
-                     transformer_options=options, **self.extra(draw, batch, tokens, height, width))
+        height, width = height * self.scale, width * self.scale
+        self.reset(model)
+        x, results = draw(batch, *self.latent, height, width), []
+        x = [x, draw(batch, *self.audio)] if self.audio else x
+        context, extra = draw(batch, tokens, self.context), self.extra(draw, batch, tokens, height, width)
+        for _ in range(self.steps):
+            result = model(x, timestep, context=context, control=None, transformer_options=options, **extra)
+            results += [part.flatten() for part in result] if isinstance(result, list) else [result.flatten()]
+        return torch.cat(results)
 
 
 def _pooled(draw, batch, *_):
@@ -72,6 +87,13 @@ def _mask_and_frame_rate(draw, batch, tokens, *_):
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[:, tokens // 2:] = 0
     return {"attention_mask": mask, "frame_rate": 25}
+
+
+def _tokens_of_pixels(draw, batch, tokens, height, width):
+    from comfy.ldm.hidream_o1.conditioning import build_extra_conds
+
+    found = build_extra_conds(torch.arange(tokens)[None] % 100 + 5, torch.empty(batch, 3, height, width))
+    return {name: value if isinstance(value, int) else value.expand(batch, *value.shape[1:]) for name, value in found.items()}
 
 
 _FLUX = dict(hidden_size=128, num_heads=2, axes_dim=[16, 24, 24], context_in_dim=CONTEXT, vec_in_dim=POOLED, depth=2,
@@ -119,4 +141,21 @@ SMALL = {family.name: family for family in (
     SmallFamily("SDXL", {**_UNET, "channel_mult": [1, 1, 1], "num_head_channels": 16, "adm_in_channels": POOLED,
                          "transformer_depth": [0, 1, 2], "transformer_depth_output": [0, 0, 1, 1, 2, 2],
                          "transformer_depth_middle": 2}, (4,), extra=_pooled),
+    # Its blocks get their attention as a function made anew in each step, and what its first step keeps of the text.
+    SmallFamily("HiDream-O1", dict(
+        text_config_overrides=dict(vocab_size=151936, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                                   num_key_value_heads=2, head_dim=32, rope_dims=[6, 5, 5]),
+        vision_config_overrides=dict(hidden_size=64, num_heads=2, intermediate_size=128, depth=2, deepstack_visual_indexes=(0,))),
+                (3,), 700.0, _tokens_of_pixels, scale=8, steps=2, reset=lambda model: model.clear_kv_cache()),
+    SmallFamily("Ideogram 4", dict(in_channels=16, num_layers=3, num_attention_heads=2, attention_head_dim=64, intermediate_size=256,
+                                   adaln_dim=64, llm_features_dim=CONTEXT, mrope_section=(12, 10, 10)), timestep=0.7),
+    # Its blocks write into their input.
+    SmallFamily("MiniMax H3", dict(hidden_size=128, num_attention_heads=2, attention_head_dim=96, ffn_hidden_size=256, latents_dim=16,
+                                   text_dim=CONTEXT, time_embed_hidden_size=128, time_embed_dim=64), (16, 2), audio=(32, 2, 6),
+                batches=False),
+    # Its blocks take and give two streams.
+    SmallFamily("LTX-AV", dict(in_channels=16, cross_attention_dim=128, audio_cross_attention_dim=64, attention_head_dim=64,
+                               audio_attention_head_dim=32, num_attention_heads=2, audio_num_attention_heads=2, caption_channels=CONTEXT,
+                               audio_in_channels=128, connector_attention_head_dim=24, connector_num_attention_heads=2),
+                (16, 2), 0.7, lambda *_: {"frame_rate": 25}, context=2 * CONTEXT, audio=(8, 6, 16)),
 )}

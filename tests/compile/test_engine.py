@@ -325,6 +325,11 @@ def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
     ("args[2]['run_vx']", "CONSTANT_MATCH", True, True),
     ("args[2]", "DICT_LENGTH", {}, False),
     ("args[2]", "SEQUENCE_LENGTH", (1, 2), True),
+    ("args[3].__closure__[1].cell_contents['block_index']", "EQUALS_MATCH", 3, False),
+    ("args[3].__closure__[1].cell_contents['run_vx']", "CONSTANT_MATCH", True, True),
+    ("args[3].__closure__[1].cell_contents", "DICT_LENGTH", {"block_index": 3}, False),
+    ("args[3].__closure__[1].cell_contents", "DICT_LENGTH", {"keys": 3}, True),
+    ("args[3].__closure__[0].cell_contents", "EQUALS_MATCH", 3, True),
     ("args[0]", "TENSOR_MATCH", None, True),
     ("module._modules['up'].weight", "TENSOR_MATCH", None, True),
 ])

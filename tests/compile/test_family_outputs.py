@@ -14,7 +14,11 @@ TOLERANCE = 1e-3  # of the largest value
 CALLS = {"base": {}, "resolution": dict(height=44, width=36), "tokens": dict(tokens=33), "batch": dict(batch=2)}
 # Graphs beyond one per region: VACE's first block asks for its number; Cosmos' first gets a batch dimension of another stride;
 # SDXL's attention differs in one flag. HiDream's experts pick their tokens by a mask: its graphs break there.
-MORE_GRAPHS = {"Wan VACE": 1, "Cosmos": 1, "SDXL": 1}
+# LTX-AV's connectors run before it samples. HiDream-O1's vision model is for reference images only, and its other blocks run with and
+# without what the first step has kept.
+MORE_GRAPHS = {"Wan VACE": 1, "Cosmos": 1, "SDXL": 1, "LTX-AV": -1}
+# Where text and image lie in their sequence are numbers, of which torch takes the first for a constant.
+NUMBERS = {"HiDream-O1", "MiniMax H3"}
 BREAKS = {"HiDream"}
 
 
@@ -22,7 +26,10 @@ def assert_one_graph_per_region(name: str, report, graphs: list[int]):
     """graphs: compiled in all, after each call. torch takes batch 1 for a constant: the first other batch compiles once more."""
     base, resolution, tokens, batch = graphs
     assert base == len(report.regions) + MORE_GRAPHS.get(name, 0), report.recompiles
-    assert (resolution, tokens) == (base, base) and batch <= 2 * base, report.recompiles
+    if name in NUMBERS:
+        assert base <= resolution <= tokens <= 2 * base and batch <= 2 * tokens, report.recompiles
+    else:
+        assert (resolution, tokens) == (base, base) and batch <= 2 * base, report.recompiles
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +47,7 @@ def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
     model = family.build()
     compiled = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
     for sizes in CALLS.values():
+        sizes = sizes if family.batches else {**sizes, "batch": 1}
         expected = family.call(model, **sizes)
         got = compiled.run(model, lambda sizes=sizes: family.call(model, **sizes), filter_guards=True, passthrough=lambda error: False)
         differences.append(((got - expected).abs().max() / expected.abs().max()).item())

@@ -88,8 +88,8 @@ SAMPLES: list = []
 
 @PromptServer.instance.routes.get("/gpu_profile")
 async def gpu_profile(request):
-    """start=1 begins; without it: {"wall": seconds, "busy": of the GPU, "kernels": [[name, seconds, count]], "innermost", "anywhere":
-    [[place, share of the samples]]}."""
+    """start=1 begins; without it: {"wall": seconds, "busy": of the GPU, "kernels", "copies" of memory: [[name, seconds, count]],
+    "innermost", "anywhere": [[place, share of the samples]]}."""
     if "start" in request.query:
         profiler = None
         if torch.cuda.is_available():
@@ -104,7 +104,8 @@ async def gpu_profile(request):
     if profiler is not None:
         profiler.stop()
         events = [(e.key[:110], e.self_device_time_total / 1e6, e.count) for e in profiler.key_averages() if e.self_device_time_total]
-        found |= {"busy": sum(seconds for _, seconds, _ in events), "kernels": sorted(events, key=lambda e: -e[1])[:30]}
+        found |= {"busy": sum(seconds for _, seconds, _ in events), "kernels": sorted(events, key=lambda e: -e[1])[:30],
+                  "copies": [event for event in events if event[0].startswith("Memcpy")]}
     for name, count in (("innermost", 25), ("anywhere", 70)):
         found[name] = [(place, n / max(1, samples.total)) for place, n in getattr(samples, name).most_common(count)]
     return web.json_response(found)
