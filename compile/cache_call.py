@@ -4,7 +4,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,18 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict]) -> tuple[tuple
     return value(args), value(kwargs)
 
 
+def rebuild_result(structure, tensors: Iterator):
+    """What a block returns, of its structure and its tensors."""
+    if structure == "tensor":
+        return next(tensors)
+    kind, *items = structure
+    if kind in ("tuple", "list"):
+        return {"tuple": tuple, "list": list}[kind](rebuild_result(item, tensors) for item in items)
+    if kind == "dict":
+        return {key: rebuild_result(item, tensors) for key, item in items}
+    return items[0]
+
+
 def function_at(module: str, name: str):
     """What a module has by that dotted name, None where it has nothing."""
     value = sys.modules.get(module)
@@ -112,6 +124,12 @@ def layout(tensor: Tensor) -> str:
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return "l"
     return "L" if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d) else ""
+
+
+def lies_as(tensor: Tensor, kind: str) -> bool:
+    """Whether tensor lies in memory exactly as a new one of that kind of LAYOUTS does."""
+    fresh = torch.empty(tensor.shape, device="meta", memory_format=LAYOUTS[kind])
+    return tensor.stride() == fresh.stride() and tensor.storage_offset() == 0 and not tensor._is_view()
 
 
 class OptionReads(dict):
