@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import warmup
 from .cache_block import Spec, attributes_of, classes_of, load_skeleton, module_classes
-from .cache_call import CELL, LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, closures_in, rebuild
+from .cache_call import CELL, LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, closures_in, lies_as, rebuild, rebuild_result
 from .cache_sources import Recording, recording, sources_of
 from .cache_store import Entry
 from .closures import CellReads, code_at
@@ -105,8 +105,7 @@ class _Program(torch.nn.Module):
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
         with recording() as found:
             result = torch.func.functional_call(self._caller[0], named, args, kwargs)
-        self._seen.recording.functions.update(found.functions)
-        self._seen.recording.effects.update(found.effects)
+        self._seen.recording.update(found)
         containers.require_unchanged()
         outputs: list[Tensor] = []
         self._seen.outputs = _output_structure(result, outputs)
@@ -147,7 +146,8 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
              "classes": classes_of(module_classes(traced.block), names),
              "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
-             "sources": sources_of(found, names, closures=sorted(set(closures_in(job.structure)))), "torch": torch.__version__}
+             "sources": sources_of(found, names, closures=sorted(set(closures_in(job.structure)))), "torch": torch.__version__,
+             "by_layout": found.asks_layout}
     program = traced.program
     if decompositions:
         program = program.run_decompositions({**torch.export.default_decompositions(), **decompositions})
@@ -520,6 +520,7 @@ class Artefact:
         self.names = Names(body["names"])
         self._outputs = as_tuples(body["outputs"])
         self.written = body["written"]
+        self._by_layout = body["by_layout"]
         self._same = body["same"]
         self._device = device
         for namespace in body["operators"]:
@@ -551,6 +552,10 @@ class Artefact:
                 and all(self._expressions[expected](sizes) == size for size, expected in late)
                 and all(guard(sizes) for guard in self._guards))
 
+    def has_layout(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether leaves, which are accepted, lie in memory as the traced ones did, where the block asks for that."""
+        return not self._by_layout or all(lies_as(leaf, kind) for leaf, (_, _, kind) in zip(leaves, self._leaves))
+
     def dense(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """leaves in the layout that was traced, with no bit that negates or conjugates them; the same tensor where it is so."""
         return [_aligned(_plain(leaf).contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else _plain(leaf).contiguous())
@@ -566,7 +571,7 @@ class Artefact:
         for target, values in zip(options, self._writes):
             target.update(values)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
-        return _result(self._outputs, iter(results))
+        return rebuild_result(self._outputs, iter(results))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -577,14 +582,3 @@ def _plain(tensor: Tensor) -> Tensor:
 def _aligned(tensor: Tensor) -> Tensor:
     # Triton kernels are compiled for inputs at multiples of 16 bytes; a slice may begin anywhere.
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
-
-
-def _result(structure, tensors):
-    if structure == "tensor":
-        return next(tensors)
-    kind, *items = structure
-    if kind in ("tuple", "list"):
-        return {"tuple": tuple, "list": list}[kind](_result(item, tensors) for item in items)
-    if kind == "dict":
-        return {key: _result(item, tensors) for key, item in items}
-    return items[0]

@@ -189,12 +189,12 @@ class RegionArtefacts:
         guards = info.guards.get(id(loaded))
         if guards is None:
             guards = info.guards[id(loaded)] = BlockGuards(block, artefact.attributes, artefact.names)
-        if guards.is_unchanged():
-            return True
-        if guards.difference not in self._said:
-            self._said.add(guards.difference)
-            self._note("not used", self._name, f"{guards.difference} is not as in the blocks that its artefact was made of")
-        return False
+        difference = guards.difference if not guards.is_unchanged() else "" if artefact.has_layout(call.leaves) else (
+            "the layout of its inputs, which it reads,")
+        if difference and difference not in self._said:
+            self._said.add(difference)
+            self._note("not used", self._name, f"{difference} is not as in the blocks that its artefact was made of")
+        return not difference
 
     def _load(self):
         store = self._cache.store

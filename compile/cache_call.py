@@ -182,6 +182,18 @@ def closures_in(structure) -> Iterator[tuple[str, str, str]]:
             yield from closures_in(part)
 
 
+def rebuild_result(structure, tensors: Iterator):
+    """What a block returns, of its structure and its tensors."""
+    if structure == "tensor":
+        return next(tensors)
+    kind, *items = structure
+    if kind in ("tuple", "list"):
+        return {"tuple": tuple, "list": list}[kind](rebuild_result(item, tensors) for item in items)
+    if kind == "dict":
+        return {key: rebuild_result(item, tensors) for key, item in items}
+    return items[0]
+
+
 def as_tuples(value):
     """JSON's lists as the tuples that structures are made of."""
     return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
@@ -194,6 +206,12 @@ def layout(tensor: Tensor) -> str:
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return "l"
     return "L" if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d) else ""
+
+
+def lies_as(tensor: Tensor, kind: str) -> bool:
+    """Whether tensor lies in memory exactly as a new one of that kind of LAYOUTS does."""
+    fresh = torch.empty(tensor.shape, device="meta", memory_format=LAYOUTS[kind])
+    return tensor.stride() == fresh.stride() and tensor.storage_offset() == 0 and not tensor._is_view()
 
 
 class OptionReads(dict):

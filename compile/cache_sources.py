@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
+import dataclasses
 import dis
 import enum
 import functools
@@ -25,7 +27,6 @@ import time
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -53,16 +54,25 @@ _FUNCTIONS = (types.FunctionType, functools.partial, types.MethodType, types.Bui
               types.WrapperDescriptorType, types.GetSetDescriptorType)
 # What gives a global or a module by a text.
 _BY_TEXT = ("globals", "import_module", "__import__", "modules")
+# Files of Python's library that read all attributes of what they get (dataclasses.replace).
+_BY_FIELD = frozenset({dataclasses.__file__, copy.__file__})
+# What tells how a tensor lies in memory, and whether it needs a gradient.
+_LAYOUT = frozenset({"is_contiguous", "stride", "as_strided", "as_strided_", "data_ptr", "storage_offset", "untyped_storage", "storage",
+                     "is_non_overlapping_and_dense", "dim_order", "_is_view", "_base"})
+_GRADIENT = frozenset({"requires_grad", "is_leaf", "grad_fn", "retains_grad"})
 _ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__", "__getattr__", "__builtins__", "attrgetter",
               "methodcaller")
 
 
-@dataclass
+@dataclasses.dataclass
 class Recording:
-    """What was seen of a trace. functions: {(module, qualified name): code}. effects: what it did that cannot be kept, in words."""
+    """What was seen of a trace. functions: {(module, qualified name): code}. library: code of Python's library, and what that generated
+    (a dataclass's __eq__), that these called. effects: what it did that cannot be kept, in words. asks_layout: of a tensor."""
 
-    functions: dict[tuple[str, str], types.CodeType] = field(default_factory=dict)
-    effects: set[str] = field(default_factory=set)
+    functions: dict[tuple[str, str], types.CodeType] = dataclasses.field(default_factory=dict)
+    library: set[types.CodeType] = dataclasses.field(default_factory=set)
+    effects: set[str] = dataclasses.field(default_factory=set)
+    asks_layout: bool = False
 
     @classmethod
     def of(cls, traced: Iterable[types.CodeType]) -> Recording:
@@ -77,15 +87,35 @@ class Recording:
     def names(self) -> Names:
         """Of the attributes and globals that the code can read."""
         computed = {code: _computed_names(code) for code in self.functions.values()}
-        if None in computed.values() or any(_has_alias(module, code) for (module, _), code in self.functions.items()):
+        if (None in computed.values() or any(code.co_filename in _BY_FIELD for code in self.library)
+                or any(_has_alias(module, code) for (module, _), code in self.functions.items())):
             return Names(None)
-        return Names({name for code, patterns in computed.items() for name in (*identifiers(code), *patterns)})
+        return Names({name for code, patterns in computed.items() for name in (*identifiers(code), *patterns)}.union(
+            *map(identifiers, self.library)))
+
+    def update(self, other: Recording) -> None:
+        self.functions.update(other.functions)
+        self.library |= other.library
+        self.effects |= other.effects
+        self.asks_layout |= other.asks_layout
+
+    def names_layout(self) -> bool:
+        """Whether code may ask how a tensor lies in memory."""
+        names = self.names()
+        return any(name in names for name in _LAYOUT)
+
+    def gradient_reader(self) -> str:
+        """The first function that asks whether a tensor needs a gradient, empty for none. ComfyUI and libraries ask for training alone."""
+        return next((f"{module}.{code.co_name}" for (module, _), code in self.functions.items() if _attributes(code) & _GRADIENT
+                     and module.partition(".")[0] not in COMFYUI and not _package_folder(module)), "")
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""
         for code in self.functions.values():
             if written := _written_globals(code):
                 self._refuse(f"it writes the global {written}")
+        if reader := self.gradient_reader():
+            self._refuse(f"{reader} asks whether a tensor needs a gradient")
         if self.effects:
             raise Unsupported(min(self.effects))
 
@@ -114,12 +144,16 @@ def recording() -> Iterator[Recording]:
                 name = frame.f_globals.get("__name__", ""), getattr(code, "co_qualname", f"<locals>.{code.co_name}")
                 if name not in found.functions and not _in_import(frame):
                     found.functions[name] = code
-            elif frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv") and _caller_counts(frame, is_skipped):
+                return
+            if _is_library(frame) and _caller_counts(frame, is_skipped):
+                found.library.add(code)
+            if frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv") and _caller_counts(frame, is_skipped):
                 found._refuse("it reads an environment variable")
             elif frame.f_globals is random.__dict__ and _caller_counts(frame, is_skipped):
                 found._refuse(f"it draws random numbers (random.{code.co_name})")
         elif event == "c_call" and (not is_skipped(frame) or (_is_library(frame) and _caller_counts(frame, is_skipped))):
             owner, module = getattr(value, "__self__", None), getattr(value, "__module__", None)
+            found.asks_layout |= value.__name__ in _LAYOUT
             if ((value in _OUTSIDE or module in _OUTSIDE_MODULES or getattr(owner, "__module__", "") == "datetime")
                     and value is not os.fspath and not _in_import(frame)):
                 found._refuse(f"it asks something outside of it ({value.__name__})")
@@ -144,9 +178,9 @@ def _caller_counts(frame, is_skipped) -> bool:
 
 
 def _is_library(frame) -> bool:
-    """Whether it is Python's own."""
+    """Whether it is Python's own, or generated."""
     path = frame.f_code.co_filename
-    return path.startswith((_SKIPPED_FOLDERS[1], "<frozen")) and "site-packages" not in path
+    return path.startswith((_SKIPPED_FOLDERS[1], "<")) and "site-packages" not in path
 
 
 def _in_import(frame) -> bool:
@@ -183,7 +217,7 @@ def identifiers(code: types.CodeType) -> frozenset[str]:
 def _computed_names(code: types.CodeType) -> frozenset[str] | None:
     """Patterns of the names that code puts together to read an attribute; None where nothing is known of one."""
     names = _global_names(code)
-    if names.intersection(_ALL_NAMES):
+    if names.intersection(_ALL_NAMES) or _matches_classes(code):
         return None
     if not names.intersection(_BY_NAME):
         return frozenset()
@@ -198,6 +232,20 @@ def _computed_names(code: types.CodeType) -> frozenset[str] | None:
         return None  # passed on, or under another name
     patterns = {_pattern(call.args[1]) if len(call.args) > 1 else "*" for call in calls}
     return None if "*" in patterns else frozenset(pattern for pattern in patterns if "*" in pattern)
+
+
+@functools.lru_cache(4096)
+def _matches_classes(code: types.CodeType) -> bool:
+    """Whether it has a match statement that names the class of an object, whose attributes it reads by the names that the class gives."""
+    return any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)) or any(
+        map(_matches_classes, (constant for constant in code.co_consts if isinstance(constant, types.CodeType))))
+
+
+@functools.lru_cache(4096)
+def _attributes(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes and globals, and texts by themselves (getattr), not those of keywords."""
+    return _global_names(code).union(*(_attributes(c) if isinstance(c, types.CodeType) else [c] for c in code.co_consts
+                                       if isinstance(c, (str, types.CodeType))))
 
 
 def _has_alias(module: str, code: types.CodeType) -> bool:
@@ -231,6 +279,28 @@ def cached_function(traced: Iterable[types.CodeType]) -> str:
         if any(isinstance(value, functools._lru_cache_wrapper) for value in values) and not _package_folder(module):
             return f"{module}.{code.co_name}"
     return ""
+
+
+def made_by_metaclass(traced: Iterable[types.CodeType]) -> str:
+    """The first class that the code that dynamo has traced names whose metaclass has a __call__ of its own; empty for none."""
+    for (module, _), code in Recording.of(traced).functions.items():
+        space = vars(sys.modules[module])
+        for name in sorted(_global_names(code)):
+            kind = type(space.get(name))
+            if issubclass(kind, type) and kind.__call__ is not type.__call__ and not is_pristine_package(kind.__module__):
+                return f"{module}.{name} is made by its metaclass ({kind.__name__}.__call__)"
+    return ""
+
+
+def replaced_operators(names: Names | None = None) -> list[str]:
+    """Torch's own operators for which another pack has registered a kernel, and, of those that code with names can call, libraries'."""
+    found = []
+    for key in list(torch.library._impls):
+        space, operator_name, dispatch = key.split("/", 2)
+        if dispatch not in ("Meta", "MPS") and (space == "aten" or (names is not None and names.items is not None and space in names.exact
+                                                                    and operator_name.partition(".")[0] in names.exact)):
+            found.append(key)
+    return sorted(found)
 
 
 def _written_globals(code: types.CodeType) -> str:
@@ -398,7 +468,8 @@ def _is_its_own(value, folder: str) -> bool:
 def _patched_functions(names: Names, watch: Watch) -> str:
     """What stands in the place of torch's functions, others' or another of torch's: in torch.nn.functional, which torch's own layers call,
     and of torch.Tensor's methods the operators and those of these names."""
-    found = []
+    watch.size(torch.library._impls)
+    found = replaced_operators(names)
     for space, all_names in ((vars(torch.nn.functional), True), (vars(torch.Tensor), False), (vars(torch.Tensor.__base__), False)):
         watch.size(space)
         for name in sorted(space):

@@ -5,6 +5,7 @@ Values are described by their content, to the end: what cannot be described is r
 """
 from __future__ import annotations
 
+import abc
 import collections
 import enum
 import functools
@@ -16,6 +17,7 @@ import re
 import sys
 import threading
 import types
+from _abc import _get_dump
 from collections.abc import Callable, Iterable
 from operator import is_
 
@@ -53,8 +55,8 @@ class Watch:
     values: gets that part of it which a program sets while it runs: numbers, texts, objects and what is in them; not functions and classes,
     nor what is an installed library's."""
 
-    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_dicts", "_functions", "_known", "_lists", "_sizes", "_tables",
-                 "values")
+    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_dicts", "_functions", "_known", "_lists", "_registrations",
+                 "_sizes", "_tables", "values")
 
     def __init__(self, values: Watch | None = None):
         self.values = values
@@ -67,6 +69,7 @@ class Watch:
         self._attributes: tuple[list, list, list] = [], [], []  # owners, names, values
         self._lists: tuple[list, list, list] = [], [], []  # lists, sets and deques; their sizes; their items
         self._tables: tuple[list, list, list] = [], [], []  # dicts; their sizes; their keys and values
+        self._registrations: int | None = None
         self._known: set[tuple] = set()  # what is watched already
 
     def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
@@ -92,6 +95,10 @@ class Watch:
     def bases(self, kind: type) -> None:
         self._bases.append((kind, kind.__mro__))
 
+    def registrations(self) -> None:
+        """No class is registered as another's (abc.ABC.register)."""
+        self._registrations = abc.get_cache_token()
+
     def attribute(self, owner, name: str, value) -> None:
         """Of an object that keeps it elsewhere than in a dict (__slots__)."""
         _append(self._attributes, owner, name, value)
@@ -116,6 +123,8 @@ class Watch:
             return False
         spaces, names, values = self._class_bindings
         if spaces and not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
+            return False
+        if self._registrations is not None and self._registrations != abc.get_cache_token():
             return False
         spaces, sizes = self._sizes
         if spaces and list(map(len, spaces)) != sizes:
@@ -262,7 +271,9 @@ class Describer:
         content = []
         if isinstance(state := getattr(value, "__dict__", None), dict):
             self._watch.size(state, is_state=True)
-            for name in sorted(filter(self._names.__contains__, list(state))):
+            # It is compared and printed with all of them, in C.
+            whole = isinstance(value, types.SimpleNamespace)
+            for name in sorted(state if whole else filter(self._names.__contains__, list(state))):
                 self._watch.binding(state, name, state[name])
                 content.append(f"{name}={self(state[name])}")
         for name, item in sorted((_slots(value) or {}).items()):
@@ -300,6 +311,10 @@ class Describer:
         """By its name, and by the methods and attributes that count; of torch's and Python's own classes what others have put there."""
         self._watch.bases(kind)
         parts = [f"class {path_of(kind)}"]
+        if isinstance(kind, abc.ABCMeta) and not is_pristine_package(kind.__module__):
+            self._watch.registrations()
+            registered = [reference() for reference in _get_dump(kind)[0]]
+            parts += sorted(f"has {path_of(item)}" for item in registered if item is not None)
         if type(kind) is not type and not is_pristine_package(type(kind).__module__):
             parts.append(self(type(kind)))
         for base in kind.__mro__:

@@ -119,6 +119,7 @@ class _Step:
     tensor_attributes: frozenset[str] = frozenset()  # names of what Python code has put on the blocks' weights
     compiling: str = ""  # the region that is called
     passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run
+    is_over: bool = False
     failure: str = ""  # of compiling a block; that block, and all after it, then ran eager
     calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
 
@@ -127,20 +128,25 @@ _MODULE = torch.nn.Module
 _MODULE_CALL = _MODULE._wrapped_call_impl.__code__
 
 
+_SLOTS = threading.Lock()  # of models that share blocks
+
+
 class OwnCall:
     """What this pack puts into ``_compiled_call_impl``, the slot of nn.Module.compile. Anything else there is another pack's."""
 
     __slots__ = ()
+    step: _Step | None = None  # the only one that it is there for
 
 
 class _BlockCall(OwnCall):
     """The call of one block."""
 
-    __slots__ = ("module", "owner")
+    __slots__ = ("module", "owner", "step")
 
-    def __init__(self, owner: CompiledModule, module: torch.nn.Module):
+    def __init__(self, owner: CompiledModule, module: torch.nn.Module, step: _Step):
         self.owner = owner
         self.module = module
+        self.step = step
 
     def __call__(self, *args, **kwargs):
         caller = sys._getframe(1)
@@ -152,13 +158,28 @@ class _BlockCall(OwnCall):
 class _WrappedCall(OwnCall):
     """The same with something around it, see CompiledModule.run."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "step")
 
-    def __init__(self, call: Callable):
+    def __init__(self, call: Callable, step: _Step):
         self._call = call
+        self.step = step
 
     def __call__(self, *args, **kwargs):
         return self._call(*args, **kwargs)
+
+
+def _put_back(step: _Step, before: list[tuple[torch.nn.Module, OwnCall, OwnCall | None]]) -> None:
+    """At the end of step, what was in the slots of its blocks before. Another thread's step, of a model that shares blocks, may have begun
+    since, and stays; or may have ended, and is not put back."""
+    with _SLOTS:
+        step.is_over = True
+        for module, own, previous in before:
+            if module.__dict__.get("_compiled_call_impl") is not own:
+                continue
+            if previous is None or (previous.step is not None and previous.step.is_over):
+                module.__dict__.pop("_compiled_call_impl", None)
+            else:
+                module.__dict__["_compiled_call_impl"] = previous
 
 
 class CompiledModule:
@@ -286,23 +307,23 @@ class CompiledModule:
                                   passthrough=passthrough)
         before = []
         try:
-            for module in self._regions.blocks:
-                previous = module.__dict__.get("_compiled_call_impl")
-                if previous is not None and not isinstance(previous, OwnCall):
-                    self._fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled them.")
-                    step.calls["eager"] += 1
-                    continue
-                before.append((module, previous))
-                block = _BlockCall(self, module)
-                module.__dict__["_compiled_call_impl"] = _WrappedCall(around_block(block)) if around_block else block
+            with _SLOTS:
+                for module in self._regions.blocks:
+                    previous = module.__dict__.get("_compiled_call_impl")
+                    if previous is not None and not isinstance(previous, OwnCall):
+                        self._fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled "
+                                        "them.")
+                        step.calls["eager"] += 1
+                        continue
+                    own = block = _BlockCall(self, module, step)
+                    if around_block:
+                        own = _WrappedCall(around_block(block), step)
+                    before.append((module, own, previous))
+                    module.__dict__["_compiled_call_impl"] = own
             with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
-            for module, previous in before:
-                if previous is None:
-                    module.__dict__.pop("_compiled_call_impl", None)
-                else:
-                    module.__dict__["_compiled_call_impl"] = previous
+            _put_back(step, before)
             compiled = scope.close()
             self._step = outer
             self._after_step(step, compiled)
@@ -396,10 +417,10 @@ class CompiledModule:
 
     def _is_beyond_guards(self, step: _Step, block: _Block, compiled: Compiled, args: tuple, kwargs: dict) -> bool:
         """Whether this call differs from what was compiled in something that dynamo's guards do not see."""
-        name, zeros = block.region.name, compiled.guards.zeros
-        if zeros and not zeros.agree(block.info.block(), args, kwargs):
-            self._fall_back(f"a number that {name} computes with is 0.0 here and -0.0 there, which torch takes for the same: it runs "
-                            "uncompiled where the sign is another than at first.")
+        name, unguarded = block.region.name, compiled.guards.unguarded
+        if unguarded and (what := unguarded.disagreement(block.info.block(), args, kwargs)):
+            self._fall_back(f"{name} reads something ({what}) that was another when it was compiled, in a way that torch does not look at "
+                            "(the sign of a zero, an order, a default): it runs uncompiled where that is so.")
             return True
         inside = closed_over((*args, *kwargs.values()))
         if inside and (kept := kept_object(inside)):

@@ -1,14 +1,14 @@
 """Which guards on ComfyUI's transformer_options a compiled block can do without."""
 from __future__ import annotations
 
-import ast
 import collections.abc
-import math
 import os
 import re
 import sys
 
 import torch
+
+from .unguarded import Unguarded
 
 # What ComfyUI writes there for patches to read, anew for every block, step or prompt. Blocks themselves read it for nothing else
 # (comfy/ldm, 0.33), so that without patches it cannot change a result; guards on it would compile again for each block.
@@ -44,76 +44,25 @@ def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool
     return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
 
 
-_BUILTINS = {"type": type, "dict": dict}
-
-
-def _get(node: ast.expr, scope: dict):
-    """What a source of dynamo's stands for: names, attributes, items and calls of _BUILTINS. Raises TypeError for any other."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return scope[node.id]
-    if isinstance(node, ast.Attribute):
-        return getattr(_get(node.value, scope), node.attr)
-    if isinstance(node, ast.Subscript):
-        return _get(node.value, scope)[_get(node.slice, scope)]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_get(node.operand, scope)
-    if isinstance(node, ast.Call) and not node.keywords:
-        owner = node.func.value if isinstance(node.func, ast.Attribute) else node.func
-        if isinstance(owner, ast.Name) and owner.id in _BUILTINS:
-            return _get(node.func, scope)(*(_get(argument, scope) for argument in node.args))
-    raise TypeError
-
-
-class Zeros:
-    """The zeros that compiled code took for constants, with their signs: dynamo's guards take 0.0 and -0.0 for the same."""
-
-    def __init__(self):
-        self._known: dict[str, tuple[ast.expr, float]] = {}  # by how dynamo gets it from the block's call: that, and its sign
-
-    def add(self, source: str, value: float) -> None:
-        if source not in self._known and _OF_THE_CALL.search(source):
-            self._known[source] = ast.parse(source, mode="eval").body, math.copysign(1.0, value)
-
-    def agree(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
-        """Whether each has the sign that it had when the block was compiled. Asked at every call."""
-        scope = {"L": {"module": module, "args": args, "kwargs": kwargs}, **_BUILTINS}
-        for source, sign in self._known.values():
-            try:
-                value = _get(source, scope)
-            except (AttributeError, LookupError, TypeError):
-                continue  # dynamo's guards see that
-            if type(value) is float and value == 0.0 and math.copysign(1.0, value) != sign:
-                return False
-        return True
-
-    def __bool__(self):
-        return bool(self._known)
-
-
-# Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
-_OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
-
-
 class GuardFilter:
     """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. environment: of the process when it was compiled, where
-    that asked os.getenv, which dynamo takes for a constant. zeros: see Zeros. classes: of the objects that it read: dynamo guards
-    which they are, not what they hold."""
+    that asked os.getenv, which dynamo takes for a constant. unguarded: see there. classes: those that it read, and of the objects
+    that it read: dynamo guards which they are, not what they hold."""
 
     def __init__(self, drop_bookkeeping: bool):
         self._drop_bookkeeping = drop_bookkeeping
         self.environment: dict[str, str] | None = None
-        self.zeros = Zeros()
+        self.unguarded = Unguarded()
         self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
-        self.classes.update(type(entry.value) for entry in entries if entry.has_value)
-        if self.environment is None and any(entry.has_value and entry.value is os.getenv for entry in entries):
+        values = [entry.value for entry in entries if entry.has_value]
+        self.classes.update(value if isinstance(value, type) else type(value) for value in values)
+        if self.environment is None and any(value is os.getenv for value in values):
             self.environment = dict(os.environ)
         for entry in entries:
-            if entry.has_value and type(entry.value) is float and entry.value == 0.0 and hasattr(entry, "orig_guard"):
-                self.zeros.add(entry.orig_guard.name, entry.value)
+            if entry.has_value and hasattr(entry, "orig_guard"):
+                self.unguarded.add(entry.orig_guard.name, entry.value)
         if not self._drop_bookkeeping:
             return [True] * len(entries)
         return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]

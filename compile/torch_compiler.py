@@ -16,7 +16,7 @@ import torch
 
 from . import warmup
 from .cache_block import ClassGuards, classes_of, module_classes
-from .cache_sources import Recording, Sources, cached_function, sources_of
+from .cache_sources import Recording, Sources, cached_function, made_by_metaclass, replaced_operators, sources_of
 from .describe import Names, is_own, is_pristine_package
 from .guards import GuardFilter
 from .interrupt import interruptible
@@ -78,6 +78,11 @@ class ByLayout(RuntimeError):
     """The block must have its inputs in the layout that they have."""
 
 
+def graph_break_reasons() -> list:
+    """Of all graph breaks in this process so far."""
+    return getattr(torch._dynamo.utils, "graph_break_reasons", [])
+
+
 class _Backend:
     """A backend for torch.compile that notes what dynamo has traced. Unequal to any other: dynamo shares frames that it compiled for equal
     backends (below a graph break), whatever was patched between."""
@@ -90,6 +95,7 @@ class _Backend:
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
+        self._breaks = len(graph_break_reasons())
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
         context = torch._guards.TracingContext.try_get()
@@ -101,10 +107,17 @@ class _Backend:
             if name := cached_function(self.traced):
                 raise Refused(f"{name} keeps its results (functools.lru_cache), where torch would compute them anew: running uncompiled.",
                               lambda: True)
+            if name := made_by_metaclass(self.traced):
+                raise Refused(f"{name}, which torch does not call: running uncompiled.", lambda: True)
+            if name := Recording.of(self.traced).gradient_reader():
+                raise Refused(f"{name} asks whether a tensor needs a gradient, which torch takes for a constant: running uncompiled.",
+                              lambda: True)
         except Refused as refused:
             self.refused = refused
             raise
-        self.by_layout = self.by_layout or depends_on_layout(graph, inputs)
+        # What runs as Python between two graphs may ask for the layout, too.
+        self.by_layout = (self.by_layout or len(graph_break_reasons()) > self._breaks or Recording.of(self.traced).names_layout()
+                          or depends_on_layout(graph, inputs))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         return self._inner(graph, inputs, **options)
@@ -115,6 +128,9 @@ class _Backend:
 
 def _require_torchs_own(graph: torch.fx.GraphModule) -> None:
     """Raises Refused where a function of torch in graph, which calls it by its name, would be another one by then."""
+    if replaced := replaced_operators():
+        raise Refused(f"{replaced[0]} has been replaced (by another pack): running uncompiled while it is.",
+                      lambda: replaced[0] in replaced_operators())
     for node in graph.graph.nodes:
         owner, name = None, getattr(node.target, "__name__", "")
         if node.op == "call_method" and not _is_tensors_own(node.target):
@@ -163,7 +179,7 @@ class Compiled:
     call: Callable
     backend: _Backend | None
     guards: GuardFilter
-    traced: int = 0  # functions, when code and classes were described
+    described: tuple[int, int] = (0, 0)  # how many functions and classes, when code and classes were
     code: Sources | None = None
     classes: ClassGuards | None = None
     names: Names | None = None  # of attributes that it can read
@@ -197,8 +213,9 @@ class Compiled:
 
     def look(self, block: torch.nn.Module) -> None:
         """After a call: describes what was traced in it, as it is now."""
-        if self.backend is not None and len(self.backend.traced) > self.traced:
-            self.traced = len(self.backend.traced)
+        if self.backend is not None and self.backend.traced and self.described != (
+                counts := (len(self.backend.traced), len(self.guards.classes))):
+            self.described = counts
             found = Recording.of(self.backend.traced)
             self.names = names = found.names()
             self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
@@ -295,6 +312,7 @@ def _torch_compile(fn: Callable, options: CompileOptions, guards: GuardFilter) -
     if options.backend == "inductor":
         from ..int8.graph_pass import MergeQuantizations  # inductor: at the first compile, not at import
         torch_options.setdefault("post_grad_custom_pre_pass", MergeQuantizations())
+        torch_options.setdefault("fallback_random", True)  # inductor's own generator draws other numbers than eager's
         # What torch.compile makes of the name.
         inner = torch._TorchCompileInductorWrapper(None, torch_options, arguments["dynamic"])
     else:

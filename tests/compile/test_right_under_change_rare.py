@@ -1,0 +1,389 @@
+"""What a block can depend on in ways that are rare: the result is eager's there, too. See test_right_under_change."""
+from __future__ import annotations
+
+import abc
+import collections
+import contextlib
+import dataclasses
+import fractions
+import functools
+import sys
+import threading
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+import changing_nets as nets
+from int8_compile.compile.engine import CompiledModule, OwnCall
+from int8_compile.compile.options import CompileOptions
+from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+
+INDUCTOR = CompileOptions(mark_sizes=True, dynamic=False)
+WAYS = pytest.mark.parametrize("way", ["kept", "compiled"])
+
+
+def made(folder, way) -> CompiledModule:
+    return cached(folder / "cache") if way == "kept" else CompiledModule(INDUCTOR if way == "inductor" else COMPILED)
+
+
+def read(block, x, number):
+    raise NotImplementedError  # a test puts its own here
+
+
+class Reads(nets.Small):
+    """Computes with what read gives; holds one of everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.helper, self.table, self.thing, self.value = Gain, {"kind": Gain}, Thing(), None
+        self.order = collections.OrderedDict(a=1.0, b=2.0)
+        self.config, self.space, self.ranked, self.matched = Config(), types.SimpleNamespace(level=1.0), Ranked(1.0), Matched()
+        self.part, self.user, self.chain = fractions.Fraction(1, 2), collections.UserDict(k=1.0), collections.ChainMap({"k": 1.0})
+
+    def forward(self, x, number=0.0, transformer_options=None):
+        return self.body(x) * read(self, x, number)
+
+
+class Closures(Reads):
+    """What cannot be described to another process."""
+
+    def __init__(self):
+        super().__init__()
+        self.function, self.functions, self.bound = enclosed(), [enclosed()], functools.partial(enclosed())
+
+
+class Gain:
+    gain = 1.0
+
+
+class Thing:
+    gain = 2.0
+
+    def level(self):
+        return 2.0
+
+
+class Later(Thing):
+    pass
+
+
+def enclosed():
+    factor = 2.0
+
+    def inner(by=1.0):
+        return by * factor
+    return inner
+
+
+@dataclasses.dataclass
+class Config:
+    level: float = 1.0
+
+
+@dataclasses.dataclass(order=True)
+class Ranked:
+    level: float
+
+
+class Matched:
+    __match_args__ = ("level",)
+
+    def __init__(self):
+        self.level = 1.0
+
+
+CONFIG, SPACE, RANKED = Config(), types.SimpleNamespace(level=1.0), Ranked(2.0)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    return functools.partial(monkeypatch.setattr, sys.modules[__name__], "read")
+
+
+DRAWS = {
+    "rand": lambda block, x, number: torch.rand(x.shape),
+    "randn_like": lambda block, x, number: torch.randn_like(x),
+    "randint": lambda block, x, number: torch.randint(0, 9, x.shape),
+    "bernoulli": lambda block, x, number: torch.bernoulli(x.sigmoid()),
+    "exponential_": lambda block, x, number: torch.empty_like(x).exponential_(),
+    "dropout": lambda block, x, number: F.dropout(x, 0.5, True),
+    "attention with dropout": lambda block, x, number: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "some of each": lambda block, x, number: torch.rand(x.shape) - torch.randn(x.shape) * torch.rand(x.shape),
+    "one that is not used": lambda block, x, number: (torch.rand(3), torch.rand(x.shape))[1],
+}
+
+
+@pytest.mark.parametrize("what", DRAWS)
+def test_a_compiled_block_draws_eagers_random_numbers(tmp_path, reads, what):
+    reads(DRAWS[what])
+    net, compiled, x = nets.make(Reads, depth=2), made(tmp_path, "inductor"), inputs()[0]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        want, state = net(x), torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert difference(run(compiled, net, x), want) < 1e-4
+        assert torch.equal(torch.get_rng_state(), state)
+    assert compiled.report.last_calls["graph"] == 2 and not compiled.report.failure
+
+
+LAYOUTS = {
+    "is_contiguous": lambda block, x, number: 2.0 if x.is_contiguous() else 3.0,
+    "stride": lambda block, x, number: float(x.stride(-1)),
+    "the stride of what is like it": lambda block, x, number: float(torch.empty_like(x).stride(-1)),
+    "as_strided": lambda block, x, number: x.as_strided((2, 10, 32), (320, 32, 1)),
+    "torch.as_strided": lambda block, x, number: torch.as_strided(x, (2, 10, 32), (320, 32, 1)),
+    "storage_offset": lambda block, x, number: x.storage_offset() + 1.0,
+    "what torch does not trace": torch.compiler.disable(lambda block, x, number: float(x.stride(-1))),
+}
+
+
+def dense():
+    return inputs()[0]
+
+
+def loose():
+    return inputs()[0].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def sliced():
+    return torch.cat([inputs()[0]] * 2, 0)[2:]
+
+
+@WAYS
+@pytest.mark.parametrize("what", LAYOUTS)
+@pytest.mark.parametrize("first", [dense, loose], ids=lambda make: make.__name__)
+def test_a_block_that_asks_how_its_input_lies_in_memory_gets_eagers_answer(tmp_path, reads, what, first, way):
+    reads(LAYOUTS[what])
+    net, compiled = nets.make(Reads), made(tmp_path, way)
+    block = net.blocks[0]
+    for make in (first, first, loose, sliced, dense, loose, dense):
+        x = make()
+        got = compiled.run(net, lambda x=x: block(x), filter_guards=True, passthrough=lambda error: False)
+        assert difference(got, block(x)) < 1e-4, make.__name__
+    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 1 and not compiled.report.failure
+    assert way == "compiled" or "the layout of its inputs, which it reads, is not as in the blocks" in compiled.report.text()
+
+
+GRADIENTS = {
+    "requires_grad": lambda block, x, number: 2.0 if block.first.weight.requires_grad else 3.0,
+    "is_leaf": lambda block, x, number: 2.0 if x.is_leaf and x.requires_grad else 3.0,
+    "by getattr": lambda block, x, number: 2.0 if getattr(block.first.weight, "requires_grad") else 3.0,  # noqa: B009
+}
+
+
+@WAYS
+@pytest.mark.parametrize("what", GRADIENTS)
+def test_a_block_that_asks_whether_a_tensor_needs_a_gradient_runs_eager_and_says_so(tmp_path, reads, what, way):
+    reads(GRADIENTS[what])
+    with torch.inference_mode(False), torch.no_grad():
+        net, compiled = nets.make(Reads), made(tmp_path, way)
+        for value in (False, False, True, True, False):
+            net.requires_grad_(value)
+            x = torch.randn(2, 10, 32).requires_grad_(value)
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+        assert compiled.report.last_calls["eager"] == 3
+        assert "asks whether a tensor needs a gradient" in (refused(compiled) if way == "kept" else compiled.report.text())
+
+
+@WAYS
+def test_a_class_that_is_met_later_counts_though_no_new_code_was_traced(tmp_path, reads, monkeypatch, way):
+    reads(lambda block, x, number: block.thing.level())
+    net, compiled, x = nets.make(Reads), made(tmp_path, way), inputs()[0]
+    run(compiled, net, x)
+    for block in net.blocks:
+        block.thing = Later()
+    for _ in range(2):
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    monkeypatch.setattr(Later, "level", lambda self: 5.0, raising=False)
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+
+
+CHANGES = {
+    "a class that it holds": (lambda block, x, number: block.helper.gain, lambda block, value: setattr(Gain, "gain", value)),
+    "a class in a table": (lambda block, x, number: block.table["kind"].gain, lambda block, value: setattr(Gain, "gain", value)),
+    "defaults of a closure": (lambda block, x, number: block.function(),
+                              lambda block, value: setattr(block.function, "__defaults__", (value,))),
+    "defaults of a closure in a list": (lambda block, x, number: block.functions[0](),
+                                        lambda block, value: setattr(block.functions[0], "__defaults__", (value,))),
+    "defaults of a closure in a partial": (lambda block, x, number: block.bound(),
+                                           lambda block, value: setattr(block.bound.func, "__defaults__", (value,))),
+    "the order of an OrderedDict": (lambda block, x, number: next(iter(block.order.values())),
+                                    lambda block, value: block.order.move_to_end("a", value != 1.0)),
+    "the order of an OrderedDict's items": (lambda block, x, number: sum(i * v for i, (k, v) in enumerate(block.order.items())),
+                                            lambda block, value: block.order.move_to_end("a", value != 1.0)),
+    "a dataclass that is compared": (lambda block, x, number: 2.0 if block.config == CONFIG else 3.0,
+                                     lambda block, value: setattr(block.config, "level", value)),
+    "a dataclass in a list": (lambda block, x, number: 2.0 if block.config in [CONFIG] else 3.0,
+                              lambda block, value: setattr(block.config, "level", value)),
+    "a dataclass that is ordered": (lambda block, x, number: 2.0 if block.ranked < RANKED else 3.0,
+                                    lambda block, value: setattr(block.ranked, "level", value)),
+    "a dataclass that is copied": (lambda block, x, number: 2.0 if dataclasses.replace(block.config) == CONFIG else 3.0,
+                                   lambda block, value: setattr(block.config, "level", value)),
+    "a dataclass of the module": (lambda block, x, number: 2.0 if block.config == CONFIG else 3.0,
+                                  lambda block, value: setattr(CONFIG, "level", value)),
+    "a SimpleNamespace": (lambda block, x, number: 2.0 if block.space == SPACE else 3.0,
+                          lambda block, value: setattr(block.space, "level", value)),
+    "a Fraction": (lambda block, x, number: float(block.part * 3),
+                   lambda block, value: setattr(block, "part", fractions.Fraction(int(value), 2))),
+    "a UserDict": (lambda block, x, number: block.user["k"], lambda block, value: block.user.update(k=value)),
+    "a ChainMap": (lambda block, x, number: block.chain["k"], lambda block, value: block.chain.update(k=value)),
+    "an object that is matched": (lambda block, x, number: matched(block.matched),
+                                  lambda block, value: setattr(block.matched, "level", value)),
+}
+
+
+def matched(value):
+    match value:
+        case Matched(1.0):
+            return 2.0
+        case _:
+            return 3.0
+
+
+@WAYS
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_of_a_value_that_is_read_in_a_roundabout_way_shows_at_once(tmp_path, reads, what, way):
+    function, change = CHANGES[what]
+    reads(function)
+    net, compiled, x = nets.make(Closures if "closure" in what else Reads), made(tmp_path, way), inputs()[0]
+    try:
+        for index, value in enumerate((1.0, 1.0, 3.0, 3.0, 1.0)):
+            for block in net.blocks:
+                change(block, value)
+            assert difference(run(compiled, net, x), net(x)) < 1e-4, index
+        used = "eager" if way == "kept" and "closure" in what else "artefact" if way == "kept" else "graph"
+        assert compiled.report.last_calls[used] == 3 and not compiled.report.failure
+    finally:
+        for block in net.blocks:
+            change(block, 1.0)
+
+
+NUMBERS = {
+    "a number": (lambda value: value, lambda number: number),
+    "in a tuple": (lambda value: (1.0, value), lambda number: number[1]),
+    "in lists": (lambda value: [1.0, [value]], lambda number: number[1][0]),
+    "in a dict": (lambda value: {"a": value}, lambda number: number["a"]),
+    "of a complex number": (lambda value: complex(value, 1.0), lambda number: number.real),
+    "of an imaginary number": (lambda value: complex(1.0, value), lambda number: number.imag),
+}
+
+
+@pytest.mark.parametrize("place", ["argument", "attribute"])
+@pytest.mark.parametrize("what", NUMBERS)
+@pytest.mark.parametrize("values", [(0.0, -0.0, 0.0), (-0.0, 0.0, -0.0), (1.0, 2.0, 0.0, -0.0, 3.0), (1.0, 2.0, -0.0, 0.0, 3.0)], ids=str)
+def test_a_zero_of_the_other_sign_is_another_number_wherever_it_is(tmp_path, reads, what, place, values):
+    wrap, get = NUMBERS[what]
+
+    def sign(number):
+        return torch.copysign(torch.full((1,), 2.0), torch.full((1,), number)) + 5
+    reads(lambda block, x, number: sign(get(number if place == "argument" else block.value)))
+    net, compiled, x = nets.make(Reads), CompiledModule(COMPILED), inputs()[0]
+    for value in values:
+        for block in net.blocks:
+            block.value = wrap(value)
+        arguments = (wrap(value),) if place == "argument" else ()
+        assert difference(run(compiled, net, x, *arguments), net(x, *arguments)) < 1e-4, value
+    assert not compiled.report.failure
+
+
+class Meta(type):
+    pass
+
+
+class Made(metaclass=Meta):
+    def __init__(self, gain):
+        self.gain = gain
+
+
+class Fixed(type):
+    def __call__(cls, gain):
+        return type.__call__(cls, 7.0)
+
+
+class MadeFixed(metaclass=Fixed):
+    def __init__(self, gain):
+        self.gain = gain
+
+
+@pytest.mark.parametrize("what", ["set later", "there at first"])
+@WAYS
+def test_a_metaclass_may_make_the_objects_of_its_class_otherwise(tmp_path, reads, monkeypatch, what, way):
+    reads((lambda block, x, number: Made(2.0).gain) if what == "set later" else (lambda block, x, number: MadeFixed(2.0).gain))
+    net, compiled, x = nets.make(Reads), made(tmp_path, way), inputs()[0]
+    for _ in range(2):
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    monkeypatch.setattr(Meta, "__call__", lambda cls, gain: type.__call__(cls, 5.0), raising=False)
+    for _ in range(2):
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert way == "kept" or "which torch does not call" in compiled.report.text()
+
+
+class Interface(abc.ABC):  # noqa: B024
+    pass
+
+
+@WAYS
+def test_a_class_may_be_registered_as_another_ones(tmp_path, reads, way, monkeypatch):
+    interface = abc.ABCMeta("Interface", (), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Interface", interface)
+    reads(lambda block, x, number: 2.0 if isinstance(block.thing, Interface) else 3.0)
+    net, compiled, x = nets.make(Reads), made(tmp_path, way), inputs()[0]
+    for step in range(4):
+        if step == 2:
+            interface.register(Thing)
+        assert difference(run(compiled, net, x), net(x)) < 1e-4, step
+        assert step >= 2 or way == "compiled" or compiled.report.calls["artefact"] == 3 * step
+    interface.register(type("Unrelated", (), {}))
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["kept", "inductor"])
+@pytest.mark.parametrize("when", [0, 2])
+def test_another_kernel_of_torchs_operator_is_run_and_named(tmp_path, reads, when, way):
+    reads(lambda block, x, number: F.silu(x))
+    net, compiled, x = nets.make(Reads), made(tmp_path, way), inputs()[0]
+    with contextlib.ExitStack() as scope:
+        for step in range(4):
+            if step == when:
+                library = torch.library.Library("aten", "IMPL")
+                scope.callback(library._destroy)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    library.impl("silu", lambda x: x * 7, "CPU")
+            assert difference(run(compiled, net, x), net(x)) < 1e-4, step
+    for _ in range(2):
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert way == "kept" or "aten/silu/CPU has been replaced" in compiled.report.text()
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_two_models_that_share_blocks_leave_nothing_on_them(last):
+    net, x = nets.make(nets.Plain), inputs()[0]
+    compiled = [CompiledModule(COMPILED), CompiledModule(COMPILED)]
+    for one in compiled:
+        run(one, net, x)
+    inside, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    results = []
+
+    def step(index):
+        def call():
+            inside[index].set()
+            assert leave[index].wait(60)
+            return net(x)
+        with torch.inference_mode():
+            results.append(compiled[index].run(net, call, filter_guards=True, passthrough=lambda error: False))
+    threads = [threading.Thread(target=step, args=(index,), daemon=True) for index in (0, 1)]
+    for index, thread in enumerate(threads):
+        thread.start()
+        assert inside[index].wait(60)
+    for index in (1, 0) if last == "first" else (0, 1):
+        leave[index].set()
+        threads[index].join(60)
+    assert len(results) == 2 and all(difference(result, net(x)) < 1e-4 for result in results)
+    assert not any(isinstance(block.__dict__.get("_compiled_call_impl"), OwnCall) for block in net.blocks)
+    assert difference(run(compiled[0], net, x), net(x)) < 1e-4 and compiled[0].report.last_calls["graph"] == 3
