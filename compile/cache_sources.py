@@ -297,8 +297,11 @@ def replaced_operators(names: Names | None = None) -> list[str]:
     found = []
     for key in list(torch.library._impls):
         space, operator_name, dispatch = key.split("/", 2)
-        if dispatch not in ("Meta", "MPS") and (space == "aten" or (names is not None and names.items is not None and space in names.exact
-                                                                    and operator_name.partition(".")[0] in names.exact)):
+        # Torch runs those for autograd when it traces, and calls those of attention's kernels as eager does.
+        if dispatch in ("Meta", "MPS") or dispatch.startswith("Autograd") or operator_name.startswith("_scaled_dot_product"):
+            continue
+        named = names is not None and names.items is not None and {space, operator_name.partition(".")[0]} <= names.exact
+        if space == "aten" or named:
             found.append(key)
     return sorted(found)
 
