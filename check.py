@@ -1,6 +1,6 @@
 """INT8 Compile Check from the command line, with the Python that runs ComfyUI:
 
-    python ComfyUI/custom_nodes/int8-compile/check.py [--full | --width 3072 --tokens 4608] [--json FILE] [--plot FILE] [--device cpu]
+    python ComfyUI/custom_nodes/int8-compile/check/check.py [--full | --width 3072 --tokens 4608] [--json FILE] [--plot FILE] [--device cpu]
     cd ComfyUI/custom_nodes/int8-compile && python -m check
 
 COMFYUI_PATH: ComfyUI's folder, where this folder is not in its custom_nodes.
@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: although there is a GPU")
     options = parser.parse_args(arguments)
     _load_pack()
-    from int8_compile.compile.check_plot import plot, require_matplotlib
-    from int8_compile.compile.check_table import sizes, sizes_of
+    from int8_compile.compile.check.linear_table import sizes, sizes_of
+    from int8_compile.compile.check.plot import plot, require_matplotlib
 
     try:
         if options.plot:
@@ -60,8 +60,8 @@ def _load_pack():
 def _run(sizes, cpu: bool):
     """sizes(device): what to measure there."""
     import torch
-    from int8_compile.compile.check import check
-    from int8_compile.compile.check_facts import WARNING, Fact
+    from int8_compile.compile.check.check import check
+    from int8_compile.compile.check.facts import WARNING, Fact
 
     shown = -1
 
@@ -82,7 +82,7 @@ def _run(sizes, cpu: bool):
         import comfy.cli_args
 
         comfy.cli_args.args.cpu = device.type == "cpu"
-        from int8_compile.compile.comfy_check import run_check
+        from int8_compile.compile.comfyui.machine_check import run_check
     except Exception as error:  # any that ComfyUI raises at import: the machine can be checked without it
         fact = Fact("ComfyUI", f"{comfyui} cannot be imported: {type(error).__name__}: {error}", WARNING,
                     "Run this with the Python that runs ComfyUI.")

@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--remove", action="store_true", help="trust it no longer")
     options = parser.parse_args(arguments)
     _load_pack()
-    from int8_compile.compile import trusted_bundles
-    from int8_compile.compile.cache_bundle import read_bundle
-    from int8_compile.compile.cache_store import CacheError
+    from int8_compile.compile.artifacts import trusted_bundles
+    from int8_compile.compile.artifacts.bundle import read_bundle
+    from int8_compile.compile.artifacts.store import CacheError
 
     try:
         if options.bundle is None:

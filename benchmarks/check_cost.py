@@ -33,7 +33,7 @@ class BuildHere:
         self.store = store
 
     def submit(self, order):
-        from int8_compile.compile import aoti
+        from int8_compile.compile.artifacts import export as aoti
 
         with torch.inference_mode(False):
             self.store.build_once(order.place, order.entry, lambda folder: aoti.build(order.job, folder, tiers=("export",)))
@@ -74,9 +74,9 @@ def main() -> None:
 
     comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = True
     load_pack()
-    from int8_compile.compile import aoti
-    from int8_compile.compile.artefacts import Cache
-    from int8_compile.compile.cache_store import CacheStore
+    from int8_compile.compile.artifacts import export as aoti
+    from int8_compile.compile.artifacts.runtime import Cache
+    from int8_compile.compile.artifacts.store import CacheStore
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
 

@@ -40,7 +40,7 @@ SECONDS = 0.5  # that a contender is timed for in the mean, at least twice
 
 def contenders(k: int, n: int, device: torch.device, skip: set[str]) -> dict:
     """{name: function of x [M, K] bf16}; those that this machine has."""
-    from int8_compile.compile.check_table import kitchen_linear
+    from int8_compile.compile.check.linear_table import kitchen_linear
     from int8_compile.int8.kernels import ops
     from int8_compile.int8.quantize import quantize_weight
 

@@ -38,7 +38,7 @@ def main() -> None:
     from benchmarks.tiny_models import cache_dir, make_models
     from benchmarks.wrapper_overhead import load_pack
     load_pack()
-    from int8_compile.int8.comfy_calibrate import plans, quantize_model
+    from int8_compile.compile.comfyui.int8_calibrate import plans, quantize_model
     from int8_compile.int8.options import Int8Options
 
     folder = make_models(options.comfyui, cache_dir()) / "models" / "diffusion_models"

@@ -159,7 +159,7 @@ class Kills:
         if "int8_pack" not in sys.modules:
             package = sys.modules["int8_pack"] = types.ModuleType("int8_pack")
             package.__path__ = [str(ROOT)]
-        store, bundle = (importlib.import_module(f"int8_pack.compile.{name}") for name in ("cache_store", "cache_bundle"))
+        store, bundle = (importlib.import_module(f"int8_pack.compile.artifacts.{name}") for name in ("store", "bundle"))
         return store.CacheStore(self.cache / "compiled", self.keys / "key"), bundle.read_bundle
 
 

@@ -40,14 +40,14 @@ def measured(root: Path) -> dict[str, dict[str, float]]:
     from benchmarks.gpu.no_driver import Driver
 
     driver = Driver()
-    from int8_compile.int8.kernels import fastest, gluon_gemm, ops, triton_gemm, triton_kernels, triton_quant
+    from int8_compile.int8.kernels import autotune, gluon_gemm, ops, triton_gemm, triton_kernels, triton_quant
     from int8_compile.int8.kernels.triton_configs import GemmConfig
 
     triton_gemm.card = gluon_gemm.card = lambda device: (90, 132)
     ops.implementation, ops.triton_unavailable = lambda kernel, device: triton_kernels, lambda device: ""
     torch.Tensor.is_cuda = True  # what the pack asks of its operands, which are the CPU's
-    triton_quant.takes_ptx, fastest.is_captured = lambda x: True, lambda q: False
-    fastest.waiting.busy = lambda: True
+    triton_quant.takes_ptx, autotune.is_captured = lambda x: True, lambda q: False
+    autotune.waiting.busy = lambda: True
     torch.cuda.get_device_name = lambda device=None: "no card"
     x = torch.zeros(M, K, dtype=torch.bfloat16)
     qweight, scale, bias = torch.zeros(N, K, dtype=torch.int8), torch.ones(N, 1), torch.zeros(N, dtype=torch.bfloat16)

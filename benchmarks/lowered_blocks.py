@@ -299,24 +299,24 @@ def _usage(results) -> list[dict]:
 
 def quantized(model: torch.nn.Module) -> None:
     """The layers that INT8 Quantize Model takes become what it makes of them (ConvRot), with fake values."""
-    from int8_compile.int8 import comfy_ops
+    from int8_compile.compile.comfyui import int8_layer
     from int8_compile.int8.plan import LayerPlan
     from int8_compile.int8.quantize import eligible_linears
 
     def quantize_weight(weight, rotate):
         n, k = weight.shape
         return weight.new_empty((n, k), dtype=torch.int8), weight.new_empty((n, 1), dtype=torch.float32), GROUP if rotate else 0
-    comfy_ops._connect_kernels()
-    comfy_ops.patch_linear_input_act()
+    int8_layer._connect_kernels()
+    int8_layer.patch_linear_input_act()
     layers = {}
-    with mock.patch.object(comfy_ops, "quantize_weight", quantize_weight):  # asks for values
+    with mock.patch.object(int8_layer, "quantize_weight", quantize_weight):  # asks for values
         for name in eligible_linears(model):
             layer = model.get_submodule(name)
-            layers[comfy_ops.PREFIX + name] = comfy_ops._int8_layer(layer.weight, layer.bias, LayerPlan(name, "convrot"), "auto",
+            layers[int8_layer.PREFIX + name] = int8_layer._int8_layer(layer.weight, layer.bias, LayerPlan(name, "convrot"), "auto",
                                                                    rehearsal.CARD, rehearsal.CARD, torch.bfloat16)
-    comfy_ops._share_inputs(layers)
+    int8_layer._share_inputs(layers)
     for name, layer in layers.items():
-        model.set_submodule(name.removeprefix(comfy_ops.PREFIX), layer)
+        model.set_submodule(name.removeprefix(int8_layer.PREFIX), layer)
 
 
 def flux(width: int):

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .aoti import varying
-from .artefacts import MISSING, BlockInfo, Cache, RegionArtefacts
-from .block_tree import attributes_of_tensors, has_global_hooks
-from .closures import closed_over, kept_object
+from .artifacts.closures import closed_over, kept_object
+from .artifacts.export import varying
+from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtefacts
 from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, RegionCode
+from .torch_internals.block_tree import attributes_of_tensors, has_global_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ Tell = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
 _VARYING = {dims: frozenset(varying(dims)) for dims in range(16)}
 _NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_LAYERS = str(Path(__file__).parent / "comfyui")  # INT8 layers are parts of the model
 
 
 def _strided(value: Tensor) -> bool:
@@ -83,6 +84,8 @@ def _is_models_own(error: Exception) -> bool:
     if traceback is None:
         return False
     code = traceback.tb_frame.f_code
+    if code.co_filename.startswith(_LAYERS):
+        return True
     return not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..int8.echo import echo
 from .allowed_options import INVALID_OPTIONS, MAX_CHARACTERS, check_options
-from .optional import OPTIONAL_BACKENDS, package_of
+from .third_party_backends import OPTIONAL_BACKENDS, package_of
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DYNAMIC = {"auto": None, "true": True, "false": False}

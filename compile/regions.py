@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..int8.structure import repeated_blocks, signature
-from .block_tree import BlockTree, Hooks, Interior
+from .torch_internals.block_tree import BlockTree, Hooks, Interior
 
 
 @dataclass

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from . import warmup
-from .cache_block import ClassGuards, classes_of, module_classes
-from .cache_sources import Recording, Sources, cached_function, made_by_metaclass, replaced_operators, sources_of
-from .describe import Names, is_own, is_pristine_package
-from .guards import GuardFilter
-from .interrupt import interruptible
-from .layouts import depends_on_layout
-from .optional import OPTIONAL_BACKENDS, compile_optional
+from .artifacts.block import ClassGuards, classes_of, module_classes
+from .artifacts.describe import Names, is_own, is_pristine_package
+from .artifacts.layouts import depends_on_layout
+from .artifacts.source_guards import Recording, Sources, cached_function, made_by_metaclass, replaced_operators, sources_of
 from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile
-from .settings import compile_settings, recompile_limit
+from .third_party_backends import OPTIONAL_BACKENDS, compile_optional
+from .torch_internals import warmup
+from .torch_internals.guard_filter import GuardFilter
+from .torch_internals.interrupt import interruptible
+from .torch_internals.settings import compile_settings, recompile_limit
 
 # States of the code and values that a region is compiled for. A pack that patches anew each time would compile each time.
 MAX_STATES = 8

@@ -1,4 +1,7 @@
-"""INT8 for plain torch models: modules in the place of torch.nn.Linear. (ComfyUI's models have their own: see comfy_ops.py.)"""
+"""INT8 for plain torch models: modules in the place of torch.nn.Linear.
+
+ComfyUI's models have their own: see compile/comfyui/int8_layer.py.
+"""
 from __future__ import annotations
 
 import json

@@ -20,7 +20,7 @@ def signature(module: torch.nn.Module) -> tuple:
 
 
 def _replacement(module: torch.nn.Module) -> str:
-    """Rotation, kernel and parts of a layer of this pack (comfy_ops.artefact_replacement), which its class does not tell."""
+    """Rotation, kernel and parts of a layer of this pack (compile/comfyui/int8_layer.py), which its class does not tell."""
     if not hasattr(module, "artefact_replacement"):
         return ""
     try:

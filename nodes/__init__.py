@@ -8,10 +8,11 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from ..compile import warmup
-from ..compile.comfy_cache import get_cache
-from ..int8 import comfy_core, own_files
-from ..int8.kernels import fastest
+from ..compile.comfyui import core as comfy_core
+from ..compile.comfyui.artifact_cache import get_cache
+from ..compile.torch_internals import warmup
+from ..int8 import own_files
+from ..int8.kernels import autotune
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
 from .checkpoint import LoadINT8Model, SaveINT8Model
@@ -47,7 +48,7 @@ class Int8CompileExtension(ComfyExtension):
                 _report_id_clashes({k: v for k, v in others.items() if getattr(v, "CATEGORY", None) != CATEGORY})
             PromptServer.instance.app.on_startup.append(look_again)
             PromptServer.instance.add_on_prompt_handler(_warm_up)
-            fastest.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
+            autotune.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
             own_files.sweep_below(Path(folder_paths.get_output_directory()))  # Save INT8 Model writes anywhere in it
             await _register_replacements()
 

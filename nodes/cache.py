@@ -10,9 +10,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..compile import comfy_cache, patcher, trusted_bundles
-from ..compile.cache_bundle import Bundle, load_bundle, read_bundle, save_bundle
-from ..compile.cache_store import CacheStore, default_key_file
+from ..compile.artifacts import trusted_bundles
+from ..compile.artifacts.bundle import Bundle, load_bundle, read_bundle, save_bundle
+from ..compile.artifacts.store import CacheStore, default_key_file
+from ..compile.comfyui import artifact_cache, compile_model
 from ..int8.echo import echo
 from ..int8.kernels.native import cache_folder
 from ..int8.own_files import folder_size, is_reserved
@@ -57,14 +58,14 @@ class SaveCompileCache(io.ComfyNode):
             raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
                              "most.")
         _wait_for_builder()
-        store = comfy_cache.open_store()
+        store = artifact_cache.open_store()
         entries = store.own() if model is None else _entries_of(model, store)
         if not entries:
             raise ValueError("Save Compile Cache: nothing has been compiled and kept yet. Make an image with a compile node first; connect "
                              "the sampler's latent to 'after', so that this node runs later than the sampler.")
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(comfy_cache.bundles()))
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(artifact_cache.bundles()))
         path = Path(folder) / f"{name}_{counter:05}_.zip"
-        digest = save_bundle(store, entries, path, comfy_cache.room_for_bundles())
+        digest = save_bundle(store, entries, path, artifact_cache.room_for_bundles())
         with (saved := read_bundle(path)).copy:
             text = f"{path}\n{path.stat().st_size / 1e6:.1f} MB\n{saved.contents()}\ndigest: {digest}"
         return io.NodeOutput(str(path), digest, ui=ui.PreviewText(text))
@@ -97,7 +98,7 @@ class LoadCompileCache(io.ComfyNode):
     def execute(cls, bundle, trust) -> io.NodeOutput:
         with (found := read_bundle(_path_of(bundle.strip()))).copy:
             _require_trust(found, trust.strip().lower())
-            added, present = load_bundle(comfy_cache.open_store(), found)
+            added, present = load_bundle(artifact_cache.open_store(), found)
         text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
         if any(held.labels[-1] != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
@@ -124,12 +125,12 @@ class ClearCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        store = comfy_cache.open_store()
+        store = artifact_cache.open_store()
         count, freed = store.clear()
         text = f"Deleted {count} compiled, {freed / 1e6:.1f} MB."
         if left := len(store.all()):
             text += f" {left} could not be deleted: check that ComfyUI may write in the compile cache's folder."
-        if bundles := comfy_cache.bundle_sizes():
+        if bundles := artifact_cache.bundle_sizes():
             text += (f" {len(bundles)} bundles, {sum(bundles.values()) / 1e6:.1f} MB, stay: delete them by hand from the bundles folder of "
                      "the compile cache.")
         if others := _others_kept():
@@ -149,7 +150,7 @@ def _others_kept() -> list[str]:
 
 def _wait_for_builder():
     """With progress; the user can interrupt it."""
-    cache = comfy_cache.get_cache()
+    cache = artifact_cache.get_cache()
     if cache is None:
         return
     progress = None
@@ -164,23 +165,23 @@ def _wait_for_builder():
 
 def _entries_of(model, store: CacheStore) -> list[Path]:
     """What the model's compile nodes have loaded, and what was built for its block classes since."""
-    reports = patcher.reports(model)
+    reports = compile_model.reports(model)
     loaded = {tuple(artefact.rsplit(" ", 1)) for report in reports for artefact in report.artefacts}
     classes = {name for report in reports for name, _ in report.regions}
-    cache = comfy_cache.get_cache()
+    cache = artifact_cache.get_cache()
     built = {folder for name, folder in cache.builder.built if name in classes} if cache else set()
     return [folder for folder in store.own() if folder in built
             or any(folder.name == entry and folder.parents[2].name.startswith(f"{name}_") for name, entry in loaded)]
 
 
 def _path_of(bundle: str) -> Path:
-    folder = comfy_cache.bundles()
+    folder = artifact_cache.bundles()
     if not _FILE_NAME.fullmatch(bundle) or is_reserved(bundle):
         raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
                          "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():
         raise ValueError(f"Load Compile Cache: there is no {bundle} in the bundles folder of the compile cache. "
-                         f"There: {echo(', '.join(sorted(comfy_cache.bundle_sizes()))) or 'nothing'}.")
+                         f"There: {echo(', '.join(sorted(artifact_cache.bundle_sizes()))) or 'nothing'}.")
     return folder / bundle
 
 

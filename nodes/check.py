@@ -10,10 +10,10 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..compile.check_plot import plot, require_matplotlib
-from ..compile.check_table import SIZES
-from ..compile.check_table import sizes as sizes_named
-from ..compile.comfy_check import run_check
+from ..compile.check.linear_table import SIZES
+from ..compile.check.linear_table import sizes as sizes_named
+from ..compile.check.plot import plot, require_matplotlib
+from ..compile.comfyui.machine_check import run_check
 
 
 class INT8CompileCheck(io.ComfyNode):

@@ -4,8 +4,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..compile.comfy_status import SCHEMA, NodeStatus
-from ..compile.modes.comfy_record import recorded, save_model
+from ..compile.comfyui.mode_records import recorded, save_model
+from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from .quantize import int8_options, quantize_inputs
 
 
@@ -53,7 +53,7 @@ class LoadINT8Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
-        from ..int8.comfy_checkpoint import load_int8_model
+        from ..compile.comfyui.int8_checkpoint import load_int8_model
 
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
         status = NodeStatus()

@@ -9,8 +9,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..compile import comfy_cache
-from ..compile.cache_store import default_key_file
+from ..compile.artifacts.store import default_key_file
+from ..compile.comfyui import artifact_cache
 from ..int8.echo import echo, without_folders
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def _clean(error: Exception) -> None:
 
 def _folders() -> list[str]:
     """Known ones, whose names may have spaces; the innermost first."""
-    folders = [comfy_cache.folder(), default_key_file().parent, Path.home(), Path(folder_paths.base_path),
+    folders = [artifact_cache.folder(), default_key_file().parent, Path.home(), Path(folder_paths.base_path),
                Path(folder_paths.get_user_directory()), Path(folder_paths.get_input_directory()),
                Path(folder_paths.get_output_directory()), Path(folder_paths.get_temp_directory())]
     return sorted({str(path.absolute()) for path in folders if len(path.parts) > 1}, key=len, reverse=True)

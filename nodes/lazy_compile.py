@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..compile.comfy_status import SCHEMA, NodeStatus
+from ..compile.comfyui.compile_model import add_compile, non_dynamic_clone
+from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..compile.options import DYNAMIC, CompileOptions
-from ..compile.patcher import add_compile, non_dynamic_clone
 from ..compile.report import CompileReport
 from .compile_model import BACKGROUND_TOOLTIP
 

@@ -5,9 +5,9 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..compile.comfy_status import SCHEMA, NodeStatus
-from ..compile.modes.comfy_modes import PATCHER_MODES
-from ..compile.modes.comfy_record import apply_to_patcher, describe
+from ..compile.comfyui.mode_records import apply_to_patcher, describe
+from ..compile.comfyui.modes import PATCHER_MODES
+from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..compile.modes.mode import Mode
 
 MAX_TEXT = 1 << 20  # characters; with what was chosen for 3000 layers it has a fifth of that

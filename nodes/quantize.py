@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..compile.comfy_status import SCHEMA, NodeStatus
-from ..compile.modes.comfy_record import quantize_and_record
+from ..compile.comfyui.mode_records import quantize_and_record
+from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..int8.options import KERNELS, METHODS, Int8Options
 
 

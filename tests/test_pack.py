@@ -75,21 +75,33 @@ def test_an_edit_in_any_package_makes_other_cache_keys(tmp_path):
     assert len(seen) == 4
 
 
-def test_nothing_below_imports_anything_above_it():
-    """nodes -> compile -> int8 -> int8/kernels; ComfyUI is known in few files, named for it."""
-    allowed = {"int8/kernels": ("..hadamard", "..own_files"), "int8": (".", "..int8"), "compile": ("..int8", "..pack"),
-               "compile/modes": ("...int8", "..engine", "..options", "..patcher", "..report")}
-    for path in (*(REPO / "int8").rglob("*.py"), *(REPO / "compile").rglob("*.py")):
+# The lowest first. A module imports from its own layer and those below; check and modes know nothing of each other.
+LAYERS = ("int8", "compile/torch_internals", "compile/artifacts", "compile", "compile/check", "compile/modes",
+          "compile/comfyui", "nodes")
+COMFYUIS_OWN = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "node_helpers", "latent_preview", "execution"}
+
+
+def layer(path: str) -> int:
+    """Of a file or folder of this repository; -1 for pack.py and what is not in a package."""
+    found = [index for index, folder in enumerate(LAYERS) if f"{path}/".startswith(f"{folder}/")]
+    return max(found, key=lambda index: len(LAYERS[index]), default=-1)
+
+
+def test_only_nodes_and_compile_comfyui_import_comfyui_and_nothing_imports_what_is_above_it():
+    for path in sorted(path for folder in ("int8", "compile", "nodes") for path in (REPO / folder).rglob("*.py")):
         relative = path.relative_to(REPO)
-        tree = ast.parse(path.read_text())
-        imports = [("." * n.level + (n.module or "")) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-        imports += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-        if relative.name != "patcher.py" and not relative.name.startswith("comfy_"):
-            assert not [i for i in imports if i.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes", "server")], relative
-        folder = next(name for name in ("int8/kernels", "compile/modes", relative.parts[0]) if relative.is_relative_to(name))
-        for name in imports:
-            if name.startswith(".."):
-                assert name.startswith(allowed[folder]), f"{relative} imports {name}"
+        own = layer(relative.parent.as_posix())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*relative.parent.parts[:len(relative.parent.parts) - node.level + 1], *(node.module or "").split(".")]
+                for alias in node.names:
+                    target = "/".join([part for part in base if part] + [alias.name])
+                    assert layer(target) <= own, f"{relative} imports {target}"
+                    assert {LAYERS[own], LAYERS[layer(target)]} != {"compile/check", "compile/modes"}, f"{relative} imports {target}"
+            elif LAYERS[own] not in ("nodes", "compile/comfyui"):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                    [node.module] if isinstance(node, ast.ImportFrom) else [])
+                assert not COMFYUIS_OWN.intersection(name.partition(".")[0] for name in names), f"{relative} imports {names}"
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "example_workflows").glob("*.json")), ids=lambda p: p.stem)

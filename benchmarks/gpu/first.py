@@ -29,13 +29,13 @@ LAYER_ERROR = 0.02
 def run(context: Context) -> None:
     """A Linear layer as a node runs it, kernel "auto", against float64 of the quantized weight: wrong ends the suite."""
     load_pack()
-    from int8_compile.int8.kernels import fastest, ops
+    from int8_compile.int8.kernels import autotune, ops
 
     device = torch.device(context.device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         context.add(free_gb=free / 2**30, total_gb=total / 2**30, l2_mb=torch.cuda.get_device_properties(device).L2_cache_size / 2**20,
-                    stack=fastest.stack(), cores=os.cpu_count(), shm_gb=shutil.disk_usage("/dev/shm").free / 2**30,
+                    stack=autotune.stack(), cores=os.cpu_count(), shm_gb=shutil.disk_usage("/dev/shm").free / 2**30,
                     tools={tool: shutil.which(tool) for tool in ("git", "gcc", "g++", "nvcc", "ncu", "compute-sanitizer")})
     with interpreter_of_today(), torch.inference_mode():
         for m, k, n in DRY_LAYERS if context.dry else LAYERS:
@@ -89,12 +89,12 @@ def copy_seconds(device: torch.device) -> float:
 
 
 def gemm_rates(m: int, k: int, n: int, device: torch.device, rounds: int, seconds: float) -> dict:
-    from int8_compile.int8.kernels import fastest
+    from int8_compile.int8.kernels import autotune
 
     q, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
     arguments = (q, torch.rand(m, device=device), w, torch.rand(n, 1, device=device), torch.randn(n, device=device).bfloat16(),
                  torch.bfloat16 if device.type == "cuda" else torch.float32)
-    functions = {name: functools.partial(call, *arguments) for name, call in fastest.candidates(q, w, None).items()}
+    functions = {name: functools.partial(call, *arguments) for name, call in autotune.candidates(q, w, None).items()}
     a, b = (torch.randn(rows, k, device=device).bfloat16() for rows in (m, n))
     functions["bf16"] = lambda: torch.nn.functional.linear(a, b)
     if m > 16 and device.type == "cuda":

@@ -30,9 +30,9 @@ def run(context: Context) -> None:
     card = CARDS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     shapes = {"tiny": [(256, 128)]} if context.dry else SHAPES
     if device.type == "cuda":
-        from int8_compile.int8.kernels import fastest
+        from int8_compile.int8.kernels import autotune
 
-        fastest.choices().budget = math.inf  # each shape by its fastest kernel, as after the step tune
+        autotune.choices().budget = math.inf  # each shape by its fastest kernel, as after the step tune
     seen = set()
     with interpreter_of_today(), torch.inference_mode():
         for m in (32,) if context.dry else ROWS:
@@ -69,7 +69,7 @@ def layer(m: int, k: int, n: int, device: torch.device, card, dry: bool) -> dict
 
 def parts(x: torch.Tensor, n: int) -> dict:
     """Ours, apart: the quantizer plain and rotated; the chosen GEMM, the one predicted fastest, torch._int_mm without and with epilogue."""
-    from int8_compile.int8.kernels import fastest, ops, torch_mm
+    from int8_compile.int8.kernels import autotune, ops, torch_mm
 
     k = x.shape[1]
     q, s = ops.quant_rows(x, 0, "none", None, "auto")
@@ -81,8 +81,8 @@ def parts(x: torch.Tensor, n: int) -> dict:
         found["quantize ConvRot"] = lambda: ops.quant_rows(x, 256, "none", None, "auto")
     found["gemm ours"] = lambda: ops.int8_gemm(*arguments[:5], "bfloat16", "auto")
     if x.is_cuda:
-        names = list(fastest.candidates(q, w))
-        found[f"gemm heuristic {names[0]}"] = functools.partial(fastest.candidates(q, w)[names[0]], *arguments)
+        names = list(autotune.candidates(q, w))
+        found[f"gemm heuristic {names[0]}"] = functools.partial(autotune.candidates(q, w)[names[0]], *arguments)
     found["gemm torch._int_mm"] = lambda: torch_mm.int8_gemm(*arguments)
     if x.is_cuda:
         from int8_compile.int8.kernels import triton_kernels
@@ -95,7 +95,7 @@ def parts(x: torch.Tensor, n: int) -> dict:
 
 def fp8(k: int, n: int, device: torch.device) -> dict:
     """torch._scaled_mm: as ComfyUI uses it (one scale, x cast as it is), and with a scale for each row, as accurate inference does."""
-    from int8_compile.compile.check_table import FP8_MAX, fp8_linear, has_fp8
+    from int8_compile.compile.check.linear_table import FP8_MAX, fp8_linear, has_fp8
 
     if not has_fp8(device):
         return {}

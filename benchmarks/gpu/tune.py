@@ -25,10 +25,10 @@ DRY_SHAPES, DRY_ROWS = ((64, 48),), (16,)
 
 def run(context: Context) -> None:
     load_pack()
-    from int8_compile.int8.kernels import fastest, tables, tuning
+    from int8_compile.int8.kernels import autotune, tables, tuning
 
     device = torch.device(context.device)
-    card = fastest.card(device) if device.type == "cuda" else "Test Card"
+    card = autotune.card(device) if device.type == "cuda" else "Test Card"
     shapes = DRY_SHAPES if context.dry else tuple(dict.fromkeys((*(s for group in SHAPES.values() for s in group), *MODULATIONS)))
     if device.type == "cuda":
         compile_all(context)
@@ -43,12 +43,12 @@ def run(context: Context) -> None:
                 if (k, n) in MODULATIONS and m > 16:
                     continue
                 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-                row = tune(fastest, tables, tuning, card, (m, k, n), dtype, device, found)
+                row = tune(autotune, tables, tuning, card, (m, k, n), dtype, device, found)
                 context.add(**row)
-            path = tables.save(context.tables, card, fastest.stack(), facts, found)
+            path = tables.save(context.tables, card, autotune.stack(), facts, found)
     loaded = tables.load(context.tables)
-    context.add(table=path.name, entries=len(found), stack=fastest.stack(), choices=found,
-                ok=all(loaded[tables.key(card, fastest.stack(), shape)] == name for shape, name in found.items()))
+    context.add(table=path.name, entries=len(found), stack=autotune.stack(), choices=found,
+                ok=all(loaded[tables.key(card, autotune.stack(), shape)] == name for shape, name in found.items()))
 
 
 def compile_all(context: Context) -> None:
@@ -85,22 +85,22 @@ def compile_share(share: int, shares: int) -> None:
             print(f"{config}: {type(error).__name__}: {error}"[:300])
 
 
-def tune(fastest, tables, tuning, card, shape, dtype, device, found: dict) -> dict:
+def tune(autotune, tables, tuning, card, shape, dtype, device, found: dict) -> dict:
     """Adds the choice for a shape to found: -> what it measured."""
     m, k, n = shape
     q, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
     arguments = (q, torch.rand(m, device=device), w, torch.rand(n, 1, device=device), torch.randn(n, device=device).to(dtype), dtype)
-    candidates = fastest.candidates(q, w, None)
-    names, taken, seconds = iter(candidates), {}, fastest.timer(device)
+    candidates = autotune.candidates(q, w, None)
+    names, taken, seconds = iter(candidates), {}, autotune.timer(device)
 
     def measured(call):
         name = next(names)
         taken[name] = float("nan")
         taken[name] = seconds(call)
         return taken[name]
-    key = fastest.shape_key(q, w, dtype)
-    best = found[key] = fastest.choose(tuning.Choices(None, budget=math.inf), tables.key(card, fastest.stack(), key), candidates, arguments,
-                                       measured)
+    key = autotune.shape_key(q, w, dtype)
+    best = found[key] = autotune.choose(tuning.Choices(None, budget=math.inf), tables.key(card, autotune.stack(), key), candidates,
+                                        arguments, measured)
     first = next(iter(candidates))
     return {"M": m, "K": k, "N": n, "chosen": best, "tops": 2 * m * k * n / taken[best] / 1e12, "heuristic": first,
             "gain_over_heuristic": taken[first] / taken[best], "int_mm_ratio": taken["torch._int_mm"] / taken[best],

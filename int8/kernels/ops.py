@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from . import cpu, fastest, reference, torch_mm
+from . import autotune, cpu, reference, torch_mm
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
                          f"{list(qweight.shape)}, or scales {list(s.shape)} not of {list(q.shape)}")
     out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and not triton_unavailable(q.device):
-        return fastest.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
+        return autotune.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
     return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
 
 

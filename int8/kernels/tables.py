@@ -1,7 +1,7 @@
 """Shipped choices: what was measured for a card by benchmarks/gpu_suite.py, step tune. One JSON file a card in tables/.
 
 {"card": name, "stacks": {stack: {"facts": {...}, "choices": {shape: candidate}}}}. A stack names what decides which kernel is fast beside
-the card (see fastest.stack), so that what was measured with another Triton, CUDA or driver is not served.
+the card (see autotune.stack), so that what was measured with another Triton, CUDA or driver is not served.
 """
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cache_nets
 from cache_nets import Hidden, make
-from int8_compile.compile import aoti
-from int8_compile.compile.artefacts import Cache
-from int8_compile.compile.builder import Builder
-from int8_compile.compile.cache_store import CacheStore
+from int8_compile.compile.artifacts import export as aoti
+from int8_compile.compile.artifacts.builder import Builder
+from int8_compile.compile.artifacts.runtime import Cache
+from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 
@@ -225,7 +225,7 @@ def test_what_makes_no_artefacts_says_so(built, options, reason):
 
 def test_int8_layers_and_their_rotation(tmp_path, key_file):
     """The plain twin of a quantized layer, whose ops run inside the artefact."""
-    from int8_compile.int8.artefact_layer import ArtefactLinear
+    from int8_compile.int8.plain_layer import ArtefactLinear
     from int8_compile.int8.quantize import quantize_weight
 
     net = make(width=64)
@@ -248,8 +248,8 @@ root, store, key = sys.argv[1:]
 package = sys.modules["int8_compile"] = types.ModuleType("int8_compile")
 package.__path__ = [root]
 import torch
-from int8_compile.compile.aoti import Artefact
-from int8_compile.compile.cache_store import CacheStore
+from int8_compile.compile.artifacts.export import Artefact
+from int8_compile.compile.artifacts.store import CacheStore
 store = CacheStore(Path(store), Path(key))
 for folder in store.own():
     print(Artefact(store.entry(folder), torch.device("cpu")).kind)

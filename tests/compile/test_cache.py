@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cache_modules
 from cache_modules import make
-from int8_compile.compile import cache_key
-from int8_compile.compile.cache import cache_compile, readable_cache
+from int8_compile.compile.artifacts import key as cache_key
+from int8_compile.compile.artifacts.cache_compile import cache_compile, readable_cache
 
 REPO = Path(__file__).resolve().parents[2]
 # torch 2.8 cannot compile a graph with its own sizes by itself (standalone_compile, "from_graph"): the next tier takes its place.
@@ -69,7 +69,7 @@ def test_a_second_process_neither_traces_nor_compiles(folder):
         from benchmarks.wrapper_overhead import load_pack
         load_pack()
         import torch
-        from int8_compile.compile.cache import cache_compile
+        from int8_compile.compile.artifacts.cache_compile import cache_compile
         from cache_modules import make
         module = make()
         cached = cache_compile(module.forward, cache_dir={str(folder)!r}, aoti_cache=True)
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written(caplog):
     cached = cache_compile(module.forward, cache_dir="/proc/no_folder")
     with caplog.at_level(logging.WARNING):
         assert torch.allclose(cached(x), module(x), atol=1e-6)
-    assert cached.tier == "fx" and len([r for r in caplog.records if r.name.endswith("compile.cache")]) == 1
+    assert cached.tier == "fx" and len([r for r in caplog.records if r.name.endswith("artifacts.cache_compile")]) == 1
 
 
 RANKS = [({}, ""), ({"tp_rank": 0}, "tp_rank0"), ({"tp_rank": 1, "pp_rank": 0}, "tp_rank1_pp_rank0"), ({"global_rank": 3}, "")]

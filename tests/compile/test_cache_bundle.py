@@ -9,9 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from int8_compile.compile import cache_bundle
-from int8_compile.compile.cache_bundle import load_bundle, read_bundle, save_bundle
-from int8_compile.compile.cache_store import MANIFEST, CacheStore
+from int8_compile.compile.artifacts import bundle as cache_bundle
+from int8_compile.compile.artifacts.bundle import load_bundle, read_bundle, save_bundle
+from int8_compile.compile.artifacts.store import MANIFEST, CacheStore
 
 GROUP = "Block_dynamic_aoti_0123456789abcdef"
 PLACE = f"{GROUP}/single/forward"

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from int8_compile.compile import cache_store
-from int8_compile.compile.cache_store import MANIFEST, CacheError, CacheStore
+from int8_compile.compile.artifacts import store as cache_store
+from int8_compile.compile.artifacts.store import MANIFEST, CacheError, CacheStore
 from int8_compile.int8 import own_files
 
-REPO = Path(cache_store.__file__).parents[1]
+REPO = Path(cache_store.__file__).parents[2]
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 ARTEFACT = "artifact.pt2"
 NOBODY = 65534
@@ -31,10 +31,10 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="owners and modes are
 LOADER = """
 import sys, types
 from pathlib import Path
-for name in ("", ".compile"):
+for name in ("", ".compile", ".compile.artifacts"):
     package = sys.modules["pack" + name] = types.ModuleType("pack" + name)
-    package.__path__ = [str(Path(sys.argv[1], *name[1:].split()))]
-from pack.compile import cache_store
+    package.__path__ = [str(Path(sys.argv[1], *name.split(".")[1:]))]
+from pack.compile.artifacts import store as cache_store
 store = cache_store.CacheStore(Path(sys.argv[2]), Path(sys.argv[3]))
 place = sys.argv[4]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8_compile.compile import check, check_facts, check_table
-from int8_compile.compile.check_block import measure_block
-from int8_compile.compile.check_plot import plot
-from int8_compile.compile.check_table import FULL, QUICK, Row, Shape, Sizes, measure, sizes, sizes_of
+from int8_compile.compile.check import check, linear_table
+from int8_compile.compile.check import facts as check_facts
+from int8_compile.compile.check.block import measure_block
+from int8_compile.compile.check.linear_table import FULL, QUICK, Row, Shape, Sizes, measure, sizes, sizes_of
+from int8_compile.compile.check.plot import plot
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_what_cannot_run_or_computes_something_else_is_named_and_the_rest_is_tim
     def broken():
         raise RuntimeError("no kernel image\nand more")
     row = Row("Tiny", 8, 64, 64)
-    check_table.time_in_turn({"fp32": lambda: x, "broken": broken, "wrong": lambda: -x, "nan": lambda: x / 0}, row, CPU, lambda: None)
+    linear_table.time_in_turn({"fp32": lambda: x, "broken": broken, "wrong": lambda: -x, "nan": lambda: x / 0}, row, CPU, lambda: None)
     assert set(row.milliseconds) == {"fp32"} and row.failed["broken"] == "RuntimeError: no kernel image"
     assert "200%" in row.failed["wrong"] and "off by" in row.failed["nan"]
 
@@ -94,7 +95,7 @@ def test_an_interrupt_ends_the_measuring_at_once():
 def test_sizes_are_those_of_models_and_a_cpu_gets_fewer_rows(name, count, block):
     on_gpu, on_cpu = sizes(name, torch.device("cuda")), sizes(name, CPU)
     assert len(on_gpu.layers) == count and (on_gpu.block is not None) == (on_cpu.block is not None) == block
-    assert max(shape.m for shape in on_cpu.layers) == check_table.CPU_ROWS[name] < max(shape.m for shape in on_gpu.layers)
+    assert max(shape.m for shape in on_cpu.layers) == linear_table.CPU_ROWS[name] < max(shape.m for shape in on_gpu.layers)
 
 
 def test_sizes_that_cannot_be_are_refused_with_what_can_be():

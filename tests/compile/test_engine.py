@@ -10,10 +10,10 @@ import weakref
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
-from int8_compile.compile.interrupt import Interrupted
 from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.regions import find_regions
 from int8_compile.compile.report import CompileReport
+from int8_compile.compile.torch_internals.interrupt import Interrupted
 from torch._dynamo.utils import counters
 
 
@@ -334,7 +334,7 @@ def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
     ("module._modules['up'].weight", "TENSOR_MATCH", None, True),
 ])
 def test_guards_are_dropped_on_bookkeeping_only_wherever_the_options_stand(name, guard_type, value, stays):
-    from int8_compile.compile.guards import needed
+    from int8_compile.compile.torch_internals.guard_filter import needed
 
     assert needed(name, guard_type, value) is stays
 
@@ -417,7 +417,7 @@ def test_sizes_inside_tuples_are_marked_too(graphs):
 
 def test_settings_of_two_threads_that_leave_out_of_order_are_put_back():
     import torch.fx.experimental._config as shape_config
-    from int8_compile.compile.settings import compile_settings
+    from int8_compile.compile.torch_internals.settings import compile_settings
 
     config = torch._dynamo.config
     before = config.recompile_limit, config.accumulated_recompile_limit, shape_config.use_duck_shape

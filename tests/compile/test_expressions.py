@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from int8_compile.compile.expressions import parse_expression
+from int8_compile.compile.artifacts.shape_expressions import parse_expression
 
 PRINTED = {
     "d0": lambda d0, d1: d0, "3*d0 + d1": lambda d0, d1: 3 * d0 + d1, "d0*d1 // 2": lambda d0, d1: d0 * d1 // 2,

@@ -39,14 +39,14 @@ class Net(torch.nn.Module):
 @pytest.fixture
 def fresh_choices(tmp_path, monkeypatch):
     """Nothing is chosen or cached yet, as in a process that has just loaded an INT8 file."""
-    from int8_compile.int8.kernels import fastest, triton_quant
+    from int8_compile.int8.kernels import autotune, triton_quant
 
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fastest, "_CHOSEN", {})
-    for cached in (fastest.choices, triton_quant.factors, hadamard._hadamard):
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    for cached in (autotune.choices, triton_quant.factors, hadamard._hadamard):
         cached.cache_clear()
     yield
-    fastest.choices.cache_clear()
+    autotune.choices.cache_clear()
 
 
 class Watch(TorchDispatchMode):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from int8_compile.compile.optional import compile_optional
 from int8_compile.compile.options import CompileOptions, list_backends, parse_options, require_backend
+from int8_compile.compile.third_party_backends import compile_optional
 
 
 def test_every_backend_torch_lists_is_offered_and_the_optional_ones():

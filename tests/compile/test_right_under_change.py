@@ -24,9 +24,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 import changing_values
-from int8_compile.compile import aoti
-from int8_compile.compile.artefacts import Cache
-from int8_compile.compile.cache_store import CacheStore
+from int8_compile.compile.artifacts import export as aoti
+from int8_compile.compile.artifacts.runtime import Cache
+from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 

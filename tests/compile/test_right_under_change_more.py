@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile import aoti
+from int8_compile.compile.artifacts import export as aoti
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401

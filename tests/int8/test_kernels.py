@@ -215,16 +215,16 @@ def test_where_triton_cannot_launch_the_reason_and_the_remedy_are_said(monkeypat
 
 
 def test_comfy_kitchens_gemm_is_a_candidate_where_it_agrees():
-    from int8_compile.int8.kernels import fastest, kitchen
+    from int8_compile.int8.kernels import autotune, comfy_kitchen_gemm
 
     q, w = (torch.randint(-127, 128, (rows, 512), dtype=torch.int8, device=DEVICE) for rows in (70, 96))
-    reason = kitchen.why_not(q.device)
+    reason = comfy_kitchen_gemm.why_not(q.device)
     if not CUDA:
         assert reason == "comfy_kitchen's cuda backend is off"
         return
-    assert ("comfy_kitchen" in fastest.candidates(q, w)) == (reason == "")
+    assert ("comfy_kitchen" in autotune.candidates(q, w)) == (reason == "")
     if reason == "":
         for dtype in (torch.bfloat16, torch.float16):
             arguments = q, torch.rand(70, device=DEVICE) / 512, w, torch.rand(96, 1, device=DEVICE) / 512, None, dtype
             want = reference.int8_gemm(*arguments)
-            torch.testing.assert_close(kitchen.int8_gemm(*arguments), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+            torch.testing.assert_close(comfy_kitchen_gemm.int8_gemm(*arguments), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

@@ -21,19 +21,19 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture
 def restart(comfy, cache_folder, monkeypatch):
     """A cache as a new process opens it: nothing of it in memory."""
-    from int8_compile.compile import comfy_cache, patcher
+    from int8_compile.compile.comfyui import artifact_cache, compile_model
 
     monkeypatch.setenv("INT8_COMPILE_CACHE", "1")
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(cache_folder))
     monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(cache_folder.with_name("key of the cache") / "cache.key"))
 
     def restart():
-        comfy_cache._cache.cache_clear()
-        patcher._COMPILED.clear()
-        return comfy_cache.get_cache()
+        artifact_cache._cache.cache_clear()
+        compile_model._COMPILED.clear()
+        return artifact_cache.get_cache()
     restart()
     yield restart
-    comfy_cache._cache.cache_clear()
+    artifact_cache._cache.cache_clear()
 
 
 def wait(cache, seconds=200):
@@ -44,7 +44,7 @@ def wait(cache, seconds=200):
 
 
 def report(model):
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     (found,) = reports(model)
     return found

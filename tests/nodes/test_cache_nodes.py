@@ -26,7 +26,7 @@ def cache(comfy, tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(cache):
-    from int8_compile.compile.comfy_cache import open_store
+    from int8_compile.compile.comfyui.artifact_cache import open_store
 
     store = open_store()
     put(store, "aaaaaaaaaaaa")
@@ -62,7 +62,7 @@ def run(nodes):
 @pytest.fixture
 def trust(cache):
     """Puts a digest on the list of the server, as the command does, and gives it back."""
-    from int8_compile.compile import trusted_bundles
+    from int8_compile.compile.artifacts import trusted_bundles
 
     def trust(digest):
         trusted_bundles.set_trusted(digest)
@@ -92,8 +92,8 @@ def test_save_clear_load_brings_back_what_was_compiled(cache, store, run, trust)
 
 def test_clearing_says_what_it_leaves_and_the_help_page_says_where_that_is(cache, store, run, tmp_path, monkeypatch):
     """Of what is there, without naming a folder to the client."""
-    from int8_compile.compile import trusted_bundles
-    from int8_compile.compile.cache_store import default_key_file
+    from int8_compile.compile.artifacts import trusted_bundles
+    from int8_compile.compile.artifacts.store import default_key_file
 
     page = (REPO / "web" / "docs" / "ClearCompileCache.md").read_text(encoding="utf-8")
     said = text_of(run("ClearCompileCache"))
@@ -115,7 +115,7 @@ def test_clearing_says_what_it_leaves_and_the_help_page_says_where_that_is(cache
 
 
 def test_a_machine_with_another_key_loads_and_serves_it(cache, store, run, trust, monkeypatch, tmp_path):
-    from int8_compile.compile.comfy_cache import open_store
+    from int8_compile.compile.comfyui.artifact_cache import open_store
 
     path, digest = run("SaveCompileCache").args
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "worker"))
@@ -198,8 +198,8 @@ def test_a_folder_that_others_can_write_to_is_refused(cache, store, run):
 
 
 def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
-    from int8_compile.compile import comfy_cache, patcher
-    from int8_compile.compile.cache_bundle import read_bundle
+    from int8_compile.compile.artifacts.bundle import read_bundle
+    from int8_compile.compile.comfyui import artifact_cache, compile_model
 
     compiled = nodes.INT8LazyTorchCompile(flux, background=True, disable_dynamic_vram=False)
     with pytest.raises(ValueError, match="nothing has been compiled"):
@@ -209,21 +209,21 @@ def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
     sample(compiled)  # eager; the builder starts
     output = run("SaveCompileCache", model=compiled, filename_prefix="flux")
     held = read_bundle(Path(output.args[0])).held
-    (report,) = patcher.reports(compiled)
+    (report,) = compile_model.reports(compiled)
     assert {item.labels[0] for item in held} == {name for name, _ in report.regions}
     assert not {"aaaaaaaaaaaa", "cccccccccccc", "dddddddddddd"} & {item.name for item in held}
     sample(compiled)  # loads what was built
     assert report.artefacts
-    comfy_cache.get_cache().builder.built.clear()
+    artifact_cache.get_cache().builder.built.clear()
     assert run("SaveCompileCache", model=compiled).args[1] == output.args[1]
 
 
 def test_waiting_for_the_builder_can_be_interrupted(store, run, comfy):
     import comfy.model_management
-    from int8_compile.compile import comfy_cache
-    from int8_compile.compile.builder import Order
+    from int8_compile.compile.artifacts.builder import Order
+    from int8_compile.compile.comfyui import artifact_cache
 
-    builder = comfy_cache.get_cache().builder
+    builder = artifact_cache.get_cache().builder
     reasons = []
     with store.lock(PLACE, "eeeeeeeeeeee"):  # another process builds it: this one's builder waits
         builder.submit(Order(SimpleNamespace(name="Block", device="cpu"), PLACE, "eeeeeeeeeeee", reasons.append, urgent=True))

@@ -15,7 +15,7 @@ def snr_db(got, want) -> float:
 
 @pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])
 def test_auto_is_measured_at_the_first_sampling_and_as_good_as_convrot(load, nodes, sample, family):
-    from int8_compile.int8.comfy_calibrate import plans
+    from int8_compile.compile.comfyui.int8_calibrate import plans
 
     model = load(family)
     eager = sample(model)
@@ -34,7 +34,7 @@ def test_auto_is_measured_at_the_first_sampling_and_as_good_as_convrot(load, nod
 
 def test_smoothquant_helps_where_channels_are_extreme_and_is_exact_in_float(flux, nodes, sample):
     """One channel of every block's input a hundred times larger: what trained models have."""
-    from int8_compile.int8.comfy_calibrate import plans
+    from int8_compile.compile.comfyui.int8_calibrate import plans
 
     for block in flux.model.diffusion_model.double_blocks:
         block.img_mlp[0].weight[:, 5] *= 0.01
@@ -47,7 +47,7 @@ def test_smoothquant_helps_where_channels_are_extreme_and_is_exact_in_float(flux
 
 
 def test_layers_below_min_sqnr_db_stay_in_high_precision(flux, nodes, sample):
-    from int8_compile.int8.comfy_calibrate import plans
+    from int8_compile.compile.comfyui.int8_calibrate import plans
 
     sample(every := nodes.INT8QuantizeModel(flux, method="rowwise", min_sqnr_db=1.0))
     limit = sorted(plan.sqnr["rowwise"] for plan in plans(every))[len(plans(every)) // 2]
@@ -67,11 +67,11 @@ def test_calibration_compiles_nothing_and_methods_cost_no_graphs(flux, nodes, sa
 
 
 def test_a_branch_with_a_lora_shares_the_plans(flux, nodes, sample, lora, monkeypatch):
-    from int8_compile.int8 import comfy_calibrate
+    from int8_compile.compile.comfyui import int8_calibrate
 
     quantized = nodes.INT8QuantizeModel(flux)
     sample(quantized)
-    monkeypatch.setattr(comfy_calibrate, "collect", None)  # a second calibration would fail
+    monkeypatch.setattr(int8_calibrate, "collect", None)  # a second calibration would fail
     branch = lora(quantized)
     assert snr_db(sample(branch), sample(lora(flux))) > 35
     again = nodes.INT8QuantizeModel(lora(flux))
@@ -106,7 +106,7 @@ def test_an_interrupted_calibration_leaves_the_model_float_and_is_made_up_for(fl
 
 def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
     import comfy.model_management as mm
-    from int8_compile.int8.comfy_calibrate import plans, quantize_model
+    from int8_compile.compile.comfyui.int8_calibrate import plans, quantize_model
     from int8_compile.int8.options import Int8Options
 
     def stop(report, text=""):

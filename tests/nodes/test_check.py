@@ -25,9 +25,9 @@ def comfy_nodes(comfy):
 @pytest.fixture
 def run_node(comfy_nodes, monkeypatch):
     """The node with layers and a block that take no time, compiled by aot_eager; everything else is real."""
-    from int8_compile.compile import check
-    from int8_compile.compile.check_block import measure_block
-    from int8_compile.compile.check_table import Shape, Sizes
+    from int8_compile.compile.check import check
+    from int8_compile.compile.check.block import measure_block
+    from int8_compile.compile.check.linear_table import Shape, Sizes
     from int8_compile.nodes import check as node
 
     monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
@@ -62,7 +62,7 @@ def test_an_interrupt_ends_the_check(comfy, run_node):
 
 
 def test_a_pack_that_registers_an_id_of_ours_is_named_whichever_loaded_last(comfy_nodes, monkeypatch):
-    from int8_compile.compile.comfy_check import conflict_facts
+    from int8_compile.compile.comfyui.machine_check import conflict_facts
 
     monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture
 def save(tmp_path):
-    from int8_compile.int8.comfy_checkpoint import save_int8_model
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
 
     def save(model, name="saved.safetensors"):
         path = tmp_path / "folder" / name
@@ -27,7 +27,7 @@ def save(tmp_path):
 
 @pytest.fixture
 def load_int8(comfy, models_dir):
-    from int8_compile.int8.comfy_checkpoint import load_int8_model
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
     from int8_compile.int8.options import Int8Options
 
     def load_int8(path="tiny_flux", **options):
@@ -119,7 +119,7 @@ def test_a_model_without_int8_layers_is_not_saved(flux, save):
 
 
 def test_a_write_that_fails_leaves_no_file(flux, nodes, tmp_path):
-    from int8_compile.int8.comfy_checkpoint import save_int8_model
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
 
     (tmp_path / "taken.safetensors").mkdir()
     with pytest.raises(OSError):

@@ -76,7 +76,7 @@ def test_disable_passes_the_model_on_uncompiled(flux, nodes, sample, graphs):
     ("diffusion_model.final_layer", [("LastLayer", 1)]),
 ])
 def test_object_to_patch_chooses_what_is_compiled(load, nodes, sample, path, regions):
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     model = load()
     compiled = nodes.CompileModel(model, object_to_patch=path, **CHEAP)
@@ -86,7 +86,7 @@ def test_object_to_patch_chooses_what_is_compiled(load, nodes, sample, path, reg
 
 
 def test_blocks_only_off_compiles_the_model_as_one(flux, nodes, sample):
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     lazy = nodes.INT8LazyTorchCompile(flux, compile_transformer_blocks_only=False)
     lazy.wrappers["apply_model"] = {k: [_cheap(w) for w in v] for k, v in lazy.wrappers["apply_model"].items()}
@@ -158,7 +158,7 @@ def vae(comfy, models_dir):
 
 
 def test_a_text_encoder_compiles_on_a_clone_and_encodes_the_same(clip, nodes, graphs):
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     def encode(clip):
         return clip.encode_from_tokens(clip.tokenize("a red fox"))
@@ -204,7 +204,7 @@ def controlnet(comfy):
 
 def test_a_controlnet_compiles_on_a_copy_and_controls_the_same(controlnet, nodes, graphs):
     from comfy.model_management import load_models_gpu
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     def control(net):
         load_models_gpu([net.control_model_wrapped])
@@ -265,7 +265,7 @@ def test_two_models_at_once_keep_their_own_weights(load, nodes, sample):
 
 def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sample):
     """DualModelGuider hands the first model's options to the second: core's own compile wrapper then runs wrong weights."""
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     a, b = load("tiny_wan"), load("tiny_wan")
     for p in b.model.diffusion_model.parameters():
@@ -308,7 +308,7 @@ def comfy_sampler():
 
 def test_a_multigpu_clone_compiles_for_itself_and_samples_the_same(flux, nodes, sample):
     """ModelPatcher.deepclone_multigpu, on the one device of this machine: a fresh model with the wrappers of the first."""
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     eager = sample(flux)
     first = nodes.CompileModel(flux, **CHEAP)

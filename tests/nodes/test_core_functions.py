@@ -31,9 +31,9 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def core(comfy):
-    from int8_compile.int8 import comfy_ops
+    from int8_compile.compile.comfyui import int8_layer
 
-    return comfy_ops
+    return int8_layer
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture
 def core(comfy):
-    from int8_compile.int8 import comfy_core
+    from int8_compile.compile.comfyui import core as comfy_core
 
     comfy_core.usable.cache_clear()
     yield comfy_core
@@ -52,7 +52,7 @@ def test_a_changed_or_missing_function_is_one_line_and_the_model_is_left_as_it_i
 
 
 def test_the_node_says_that_it_left_the_model_as_it_is(comfy, core, flux, monkeypatch):
-    from int8_compile.int8.comfy_calibrate import quantize_model
+    from int8_compile.compile.comfyui.int8_calibrate import quantize_model
     from int8_compile.int8.options import Int8Options
 
     reports = []
@@ -64,12 +64,12 @@ def test_the_node_says_that_it_left_the_model_as_it_is(comfy, core, flux, monkey
 
 
 def test_a_linear_input_act_that_is_another_one_is_left_alone(comfy, core, monkeypatch, caplog):
-    from int8_compile.int8 import comfy_ops
+    from int8_compile.compile.comfyui import int8_layer
 
     def linear_input_act(x, layer, kind):
         return x
     monkeypatch.setattr(comfy.ops, "linear_input_act", linear_input_act)
-    comfy_ops.patch_linear_input_act.__wrapped__()
+    int8_layer.patch_linear_input_act.__wrapped__()
     assert comfy.ops.linear_input_act is linear_input_act and "computed before the layer, which is slower" in lines(caplog)[0]
 
 
@@ -96,7 +96,7 @@ def test_what_an_older_comfyui_has_not_yet_is_no_change_and_what_a_newer_one_has
 
 
 def test_offloaded_blocks_do_without(comfy, core, monkeypatch):
-    from int8_compile.compile.comfy_offload import around_block
+    from int8_compile.compile.comfyui.offload import around_block
 
     block = object()
     monkeypatch.delattr(comfy.ops, "CastWeightBiasOp")

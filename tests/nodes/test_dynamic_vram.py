@@ -107,7 +107,7 @@ def dynamic(comfy, monkeypatch, request):
 
 def sampler(net, x):
     """() -> (result, weights copied), by compiled blocks."""
-    from int8_compile.compile.comfy_offload import around_block
+    from int8_compile.compile.comfyui.offload import around_block
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
 
@@ -148,7 +148,7 @@ class Call:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_they_stay_pinned_until_their_block_is_done_or_has_failed(dynamic, fails):
-    from int8_compile.compile.comfy_offload import around_block
+    from int8_compile.compile.comfyui.offload import around_block
 
     net, memory, x, _ = dynamic
     block, seen = net.blocks[1], []

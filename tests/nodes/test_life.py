@@ -41,13 +41,13 @@ def dual(comfy):
 
 
 def planned(model) -> dict:
-    from int8_compile.int8.comfy_calibrate import plans
+    from int8_compile.compile.comfyui.int8_calibrate import plans
 
     return {plan.name: (plan.method, plan.sqnr) for plan in plans(model)}
 
 
 def int8_names(model) -> set[str]:
-    from int8_compile.int8.comfy_ops import int8_layers
+    from int8_compile.compile.comfyui.int8_layer import int8_layers
 
     return set(int8_layers(model))
 

@@ -22,7 +22,7 @@ comfy.options.enable_args_parsing()
 import torch
 spec = importlib.util.spec_from_file_location("int8_compile", repo + "/__init__.py", submodule_search_locations=[repo])
 sys.modules["int8_compile"] = importlib.util.module_from_spec(spec)
-from int8_compile.int8.comfy_checkpoint import load_int8_model
+from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
 from int8_compile.int8.options import Int8Options
 
 def kib(name):

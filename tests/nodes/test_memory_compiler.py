@@ -120,7 +120,7 @@ def core(comfy, args, monkeypatch):
     for name in dir(core):
         if name.startswith(("malloc", "MALLOC", "cleanup", "pause", "PREFETCH")):
             monkeypatch.setattr(comfy.model_prefetch, name, getattr(core, name), raising=False)
-    from int8_compile.int8 import comfy_core
+    from int8_compile.compile.comfyui import core as comfy_core
 
     monkeypatch.setattr(comfy_core, "comfyui_version", lambda: "0.38.1")
     comfy_core.usable.cache_clear()
@@ -170,7 +170,7 @@ class Model(torch.nn.Module):
 
 def run(compiled, model, x=None, passthrough=lambda error: False):
     """A call as compile.patcher makes it."""
-    from int8_compile.compile.comfy_compiler import cleaned_up_after, without_comfy_compiler
+    from int8_compile.compile.comfyui.memory_compiler import cleaned_up_after, without_comfy_compiler
 
     x = torch.ones(2, 8) if x is None else x
     with without_comfy_compiler(CPU, compiled.report):
@@ -251,7 +251,7 @@ def test_what_a_failing_model_has_begun_itself_is_aborted(core, args):
         recording.push()
         recording._comfy_active = True
         raise RuntimeError("out of luck")
-    from int8_compile.compile.comfy_compiler import cleaned_up_after, without_comfy_compiler
+    from int8_compile.compile.comfyui.memory_compiler import cleaned_up_after, without_comfy_compiler
 
     core.malloc_graph_begin(CPU)
     with pytest.raises(RuntimeError, match="out of luck"), without_comfy_compiler(CPU):
@@ -276,7 +276,7 @@ def test_two_threads_do_not_undo_each_others_setting(core, args):
     seen, errors = [], []
 
     def work(last):
-        from int8_compile.compile.comfy_compiler import cleaned_up_after, without_comfy_compiler
+        from int8_compile.compile.comfyui.memory_compiler import cleaned_up_after, without_comfy_compiler
 
         def call():
             core.malloc_graph_begin(CPU)
@@ -318,12 +318,12 @@ def test_nothing_happens_where_comfyui_has_no_memory_compiler(comfy):
 
 def test_kernels_are_measured_outside_a_recording(core):
     """INT8 without compile stays in the recording, which expects the same of every block."""
-    from int8_compile.int8 import comfy_ops
-    from int8_compile.int8.kernels import fastest
+    from int8_compile.compile.comfyui import int8_layer
+    from int8_compile.int8.kernels import autotune
 
-    comfy_ops._connect_kernels()
+    int8_layer._connect_kernels()
     core.malloc_graph_begin(CPU)
-    with fastest.unrecorded():
+    with autotune.unrecorded():
         core.kitchen_call()
         core.allocate()
     core.allocate()
@@ -348,7 +348,7 @@ def test_a_calibration_is_not_recorded(core, args, flux, nodes, sample, monkeypa
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_compile_node_leaves_the_memory_compiler_before_the_model_is_called(core, args, flux, nodes, sample, monkeypatch, fails):
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     from .conftest import difference
 
@@ -374,7 +374,7 @@ def test_a_compile_node_leaves_the_memory_compiler_before_the_model_is_called(co
 
 
 def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeypatch, caplog):
-    from int8_compile.compile.comfy_compiler import cleaned_up_after
+    from int8_compile.compile.comfyui.memory_compiler import cleaned_up_after
 
     def call():
         raise RuntimeError("the model broke")
@@ -385,7 +385,7 @@ def test_an_error_while_cleaning_up_does_not_hide_the_first(core, comfy, monkeyp
 
 
 def test_the_check_says_what_becomes_of_the_memory_compiler(core, args, comfy, monkeypatch):
-    from int8_compile.compile.comfy_check import memory_compiler_fact
+    from int8_compile.compile.comfyui.machine_check import memory_compiler_fact
 
     assert memory_compiler_fact(CPU).value.startswith("on; off for a model while it runs compiled")
     args.disable_comfy_compiler = True

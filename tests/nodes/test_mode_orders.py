@@ -34,7 +34,7 @@ def ways(nodes):
 
 def served(model) -> dict:
     """{what ran: calls of blocks} of the last step."""
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.compile_model import reports
 
     (report,) = reports(model)
     assert report.status().startswith("ready"), report.text()

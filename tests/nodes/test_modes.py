@@ -27,14 +27,14 @@ def modes(comfy):
 
 @pytest.fixture
 def registry(comfy):
-    from int8_compile.compile.modes.comfy_modes import PATCHER_MODES
+    from int8_compile.compile.comfyui.modes import PATCHER_MODES
     return PATCHER_MODES
 
 
 @pytest.fixture
 def names(registry):
     def names(model):
-        from int8_compile.compile.modes.comfy_record import recorded
+        from int8_compile.compile.comfyui.mode_records import recorded
         return list(registry.host.get_state(recorded(model)).names)
     return names
 
@@ -56,8 +56,8 @@ def saved(comfy, models_dir, tmp_path, monkeypatch):
 @pytest.fixture
 def load_int8(comfy):
     """As the node Load INT8 Model, of any path."""
-    from int8_compile.compile.modes.comfy_record import recorded
-    from int8_compile.int8.comfy_checkpoint import load_int8_model
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
+    from int8_compile.compile.comfyui.mode_records import recorded
     from int8_compile.int8.options import Int8Options
 
     return lambda path, **options: recorded(load_int8_model(str(path), Int8Options(**options)))
@@ -132,7 +132,7 @@ def test_what_is_measured_at_the_first_sampling_is_in_the_record_after_it(load, 
 @pytest.fixture
 def half(load, nodes, sample):
     """dB that half of the layers are below."""
-    from int8_compile.int8.comfy_calibrate import plans
+    from int8_compile.compile.comfyui.int8_calibrate import plans
 
     sample(model := nodes.INT8QuantizeModel(load(), method="convrot", min_sqnr_db=1.0))
     return statistics.median(plan.sqnr["convrot"] for plan in plans(model))
@@ -294,7 +294,7 @@ def test_a_failure_at_any_step_leaves_the_model_bit_identical(flux, nodes, sampl
 ])
 @pytest.mark.parametrize("loader", ["ours", "stock"])
 def test_a_saved_model_comes_back_with_its_modes(comfy, load, nodes, sample, registry, modes, saved, load_int8, chain, loader):
-    from int8_compile.compile.modes.comfy_record import for_file
+    from int8_compile.compile.comfyui.mode_records import for_file
 
     model = nodes.ApplyModes(load(), modes=json.dumps(chain))
     path = saved(model)

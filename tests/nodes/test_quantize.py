@@ -112,19 +112,19 @@ def test_running_again_reuses_the_layers(flux, nodes):
 
 
 def test_layers_go_with_the_model(load, nodes):
-    from int8_compile.int8 import comfy_ops
+    from int8_compile.compile.comfyui import int8_layer
 
     model = load()
     quantized = nodes.INT8QuantizeModel(model, method="convrot")
-    before = len(comfy_ops._LAYERS)
-    assert len(comfy_ops._LAYERS[model.model]) == len(quantized.object_patches)
-    layers = comfy_ops._LAYERS[model.model]
+    before = len(int8_layer._LAYERS)
+    assert len(int8_layer._LAYERS[model.model]) == len(quantized.object_patches)
+    layers = int8_layer._LAYERS[model.model]
     del quantized
     gc.collect()
     assert len(layers) == 0
     del model
     gc.collect()
-    assert len(comfy_ops._LAYERS) < before
+    assert len(int8_layer._LAYERS) < before
 
 
 def test_quantizing_twice_says_that_nothing_is_left(flux, nodes):

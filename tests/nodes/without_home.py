@@ -25,8 +25,8 @@ def main(checkpoint: str):
 
     load_pack()
     from int8_compile import nodes
-    from int8_compile.compile.comfy_cache import get_cache
-    from int8_compile.compile.patcher import reports
+    from int8_compile.compile.comfyui.artifact_cache import get_cache
+    from int8_compile.compile.comfyui.compile_model import reports
     from int8_compile.int8.kernels import native
 
     def run(node, model, **inputs):

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 EXCEPTIONS: dict[tuple[str, str, bool | None], str] = {
-    ("compile/comfy_check.py", 'device.type == "cuda"', False): "ComfyUI computes on one device a process; tests/nodes/test_check.py runs "
-                                                                "this on the CPU",
+    ("compile/comfyui/machine_check.py", 'device.type == "cuda"', False): "ComfyUI computes on one device a process; "
+        "tests/nodes/test_check.py runs this on the CPU",
     **{("int8/kernels/triton_gemm.py", 'device.type == "cuda"', outcome): "asked of tiles that read through TMA, which tests/int8 "
        "runs: in the interpreter, and on an H100" for outcome in (True, False)},
-    ("int8/comfy_calibrate.py", 'device.type == "cuda"', False): "as above; tests/nodes/test_calibrate.py",
+    ("compile/comfyui/int8_calibrate.py", 'device.type == "cuda"', False): "as above; tests/nodes/test_calibrate.py",
 }

@@ -68,10 +68,10 @@ def layer(m: int, k: int, n: int, dtype=torch.bfloat16, group: int = 0, scalar: 
 
 @step
 def every_kernel_multiplies_right(state):
-    from int8_compile.int8.kernels import fastest, ops, reference
+    from int8_compile.int8.kernels import autotune, ops, reference
 
-    fastest.RUNS = 1  # the interpreter is slow
-    fastest.waiting.busy = lambda: True  # this thread measures
+    autotune.RUNS = 1  # the interpreter is slow
+    autotune.waiting.busy = lambda: True  # this thread measures
     for kernel in ("auto", "torch", "reference", *(["triton"] if has_triton() else [])):
         for i, (m, k, n) in enumerate(((1, 256, 48), (17, 256, 64), (33, 96, 33))):
             dtype = (torch.bfloat16, torch.float16, torch.float32)[i]
@@ -84,23 +84,23 @@ def every_kernel_multiplies_right(state):
         want = reference.activation(x.cpu().double(), act) @ (qweight.cpu().double() * scale.cpu()).t() + bias.cpu()
         close(ops.int8_linear(x, qweight, scale, bias, act=act), want)
     assert ops.int8_linear(x[:0], qweight, scale, bias, act=act).shape == (0, 32)
-    fastest.waiting.measure()
+    autotune.waiting.measure()
     if has_triton():
-        assert not len(fastest.waiting)
+        assert not len(autotune.waiting)
         choices = json.loads((Path(os.environ["INT8_COMPILE_CACHE_DIR"]) / "choices.json").read_text())
-        assert choices and all(key.startswith(f"{state.card.name} | {fastest.stack()} | ") for key in choices)
+        assert choices and all(key.startswith(f"{state.card.name} | {autotune.stack()} | ") for key in choices)
         assert state.calls["_sleep"] and state.calls["synchronize"]
 
 
 @step
 def layers_of_a_processor_are_as_before(state):
-    from int8_compile.int8.kernels import fastest, ops, reference, torch_mm, triton_gemm, triton_quant
+    from int8_compile.int8.kernels import autotune, ops, reference, torch_mm, triton_gemm, triton_quant
 
     x, qweight, scale, bias, want = layer(20, 128, 32)
     close(ops.int8_linear(*(t.cpu() for t in (x, qweight, scale, bias))).to(CUDA), want)
     assert ops.triton_unavailable(CPU) and ops.implementation("auto", CPU) is not torch_mm
     q, _ = reference.quant_rows(x.cpu())
-    assert not fastest.is_captured(q) and "comfy_kitchen" not in fastest.candidates(q, qweight.cpu()) and triton_gemm.card(CPU)[1] is None
+    assert not autotune.is_captured(q) and "comfy_kitchen" not in autotune.candidates(q, qweight.cpu()) and triton_gemm.card(CPU)[1] is None
     got, _ = triton_quant.quant_rows(x.cpu(), 64)
     want, _ = reference.quant_rows(x.cpu(), 64)
     assert (got - want).abs().max() <= 1
@@ -109,7 +109,7 @@ def layers_of_a_processor_are_as_before(state):
 
 @step
 def nothing_is_measured_while_a_graph_is_captured(state):
-    from int8_compile.int8.kernels import fastest, ops
+    from int8_compile.int8.kernels import autotune, ops
     from int8_compile.int8.shared_input import share_inputs
 
     x, qweight, scale, bias, want = layer(33, 128, 48)
@@ -132,34 +132,34 @@ def nothing_is_measured_while_a_graph_is_captured(state):
             module.shared_input.quant_rows(module, source, 0, "none", None, "auto")
         assert siblings[1].shares_input is True
     if has_triton():
-        assert fastest.candidates(x.to(torch.int8), qweight)
+        assert autotune.candidates(x.to(torch.int8), qweight)
 
 
 @step
 def what_measures_times_by_the_cards_clock(state):
-    from int8_compile.int8.kernels import fastest
+    from int8_compile.int8.kernels import autotune
 
-    assert fastest.card(CUDA) == state.card.name and fastest.card(CPU) == "cpu"
+    assert autotune.card(CUDA) == state.card.name and autotune.card(CPU) == "cpu"
     for device in (CUDA, CPU):
-        seconds = fastest.timer(device)(lambda device=device: torch.zeros(3, device=device))
+        seconds = autotune.timer(device)(lambda device=device: torch.zeros(3, device=device))
         assert 0 < seconds < 1
 
 
 @step
 def a_table_serves_its_card(state):
-    from int8_compile.int8.kernels import fastest, tables
+    from int8_compile.int8.kernels import autotune, tables
     from int8_compile.int8.kernels.tuning import Choices
 
     if not has_triton():
         return
     _, qweight, scale, bias, _ = layer(40, 64, 48)
     q, s = torch.randint(-9, 9, (40, 64), dtype=torch.int8, device=CUDA), torch.rand(40, device=CUDA)
-    found, shape = fastest.candidates(q, qweight, None), fastest.shape_key(q, qweight, torch.bfloat16)
+    found, shape = autotune.candidates(q, qweight, None), autotune.shape_key(q, qweight, torch.bfloat16)
     folder = Path(os.environ["INT8_COMPILE_CACHE_DIR"]) / "tables"
     for name in found:
-        tables.save(folder, fastest.card(CUDA), fastest.stack(), {}, {shape: name})
-        key = tables.key(fastest.card(CUDA), fastest.stack(), shape)
-        chosen = fastest.choose(Choices(None, tables.load(folder)), key, found, (q, s, qweight, scale, bias, torch.bfloat16))
+        tables.save(folder, autotune.card(CUDA), autotune.stack(), {}, {shape: name})
+        key = tables.key(autotune.card(CUDA), autotune.stack(), shape)
+        chosen = autotune.choose(Choices(None, tables.load(folder)), key, found, (q, s, qweight, scale, bias, torch.bfloat16))
         assert chosen == name
 
 
@@ -167,7 +167,7 @@ def a_table_serves_its_card(state):
 def comfy_kitchen_is_a_candidate_where_it_agrees(state):
     """Its library is called with the operands that each version takes; a version that wants others is left out."""
     from comfy_kitchen.backends import cuda
-    from int8_compile.int8.kernels import fastest, kitchen, reference, torch_mm
+    from int8_compile.int8.kernels import autotune, comfy_kitchen_gemm, reference, torch_mm
 
     taken = []
 
@@ -192,18 +192,20 @@ def comfy_kitchen_is_a_candidate_where_it_agrees(state):
         taken.clear()
         with mock.patch.multiple(cuda, _C=library(bias_type, wrong), _wrap_for_dlpack=lambda t: t.host), \
                 mock.patch("comfy_kitchen.list_backends", lambda: available):
-            kitchen.why_not.cache_clear()
-            kitchen.bias_in_fp32.cache_clear()
-            reason = kitchen.why_not(CUDA)
-            assert ("another one" in reason) if wrong else (not reason and kitchen.bias_in_fp32(CUDA)[0] == (bias_type is not None)), reason
+            comfy_kitchen_gemm.why_not.cache_clear()
+            comfy_kitchen_gemm.bias_in_fp32.cache_clear()
+            reason = comfy_kitchen_gemm.why_not(CUDA)
+            in_fp32 = comfy_kitchen_gemm.bias_in_fp32(CUDA)[0]
+            assert ("another one" in reason) if wrong else (not reason and in_fp32 == (bias_type is not None)), reason
             if not reason:
-                assert taken and "comfy_kitchen" in (fastest.candidates(arguments[0], qweight) if has_triton() else ["comfy_kitchen"])
-                close(kitchen.int8_gemm(*arguments), torch_mm.int8_gemm(*arguments).cpu())
-                close(kitchen.int8_gemm(*arguments[:4], None, torch.float16), torch_mm.int8_gemm(*arguments[:4], None, torch.float16).cpu())
+                assert taken and "comfy_kitchen" in (autotune.candidates(arguments[0], qweight) if has_triton() else ["comfy_kitchen"])
+                close(comfy_kitchen_gemm.int8_gemm(*arguments), torch_mm.int8_gemm(*arguments).cpu())
+                halves = *arguments[:4], None, torch.float16
+                close(comfy_kitchen_gemm.int8_gemm(*halves), torch_mm.int8_gemm(*halves).cpu())
     with mock.patch("comfy_kitchen.list_backends", lambda: {"cuda": {"available": False, "disabled": True}}):
-        kitchen.why_not.cache_clear()
-        assert "is off" in kitchen.why_not(CUDA)
-    for cached in (kitchen.why_not, kitchen.bias_in_fp32):
+        comfy_kitchen_gemm.why_not.cache_clear()
+        assert "is off" in comfy_kitchen_gemm.why_not(CUDA)
+    for cached in (comfy_kitchen_gemm.why_not, comfy_kitchen_gemm.bias_in_fp32):
         cached.cache_clear()
 
 
@@ -227,8 +229,9 @@ def what_triton_cannot_do_is_said_and_multiplied_otherwise(state):
 
 @step
 def the_check_measures_this_card(state):
-    from int8_compile.compile import check, check_facts
-    from int8_compile.compile.check_table import QUICK, Shape, Sizes, float_dtypes, has_fp8, kitchen_backends, sizes
+    from int8_compile.compile.check import check
+    from int8_compile.compile.check import facts as check_facts
+    from int8_compile.compile.check.linear_table import QUICK, Shape, Sizes, float_dtypes, has_fp8, kitchen_backends, sizes
 
     assert sizes("quick", CUDA).layers == list(QUICK)
     facts = {fact.name: fact for fact in check_facts.machine_facts(CUDA)}
@@ -241,7 +244,7 @@ def the_check_measures_this_card(state):
     with mock.patch.object(check_facts.platform, "system", lambda: "Windows"), mock.patch.dict(os.environ, CXX="no-such-compiler"):
         assert check_facts.compiler_fact(CUDA).status == check_facts.WARNING != check_facts.compiler_fact(CPU).status
     backends = [name for name in kitchen_backends() if name == "eager"]
-    with mock.patch("int8_compile.compile.check_table.kitchen_backends", lambda: backends):
+    with mock.patch("int8_compile.compile.check.linear_table.kitchen_backends", lambda: backends):
         result = check.check(CUDA, Sizes([Shape("Tiny", 32, 64, 128)]))
     assert {"int8", "int8 rotated", "int8 torch._int_mm"} <= result.rows[0].milliseconds.keys(), result.rows[0].failed
     assert set(result.rows[0].failed) <= {"fp8"} and result.device == state.card.name
@@ -253,7 +256,8 @@ def the_check_measures_this_card(state):
 @step
 def a_block_is_traced_for_the_card(state):
     """What the builder does before inductor generates code, which needs the card. (Before dynamo has run in this process.)"""
-    from int8_compile.compile import aoti, cache_call
+    from int8_compile.compile.artifacts import call as cache_call
+    from int8_compile.compile.artifacts import export as aoti
     from int8_compile.int8.linear import Int8Linear
 
     class Block(torch.nn.Module):
@@ -320,7 +324,7 @@ def no_mode():
 
 @step
 def a_key_of_the_cache_names_the_card(state):
-    from int8_compile.compile import cache_key
+    from int8_compile.compile.artifacts import key as cache_key
 
     cache_key.machine.cache_clear()
     found, processor = cache_key.machine("cuda", 0), cache_key.machine("cpu", None)
@@ -331,7 +335,7 @@ def a_key_of_the_cache_names_the_card(state):
 
 @step
 def the_builder_waits_for_the_cards_memory(state):
-    from int8_compile.compile import builder
+    from int8_compile.compile.artifacts import builder
 
     assert builder._has_memory("cuda") and builder._has_memory("cpu")
     free, state.free = state.free, 1 << 30
@@ -341,7 +345,7 @@ def the_builder_waits_for_the_cards_memory(state):
 
 @step
 def an_artefacts_inputs_are_aligned(state):
-    from int8_compile.compile import aoti
+    from int8_compile.compile.artifacts import export as aoti
 
     for device in (CUDA, CPU):
         source = torch.arange(64, dtype=torch.int8).to(device)
@@ -353,7 +357,7 @@ def an_artefacts_inputs_are_aligned(state):
 
 @step
 def the_warm_up_loads_what_a_card_needs(state):
-    from int8_compile.compile import warmup
+    from int8_compile.compile.torch_internals import warmup
 
     warmup.prepare("cuda")
     assert "torch._inductor.runtime.triton_heuristics" in sys.modules
@@ -398,7 +402,7 @@ def a_model_samples_quantized_and_offloaded(state, comfy, models):
 
 @comfy_step
 def a_model_is_calibrated_when_it_is_sampled(state, comfy, models):
-    from int8_compile.int8.comfy_calibrate import plans, quantize_model
+    from int8_compile.compile.comfyui.int8_calibrate import plans, quantize_model
     from int8_compile.int8.options import Int8Options
 
     model = comfy.sd.load_diffusion_model(str(models / "models" / "diffusion_models" / "tiny_flux.safetensors"))
@@ -414,11 +418,11 @@ def a_model_is_calibrated_when_it_is_sampled(state, comfy, models):
 
 @comfy_step
 def the_check_says_what_comfyui_offers(state, comfy, models):
-    from int8_compile.compile import comfy_check
-    from int8_compile.compile.check_table import Shape, Sizes
+    from int8_compile.compile.check.linear_table import Shape, Sizes
+    from int8_compile.compile.comfyui import machine_check
 
-    with mock.patch("int8_compile.compile.check_table.kitchen_backends", lambda: ["eager"]):
-        result = comfy_check.run_check(lambda device: Sizes([Shape("Tiny", 16, 64, 64)]))
+    with mock.patch("int8_compile.compile.check.linear_table.kitchen_backends", lambda: ["eager"]):
+        result = machine_check.run_check(lambda device: Sizes([Shape("Tiny", 16, 64, 64)]))
     assert result.device == state.card.name and {"ComfyUI", "native INT8", "dynamic VRAM"} <= {fact.name for fact in result.facts}
 
 

@@ -24,7 +24,7 @@ def registry(request):
     if request.param == "plain":
         return MODES
     request.getfixturevalue("comfy")
-    from int8_compile.compile.modes.comfy_modes import PATCHER_MODES
+    from int8_compile.compile.comfyui.modes import PATCHER_MODES
     return PATCHER_MODES
 
 
@@ -64,7 +64,7 @@ def test_metadata_that_a_mode_does_not_write_are_refused(registry, mode, metadat
 
 
 def test_a_record_names_no_file_to_write_and_no_kernel(comfy):
-    from int8_compile.compile.modes.comfy_modes import PATCHER_MODES
+    from int8_compile.compile.comfyui.modes import PATCHER_MODES
 
     state = parse_state(record(("int8", {"kernel": "triton"}, {}), ("export", {"filename_prefix": "../../x"}, {})), PATCHER_MODES)
     assert state.entries[0].config.kernel == "auto" and state.last.config.filename_prefix == ""
@@ -95,7 +95,7 @@ GROUPS = [65536, 4**31, 2, 0, -4, 8, 2048, 4096, 1e9, 256.0, "256", None, [256],
 
 @pytest.fixture(scope="module")
 def load_int8(comfy):
-    from int8_compile.int8.comfy_checkpoint import load_int8_model
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
     from int8_compile.int8.options import Int8Options
 
     return lambda path: load_int8_model(str(path), Int8Options())
@@ -160,7 +160,7 @@ def test_no_matrix_is_made_of_such_a_group(size):
 @pytest.mark.parametrize("group", [65536, 4**31, 96])
 def test_nor_where_the_stock_loader_has_read_the_file(comfy, models_dir, tmp_path, group):
     """Which believes any group; our nodes do not take such layers over."""
-    from int8_compile.int8.comfy_ops import adopt_native_layers, put_int8_layers
+    from int8_compile.compile.comfyui.int8_layer import adopt_native_layers, put_int8_layers
     from int8_compile.int8.plan import LayerPlan
 
     patcher = comfy.sd.load_diffusion_model(str(models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors")).clone()
@@ -199,8 +199,8 @@ WRONG_TENSORS = {
 @pytest.fixture(scope="module")
 def int8_tensors(comfy, models_dir, tmp_path_factory):
     """Of an INT8 file as Save INT8 Model writes it."""
-    from int8_compile.int8.comfy_checkpoint import save_int8_model
-    from int8_compile.int8.comfy_ops import put_int8_layers
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
+    from int8_compile.compile.comfyui.int8_layer import put_int8_layers
     from int8_compile.int8.plan import LayerPlan
     from safetensors.torch import load_file
 
@@ -215,7 +215,7 @@ def int8_tensors(comfy, models_dir, tmp_path_factory):
 @pytest.mark.parametrize("wrong", WRONG_TENSORS)
 def test_tensors_that_kernels_would_read_past_the_end_of_are_a_damaged_file(comfy, load_int8, int8_tensors, tmp_path, wrong, stored):
     """By both loaders: one server died of it, and another's image was made of what lay behind in memory."""
-    from int8_compile.int8.comfy_ops import adopt_native_layers
+    from int8_compile.compile.comfyui.int8_layer import adopt_native_layers
 
     prefix = next(key for key in int8_tensors if key.endswith(f"{LAYER}.weight")).removesuffix("weight")
     tensors = {**int8_tensors, **{prefix + name: tensor for name, tensor in WRONG_TENSORS[wrong].items()}}

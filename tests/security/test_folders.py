@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from int8_compile.compile import trusted_bundles
-from int8_compile.compile.cache_bundle import read_bundle, save_bundle
-from int8_compile.compile.cache_store import CacheError, CacheStore
+from int8_compile.compile.artifacts import trusted_bundles
+from int8_compile.compile.artifacts.bundle import read_bundle, save_bundle
+from int8_compile.compile.artifacts.store import CacheError, CacheStore
 from int8_compile.int8.echo import MAX_CHARACTERS, echo, without_folders
 
 REPO = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.comfy
 def cache(comfy, tmp_path, monkeypatch):
     """compile.comfy_cache of a ComfyUI that lies in tmp_path."""
     import folder_paths
-    from int8_compile.compile import comfy_cache
+    from int8_compile.compile.comfyui import artifact_cache
 
     for name in ("input", "output", "temp", "user"):
         (tmp_path / name).mkdir()
@@ -33,10 +33,10 @@ def cache(comfy, tmp_path, monkeypatch):
     for name in ("INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_DIR", "INT8_COMPILE_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path / "key" / "cache.key"))
-    comfy_cache._said.clear()
-    comfy_cache._cache.cache_clear()
-    yield comfy_cache
-    comfy_cache._cache.cache_clear()
+    artifact_cache._said.clear()
+    artifact_cache._cache.cache_clear()
+    yield artifact_cache
+    artifact_cache._cache.cache_clear()
 
 
 def settings(tmp_path, text: str):
@@ -266,8 +266,8 @@ def test_a_setting_that_says_where_code_lies_is_answered_once(cache, tmp_path, c
 
 
 def test_a_long_name_of_a_file_is_refused_before_anything_is_done(comfy):
-    from int8_compile.compile.modes.comfy_modes import PatcherExportConfig
-    from int8_compile.compile.modes.comfy_record import save_model
+    from int8_compile.compile.comfyui.mode_records import save_model
+    from int8_compile.compile.comfyui.modes import PatcherExportConfig
 
     for make in (lambda name: PatcherExportConfig(name), lambda name: save_model(None, name)):
         with pytest.raises(ValueError, match="filename_prefix: a path of 1000000 characters; 200 are the limit") as raised:

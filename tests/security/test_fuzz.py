@@ -11,8 +11,8 @@ import zipfile
 import pytest
 import torch
 from int8_compile.compile.allowed_options import ALLOWED
-from int8_compile.compile.cache_bundle import load_bundle, read_bundle, save_bundle
-from int8_compile.compile.cache_store import CacheStore
+from int8_compile.compile.artifacts.bundle import load_bundle, read_bundle, save_bundle
+from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.modes import MODES, ApplyModeError, apply_modes, mode_state, restore_modes
 from int8_compile.compile.modes.apply import parse_modes
 from int8_compile.compile.modes.record import parse_state
@@ -95,14 +95,14 @@ def test_int8_settings(count, within):
 
 @pytest.fixture(scope="module")
 def registries(comfy):
-    from int8_compile.compile.modes.comfy_modes import PATCHER_MODES
+    from int8_compile.compile.comfyui.modes import PATCHER_MODES
     return [MODES, PATCHER_MODES]
 
 
 @pytest.mark.comfy
 def test_metadata_of_files(count, within, comfy, tmp_path):
     """The header is written here, so that it may say anything."""
-    from int8_compile.int8.comfy_checkpoint import _check_format, _Checkpoint
+    from int8_compile.compile.comfyui.int8_checkpoint import _check_format, _Checkpoint
 
     conf = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64, "params": {"convrot": False, "convrot_groupsize": 16}}
     path = tmp_path / "x.safetensors"
@@ -164,21 +164,21 @@ def test_bundles(count, within, tmp_path):
 @pytest.mark.comfy
 def test_settings(count, within, comfy, tmp_path, monkeypatch, caplog):
     import folder_paths
-    from int8_compile.compile import comfy_cache
+    from int8_compile.compile.comfyui import artifact_cache
 
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     for name in ("INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_DIR", "INT8_COMPILE_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    comfy_cache._said.clear()
+    artifact_cache._said.clear()
     (tmp_path / "default").mkdir()
     path = tmp_path / "default" / "comfy.settings.json"
 
     def ask(number):
         r = seeded(number)
-        found = {name: value(r, 2) for name in (comfy_cache.ENABLED, comfy_cache.LIMIT, "INT8Compile.Cache.Folder", "other")}
+        found = {name: value(r, 2) for name in (artifact_cache.ENABLED, artifact_cache.LIMIT, "INT8Compile.Cache.Folder", "other")}
         path.write_bytes(text_of(r, found if r.random() < 0.9 else value(r)).encode(errors=r.choice(("replace", "surrogatepass"))))
-        assert comfy_cache.is_enabled() in (True, False) and 0 < comfy_cache.size_limit() <= 1000 << 30
-        assert comfy_cache.folder() == tmp_path / "__int8_compile"
+        assert artifact_cache.is_enabled() in (True, False) and 0 < artifact_cache.size_limit() <= 1000 << 30
+        assert artifact_cache.folder() == tmp_path / "__int8_compile"
     assert within(count("settings"), ask) == 0
     assert len(caplog.records) <= 3
 

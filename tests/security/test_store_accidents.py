@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from int8_compile.compile import trusted_bundles
-from int8_compile.compile.cache_bundle import read_bundle, save_bundle
-from int8_compile.compile.cache_store import CacheStore
+from int8_compile.compile.artifacts import trusted_bundles
+from int8_compile.compile.artifacts.bundle import read_bundle, save_bundle
+from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.int8 import own_files
 from int8_compile.int8.kernels.tuning import Choices
 

@@ -13,13 +13,13 @@ import types
 from pathlib import Path
 
 import pytest
-from int8_compile.compile import builder as builder_module
-from int8_compile.compile import worker
-from int8_compile.compile.builder import Builder, Order
-from int8_compile.compile.cache_store import MANIFEST, CacheStore
+from int8_compile.compile.artifacts import builder as builder_module
+from int8_compile.compile.artifacts import worker
+from int8_compile.compile.artifacts.builder import Builder, Order
+from int8_compile.compile.artifacts.store import MANIFEST, CacheStore
 
 PLACE = "Block_dynamic_aoti_0123/single/forward"
-REPO = Path(worker.__file__).parents[1]
+REPO = Path(worker.__file__).parents[2]
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from int8_compile.compile.cache_store import MANIFEST, CacheError, CacheStore, Damaged
+from int8_compile.compile.artifacts.store import MANIFEST, CacheError, CacheStore, Damaged
 from int8_compile.int8 import own_files
 
 OURS, THEIRS, SHARED = 60001, 60002, 60000  # two users, and a group that both are in
@@ -253,9 +253,9 @@ def torchs(tmp_path, monkeypatch):
 def test_nothing_is_compiled_where_torch_would_load_it_from_a_folder_of_another(torchs, spoil, caplog):
     """Anybody can make it in /tmp before this user does."""
     import torch
-    from int8_compile.compile import warmup
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
+    from int8_compile.compile.torch_internals import warmup
 
     spoil(torchs)
     net, x = torch.nn.Sequential(*[torch.nn.Linear(32, 32) for _ in range(3)]), torch.randn(2, 32)
@@ -270,7 +270,7 @@ def test_nothing_is_compiled_where_torch_would_load_it_from_a_folder_of_another(
 
 
 def test_the_folder_of_torchs_cache_is_made_for_this_user_only(torchs):
-    from int8_compile.compile import warmup
+    from int8_compile.compile.torch_internals import warmup
 
     before = os.umask(0)
     try:

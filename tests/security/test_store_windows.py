@@ -6,10 +6,10 @@ import os
 import time
 
 import pytest
-from int8_compile.compile import trusted_bundles
-from int8_compile.compile.cache_bundle import is_name
-from int8_compile.compile.cache_call import flatten
-from int8_compile.compile.cache_store import CacheError, CacheStore
+from int8_compile.compile.artifacts import trusted_bundles
+from int8_compile.compile.artifacts.bundle import is_name
+from int8_compile.compile.artifacts.call import flatten
+from int8_compile.compile.artifacts.store import CacheError, CacheStore
 from int8_compile.int8 import own_files
 
 ME, OTHER, SYSTEM, INSTALLER = "S-1-5-21-1-2-3-1001", "S-1-5-21-1-2-3-1002", "S-1-5-18", own_files._WINDOWS_ADMINISTRATORS[-1]
@@ -120,7 +120,7 @@ def test_names_that_windows_reserves_are_in_no_bundle(name):
 
 def test_a_method_of_such_a_name_has_a_folder_of_another():
     import torch
-    from int8_compile.compile.cache import cache_compile
+    from int8_compile.compile.artifacts.cache_compile import cache_compile
 
     class Net(torch.nn.Module):
         def aux(self, x):

@@ -1,0 +1,422 @@
+"""What Python values are, in words that two processes agree on exactly where code compiled from them would be the same; and whether
+they still are what they were.
+
+Values are described by their content, to the end: what cannot be described is refused, never taken "by type".
+"""
+from __future__ import annotations
+
+import abc
+import collections
+import enum
+import functools
+import hashlib
+import itertools
+import logging
+import pathlib
+import re
+import sys
+import threading
+import types
+from _abc import _get_dump
+from collections.abc import Callable, Iterable
+from operator import is_
+
+import torch
+
+from ...pack import NAME, PACKAGE
+from .call import Unsupported
+from .closures import EMPTY, code_digest, content_of
+
+# A block's state has some hundred values. More is data, which belongs into tensors.
+MAX_VALUES = 20_000
+ABSENT = object()
+
+_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
+                      torch.memory_format, torch.Size, range, re.Pattern, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath,
+                      pathlib.PureWindowsPath})
+# They guard, log or order; nothing that is computed depends on them.
+_IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
+_BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
+             types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
+_CODE = (types.FunctionType, type, types.ModuleType, types.MethodType, staticmethod, classmethod, property, functools.partial,
+         functools.cached_property, functools._lru_cache_wrapper, torch._ops.OpOverload, torch._ops.OpOverloadPacket, *_BUILTINS)
+# What runs of a module without being named in its code.
+_CALLED = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_get, _get_of_class = dict.get, types.MappingProxyType.get
+_chain = itertools.chain.from_iterable
+
+
+class Watch:
+    """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
+    Asked at every step or call, so its loops run in C.
+
+    values: gets that part of it which a program sets while it runs: numbers, texts, objects and what is in them; not functions and classes,
+    nor what is an installed library's."""
+
+    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_dicts", "_functions", "_known", "_lists", "_registrations",
+                 "_sizes", "_tables", "values")
+
+    def __init__(self, values: Watch | None = None):
+        self.values = values
+        self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
+        self._class_bindings: tuple[list, list, list] = [], [], []
+        self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
+        self._functions: list[tuple] = []  # function, its code, its defaults
+        self._cells: list[tuple[types.CellType, object]] = []
+        self._bases: list[tuple[type, tuple]] = []
+        self._attributes: tuple[list, list, list] = [], [], []  # owners, names, values
+        self._lists: tuple[list, list, list] = [], [], []  # lists, sets and deques; their sizes; their items
+        self._tables: tuple[list, list, list] = [], [], []  # dicts; their sizes; their keys and values
+        self._registrations: int | None = None
+        self._known: set[tuple] = set()  # what is watched already
+
+    def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
+        """name in space is value, or not there (ABSENT)."""
+        if (id(space), name) in self._known:
+            return
+        self._known.add((id(space), name))
+        _append(self._dicts if isinstance(space, dict) else self._class_bindings, space, name, value)
+        if self.values is not None and not (is_library or value is ABSENT or isinstance(value, _CODE)):
+            self.values.binding(space, name, value)
+
+    def size(self, space: dict | types.MappingProxyType, is_state: bool = False) -> None:
+        """space gets no new name: one might come before what is looked up further on. is_state: of an object's attributes."""
+        self._sizes[0].append(space)
+        self._sizes[1].append(len(space))
+        if self.values is not None and is_state:
+            self.values.size(space)
+
+    def function(self, function: types.FunctionType) -> None:
+        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
+        self._cells += [(cell, content_of(cell)) for cell in function.__closure__ or ()]
+
+    def bases(self, kind: type) -> None:
+        self._bases.append((kind, kind.__mro__))
+
+    def registrations(self) -> None:
+        """No class is registered as another's (abc.ABC.register)."""
+        self._registrations = abc.get_cache_token()
+
+    def attribute(self, owner, name: str, value) -> None:
+        """Of an object that keeps it elsewhere than in a dict (__slots__)."""
+        _append(self._attributes, owner, name, value)
+        if self.values is not None:
+            self.values.attribute(owner, name, value)
+
+    def container(self, container, is_code: bool = False) -> None:
+        """A list, set, deque or dict. is_code: of a function's own attributes."""
+        if id(container) in self._known:
+            return
+        self._known.add(id(container))
+        if isinstance(container, (dict, types.MappingProxyType)):
+            _append(self._tables, container, len(container), [*container, *container.values()])
+        else:
+            _append(self._lists, container, len(container), list(container))
+        if self.values is not None and not is_code:
+            self.values.container(container)
+
+    def unchanged(self) -> bool:
+        spaces, names, values = self._dicts
+        if spaces and not all(map(is_, map(_get, spaces, names, _ABSENTS), values)):
+            return False
+        spaces, names, values = self._class_bindings
+        if spaces and not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
+            return False
+        if self._registrations is not None and self._registrations != abc.get_cache_token():
+            return False
+        spaces, sizes = self._sizes
+        if spaces and list(map(len, spaces)) != sizes:
+            return False
+        for function, code, defaults, keywords in self._functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
+                return False
+        for cell, content in self._cells:
+            if content_of(cell) is not content:
+                return False
+        for kind, bases in self._bases:
+            if kind.__mro__ is not bases:
+                return False
+        owners, names, values = self._attributes
+        if owners and not all(map(is_, map(getattr, owners, names, _ABSENTS), values)):
+            return False
+        lists, sizes, items = self._lists
+        if lists and (list(map(len, lists)) != sizes or not all(map(is_, _chain(lists), _chain(items)))):
+            return False
+        tables, sizes, items = self._tables
+        if tables:
+            if list(map(len, tables)) != sizes:
+                return False
+            for table, item in zip(tables, items):
+                if item and not all(map(is_, itertools.chain(table, table.values()), item)):
+                    return False
+        return True
+
+
+def _append(columns: tuple[list, ...], *row) -> None:
+    for column, item in zip(columns, row):
+        column.append(item)
+
+
+class Names:
+    """Names of attributes, and patterns with * of those that code puts together (f"scale_{i}"). All where items is None."""
+
+    def __init__(self, items: Iterable[str] | None):
+        self.items = None if items is None else sorted(items)
+        self.exact = frozenset(item for item in self.items or () if "*" not in item)
+        patterns = [re.escape(item).replace(r"\*", ".*") for item in self.items or () if "*" in item]
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def __contains__(self, name: str) -> bool:
+        return (self.items is None or name in self.exact
+                or (self._pattern is not None and self._pattern.fullmatch(name) is not None))
+
+
+class _Forever:
+    """An endless supply of ABSENT, for map()."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return ABSENT
+
+
+_ABSENTS = _Forever()
+
+
+class Describer:
+    """describer(value) -> text. names: the attributes of objects and classes that count. watch: gets all that is looked at.
+    modules: those that have a place in the block, by id -> its path. lenient: what cannot be described is named by its type; without, it
+    is refused with Unsupported."""
+
+    def __init__(self, names: Names, watch: Watch | None = None, modules: dict[int, str] | None = None, lenient: bool = False):
+        self._names = names
+        self._watch = watch or Watch()
+        self._paths = modules or {}
+        self._lenient = lenient
+        self._known: dict[int, str] = {}  # by id, of objects that are being described or have been
+        self._alive: list = []  # so that no id is given twice
+        self.met: list[types.FunctionType] = []  # functions that were described
+        self._count = 0
+
+    def __call__(self, value) -> str:
+        kind = type(value)
+        if kind in _SCALARS:
+            return f"{kind.__name__} {value!r}"
+        if (known := self._known.get(id(value))) is not None:
+            return known
+        self._count += 1
+        if self._count > MAX_VALUES:
+            raise Unsupported(f"it depends on more than {MAX_VALUES} values")
+        self._known[id(value)] = f"#{len(self._known)}"  # where it contains itself
+        self._alive.append(value)
+        text = self._describe(value, kind)
+        if len(text) > 100:
+            text = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:24]
+        self._known[id(value)] = text
+        return text
+
+    def _describe(self, value, kind: type) -> str:
+        if isinstance(value, enum.Enum):
+            return f"enum {path_of(kind)}.{value.name} {self(value.value)} {' '.join(self._state(value))}"
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, types.ModuleType):
+            return f"module {portable(value.__name__)}"
+        if isinstance(value, types.MethodType):
+            return f"method {self(value.__func__)} of {self(value.__self__)}"
+        if isinstance(value, torch.nn.Module):
+            if id(value) in self._paths:
+                return f"submodule {self._paths[id(value)]}"
+            return self._refuse(f"the module {kind.__name__}, which is none of its own", value)
+        if isinstance(value, (staticmethod, classmethod)):
+            return f"{kind.__name__} {self(value.__func__)}"
+        if isinstance(value, property):
+            return f"property {self(value.fget)} {self(value.fset)} {self(value.fdel)}"
+        if isinstance(value, functools.cached_property):
+            return f"cached_property {self(value.func)}"
+        if isinstance(value, (functools.partial, functools.partialmethod)):
+            return f"partial {self(value.func)} {self(value.args)} {self(value.keywords)}"
+        if isinstance(value, functools._lru_cache_wrapper):
+            if is_pristine_package(value.__module__ or ""):
+                return f"lru_cache {self(value.__wrapped__)}"
+            return self._refuse(f"{value.__qualname__}, which keeps its results (functools.lru_cache)", value)
+        if isinstance(value, _BUILTINS):
+            owner = getattr(value, "__self__", None)
+            of = "" if owner is None or isinstance(owner, (types.ModuleType, type)) else f" of {self(owner)}"
+            return f"builtin {getattr(value, '__module__', None)}.{value.__qualname__}{of}"
+        if isinstance(value, _OPS):
+            return f"op {value}"
+        if isinstance(value, slice):
+            return f"slice {self(value.start)} {self(value.stop)} {self(value.step)}"
+        if isinstance(value, torch.Tensor):
+            return self._refuse("a tensor that is neither a parameter nor a buffer", value)
+        if isinstance(value, _IRRELEVANT):
+            return path_of(kind)
+        return self._object(value, kind)
+
+    def _object(self, value, kind: type) -> str:
+        scalar = next((base for base in (int, float, complex, str, bytes) if isinstance(value, base)), None)
+        if not isinstance(value, _CONTAINERS) and scalar is None and not hasattr(value, "__dict__") and _slots(value) is None:
+            return self._refuse(f"a {kind.__name__}", value)
+        content = [scalar.__repr__(value)] if scalar is not None else self._content(value)
+        return f"{self(kind)} {' '.join([*content, *self._state(value)])}"
+
+    def _state(self, value) -> list[str]:
+        """Of an object's attributes."""
+        content = []
+        if isinstance(state := getattr(value, "__dict__", None), dict):
+            self._watch.size(state, is_state=True)
+            # It is compared and printed with all of them, in C.
+            whole = isinstance(value, types.SimpleNamespace)
+            for name in sorted(state if whole else filter(self._names.__contains__, list(state))):
+                self._watch.binding(state, name, state[name])
+                content.append(f"{name}={self(state[name])}")
+        for name, item in sorted((_slots(value) or {}).items()):
+            if name in self._names:
+                self._watch.attribute(value, name, item)
+                content.append(f"{name}={self(item)}")
+        return content
+
+    def _content(self, value) -> list[str]:
+        """Of a container, which another thread may be filling."""
+        if isinstance(value, (dict, types.MappingProxyType)):
+            self._watch.container(value)
+            return [f"{self(key)}: {self(item)}" for key, item in list(value.items())]
+        if isinstance(value, (set, frozenset)):
+            if isinstance(value, set):
+                self._watch.container(value)
+            return sorted(map(self, list(value)))
+        if isinstance(value, (list, collections.deque)):
+            self._watch.container(value)
+        return list(map(self, list(value))) if isinstance(value, (list, tuple, collections.deque)) else []
+
+    def _function(self, function: types.FunctionType) -> str:
+        """By its code and by what it was made with; what its global names stand for counts where it is called, see cache_sources."""
+        self._watch.function(function)
+        self.met.append(function)
+        parts = [f"function {portable(function.__module__ or '')}.{function.__qualname__}", code_digest(function.__code__)]
+        parts += [self(value) for value in (function.__defaults__, function.__kwdefaults__) if value]
+        parts += [self(content) for cell in function.__closure__ or () if (content := content_of(cell)) is not EMPTY]
+        if function.__dict__:
+            self._watch.container(function.__dict__, is_code=True)
+            parts.append(self(function.__dict__))
+        return " ".join(parts)
+
+    def _class(self, kind: type) -> str:
+        """By its name, and by the methods and attributes that count; of torch's and Python's own classes what others have put there."""
+        self._watch.bases(kind)
+        parts = [f"class {path_of(kind)}"]
+        if isinstance(kind, abc.ABCMeta) and not is_pristine_package(kind.__module__):
+            self._watch.registrations()
+            registered = [reference() for reference in _get_dump(kind)[0]]
+            parts += sorted(f"has {path_of(item)}" for item in registered if item is not None)
+        if type(kind) is not type and not is_pristine_package(type(kind).__module__):
+            parts.append(self(type(kind)))
+        for base in kind.__mro__:
+            if base is object:
+                continue
+            space, pristine = vars(base), is_pristine_package(base.__module__)
+            # A layer of torch calls methods of its own (_conv_forward), and torch's functions through globals of its module (F).
+            is_layer = pristine and base is not torch.nn.Module and issubclass(base, torch.nn.Module)
+            self._watch.size(space)
+            for name in sorted(space):
+                value = space[name]
+                function = _function_of(value)
+                if not (name in self._names or name in _CALLED
+                        or ((is_layer or name.startswith("__")) and isinstance(function, types.FunctionType))):
+                    continue
+                self._watch.binding(space, name, value)
+                if not pristine:
+                    parts.append(f"{name}={self(value)}")
+                elif isinstance(function, types.FunctionType):
+                    self._watch.function(function)
+                    if not is_own(function, _TORCH):
+                        parts.append(f"{name}={self(value)}")
+                    elif not (base is torch.nn.Module and name in ("__init__", "__setstate__")):  # which dynamo wraps once it is used
+                        parts.append(f"{name}={place_of(value)}")
+                    if is_layer and name != "__init__":
+                        parts += self._globals_of(function)
+                elif isinstance(function, _BUILTINS):
+                    parts.append(f"{name}={place_of(value)}")
+                elif isinstance(function, (functools.partial, functools.partialmethod)):
+                    parts.append(f"{name}={self(value)}")
+        return " ".join(parts)
+
+    def _globals_of(self, function: types.FunctionType) -> list[str]:
+        """Which functions, classes and modules the global names of a function of torch stand for."""
+        parts = []
+        for name in function.__code__.co_names:
+            if (value := function.__globals__.get(name, ABSENT)) is not ABSENT:
+                self._watch.binding(function.__globals__, name, value, is_library=True)
+                own = not isinstance(value, types.FunctionType) or is_own(value, _TORCH)
+                parts.append(f"{name}={place_of(value) if own else self(value)}")
+        return parts
+
+    def _refuse(self, what: str, value) -> str:
+        if self._lenient:
+            return path_of(type(value))
+        raise Unsupported(f"it depends on {what}, which cannot be described")
+
+
+def _function_of(value):
+    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+
+
+def _slots(value) -> dict | None:
+    names = [name for base in type(value).__mro__ for name in (getattr(base, "__slots__", None) or ()) if isinstance(name, str)]
+    names = [name for name in names if name not in ("__dict__", "__weakref__")]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} if names else None
+
+
+def path_of(kind: type) -> str:
+    return f"{portable(kind.__module__)}.{kind.__qualname__}"
+
+
+def place_of(value) -> str:
+    """Where a library's function, class or module says that it is from: another one of the library's, put in its place, says another."""
+    if isinstance(value, types.ModuleType):
+        return f"module {portable(value.__name__)}"
+    if isinstance(value, type):
+        return f"class {path_of(value)}"
+    function = _function_of(value)
+    if not isinstance(function, (types.FunctionType, *_BUILTINS)):
+        return path_of(type(value))
+    code = getattr(function, "__code__", None)
+    names = [getattr(function, key, None) for key in ("__module__", "__qualname__", "__name__")]
+    return " ".join(map(str, [type(value).__name__, *names, *([code.co_name] if code else [])]))
+
+
+_PYTHON = str(pathlib.Path(functools.__file__).parent)
+_TORCH = str(pathlib.Path(torch.__file__).parent)
+
+
+def is_pristine_package(module: str) -> bool:
+    """Whether a module is torch's or Python's own, whose versions are in the key of the environment."""
+    if module.partition(".")[0] in ("torch", "builtins"):
+        return True
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None:
+        return module in sys.builtin_module_names or module in getattr(sys, "stdlib_module_names", ())
+    return "site-packages" not in path and path.startswith(_PYTHON)
+
+
+def is_own(function: Callable, folder: str) -> bool:
+    """Whether a function of a package that lies in folder is the package's, not one that something else has put in its place."""
+    if isinstance(function, types.FunctionType):
+        file = function.__code__.co_filename
+        return file.startswith((folder, _TORCH, "<frozen ")) or (file.startswith(_PYTHON) and "site-packages" not in file)
+    return not isinstance(function, (functools.partial, types.MethodType))
+
+
+def portable(module: str) -> str:
+    """A module's name, from this pack's root whatever ComfyUI calls that."""
+    return NAME + module.removeprefix(PACKAGE) if module == PACKAGE or module.startswith(f"{PACKAGE}.") else module
+
+
+def local(module: str) -> str:
+    return PACKAGE + module.removeprefix(NAME) if module == NAME or module.startswith(f"{NAME}.") else module

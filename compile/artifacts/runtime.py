@@ -1,0 +1,285 @@
+"""The artefacts of a region's blocks: found on disk, run where they fit, asked of the builder where there is none."""
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..torch_internals.block_tree import attributes_of_tensors
+from . import key as cache_key
+from .block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, module_classes, spec_of, structure_of, tensors_of
+from .builder import Builder, Order
+from .call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
+from .describe import Names
+from .export import Artefact, Job, varying
+from .source_guards import Sources
+from .store import CacheStore, Damaged
+
+logger = logging.getLogger(__name__)
+
+MISSING = object()
+MAX_SIGNATURES = 8  # kinds of calls of a block class that artefacts are built for
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where artefacts are and who builds them. host: see cache_key.group."""
+
+    store: CacheStore
+    builder: Builder
+    host: Callable[[], dict] = dict
+
+
+# Steps in which all that an artefact was made of is looked at before each block: whether the model patches between blocks what they run.
+# Later only the values that they read are.
+YOUNG = 2
+
+
+@dataclass
+class _Loaded:
+    artefact: Artefact
+    sources: Sources
+    classes: ClassGuards
+    usable: bool = True
+    young: float = YOUNG
+
+    def change(self) -> str:
+        """What is not as the artefact was made of it, empty where all is."""
+        return self.sources.mismatch() or self.classes.difference()
+
+    def change_on_the_way(self) -> str:
+        """The same, asked before each block of a step."""
+        if not self.young and self.sources.values_unchanged() and self.classes.values_unchanged():
+            return ""
+        return self.change()
+
+
+class BlockInfo:
+    """What is found out once about a block that is made of what it is made of now."""
+
+    __slots__ = ("block", "guards", "weights")
+
+    def __init__(self, block: torch.nn.Module):
+        self.block = weakref.ref(block)
+        self.weights: Weights | None = None
+        self.guards: dict[int, BlockGuards] = {}  # by id of what is loaded
+
+
+class RegionArtefacts:
+    """For blocks that are made of the same on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
+
+    background: an artefact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
+    report.
+    """
+
+    def __init__(self, cache: Cache, name: str, device: torch.device, dynamic: bool, config: dict, background: bool,
+                 note: Callable[[str, str, str], None]):
+        self._cache = cache
+        self._name = name
+        self._device = device
+        self._dynamic = dynamic
+        self._config = config
+        self._background = background
+        self._note = note
+        self._place = ""
+        self._settings: dict = {}  # torch's, that the place is for
+        self._differs = False  # they are others in this step
+        self._specs: list = []
+        self._kinds: list[type] = []  # classes of the blocks' modules
+        self._loaded: dict[tuple, list[_Loaded]] = {}
+        self._seen: set[str] = set()
+        self._stale: dict[str, list] = {}  # entries made of other code, by their sources
+        self._requested: set[str] = set()
+        self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
+        self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
+        self._refusal = ""
+        self._said: set[str] = set()
+        self._changed = threading.Event()  # set by the builder
+        self._changed.set()
+
+    @property
+    def instead(self) -> bool:
+        """Whether what no artefact fits is to run eager, not to be compiled in this process."""
+        return self._background
+
+    def begin(self) -> None:
+        """At the start of a step: what the builder has finished since is loaded; code that was patched since is not used."""
+        for group in self._loaded.values():
+            for loaded in group:
+                loaded.young -= loaded.young > 0
+        if self._changed.is_set() and self._place:
+            self._changed.clear()
+            self._asked.clear()
+            self._load()
+        differs = bool(self._place) and cache_key.settings() != self._settings
+        if differs and not self._differs:
+            self._note("not used", self._name, "torch's settings (default dtype, precision, threads, ...) are not those of its artefact")
+        self._differs = differs
+        for group in self._loaded.values():
+            for loaded in group:
+                changed = loaded.change()
+                if loaded.usable == bool(changed):
+                    loaded.usable = not changed
+                    if changed:
+                        self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
+
+    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
+        """The block's result by an artefact; MISSING where none fits this call. attributes: names of what Python code has put on
+        weights."""
+        if self._differs or (self._refusal and not self._loaded):
+            return MISSING
+        try:
+            call = self._flatten(block, args, kwargs)
+            if call is None:
+                return MISSING
+            if len(set(map(id, call.leaves))) < len(call.leaves):
+                return MISSING  # the block may ask whether two of its arguments are one
+            if info.weights is None:
+                self._learn(block, info)
+            attributes |= attributes_of_tensors(call.leaves)
+            for loaded in self._loaded.get(call.structure, ()):
+                if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artefact.names), "")):
+                    raise Unsupported(f"it reads the attribute {read} of a tensor")
+                if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
+                    if changed := loaded.change_on_the_way():
+                        loaded.usable = False
+                        loaded.young = math.inf  # the next step's first block may find all as it was
+                        raise Unsupported(f"{changed} changes from block to block")
+                    tensors = info.weights.get()
+                    if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
+                        return MISSING
+                    return loaded.artefact(tensors, call.leaves, call.options)
+            self._request(block, call)
+        except Unsupported as error:
+            self._refuse(str(error))
+        return MISSING
+
+    def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
+        """None for a call that cannot be described, which says nothing of others: some blocks are called in two ways."""
+        try:
+            return flatten(args, kwargs, block)
+        except Unsupported as error:
+            if not self._refusal and str(error) not in self._said:
+                self._said.add(str(error))
+                self._note("refused", self._name, str(error))
+        return None
+
+    def _learn(self, block: torch.nn.Module, info: BlockInfo) -> None:
+        if not self._place:
+            structure = structure_of(block)
+            self._kinds = module_classes(block)
+            self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
+            self._settings = cache_key.settings()
+            group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
+            self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
+            self._load()
+        info.weights = Weights(block, self._specs, self._device)
+
+    def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: _Loaded, call: Call) -> bool:
+        artefact = loaded.artefact
+        if not all(map(options_match, call.options, artefact.options)):
+            return False
+        guards = info.guards.get(id(loaded))
+        if guards is None:
+            guards = info.guards[id(loaded)] = BlockGuards(block, artefact.attributes, artefact.names)
+        difference = guards.difference if not guards.is_unchanged() else "" if artefact.has_layout(call.leaves) else (
+            "the layout of its inputs, which it reads,")
+        if difference and difference not in self._said:
+            self._said.add(difference)
+            self._note("not used", self._name, f"{difference} is not as in the blocks that its artefact was made of")
+        return not difference
+
+    def _load(self):
+        store = self._cache.store
+        for entry in store.entries(self._place):
+            if entry.folder.name in self._seen:
+                continue
+            self._seen.add(entry.folder.name)
+            sources = Sources(entry.body["sources"], Names(entry.body["names"]))
+            if changed := sources.mismatch():
+                self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
+                self._stale[entry.folder.name] = entry.body["sources"]
+                continue
+            try:
+                artefact = Artefact(entry, self._device)
+            except Damaged as error:
+                store.set_aside(entry.folder, str(error))
+                continue
+            except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
+                self._note("not used", self._name, f"its artefact cannot be loaded: {str(error).partition(chr(10))[0]}")
+                continue
+            store.touch(entry)
+            classes = ClassGuards(self._kinds, artefact.classes, artefact.names)
+            self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources, classes, not classes.difference()))
+            self._note("loaded", self._name, entry.folder.name)
+
+    def _request(self, block, call: Call):
+        asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
+        if asked in self._asked:
+            return
+        if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
+            return  # code that was patched while this process ran may be put back
+        self._asked.add(asked)
+        if self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure:
+            self._refuse("a number among its arguments differs from call to call")
+            return
+        if len(self._requested) >= MAX_SIGNATURES:
+            self._refuse(f"it is called in more than {MAX_SIGNATURES} ways")
+            return
+        job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
+        entry = cache_key.entry_name(job)
+        if entry in self._requested:
+            if entry in self._seen:
+                self._refuse("what was built for it does not fit: other code runs here than in a new process (another pack's patch?), "
+                             "or its attributes change")
+            return
+        if entry in self._seen and entry not in self._stale:
+            self._refuse("its artefact is for blocks that were not patched, or with other attributes")
+            return
+        self._seen.discard(entry)
+        self._requested.add(entry)
+        self._note("building", self._name, entry)
+        region = weakref.ref(self)
+        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, entry), self._background,
+                                           self._stale.pop(entry, None)))
+
+    def _refuse(self, reason: str):
+        """Nothing more is built; what is there goes on."""
+        if self._refusal:
+            return
+        self._refusal = reason
+        self._note("refused", self._name, reason)
+
+
+def _done(region: weakref.ref, entry: str, reason: str):
+    """In the builder's thread."""
+    owner = region()
+    if owner is None:
+        return
+    if reason:
+        owner._refuse(reason)
+    else:
+        owner._note("built", owner._name, entry)
+        owner._changed.set()
+
+
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dims: Callable[[Tensor], Sequence[int]], config: dict,
+           method: str = "forward", skeleton: Callable = dump_skeleton) -> Job:
+    """dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
+    # A call makes dense copies of what has another layout.
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(spec_of, call.leaves)]
+    batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
+    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
+    tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
+    if not all(kind for *_, kind in tensors):
+        raise Unsupported("one of its weights is not contiguous")
+    return Job(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
+               list(map(simple_options, call.options)), batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type,
+               torch.get_num_threads(), config, method)

@@ -1,0 +1,240 @@
+"""Compile in ComfyUI: an APPLY_MODEL wrapper on a clone, which compiles at the first sampling call.
+
+Only there are device, LoRA, hooks, object patches and real shapes final (comfy.model_base.BaseModel.apply_model).
+"""
+from __future__ import annotations
+
+import difflib
+import logging
+import threading
+import uuid
+import weakref
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...int8.structure import repeated_blocks
+from ..engine import CompiledModule, Tell
+from ..options import CompileOptions
+from ..torch_internals import warmup
+from ..torch_internals.interrupt import Interrupted
+from . import core as comfy_core
+from .artifact_cache import get_cache
+from .int8_calibrate import CALIBRATING
+from .int8_layer import keep_apart, patch_linear_input_act, pristine_parameter
+from .memory_compiler import cleaned_up_after, without_comfy_compiler
+from .offload import around_block, is_offloaded
+
+logger = logging.getLogger(__name__)
+
+KEY = "int8_compile"
+# core's TorchCompileModel and KJNodes put their wrapper under this key.
+CORE_KEY = "torch.compile"
+# transformer_options of patches that run inside blocks and may read anything there.
+PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
+# What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
+METHODS = ("encode", "decode", "encode_token_weights")
+# BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
+_COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+# BaseModel with dynamic VRAM -> its copy without, as ModelPatcher.clone takes it (ModelPatcher.get_non_dynamic_delegate keeps it so too).
+_NON_DYNAMIC: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _State:
+    """The compiled code of a model on a device. offloaded: its layers have been changed by an offload, now or before."""
+
+    compiled: CompiledModule
+    offloaded: bool = False
+
+
+def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
+         filter_guards: bool, tell: Tell | None):
+    """call() with what is repeated in root compiled."""
+    with _LOCK:
+        states = _COMPILED.setdefault(model, {})
+        key = (target, options, device)
+        if key not in states:
+            patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
+            states[key] = _State(CompiledModule(options, device, get_cache()))
+    state = states[key]
+    state.offloaded = state.offloaded or is_offloaded(model)
+    try:
+        with without_comfy_compiler(device, state.compiled.report):
+            return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
+                                      around_block=around_block if state.offloaded else None,
+                                      interrupted=comfy.model_management.processing_interrupted)
+    except Interrupted:
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException from None
+
+
+class LazyCompile:
+    """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
+    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
+    tell: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
+
+    def __init__(self, target: str, options: CompileOptions, tell: Tell | None = None):
+        self.target = target
+        self.options = options
+        self.tell = tell
+
+    def __call__(self, executor, x, *args, **kwargs):
+        model = executor.class_obj
+        root = comfy.utils.get_attr(model, self.target) if self.target else model.diffusion_model
+        # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
+        transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        if CALIBRATING in transformer_options:
+            return executor(x, *args, **kwargs)
+        patched = any(transformer_options.get(key) for key in PATCH_KEYS)
+        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), not patched, self.tell)
+
+
+class CompiledMethod:
+    """In the place of a method of the module of a VAE, text encoder or ControlNet while the patcher is loaded: the same call with
+    target compiled.
+    original: the bound method. tell: as of LazyCompile."""
+
+    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, tell: Tell | None = None):
+        self.original = original
+        self.target = target
+        self.options = options
+        self.device = device
+        self.tell = tell
+
+    def __call__(self, *args, **kwargs):
+        model = self.original.__self__
+        root = comfy.utils.get_attr(model, self.target) if self.target else model
+        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.tell)
+
+
+def _is_passthrough(error: Exception) -> bool:
+    """Out of memory and interrupts are ComfyUI's to handle, not failures of compile."""
+    if isinstance(error, (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def check_target(patcher, target: str) -> torch.nn.Module:
+    """The module at a dotted path of the patched model. Raises ValueError with the nearest path that exists."""
+    if not target:
+        return patcher.model
+    try:
+        module = patcher.get_model_object(target)
+    except AttributeError:
+        module = None
+    if not isinstance(module, torch.nn.Module):
+        names = [name for name, _ in patcher.model.named_modules() if name]
+        near = difflib.get_close_matches(target, names, n=1, cutoff=0.0)
+        what = "does not exist in this model" if module is None else "is not a module that can be compiled"
+        raise ValueError(f"object_to_patch: '{target}' {what}. The nearest path is '{near[0]}'; "
+                         "'diffusion_model' is the whole diffusion model.")
+    return module
+
+
+def add_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
+    """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
+    are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled."""
+    if not comfy_core.usable(comfy_core.COMPILE):
+        return
+    _warm_up(patcher, target, options)
+    wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    for key in list(wrappers):
+        if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
+            patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options, tell))
+
+
+def add_method_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
+    """Makes patcher (a clone, of a VAE, CLIP or ControlNet) compile target when it is first used, by object patches: on
+    while this patcher is loaded, off when another clone is.
+
+    Raises ValueError where nothing in target repeats: a whole VAE is not called as a module, and its parts are too many to compile.
+    """
+    module = check_target(patcher, target)
+    if not repeated_blocks(module):
+        raise ValueError(f"{options.title}: no repeated blocks to compile in {type(module).__name__}. Connect it without this node.")
+    if not comfy_core.usable(comfy_core.COMPILE):
+        return
+    _warm_up(patcher, target, options)
+    methods = [name for name in METHODS if hasattr(patcher.model, name)]
+    for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
+        original = patcher.get_model_object(name)
+        if isinstance(original, CompiledMethod):
+            original = original.original
+        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device, tell))
+
+
+def _warm_up(patcher, target: str, options: CompileOptions) -> None:
+    """Imports the compiler in the background, unless artefacts of these blocks are there or another process will compile: importing slows
+    the first image down."""
+    cache = None if options.artefact_refusal else get_cache()
+    names = {type(container._modules[key]).__name__ for _, container, key in repeated_blocks(check_target(patcher, target))}
+    if cache is None or not (options.background or (names and all(map(cache.store.has, names)))):
+        warmup.start(patcher.load_device.type)
+
+
+def _overlap(a: str, b: str) -> bool:
+    a, b = (f"{path}." if path else "" for path in (a, b))
+    return a.startswith(b) or b.startswith(a)
+
+
+def reports(patcher) -> list:
+    """The CompileReport of every compile node in front of this patcher, for the devices it has run on."""
+    wrappers = [w for group in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values() for w in group if isinstance(w, LazyCompile)]
+    wrappers += {(m.target, m.options): m for m in patcher.object_patches.values() if isinstance(m, CompiledMethod)}.values()
+    states = _COMPILED.get(patcher.model, {})
+    return [state.compiled.report for w in wrappers for (target, options, _), state in states.items()
+            if (target, options) == (w.target, w.options)]
+
+
+def non_dynamic_clone(patcher, title: str):
+    """A clone without dynamic VRAM, whose weights are plain tensors that compiled code can read. The checkpoint is read once for a
+    model: later clones share that copy, with the object patches (INT8 layers) and LoRA of the patcher that they are made of.
+
+    Raises RuntimeError where this ComfyUI, or the loader of this model, cannot make one.
+    """
+    is_dynamic = getattr(patcher, "is_dynamic", None)  # cores before 0.15 have no dynamic VRAM
+    if is_dynamic is None or not is_dynamic():
+        return patcher.clone()
+    refusal = f"{title}: this ComfyUI version does not support disable_dynamic clone."
+    copy = _NON_DYNAMIC.get(patcher.model)
+    try:
+        clone = patcher.clone(disable_dynamic=True, model_override=copy) if copy else patcher.clone(disable_dynamic=True)
+    except TypeError:
+        raise RuntimeError(f"{refusal} Update ComfyUI, or set disable_dynamic_vram to false.") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"{refusal} The loader of this model cannot load it a second time ({error}). Use a stock loader, "
+                           "set disable_dynamic_vram to false, or start ComfyUI with --disable-dynamic-vram.") from error
+    if hasattr(clone, "get_clone_model_override"):
+        _NON_DYNAMIC[patcher.model] = clone.get_clone_model_override()
+    return clone
+
+
+def set_memory_format(patcher, target: str, memory_format: torch.memory_format) -> int:
+    """Gives patcher (a clone) copies of target's 4-D weights (channels_last), 5-D weights (channels_last_3d) or both
+    (contiguous_format) in that layout, as object patches: the upstream model keeps its own. Returns how many.
+
+    Weights that have that layout already are left alone.
+    """
+    dims = {torch.channels_last: (4,), torch.channels_last_3d: (5,), torch.contiguous_format: (4, 5)}[memory_format]
+    root = f"{target}." if target else ""
+    count = 0
+    for name, parameter in check_target(patcher, target).named_parameters():
+        if parameter.dim() not in dims:
+            continue
+        weight = pristine_parameter(patcher, root + name)
+        if not weight.is_contiguous(memory_format=memory_format):
+            copy = weight.detach().contiguous(memory_format=memory_format)
+            patcher.add_object_patch(root + name, torch.nn.Parameter(copy, requires_grad=False))
+            count += 1
+    if count:
+        keep_apart(patcher)
+        # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
+        patcher.patches_uuid = uuid.uuid4()
+    return count

@@ -1,0 +1,322 @@
+"""INT8 Quantize Model: at once where the method needs no measurement, else at the first sampling, from the model's own activations."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
+
+from ...int8.calibrate import LayerStats, collect
+from ...int8.options import Int8Options
+from ...int8.plan import LayerPlan, choose_methods, fit_size, measure_layer
+from ...int8.quantize import eligible_linears
+from ...int8.report import KEPT_BY_NAME, QuantizeReport, Tell, tell_nobody
+from ...int8.structure import roles
+from . import core as comfy_core
+from .int8_layer import (
+    PREFIX,
+    adopt_native_layers,
+    int8_layers,
+    layers_to_quantize,
+    pristine_parameter,
+    put_int8_layers,
+    require_native_int8,
+)
+from .int8_lora import Int8Lora
+from .recording import unrecorded
+
+logger = logging.getLogger(__name__)
+
+KEY = "int8_quantize"
+# In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
+CALIBRATING = "int8_calibrating"
+# Sigmas that are evaluated for a calibration, spread over the schedule.
+STEPS = 3
+# What of a guider's model_options a calibration runs with: what the model computes (patches, attention), not what watches or changes its
+# steps (cache nodes' wrappers, callbacks, functions before and after CFG), whose state belongs to the image that comes after.
+_KEPT_OPTIONS = ("transformer_options", "context_handler", "registered_hooks", "disable_cfg1_optimization")
+_KEPT_WRAPPERS = (WrappersMP.PREPARE_SAMPLING,)  # about loading, as the callbacks that are not these:
+_RUN_CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS, CallbacksMP.ON_CLEANUP)
+
+
+@dataclass
+class _Findings:
+    """What is known of a model's layers for some options. stats: what they were fed, to be measured. measured: {layer: plan} of a search
+    that was interrupted: the next prompt goes on where it stopped. plans: fixed, for every branch (another LoRA) of the model."""
+
+    stats: dict[str, LayerStats] | None = None
+    measured: dict[str, LayerPlan] = field(default_factory=dict)
+    plans: list[LayerPlan] | None = None
+
+
+# BaseModel -> {(layers, options, layers that other packs put there): what was found}.
+_FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = weakref.WeakKeyDictionary()
+
+
+def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
+    """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
+    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know. tell:
+    called with what is under way, and with the report of it; when the model first samples too.
+
+    Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
+    """
+    require_native_int8()
+    if not comfy_core.usable(comfy_core.INT8):
+        tell(QuantizeReport(refusal=f"Left as it is: of ComfyUI {comfy_core.comfyui_version()} "
+                            f"{'; '.join(comfy_core.changes(comfy_core.INT8))}. Update the pack."))
+        return patcher.clone()
+    planned = planned_layers(patcher)
+    names = layers_to_quantize(patcher, options, planned)
+    clone = adopt_native_layers(patcher.clone(), options.kernel)
+    if not names:
+        tell(QuantizeReport(native=len(int8_layers(clone))))
+        return clone
+    known = {*names, *planned, *int8_layers(patcher)}
+    kept = tuple(name for name in eligible_linears(patcher.model.diffusion_model) if name not in known)
+    if options.calibrated:
+        tell(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
+        QuantizeFirst(clone, tuple(names), options, tell, kept).attach(clone)
+    else:
+        put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, tell, kept)
+    return clone
+
+
+def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, tell: Tell, kept: tuple[str, ...]):
+    """put_int8_layers, with its report."""
+    before = patcher.model_size()
+    put_int8_layers(patcher, plans, options.kernel, tell)
+    tell(QuantizeReport.of(plans, before, patcher.model_size(), kept))
+
+
+def planned_layers(patcher) -> list[str]:
+    """Names below the diffusion model of the layers that are, or will be at the first sampling, quantized after a calibration."""
+    return [name for w in _wrappers(patcher) for name in w.names]
+
+
+def plans(patcher) -> list[LayerPlan]:
+    """Each layer's plan of a quantized patcher, with its measured numbers; empty before its first sampling."""
+    return [plan for w in _wrappers(patcher) for plan in w.findings(patcher).plans or ()]
+
+
+def _wrappers(patcher) -> list[QuantizeFirst]:
+    return patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+
+
+class QuantizeFirst:
+    """Quantizes the patchers that are sampled, before they are. Once a model is measured the plans are fixed.
+
+    The OUTER_SAMPLE wrapper of the guider's model measures all models that the guider holds, in a short run of its own. A model that no
+    such wrapper reaches (core asks the first model of a guider only), or whose short run fails, is watched while the image is made, and is
+    INT8 from the next one on. kept: names that keep_layers matched, for the report.
+    """
+
+    def __init__(self, patcher, names: tuple[str, ...], options: Int8Options, tell: Tell = tell_nobody, kept: tuple[str, ...] = ()):
+        self.names = names
+        self.options = options
+        self.tell = tell
+        self.kept = kept
+        # Layers and weights that another pack put in the place of the model's share no plans with them.
+        theirs = [PREFIX + name + key for name in names for key in ("", ".weight") if PREFIX + name + key in patcher.object_patches]
+        self._key = names, options, tuple((name, weakref.ref(patcher.object_patches[name])) for name in theirs)
+        self._watch: contextlib.ExitStack | None = None
+        self._seen: dict[str, LayerStats] = {}
+
+    def attach(self, patcher) -> None:
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)
+        # In model_options: of a guider's second model these are the only wrappers that core calls.
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
+        for call, callback in ((CallbacksMP.ON_PRE_RUN, self._begin), (CallbacksMP.ON_PREPARE_STATE, self._step),
+                               (CallbacksMP.ON_CLEANUP, self._end)):
+            patcher.add_callback_with_key(call, KEY, callback)
+
+    def findings(self, patcher) -> _Findings:
+        return _FINDINGS.setdefault(patcher.model, {}).setdefault(self._key, _Findings())
+
+    def waits(self, patcher) -> bool:
+        """Whether nothing has been seen of patcher's layers yet."""
+        found = self.findings(patcher)
+        return found.stats is None and found.plans is None and not self._is_quantized(patcher)
+
+    def _is_quantized(self, patcher) -> bool:
+        return any(isinstance(patcher.object_patches.get(PREFIX + name), Int8Lora) for name in self.names)
+
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        patchers = _patchers(guider)
+        waiting = [(wrapper, patcher) for patcher in patchers for wrapper in _wrappers(patcher) if wrapper.waits(patcher)]
+        # A training run is no image: its sampler changes what it trains.
+        if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
+            _look(guider, patchers, waiting, noise, latent_image, sampler, sigmas, args, kwargs)
+        for patcher in patchers:
+            _quantize_known(patcher)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def _begin(self, patcher) -> None:
+        if self._watch is None and self.waits(patcher):
+            self._watch = contextlib.ExitStack()
+            self._seen = self._watch.enter_context(self.collect(patcher))
+
+    def _step(self, patcher, timestep, model_options) -> None:
+        if self._watch is not None:
+            self.tell(None, "looking at this sampling in high precision; INT8 from the next one on")
+            model_options.setdefault("transformer_options", {})[CALIBRATING] = True
+
+    def _end(self, patcher) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+            if sys.exc_info()[0] is None:  # else the run broke off, and some layers were not called yet
+                self.keep(patcher, self._seen)
+            self._seen = {}
+
+    def collect(self, patcher):
+        """See calibrate.collect. The layers are those that loading this patcher puts: another clone's may be in the model now."""
+        return collect({name: patcher.get_model_object(PREFIX + name) for name in self.names})
+
+    def keep(self, patcher, stats: dict[str, LayerStats]) -> None:
+        """A run in which no layer was called says nothing: the next one is looked at instead."""
+        if stats:
+            self.findings(patcher).stats = stats
+
+    def quantize(self, patcher) -> None:
+        """Puts INT8 layers into patcher if what they are fed is known and they are not there yet."""
+        if self._is_quantized(patcher):
+            return
+        found = self.findings(patcher)
+        if found.stats is not None:
+            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.tell, found.measured)
+            found.stats, found.measured = None, {}
+        if found.plans is not None:
+            put_and_tell(patcher, found.plans, self.options, self.tell, self.kept)
+
+
+def _patchers(guider) -> list[ModelPatcher]:
+    """Those that guider holds, each once: DualModelGuider has two."""
+    found = {}
+    for value in vars(guider).values():
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, ModelPatcher):
+                found[id(item)] = item
+    return list(found.values())
+
+
+def _quantize_known(patcher) -> None:
+    for wrapper in _wrappers(patcher):
+        wrapper.quantize(patcher)
+
+
+def _quantize_before_load(executor, model, *args, **kwargs):
+    """The PREPARE_SAMPLING wrapper. A function: other packs copy model_options deeply."""
+    _quantize_known(model)
+    return executor(model, *args, **kwargs)
+
+
+def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
+    """Samples in a few long steps over the whole schedule and keeps what the layers get. Leaves the guider, the random numbers and what
+    other nodes know of the sampling as they were."""
+    # outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, latent_shapes)
+    names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
+    arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
+    few = sigmas[torch.linspace(0, len(sigmas) - 1, min(STEPS + 1, len(sigmas))).long()]
+    twin = copy.copy(guider)
+    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
+    twin.model_options = _bare_options(guider.model_options)
+    device = guider.model_patcher.load_device
+    try:
+        with contextlib.ExitStack() as stack:
+            stats = [stack.enter_context(wrapper.collect(patcher)) for wrapper, patcher in waiting]
+            for wrapper, _ in waiting:
+                wrapper.tell(None, f"looking at {len(few) - 1} steps in high precision")
+            stack.enter_context(_without_run_callbacks(patchers))
+            stack.enter_context(unrecorded(device))
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            twin.outer_sample(noise, latent_image, sampler, few, **arguments)
+    except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
+        raise
+    except Exception as error:  # it may need what another node's wrapper gives it
+        logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked "
+                       "at while the image is made, and are INT8 from the next one on.", type(error).__name__, error)
+        return
+    for (wrapper, patcher), seen in zip(waiting, stats):
+        wrapper.keep(patcher, seen)
+
+
+def _bare_options(model_options: dict) -> dict:
+    options = create_model_options_clone({key: model_options[key] for key in _KEPT_OPTIONS if key in model_options})
+    transformer_options = options.setdefault("transformer_options", {})
+    wrappers = transformer_options.get("wrappers", {})
+    transformer_options.update({CALIBRATING: True, "wrappers": {kind: wrappers[kind] for kind in _KEPT_WRAPPERS if kind in wrappers},
+                                "callbacks": {}})
+    if "context_handler" in options:
+        options["context_handler"] = copy.copy(options["context_handler"])
+    return options
+
+
+@contextlib.contextmanager
+def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
+    callbacks = [(patcher, patcher.callbacks) for patcher in patchers]
+    try:
+        for patcher, calls in callbacks:
+            patcher.callbacks = {call: {} if call in _RUN_CALLBACKS else groups for call, groups in calls.items()}
+        yield
+    finally:
+        for patcher, calls in callbacks:
+            patcher.callbacks = calls
+
+
+def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, tell: Tell = tell_nobody,
+               known: dict[str, LayerPlan] | None = None) -> list[LayerPlan]:
+    """A plan for each named layer of patcher from what it was fed; a layer at a time on the patcher's device. Changes nothing: this is
+    the dry run as well. known: layers that are measured already; it gets those that are measured now, for an interrupted search."""
+    known = {} if known is None else known
+    progress = comfy.utils.ProgressBar(len(names))
+    result = []
+    for group in roles(patcher.model.diffusion_model, names):
+        measured = []
+        for name in group:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            tell(None, f"measuring {len(result) + len(measured)}/{len(names)}")
+            if name in stats:
+                if name not in known:
+                    weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
+                    try:
+                        known[name] = measure_layer(name, weight, stats[name], options)
+                    except ValueError as error:
+                        raise ValueError(f"INT8 Quantize Model: layer '{name}': {error}. Check the checkpoint file.") from error
+                measured.append(known[name])
+            else:  # not used with these inputs (ControlNet branches, unused embedders)
+                result.append(LayerPlan(name, "rowwise" if options.method == "rowwise" else "convrot", reason="never called"))
+            progress.update(1)
+        if measured:
+            choose_methods(measured, options)
+            result += measured
+    if options.max_mb:
+        _fit_size(patcher, result, options)
+    measured = [(plan.sqnr[plan.method], plan.name) for plan in result if plan.method in plan.sqnr]
+    if measured:
+        logger.info("INT8: %s measured %d layers: %s; least SQNR %.1f dB (%s)", options.method, len(measured),
+                    ", ".join(f"{count} {method}" for method, count in Counter(p.method for p in result).items()), *min(measured))
+    for plan in result:
+        logger.debug("INT8: %s", plan)
+    return result
+
+
+def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
+    weights = {plan.name: pristine_parameter(patcher, f"{PREFIX}{plan.name}.weight") for plan in plans}
+    saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
+    size = patcher.model_size()
+    try:
+        fit_size(plans, saved, size - int(options.max_mb * 2**20), roles(patcher.model.diffusion_model, weights))
+    except ValueError as error:
+        raise ValueError(f"INT8 Quantize Model: {error} to get from {size / 2**20:.1f} to max_mb = {options.max_mb:g}. Raise max_mb, lower "
+                         "min_sqnr_db, or keep fewer layers.") from None

@@ -1,0 +1,98 @@
+"""What ComfyUI's merging and saving nodes make of INT8 layers.
+
+An INT8 layer lies in the place of the model's own one for as long as its clone is loaded, and no longer than a merge or a file can tell:
+both get the weights that the patcher at hand stands for, whichever clone was sampled last.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .int8_lora import Int8Lora, QuantizedTensor
+
+
+@functools.cache
+def patch_merging_and_saving() -> None:
+    """Makes ComfyUI's merging and saving right for models with INT8 layers; all others go on as before."""
+    get_key_patches, state_dict_for_saving = ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving
+    save_checkpoint = comfy.sd.save_checkpoint
+
+    @functools.wraps(get_key_patches)
+    def float_key_patches(self, *args, **kwargs):
+        """The float weights that INT8 layers were made of: merging those loses nothing, and the result may be quantized."""
+        with _own_layers(self):
+            try:
+                return get_key_patches(self, *args, **kwargs)
+            except AttributeError as error:
+                if not any(isinstance(getattr(m, "weight", None), QuantizedTensor) for m in self.model.modules()):
+                    raise
+                raise ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. Load "
+                                 "the bf16, fp16 or fp32 file, merge, and put INT8 Quantize Model behind the merge.") from error
+
+    @functools.wraps(state_dict_for_saving)
+    def native_state_dict(self, *args, **kwargs):
+        if any(_is_smoothed(layer) for layer in self.object_patches.values()):
+            raise ValueError("ComfyUI's INT8 format has no place for the factors of layers that INT8 Quantize Model smoothed. Use Save "
+                             "INT8 Model, or set method to convrot or rowwise.")
+        return state_dict_for_saving(self, *args, **kwargs)
+
+    @functools.wraps(save_checkpoint)
+    def save_native_checkpoint(output_path, model, *args, **kwargs):
+        return save_checkpoint(output_path, _storable(model), *args, **kwargs)
+
+    ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving = float_key_patches, native_state_dict
+    _let_parts_be_integers()
+    comfy.sd.save_checkpoint = save_native_checkpoint
+
+
+def _let_parts_be_integers() -> None:
+    """Where weights are not in memory as they are saved (dynamic VRAM, low VRAM), core wraps the parts of a quantized one as parameters
+    that want gradients, which integers cannot (0.33)."""
+    part = getattr(comfy.model_patcher, "LazyCastingParamPiece", None)
+    if part is None:
+        return
+
+    def new(cls, caster, state_dict_key, tensor):
+        return torch.nn.Parameter.__new__(cls, tensor, requires_grad=tensor.is_floating_point())
+    part.__new__ = new
+
+
+def _is_smoothed(layer) -> bool:
+    return isinstance(layer, Int8Lora) and getattr(layer, "pre_quant_scale", None) is not None
+
+
+def _storable(patcher):
+    """patcher, or a clone with layers that ComfyUI's format can hold, as Save INT8 Model writes them."""
+    from .int8_calibrate import planned_layers  # they import the layers, which import this
+    from .int8_checkpoint import native_model
+
+    planned = planned_layers(patcher)
+    return native_model(patcher) if planned or any(map(_is_smoothed, patcher.object_patches.values())) else patcher
+
+
+@contextlib.contextmanager
+def _own_layers(patcher: ModelPatcher) -> Iterator[None]:
+    """While it is open the model has its own layers in the place of INT8 ones, unpatched."""
+    model, backup = patcher.model, patcher.backup
+    # Shared by all clones: what lies in the model now, whoever was loaded, and what was there before.
+    swapped = {name: comfy.utils.get_attr(model, name) for name in patcher.object_patches_backup}
+    swapped = {name: layer for name, layer in swapped.items() if isinstance(layer, Int8Lora)}
+    # A LoRA's backup under these names is of the INT8 layer.
+    theirs = {key: backup[key] for key in backup if key.rpartition(".")[0] in swapped}
+    try:
+        for name in swapped:
+            comfy.utils.set_attr(model, name, patcher.object_patches_backup[name])
+        for key in theirs:
+            del backup[key]
+        yield
+    finally:
+        backup.update(theirs)
+        for name, layer in swapped.items():
+            comfy.utils.set_attr(model, name, layer)
