@@ -74,6 +74,7 @@ def main() -> None:
 
     comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = True
     load_pack()
+    from int8_compile.compile.artifacts import artifact
     from int8_compile.compile.artifacts import export as aoti
     from int8_compile.compile.artifacts.runtime import Cache
     from int8_compile.compile.artifacts.store import CacheStore
@@ -87,9 +88,9 @@ def main() -> None:
         path.write_text(str(len(programs) - 1))
 
     def load(entry, device):
-        program, tensors = programs[int(entry.read(aoti.FILES["export"]))]
+        program, tensors = programs[int(entry.read(artifact.FILES["export"]))]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
-    aoti.COMPILERS["export"], aoti.LOADERS["export"], aoti.FILES["export"] = build, load, "artifact.export"
+    aoti.COMPILERS["export"], artifact.LOADERS["export"], artifact.FILES["export"] = build, load, "artifact.export"
     torch.set_num_threads(1)
     result = {"blocks": 57, "cpu": cpu_name(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:

@@ -299,7 +299,7 @@ def _usage(results) -> list[dict]:
 
 def quantized(model: torch.nn.Module) -> None:
     """The layers that INT8 Quantize Model takes become what it makes of them (ConvRot), with fake values."""
-    from int8_compile.compile.comfyui import int8_layer
+    from int8_compile.compile.comfyui import int8_layer, int8_model
     from int8_compile.int8.plan import LayerPlan
     from int8_compile.int8.quantize import eligible_linears
 
@@ -314,7 +314,7 @@ def quantized(model: torch.nn.Module) -> None:
             layer = model.get_submodule(name)
             layers[int8_layer.PREFIX + name] = int8_layer._int8_layer(layer.weight, layer.bias, LayerPlan(name, "convrot"), "auto",
                                                                    rehearsal.CARD, rehearsal.CARD, torch.bfloat16)
-    int8_layer._share_inputs(layers)
+    int8_model._share_inputs(layers)
     for name, layer in layers.items():
         model.set_submodule(name.removeprefix(int8_layer.PREFIX), layer)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .artifacts.closures import closed_over, kept_object
-from .artifacts.export import varying
+from .artifacts.job import varying
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtefacts
 from .options import CompileOptions
 from .regions import Region, RegionSet

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from .artifacts.block import ClassGuards, classes_of, module_classes
-from .artifacts.describe import Names, is_own, is_pristine_package
+from .artifacts.block_guards import ClassGuards, classes_of, module_classes
+from .artifacts.describe import Names
 from .artifacts.layouts import depends_on_layout
-from .artifacts.source_guards import Recording, Sources, cached_function, made_by_metaclass, replaced_operators, sources_of
+from .artifacts.origins import is_own, is_pristine_package
+from .artifacts.recording import Recording
+from .artifacts.source_guards import Sources, cached_function, made_by_metaclass, replaced_operators, sources_of
 from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile
 from .third_party_backends import OPTIONAL_BACKENDS, compile_optional

@@ -5,14 +5,11 @@ Parameters are inputs of an artefact: one serves every block of a class, with a 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import io
-import operator
 import pickle
 import sys
 import types
-import weakref
 
 import torch
 from torch import Tensor
@@ -22,16 +19,13 @@ try:
 except ImportError:
     TensorGuards = None
 
-from .call import Unsupported, layout
-from .describe import Describer, Names, Watch, is_pristine_package, path_of
-from .source_guards import identifiers
+from .call import layout
+from .values import Unsupported
 
 # A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
 # these and by the version of the pack, so its attributes and methods are not looked at.
 TENSORS, REPLACEMENT = "artefact_tensors", "artefact_replacement"
-# nn.Module's own, apart from the hooks.
-_MODULE_STATE = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
 Spec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
 
 
@@ -66,204 +60,6 @@ def _kind(module: torch.nn.Module) -> list:
         kind, arguments = getattr(module, REPLACEMENT)()
         return [f"{kind.__qualname__}{arguments!r}", module.training]
     return [f"{type(module).__module__}.{type(module).__qualname__}", module.training]
-
-
-def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
-    """[[module, attribute, description]] of the attributes with these names, and of those that stand before their class's
-    (forward). lenient: for a key only: what cannot be described is named by its type.
-
-    Raises Unsupported."""
-    modules = dict(block.named_modules())
-    describe = Describer(names, watch, {id(module): path for path, module in modules.items()}, lenient)
-    result = []
-    for path, module in modules.items():
-        if hasattr(module, TENSORS):
-            continue
-        state, read = module.__dict__, _read_by_torch(type(module))
-        for name in sorted(state):
-            if name not in _MODULE_STATE and (name in names or name in read or hasattr(type(module), name) or name in module._parameters
-                                              or name in module._buffers):
-                if watch is not None:
-                    watch.binding(state, name, state[name])
-                try:
-                    result.append([path, name, describe(state[name])])
-                except Unsupported as error:
-                    raise Unsupported(f"its attribute {path}.{name}: {error}") from None
-        result.append([path, "training", str(module.training)])
-    return result
-
-
-@functools.lru_cache(1024)
-def _read_by_torch(kind: type) -> frozenset[str]:
-    """Names of attributes that torch's own layers among kind's bases read (eps, padding_mode)."""
-    functions = [value for base in kind.__mro__ if base not in (object, torch.nn.Module) and is_pristine_package(base.__module__)
-                 for value in list(vars(base).values()) if isinstance(value, types.FunctionType) and value.__name__ != "__init__"]
-    return frozenset(name for function in functions for name in identifiers(function.__code__))
-
-
-def module_classes(block: torch.nn.Module) -> list[type]:
-    return list(dict.fromkeys(type(m) for m in block.modules() if not hasattr(m, TENSORS)))
-
-
-def classes_of(kinds: list[type], names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
-    """[[class, description]] of the classes of a block's modules, with forward and the methods and class attributes of these names: another
-    pack may have put its own there. Raises Unsupported."""
-    describe = Describer(names, watch, lenient=lenient)
-    return sorted([path_of(kind), describe(kind)] for kind in kinds)
-
-
-class ClassGuards:
-    """Checks that the classes of a block's modules are as they were when an artefact was traced. Asked once a step.
-
-    kinds: these. expected: classes_of those of the traced block."""
-
-    def __init__(self, kinds: list[type], expected: list[list], names: Names, lenient: bool = False):
-        self._kinds = kinds
-        self._expected = expected
-        self._names = names
-        self._lenient = lenient
-        self._watch: Watch | None = None
-        self._difference = ""
-
-    def difference(self) -> str:
-        """A class that is another one now, empty where there is none."""
-        if self._watch is None or not self._watch.unchanged():
-            self._watch = Watch(Watch())
-            try:
-                found = classes_of(self._kinds, self._names, self._watch, self._lenient)
-            except Unsupported as error:
-                self._difference = str(error)
-            else:
-                self._difference = next((path for path, _ in _differing(found, self._expected)), "")
-        return self._difference
-
-    def values_unchanged(self) -> bool:
-        """Whether the class attributes that are no methods are those of the last look. Asked at every call."""
-        return self._watch is not None and self._watch.values.unchanged()
-
-
-class BlockGuards:
-    """Checks that a block's modules are as they were when an artefact was traced. Asked at every call.
-
-    expected: attributes_of the traced block. Slots and classes are looked at once a step, for all blocks (block_tree, ClassGuards)."""
-
-    __slots__ = ("_expected", "_layout", "_names", "_watch", "block", "difference")
-
-    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names):
-        self.block = weakref.ref(block)
-        self.difference = ""  # what is another
-        self._expected = expected
-        self._names = names
-        self._look(block)
-
-    def _look(self, block: torch.nn.Module) -> None:
-        self._watch = Watch()
-        states = [module.__dict__ for module in block.modules() if not hasattr(module, TENSORS)]
-        self._layout = states, _layout(states)
-        try:
-            found = attributes_of(block, self._names, self._watch)
-        except Unsupported as error:
-            self.difference = str(error)
-        else:
-            self.difference = next((f"{path}.{name}".strip(".") for path, name, _ in _differing(found, self._expected)), "")
-
-    def is_unchanged(self) -> bool:
-        """Whether the block is as the artefact's. What was changed once and is put back is so again."""
-        states, layout = self._layout
-        if _layout(states) != layout or not self._watch.unchanged():
-            block = self.block()
-            if block is None:
-                return False
-            self._look(block)
-        return not self.difference
-
-
-def _layout(states: list[dict]) -> list:
-    """How many attributes each module has (one more may hide its class's), and whether it trains."""
-    return [*map(len, states), *map(_training, states)]
-
-
-_training = operator.itemgetter("training")
-
-
-def _differing(found: list[list], expected: list[list]) -> list[list]:
-    """The items of one that are not in the other."""
-    return [item for item in found if item not in expected] or [item for item in expected if item not in found]
-
-
-class Weights:
-    """The plain tensors of a block, looked up at every call: an offload, a LoRA or a loader may have put others there.
-
-    specs: those the artefact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
-
-    __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
-
-    def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
-        self._owners: list[tuple[dict | weakref.ref, str]] = []
-        self._absent: list[tuple[dict, str]] = []  # what was None
-        self._ties: list[tuple[dict, str, int]] = []  # what was the same tensor as that of the index
-        self._spaces: list[dict] = []
-        seen: dict[int, int] = {}
-        for _, module in block.named_modules():
-            if hasattr(module, TENSORS):
-                space, tensors = weakref.ref(module), getattr(module, TENSORS)()
-            else:
-                space, tensors = None, {**module._parameters, **module._buffers}
-                self._spaces += [module._parameters, module._buffers]
-            for name, tensor in tensors.items():
-                owner = space or (module._parameters if name in module._parameters else module._buffers)
-                if tensor is None:
-                    self._absent.append((owner, name))
-                elif id(tensor) in seen:
-                    self._ties.append((owner, name, seen[id(tensor)]))
-                else:
-                    seen[id(tensor)] = len(self._owners)
-                    self._owners.append((owner, name))
-        self._sizes = list(map(len, self._spaces))
-        self._shapes = [torch.Size(shape) for _, shape, _ in specs]
-        self._dtypes = [getattr(torch, dtype) for dtype, _, _ in specs]
-        self._layouts = [kind for *_, kind in specs]
-        self._devices = [device] * len(specs)
-        # Of a block without INT8 layers: the same look-up in C.
-        self._columns = tuple(zip(*self._owners)) if all(isinstance(owner, dict) for owner, _ in self._owners) else None
-        self._checked: TensorGuards | None = None  # dtypes, sizes, strides and devices of tensors that were right
-
-    def get(self) -> list[Tensor] | None:
-        """In the order of tensors_of; None where one is not what the artefact was made for."""
-        made: dict = {}
-        if len(self._owners) != len(self._shapes) or list(map(len, self._spaces)) != self._sizes:
-            return None
-        if self._columns:
-            result = list(map(dict.get, *self._columns))
-        else:
-            result = [owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
-        if result and (self._checked is None or not self._checked.check(*result)):
-            if not self._are_right(result):
-                return None
-            self._checked = TensorGuards and TensorGuards(*result, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        for owner, name in self._absent:
-            if owner.get(name) is not None:
-                return None
-        for owner, name, index in self._ties:
-            if (owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name)) is not result[index]:
-                return None
-        return result
-
-    def _are_right(self, tensors: list[Tensor]) -> bool:
-        return (_PLAIN.issuperset(map(type, tensors)) and list(map(_shape_of, tensors)) == self._shapes
-                and list(map(_dtype_of, tensors)) == self._dtypes and list(map(_device_of, tensors)) == self._devices
-                and all(tensor.is_contiguous() if kind == "c" else layout(tensor) == kind for tensor, kind in zip(tensors, self._layouts)))
-
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_shape_of, _dtype_of, _device_of = map(operator.attrgetter, ("shape", "dtype", "device"))
-
-
-def _of_layer(owner: weakref.ref, made: dict) -> dict:
-    if owner not in made:
-        layer = owner()
-        made[owner] = {} if layer is None else getattr(layer, TENSORS)()
-    return made[owner]
 
 
 class _Pickler(pickle.Pickler):

@@ -29,7 +29,7 @@ from ...int8 import own_files
 from ...int8.kernels.native import cache_folder
 from ...pack import PACKAGE, ROOT
 from . import worker
-from .export import Job
+from .job import Job
 from .store import CacheError, CacheStore
 
 logger = logging.getLogger(__name__)

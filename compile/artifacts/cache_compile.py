@@ -22,13 +22,18 @@ from ...int8.own_files import is_reserved
 from ..torch_internals import warmup
 from ..torch_internals.block_tree import Hooks, has_global_hooks
 from . import key as cache_key
-from .block import BlockGuards, ClassGuards, Weights, classes_of, copy_skeleton, module_classes, spec_of, structure_of, tensors_of
-from .call import Call, Unsupported, flatten, options_match
+from .artifact import FILES, Artefact
+from .block import copy_skeleton, spec_of, structure_of, tensors_of
+from .block_guards import BlockGuards, ClassGuards, Weights, classes_of, module_classes
+from .call import Call, flatten
 from .describe import Names
-from .export import FILES, READABLE, Artefact, build, varying
+from .export import READABLE, build
+from .job import varying
+from .option_reads import options_match
 from .runtime import MAX_SIGNATURES, job_of
 from .source_guards import Sources
 from .store import CacheError, CacheStore, Damaged, default_key_file
+from .values import Unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -10,153 +10,33 @@ import collections
 import enum
 import functools
 import hashlib
-import itertools
 import logging
 import pathlib
 import re
-import sys
 import threading
 import types
 from _abc import _get_dump
-from collections.abc import Callable, Iterable
-from operator import is_
+from collections.abc import Iterable
 
 import torch
 
-from ...pack import NAME, PACKAGE
-from .call import Unsupported
 from .closures import EMPTY, code_digest, content_of
+from .origins import _TORCH, _function_of, is_own, is_pristine_package, path_of, place_of, portable
+from .values import Unsupported
+from .watch import _BUILTINS, ABSENT, Watch
 
 # A block's state has some hundred values. More is data, which belongs into tensors.
 MAX_VALUES = 20_000
-ABSENT = object()
 
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
                       torch.memory_format, torch.Size, range, re.Pattern, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath,
                       pathlib.PureWindowsPath})
 # They guard, log or order; nothing that is computed depends on them.
 _IRRELEVANT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Stream, torch.Event)
-_BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
-             types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType)
-_CODE = (types.FunctionType, type, types.ModuleType, types.MethodType, staticmethod, classmethod, property, functools.partial,
-         functools.cached_property, functools._lru_cache_wrapper, torch._ops.OpOverload, torch._ops.OpOverloadPacket, *_BUILTINS)
 # What runs of a module without being named in its code.
 _CALLED = frozenset({"forward", "_call_impl", "_wrapped_call_impl"})
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_get, _get_of_class = dict.get, types.MappingProxyType.get
-_chain = itertools.chain.from_iterable
-
-
-class Watch:
-    """Everything that was looked at for a description, by identity: a description holds as long as nothing of it is another object.
-    Asked at every step or call, so its loops run in C.
-
-    values: gets that part of it which a program sets while it runs: numbers, texts, objects and what is in them; not functions and classes,
-    nor what is an installed library's."""
-
-    __slots__ = ("_attributes", "_bases", "_cells", "_class_bindings", "_dicts", "_functions", "_known", "_lists", "_registrations",
-                 "_sizes", "_tables", "values")
-
-    def __init__(self, values: Watch | None = None):
-        self.values = values
-        self._dicts: tuple[list, list, list] = [], [], []  # namespaces, names, values
-        self._class_bindings: tuple[list, list, list] = [], [], []
-        self._sizes: tuple[list, list] = [], []  # namespaces that must get no further names
-        self._functions: list[tuple] = []  # function, its code, its defaults
-        self._cells: list[tuple[types.CellType, object]] = []
-        self._bases: list[tuple[type, tuple]] = []
-        self._attributes: tuple[list, list, list] = [], [], []  # owners, names, values
-        self._lists: tuple[list, list, list] = [], [], []  # lists, sets and deques; their sizes; their items
-        self._tables: tuple[list, list, list] = [], [], []  # dicts; their sizes; their keys and values
-        self._registrations: int | None = None
-        self._known: set[tuple] = set()  # what is watched already
-
-    def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
-        """name in space is value, or not there (ABSENT)."""
-        if (id(space), name) in self._known:
-            return
-        self._known.add((id(space), name))
-        _append(self._dicts if isinstance(space, dict) else self._class_bindings, space, name, value)
-        if self.values is not None and not (is_library or value is ABSENT or isinstance(value, _CODE)):
-            self.values.binding(space, name, value)
-
-    def size(self, space: dict | types.MappingProxyType, is_state: bool = False) -> None:
-        """space gets no new name: one might come before what is looked up further on. is_state: of an object's attributes."""
-        self._sizes[0].append(space)
-        self._sizes[1].append(len(space))
-        if self.values is not None and is_state:
-            self.values.size(space)
-
-    def function(self, function: types.FunctionType) -> None:
-        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
-        self._cells += [(cell, content_of(cell)) for cell in function.__closure__ or ()]
-
-    def bases(self, kind: type) -> None:
-        self._bases.append((kind, kind.__mro__))
-
-    def registrations(self) -> None:
-        """No class is registered as another's (abc.ABC.register)."""
-        self._registrations = abc.get_cache_token()
-
-    def attribute(self, owner, name: str, value) -> None:
-        """Of an object that keeps it elsewhere than in a dict (__slots__)."""
-        _append(self._attributes, owner, name, value)
-        if self.values is not None:
-            self.values.attribute(owner, name, value)
-
-    def container(self, container, is_code: bool = False) -> None:
-        """A list, set, deque or dict. is_code: of a function's own attributes."""
-        if id(container) in self._known:
-            return
-        self._known.add(id(container))
-        if isinstance(container, (dict, types.MappingProxyType)):
-            _append(self._tables, container, len(container), [*container, *container.values()])
-        else:
-            _append(self._lists, container, len(container), list(container))
-        if self.values is not None and not is_code:
-            self.values.container(container)
-
-    def unchanged(self) -> bool:
-        spaces, names, values = self._dicts
-        if spaces and not all(map(is_, map(_get, spaces, names, _ABSENTS), values)):
-            return False
-        spaces, names, values = self._class_bindings
-        if spaces and not all(map(is_, map(_get_of_class, spaces, names, _ABSENTS), values)):
-            return False
-        if self._registrations is not None and self._registrations != abc.get_cache_token():
-            return False
-        spaces, sizes = self._sizes
-        if spaces and list(map(len, spaces)) != sizes:
-            return False
-        for function, code, defaults, keywords in self._functions:
-            if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
-                return False
-        for cell, content in self._cells:
-            if content_of(cell) is not content:
-                return False
-        for kind, bases in self._bases:
-            if kind.__mro__ is not bases:
-                return False
-        owners, names, values = self._attributes
-        if owners and not all(map(is_, map(getattr, owners, names, _ABSENTS), values)):
-            return False
-        lists, sizes, items = self._lists
-        if lists and (list(map(len, lists)) != sizes or not all(map(is_, _chain(lists), _chain(items)))):
-            return False
-        tables, sizes, items = self._tables
-        if tables:
-            if list(map(len, tables)) != sizes:
-                return False
-            for table, item in zip(tables, items):
-                if item and not all(map(is_, itertools.chain(table, table.values()), item)):
-                    return False
-        return True
-
-
-def _append(columns: tuple[list, ...], *row) -> None:
-    for column, item in zip(columns, row):
-        column.append(item)
 
 
 class Names:
@@ -171,19 +51,6 @@ class Names:
     def __contains__(self, name: str) -> bool:
         return (self.items is None or name in self.exact
                 or (self._pattern is not None and self._pattern.fullmatch(name) is not None))
-
-
-class _Forever:
-    """An endless supply of ABSENT, for map()."""
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return ABSENT
-
-
-_ABSENTS = _Forever()
 
 
 class Describer:
@@ -363,60 +230,8 @@ class Describer:
         raise Unsupported(f"it depends on {what}, which cannot be described")
 
 
-def _function_of(value):
-    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-
-
 def _slots(value) -> dict | None:
     names = [name for base in type(value).__mro__ for name in (getattr(base, "__slots__", None) or ()) if isinstance(name, str)]
     names = [name for name in names if name not in ("__dict__", "__weakref__")]
     return {name: getattr(value, name) for name in names if hasattr(value, name)} if names else None
 
-
-def path_of(kind: type) -> str:
-    return f"{portable(kind.__module__)}.{kind.__qualname__}"
-
-
-def place_of(value) -> str:
-    """Where a library's function, class or module says that it is from: another one of the library's, put in its place, says another."""
-    if isinstance(value, types.ModuleType):
-        return f"module {portable(value.__name__)}"
-    if isinstance(value, type):
-        return f"class {path_of(value)}"
-    function = _function_of(value)
-    if not isinstance(function, (types.FunctionType, *_BUILTINS)):
-        return path_of(type(value))
-    code = getattr(function, "__code__", None)
-    names = [getattr(function, key, None) for key in ("__module__", "__qualname__", "__name__")]
-    return " ".join(map(str, [type(value).__name__, *names, *([code.co_name] if code else [])]))
-
-
-_PYTHON = str(pathlib.Path(functools.__file__).parent)
-_TORCH = str(pathlib.Path(torch.__file__).parent)
-
-
-def is_pristine_package(module: str) -> bool:
-    """Whether a module is torch's or Python's own, whose versions are in the key of the environment."""
-    if module.partition(".")[0] in ("torch", "builtins"):
-        return True
-    path = getattr(sys.modules.get(module), "__file__", None)
-    if path is None:
-        return module in sys.builtin_module_names or module in getattr(sys, "stdlib_module_names", ())
-    return "site-packages" not in path and path.startswith(_PYTHON)
-
-
-def is_own(function: Callable, folder: str) -> bool:
-    """Whether a function of a package that lies in folder is the package's, not one that something else has put in its place."""
-    if isinstance(function, types.FunctionType):
-        file = function.__code__.co_filename
-        return file.startswith((folder, _TORCH, "<frozen ")) or (file.startswith(_PYTHON) and "site-packages" not in file)
-    return not isinstance(function, (functools.partial, types.MethodType))
-
-
-def portable(module: str) -> str:
-    """A module's name, from this pack's root whatever ComfyUI calls that."""
-    return NAME + module.removeprefix(PACKAGE) if module == PACKAGE or module.startswith(f"{PACKAGE}.") else module
-
-
-def local(module: str) -> str:
-    return PACKAGE + module.removeprefix(NAME) if module == NAME or module.startswith(f"{NAME}.") else module

@@ -5,78 +5,33 @@ same operations. A package checks nothing of its inputs, so all that its trace r
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib
-import io
 import logging
-import operator
 import random
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..torch_internals import warmup
-from .block import Spec, attributes_of, classes_of, load_skeleton, module_classes
-from .call import CELL, LAYOUTS, Containers, OptionReads, Unsupported, as_tuples, closures_in, lies_as, rebuild, rebuild_result
+from .artifact import FILES
+from .block import load_skeleton
+from .block_guards import attributes_of, classes_of, module_classes
+from .call import CELL, LAYOUTS, closures_in, rebuild
 from .closures import CellReads, code_at
 from .describe import Names
+from .inputs import _expression, _inputs, _Seen, _Traced
+from .job import Job
 from .layouts import depends_on_layout
-from .shape_expressions import parse_expression
-from .source_guards import Recording, recording, sources_of
-from .store import Entry
+from .option_reads import Containers, OptionReads
+from .recording import recording
+from .source_guards import sources_of
+from .values import Unsupported
 
 logger = logging.getLogger(__name__)
 
 READABLE = "readable.py"
-
-
-@dataclasses.dataclass
-class Job:
-    """What another process needs to build the artefact of a call; pickled by this pack for itself.
-
-    skeleton: of dump_skeleton, or of copy_skeleton to build in this process. attributes: of the block. tensors: of the block, in
-    order: name, dtype, shape, layout. structure, leaves, options: of the call (see cache_call), a leaf as (dtype, shape, layout).
-    batched: leaves whose first size is the batch. dims: of each leaf, those compiled for any size. device: of everything. threads: of
-    the CPU. config: inductor's options. method: of the block, called as block.method(*args).
-    """
-
-    name: str
-    skeleton: bytes | torch.nn.Module
-    attributes: list[list]
-    tensors: list[tuple[str, str, tuple[int, ...], str]]
-    structure: tuple
-    leaves: list[Spec]
-    options: list[dict]
-    batched: list[int]
-    dims: list[tuple[int, ...]]
-    device: str
-    threads: int
-    config: dict
-    method: str = "forward"
-
-    @property
-    def any_batch(self) -> bool:
-        return any(0 in self.dims[index] for index in self.batched)
-
-
-def varying(dims: int) -> range:
-    """Which dims of a block's input may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels], nor the
-    rotation matrices of position embeddings [..., D/2, 2, 2]."""
-    return range(dims - 1 if dims in (2, 3) else dims - 3 if dims > 5 else dims)
-
-
-@dataclasses.dataclass
-class _Seen:
-    """What a trace shows besides its graph. outputs: the structure of the result."""
-
-    options: list[OptionReads]
-    outputs: object = None
-    recording: Recording = dataclasses.field(default_factory=Recording)
 
 
 class _Caller(torch.nn.Module):
@@ -228,13 +183,6 @@ def _skeleton(job: Job) -> torch.nn.Module:
     return load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
 
 
-@dataclasses.dataclass
-class _Traced:
-    program: torch.export.ExportedProgram
-    block: torch.nn.Module
-    seen: _Seen
-
-
 def _trace(job: Job) -> tuple[_Traced, dict]:
     batch = job.leaves[job.batched[0]][1][0] if job.batched else 0
     if not job.any_batch:
@@ -343,80 +291,6 @@ def _refuse_random(exported):
             raise Unsupported(f"it draws random numbers ({node.target})")
 
 
-def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
-    """What a call must be like for this program: shapes, guards, what it writes into and returns unchanged.
-
-    least_batch: 1 where the batch may be 1 although it was traced with more; 0 where it is fixed.
-    """
-    from sympy import Symbol
-    from torch.utils._sympy.printers import PythonPrinter
-
-    program = traced.program
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
-    if len(inputs) != len(job.tensors) + len(job.leaves):
-        raise Unsupported("it holds tensors that are neither parameters nor buffers")
-    leaves = inputs[len(job.tensors):]
-    shapes = [[_expression(size) for size in node.meta["val"].shape] for node in leaves]
-    ties = {}
-    if least_batch:
-        # One size for all: where the trace let two differ it took neither for 1, and would be wrong if only one were.
-        first = shapes[job.batched[0]][0]
-        ties = {shapes[index][0]: first for index in job.batched if isinstance(shapes[index][0], Symbol)}
-    renamed = {symbol: Symbol(f"d{index}", integer=True) for index, symbol in enumerate(dict.fromkeys(
-        ties.get(size, size) for shape in shapes for size in shape if isinstance(size, Symbol)))}
-
-    def text(expression) -> str | int:
-        expression = expression.xreplace(ties)
-        if not expression.free_symbols <= set(renamed):
-            raise Unsupported(f"it depends on a size that is none of its inputs' ({expression})")
-        if not expression.free_symbols:
-            return int(expression)
-        printed = PythonPrinter().doprint(expression.xreplace(renamed))
-        try:
-            parse_expression(printed)
-        except ValueError as error:
-            raise Unsupported(str(error)) from None
-        return printed
-    environments = [size.node.shape_env for node in leaves for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
-    guards = [environments[0].simplify(guard.expr).xreplace(ties) for guard in environments[0].guards] if environments else []
-    ranges = {}
-    for symbol, name in renamed.items():
-        bounds = program.range_constraints[symbol]
-        low = 1 if least_batch == 1 and symbol == first else max(2, _bound(bounds.lower, 2))
-        ranges[str(name)] = [low, _bound(bounds.upper, 1 << 62)]
-    signature = program.run_decompositions({}).graph_signature  # functional: what is written in place becomes an output
-    by_name = {node.name: index for index, node in enumerate(leaves)}
-    changed = {spec.arg.name: spec.target for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"}
-    if not set(changed.values()) <= set(by_name):
-        raise Unsupported("it changes its weights")
-    outputs = [spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-    if any(_is_view_of_input(node) for node in program.graph.output_node().all_input_nodes):
-        raise Unsupported("it returns a part of its input, which later code might write into")
-    return {
-        "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
-        "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
-        "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
-        "options": [options.constants() for options in traced.seen.options],
-    }
-
-
-def _is_view_of_input(node: torch.fx.Node) -> bool:
-    start = node
-    while node.op == "call_function" and (getattr(node.target, "is_view", False) or node.target is operator.getitem):
-        node = node.args[0]
-    return node is not start and node.op == "placeholder"
-
-
-def _expression(size):
-    import sympy
-
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
-def _bound(value, otherwise: int) -> int:
-    return int(value) if value.is_Integer else otherwise
-
-
 def _settings(job: Job) -> tuple[dict, dict]:
     """(options for inductor, its settings) of a job."""
     from ...int8.graph_pass import MergeQuantizations
@@ -447,51 +321,6 @@ def _compile_aot(program, job: Job, path: Path):
 
 
 COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
-FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
-
-
-RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}
-
-
-def _load_aoti(entry: Entry, device: torch.device) -> Callable:
-    """torch's own loader unpacks a package below /tmp, whatever TMPDIR says, and fails where that is full or mounted noexec. So it is
-    unpacked here, and the library given to the class that torch's loader gives it to."""
-    cpu = device.type == "cpu"
-    runner = getattr(torch._C._aoti, RUNNERS.get(device.type, ""), None)
-    if runner is None:  # this torch has none for the device that is given a folder of kernels
-        def load_package(folder: Path):
-            return torch._C._aoti.AOTIModelPackageLoader(str(folder / FILES["aoti"]), "model", False, 1, -1 if cpu else device.index or 0)
-        return entry.load(FILES["aoti"], load_package).boxed_run
-
-    def load(folder: Path):
-        libraries = [str(path) for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dll")]
-        if len(libraries) != 1:
-            raise RuntimeError(f"the package holds {len(libraries)} libraries")
-        return runner(*libraries, 1) if cpu else runner(*libraries, 1, f"{device.type}:{device.index or 0}", str(folder))
-    # A GPU's kernels are files beside the library that are read when they first run.
-    return entry.load(FILES["aoti"], load, _unpack, lasting=not cpu).run
-
-
-def _unpack(package: bytes) -> dict[str, bytes]:
-    """The files of an AOTInductor package that its program needs, not its C++ source and flags. Raises RuntimeError for another file."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(package)) as archive:
-            names = {name: name.partition("data/aotinductor/model/")[2] for name in archive.namelist()}
-            return {file: archive.read(name) for name, file in names.items()
-                    if file and "/" not in file and "\\" not in file and not file.endswith((".cpp", ".o", "_flags.json"))}
-    except zipfile.BadZipFile as error:
-        raise RuntimeError(f"it is no package ({error})") from None
-
-
-def _load_aot(entry: Entry, device: torch.device) -> Callable:
-    warmup.prepare(device.type)
-    from torch._inductor import CompiledArtifact
-
-    artefact = entry.load(FILES["aot"], lambda folder: CompiledArtifact.load(path=str(folder / FILES["aot"]), format="binary"))
-    return lambda inputs: artefact(*inputs)
-
-
-LOADERS = {"aoti": _load_aoti, "aot": _load_aot}
 
 
 def _readable(job: Job, body: dict, program) -> str:
@@ -501,84 +330,3 @@ def _readable(job: Job, body: dict, program) -> str:
     lines += [f"#   {module}.{name}" if name else f"#   {module} (file)" for module, name, _ in body["sources"]]
     return "\n".join(lines) + "\n" + program.graph_module.print_readable(print_output=False)
 
-
-class Artefact:
-    """What this process can run. Loading a package takes a few ms and needs neither dynamo nor inductor."""
-
-    def __init__(self, entry: Entry, device: torch.device):
-        body = entry.body
-        self.kind = body["kind"]
-        self.structure = as_tuples(body["structure"])
-        self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]
-        self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
-        self._names = {name for name, _, _ in self._ranges}
-        self._guards = [parse_expression(text) for text in body["guards"]]
-        self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
-                             if isinstance(size, str) and size not in self._names}
-        self.options, self._writes = body["options"], body["writes"]
-        self.attributes, self.classes = body["attributes"], body["classes"]
-        self.names = Names(body["names"])
-        self._outputs = as_tuples(body["outputs"])
-        self.written = body["written"]
-        self._by_layout = body["by_layout"]
-        self._same = body["same"]
-        self._device = device
-        for namespace in body["operators"]:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(namespace)  # comfy_kitchen's operators are there once it is imported
-        self._run = LOADERS[self.kind](entry, device)
-
-    def accepts(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether leaves, of this structure, are what was traced; their layout aside, see dense. What it writes into must not be seen
-        through another of them."""
-        sizes: dict[str, int] = {}
-        late = []
-        for leaf, (dtype, shape, _) in zip(leaves, self._leaves):
-            if leaf.dtype is not dtype or leaf.device != self._device or leaf.dim() != len(shape) or type(leaf) is not Tensor:
-                return False
-            for size, expected in zip(leaf.shape, shape):
-                if type(expected) is int:
-                    if size != expected:
-                        return False
-                elif expected not in self._names:
-                    late.append((size, expected))
-                elif sizes.setdefault(expected, size) != size:
-                    return False
-        if self.written:
-            memory = [leaf.untyped_storage().data_ptr() for leaf in leaves]
-            if any(memory[index] and memory.count(memory[index]) > 1 for index in self.written):
-                return False
-        return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
-                and all(self._expressions[expected](sizes) == size for size, expected in late)
-                and all(guard(sizes) for guard in self._guards))
-
-    def has_layout(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether leaves, which are accepted, lie in memory as the traced ones did, where the block asks for that."""
-        return not self._by_layout or all(lies_as(leaf, kind) for leaf, (_, _, kind) in zip(leaves, self._leaves))
-
-    def dense(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """leaves in the layout that was traced, with no bit that negates or conjugates them; the same tensor where it is so."""
-        return [_aligned(_plain(leaf).contiguous(memory_format=LAYOUTS[kind]) if kind != "c" else _plain(leaf).contiguous())
-                for leaf, (_, _, kind) in zip(leaves, self._leaves)]
-
-    def __call__(self, tensors: list[Tensor], leaves: Sequence[Tensor], options: Sequence[dict] = ()):
-        """The block's result; leaves must be accepted. What the block writes into options is written."""
-        inputs = self.dense(leaves)
-        results = self._run([*tensors, *inputs])
-        for index in self.written:
-            if inputs[index] is not leaves[index]:
-                leaves[index].copy_(inputs[index])
-        for target, values in zip(options, self._writes):
-            target.update(values)
-        results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
-        return rebuild_result(self._outputs, iter(results))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    # A package takes the address of a tensor's memory for its values.
-    return tensor.resolve_conj().resolve_neg() if tensor.is_neg() or tensor.is_conj() else tensor
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    # Triton kernels are compiled for inputs at multiples of 16 bytes; a slice may begin anywhere.
-    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
-from .block import BlockGuards, ClassGuards, Weights, attributes_of, dump_skeleton, module_classes, spec_of, structure_of, tensors_of
+from .artifact import Artefact
+from .block import dump_skeleton, spec_of, structure_of, tensors_of
+from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
 from .builder import Builder, Order
-from .call import Call, Unsupported, flatten, options_match, simple_options, without_numbers
+from .call import Call, flatten, without_numbers
 from .describe import Names
-from .export import Artefact, Job, varying
+from .job import Job, varying
+from .option_reads import options_match, simple_options
 from .source_guards import Sources
 from .store import CacheStore, Damaged
+from .values import Unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
 from .int8_calibrate import CALIBRATING
-from .int8_layer import keep_apart, patch_linear_input_act, pristine_parameter
+from .int8_layer import patch_linear_input_act
+from .int8_model import keep_apart, pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 

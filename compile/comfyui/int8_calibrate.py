@@ -23,16 +23,9 @@ from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, QuantizeReport, Tell, tell_nobody
 from ...int8.structure import roles
 from . import core as comfy_core
-from .int8_layer import (
-    PREFIX,
-    adopt_native_layers,
-    int8_layers,
-    layers_to_quantize,
-    pristine_parameter,
-    put_int8_layers,
-    require_native_int8,
-)
+from .int8_layer import PREFIX, require_native_int8
 from .int8_lora import Int8Lora
+from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, pristine_parameter, put_int8_layers
 from .recording import unrecorded
 
 logger = logging.getLogger(__name__)

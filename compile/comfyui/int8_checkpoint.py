@@ -24,7 +24,8 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
 from ...int8.report import QuantizeReport, Tell, tell_nobody
 from .int8_calibrate import planned_layers, plans
-from .int8_layer import FORMAT, PREFIX, adopt_native_layers, int8_layers, is_int8, put_int8_layers, require_native_int8
+from .int8_layer import FORMAT, PREFIX, require_native_int8
+from .int8_model import adopt_native_layers, int8_layers, is_int8, put_int8_layers
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ..modes.smoothquant import SmoothQuant
 from ..modes.state import ModeEntry, ModeState, check_chain
 from ..options import check_path
 from .int8_calibrate import quantize_model
-from .int8_layer import int8_layers
+from .int8_model import int8_layers
 from .modes import PATCHER_MODES, Int8Record, PatcherCompile, PatcherInt8, PatcherInt8Config, PatcherSmoothQuantConfig, int8_metadata
 
 logger = logging.getLogger(__name__)

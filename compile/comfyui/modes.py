@@ -31,7 +31,8 @@ from ..options import check_path
 from ..report import CompileReport
 from .compile_model import LazyCompile, add_compile, check_target, non_dynamic_clone
 from .int8_calibrate import planned_layers, plans, put_and_tell, quantize_model
-from .int8_layer import PREFIX, adopt_native_layers, int8_layers, layers_to_quantize
+from .int8_layer import PREFIX
+from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize
 
 logger = logging.getLogger(__name__)
 

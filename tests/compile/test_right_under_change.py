@@ -24,6 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 import changing_values
+from int8_compile.compile.artifacts import artifact
 from int8_compile.compile.artifacts import export as aoti
 from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
@@ -80,8 +81,8 @@ def exported(monkeypatch):
         program, tensors = _programs[entry.read("artifact.export").decode()]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
     monkeypatch.setitem(aoti.COMPILERS, "export", build)
-    monkeypatch.setitem(aoti.LOADERS, "export", load)
-    monkeypatch.setitem(aoti.FILES, "export", "artifact.export")
+    monkeypatch.setitem(artifact.LOADERS, "export", load)
+    monkeypatch.setitem(artifact.FILES, "export", "artifact.export")
 
 
 @pytest.fixture(scope="module")

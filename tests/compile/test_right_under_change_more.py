@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.artifacts import export as aoti
+from int8_compile.compile.artifacts import artifact
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
@@ -471,14 +471,14 @@ class Marked(nets.Small):
 
 @pytest.mark.parametrize("bit", ["neg", "conj"])
 def test_a_tensor_that_is_negated_or_conjugated_by_a_bit_is_read_so(tmp_path, monkeypatch, bit):
-    load = aoti.LOADERS["export"]
+    load = artifact.LOADERS["export"]
 
     def by_address(entry, device):
         run = load(entry, device)
         # As a package takes its inputs.
         return lambda values: run([torch.empty(0, dtype=value.dtype).set_(value.untyped_storage(), value.storage_offset(), value.shape,
                                                                           value.stride()) for value in values])
-    monkeypatch.setitem(aoti.LOADERS, "export", by_address)
+    monkeypatch.setitem(artifact.LOADERS, "export", by_address)
     net, compiled, x = nets.make(Marked), cached(tmp_path / "cache"), inputs()[0]
     if bit == "neg":
         plain, marked = -x, torch._neg_view(x)

@@ -47,7 +47,7 @@ def planned(model) -> dict:
 
 
 def int8_names(model) -> set[str]:
-    from int8_compile.compile.comfyui.int8_layer import int8_layers
+    from int8_compile.compile.comfyui.int8_model import int8_layers
 
     return set(int8_layers(model))
 

@@ -258,6 +258,7 @@ def a_block_is_traced_for_the_card(state):
     """What the builder does before inductor generates code, which needs the card. (Before dynamo has run in this process.)"""
     from int8_compile.compile.artifacts import call as cache_call
     from int8_compile.compile.artifacts import export as aoti
+    from int8_compile.compile.artifacts import job
     from int8_compile.int8.linear import Int8Linear
 
     class Block(torch.nn.Module):
@@ -271,7 +272,7 @@ def a_block_is_traced_for_the_card(state):
     tensors = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), "c") for name, t in block.state_dict().items()
                if "comfy_quant" not in name]
     call = cache_call.flatten((torch.zeros(1, 20, 32),), {})
-    job = aoti.Job("Block", block, [], tensors, call.structure, [("float32", (1, 20, 32), "c")], [], [0], [(0, 1)], "cuda", 1, {})
+    job = job.Job("Block", block, [], tensors, call.structure, [("float32", (1, 20, 32), "c")], [], [0], [(0, 1)], "cuda", 1, {})
     with no_mode():
         traced, body = aoti._trace(job)
     devices = {node.meta["val"].device.type for node in traced.program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
@@ -345,13 +346,13 @@ def the_builder_waits_for_the_cards_memory(state):
 
 @step
 def an_artefacts_inputs_are_aligned(state):
-    from int8_compile.compile.artifacts import export as aoti
+    from int8_compile.compile.artifacts import artifact
 
     for device in (CUDA, CPU):
         source = torch.arange(64, dtype=torch.int8).to(device)
         whole, part = source[source.data_ptr() % 16 and 16 - source.data_ptr() % 16:], source[1:] if not source.data_ptr() % 16 else source
-        assert aoti._aligned(whole) is whole
-        got = aoti._aligned(part)
+        assert artifact._aligned(whole) is whole
+        got = artifact._aligned(part)
         assert (got is part) == (device is CPU) and torch.equal(got.cpu(), part.cpu())
 
 

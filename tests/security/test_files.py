@@ -160,7 +160,7 @@ def test_no_matrix_is_made_of_such_a_group(size):
 @pytest.mark.parametrize("group", [65536, 4**31, 96])
 def test_nor_where_the_stock_loader_has_read_the_file(comfy, models_dir, tmp_path, group):
     """Which believes any group; our nodes do not take such layers over."""
-    from int8_compile.compile.comfyui.int8_layer import adopt_native_layers, put_int8_layers
+    from int8_compile.compile.comfyui.int8_model import adopt_native_layers, put_int8_layers
     from int8_compile.int8.plan import LayerPlan
 
     patcher = comfy.sd.load_diffusion_model(str(models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors")).clone()
@@ -200,7 +200,7 @@ WRONG_TENSORS = {
 def int8_tensors(comfy, models_dir, tmp_path_factory):
     """Of an INT8 file as Save INT8 Model writes it."""
     from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
-    from int8_compile.compile.comfyui.int8_layer import put_int8_layers
+    from int8_compile.compile.comfyui.int8_model import put_int8_layers
     from int8_compile.int8.plan import LayerPlan
     from safetensors.torch import load_file
 
@@ -215,7 +215,7 @@ def int8_tensors(comfy, models_dir, tmp_path_factory):
 @pytest.mark.parametrize("wrong", WRONG_TENSORS)
 def test_tensors_that_kernels_would_read_past_the_end_of_are_a_damaged_file(comfy, load_int8, int8_tensors, tmp_path, wrong, stored):
     """By both loaders: one server died of it, and another's image was made of what lay behind in memory."""
-    from int8_compile.compile.comfyui.int8_layer import adopt_native_layers
+    from int8_compile.compile.comfyui.int8_model import adopt_native_layers
 
     prefix = next(key for key in int8_tensors if key.endswith(f"{LAYER}.weight")).removesuffix("weight")
     tensors = {**int8_tensors, **{prefix + name: tensor for name, tensor in WRONG_TENSORS[wrong].items()}}
