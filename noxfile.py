@@ -1,4 +1,4 @@
-"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s fuzz`, `nox -s lint`.
+"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s quick`, `nox -s fuzz`, `nox -s lint`.
 
 Needs Python 3.10 or later, pip and nox; everything else is installed here. Environment variables:
 COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
@@ -38,6 +38,11 @@ TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3", "matplotlib")
 FIRST_PART = ("tests/compile", "tests/nodes")
 BUT_FOR = ("tests/compile/test_right_under_change.py", "tests/compile/test_right_under_change_more.py",
            "tests/compile/test_lowered_blocks.py", "tests/nodes/test_mode_orders.py", "tests/nodes/test_home.py")
+# Plain torch: no ComfyUI, no server, no compiler; under 3 minutes on two cores.
+QUICK = ("tests/test_pack.py", "tests/test_errors.py", "tests/internals", "tests/modes",
+         *(f"tests/int8/test_{name}.py" for name in ("kernels", "quantize", "tables", "tuning", "bound")),
+         *(f"tests/compile/test_{name}.py" for name in ("options", "expressions", "cache_store", "cache_bundle")),
+         *(f"tests/security/test_{name}.py" for name in ("options", "store_key", "store_windows")))
 # What users have: the oldest and the newest torch that the pack is made for and those between that changed much.
 RELEASES = ("torch==2.8.*", "torch==2.11.*", "torch==2.13.*", "torch==2.14.*", "torch==2.15.*", "comfy-kitchen==0.2.31",
             "comfy-kitchen==0.2.40", "triton==3.4.*", "triton==3.6.*", "triton==3.8.*")
@@ -75,6 +80,16 @@ def tests(session: nox.Session):
         shutil.copyfileobj(output, sys.stdout.buffer)
     if codes - {0, NO_TESTS_COLLECTED} or codes == {NO_TESTS_COLLECTED}:
         session.error("tests failed" if codes != {NO_TESTS_COLLECTED} else "no test was chosen")
+
+
+@nox.session(venv_backend="virtualenv")
+def quick(session: nox.Session):
+    """The tests that need no ComfyUI, no server and no compiler, in a minute or two; further arguments go to pytest."""
+    python, env = environment(session)
+    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
+    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    session.run(python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests", *QUICK, "-m", "not comfy and not e2e",
+                *session.posargs, env=env, external=True)
 
 
 @nox.session(venv_backend="virtualenv")
