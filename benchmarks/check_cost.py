@@ -74,8 +74,7 @@ def main() -> None:
 
     comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = True
     load_pack()
-    from int8_compile.compile.artifacts import artifact
-    from int8_compile.compile.artifacts import export as aoti
+    from int8_compile.compile.artifacts import artifact, compilers
     from int8_compile.compile.artifacts.runtime import Cache
     from int8_compile.compile.artifacts.store import CacheStore
     from int8_compile.compile.engine import CompiledModule
@@ -90,7 +89,7 @@ def main() -> None:
     def load(entry, device):
         program, tensors = programs[int(entry.read(artifact.FILES["export"]))]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
-    aoti.COMPILERS["export"], artifact.LOADERS["export"], artifact.FILES["export"] = build, load, "artifact.export"
+    compilers.COMPILERS["export"], artifact.LOADERS["export"], artifact.FILES["export"] = build, load, "artifact.export"
     torch.set_num_threads(1)
     result = {"blocks": 57, "cpu": cpu_name(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ SOURCES = [*sorted(p for folder in ("nodes", "compile", "int8") for p in (REPO /
 # What a page quotes is the message, or its beginning up to one of these.
 END = re.compile(r"[.:;,](?=\s|$)|(?=\s\()|$")
 LEAST = 12  # characters besides holes that a quote has at least
-TELLS = ("warning", "error", "exception", "_fall_back", "_refuse")
+TELLS = ("warning", "error", "exception", "fall_back", "_refuse")
 REASONS = ("on_device", "artefact_refusal", "triton_unavailable")  # return what another message quotes
 
 
@@ -183,7 +183,7 @@ def test_every_node_has_a_page(pages):
     ('logger.warning("%s: %d of %d left", a, b, c)', ["… of … left"]),
     ('def f():\n    why = "it is late"\n    raise Unsupported(why)', ["it is late"]),
     ('def on_device():\n    return self, "not here"', ["not here"]),
-    ('self._fall_back("slowly" + f" {x}")', ["slowly …"]),
+    ('self.fall_back("slowly" + f" {x}")', ["slowly …"]),
     ('logger.info("well")', []),
 ])
 def test_what_counts_as_a_message(code, found):

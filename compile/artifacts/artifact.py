@@ -14,8 +14,8 @@ from torch import Tensor
 from ..torch_internals import warmup
 from .call import LAYOUTS, as_tuples, lies_as, rebuild_result
 from .describe import Names
+from .entry import Entry
 from .shape_expressions import parse_expression
-from .store import Entry
 
 FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
 RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}

@@ -25,7 +25,8 @@ from typing import BinaryIO
 
 from ...int8.echo import echo
 from ...int8.own_files import is_reserved, make_folders, move
-from .store import MANIFEST, CacheError, CacheStore, canonical
+from .entry import MANIFEST, canonical
+from .store import CacheError, CacheStore
 
 try:
     import fcntl

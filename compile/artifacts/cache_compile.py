@@ -26,13 +26,15 @@ from .artifact import FILES, Artefact
 from .block import copy_skeleton, spec_of, structure_of, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, classes_of, module_classes
 from .call import Call, flatten
+from .compilers import READABLE
 from .describe import Names
-from .export import READABLE, build
+from .entry import Damaged
+from .export import build
 from .job import varying
 from .option_reads import options_match
 from .runtime import MAX_SIGNATURES, job_of
 from .source_guards import Sources
-from .store import CacheError, CacheStore, Damaged, default_key_file
+from .store import CacheError, CacheStore, default_key_file
 from .values import Unsupported
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from .block import load_skeleton
 from .block_guards import attributes_of, classes_of, module_classes
 from .call import CELL, LAYOUTS, closures_in, rebuild
 from .closures import CellReads, code_at
+from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
 from .inputs import _expression, _inputs, _Seen, _Traced
 from .job import Job
@@ -31,7 +32,6 @@ from .values import Unsupported
 
 logger = logging.getLogger(__name__)
 
-READABLE = "readable.py"
 
 
 class _Caller(torch.nn.Module):
@@ -289,44 +289,4 @@ def _refuse_random(exported):
         dropout = node.kwargs.get("dropout_p", (*node.args, 0, 0, 0, 0, 0)[4]) if "attention" in str(node.target) else 1
         if dropout and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Unsupported(f"it draws random numbers ({node.target})")
-
-
-def _settings(job: Job) -> tuple[dict, dict]:
-    """(options for inductor, its settings) of a job."""
-    from ...int8.graph_pass import MergeQuantizations
-
-    return {"post_grad_custom_pre_pass": MergeQuantizations(), **job.config}, {"cpp.threads": job.threads}
-
-
-def _compile_aoti(program, job: Job, path: Path):
-    import torch._inductor
-    from torch._inductor import config
-
-    options, patches = _settings(job)
-    with config.patch(patches), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-
-
-def _compile_aot(program, job: Job, path: Path):
-    """inductor's own artefact: needs neither CUDA's headers nor a second C++ compile, but inductor to be loaded."""
-    import torch._inductor
-    from torch._inductor import config
-
-    options, patches = _settings(job)
-    graph = program.graph_module
-    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with config.patch({**patches, "fx_graph_cache": True}), torch.no_grad():
-        artefact = torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
-        artefact.save(path=str(path), format="binary")
-
-
-COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
-
-
-def _readable(job: Job, body: dict, program) -> str:
-    lines = [f"# {job.name}.{job.method} for {job.device}, torch {body['torch']}",
-             f"# inputs (dtype, shape, layout): {body['leaves']}", f"# sizes: {body['ranges']}", f"# conditions: {body['guards']}",
-             f"# weights: {', '.join(name for name, *_ in job.tensors)}", f"# inductor options: {job.config}", "# traced from:"]
-    lines += [f"#   {module}.{name}" if name else f"#   {module} (file)" for module, name, _ in body["sources"]]
-    return "\n".join(lines) + "\n" + program.graph_module.print_readable(print_output=False)
 

@@ -13,7 +13,7 @@ import torch
 
 from ...pack import sources_digest
 from ..torch_internals.guard_filter import BOOKKEEPING
-from .store import digest
+from .entry import digest
 
 FORMAT = 2
 

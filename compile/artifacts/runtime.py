@@ -20,10 +20,11 @@ from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, modu
 from .builder import Builder, Order
 from .call import Call, flatten, without_numbers
 from .describe import Names
+from .entry import Damaged
 from .job import Job, varying
 from .option_reads import options_match, simple_options
 from .source_guards import Sources
-from .store import CacheStore, Damaged
+from .store import CacheStore
 from .values import Unsupported
 
 logger = logging.getLogger(__name__)

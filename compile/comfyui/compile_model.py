@@ -17,7 +17,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...int8.structure import repeated_blocks
-from ..engine import CompiledModule, Tell
+from ..engine import CompiledModule
+from ..events import OnProgress
 from ..options import CompileOptions
 from ..torch_internals import warmup
 from ..torch_internals.interrupt import Interrupted
@@ -54,7 +55,7 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool, tell: Tell | None):
+         filter_guards: bool, tell: OnProgress | None):
     """call() with what is repeated in root compiled."""
     with _LOCK:
         states = _COMPILED.setdefault(model, {})
@@ -79,7 +80,7 @@ class LazyCompile:
     called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
     tell: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
 
-    def __init__(self, target: str, options: CompileOptions, tell: Tell | None = None):
+    def __init__(self, target: str, options: CompileOptions, tell: OnProgress | None = None):
         self.target = target
         self.options = options
         self.tell = tell
@@ -100,7 +101,7 @@ class CompiledMethod:
     target compiled.
     original: the bound method. tell: as of LazyCompile."""
 
-    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, tell: Tell | None = None):
+    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, tell: OnProgress | None = None):
         self.original = original
         self.target = target
         self.options = options
@@ -138,7 +139,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
     return module
 
 
-def add_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
+def add_compile(patcher, target: str, options: CompileOptions, tell: OnProgress | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled."""
     if not comfy_core.usable(comfy_core.COMPILE):
@@ -151,7 +152,7 @@ def add_compile(patcher, target: str, options: CompileOptions, tell: Tell | None
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options, tell))
 
 
-def add_method_compile(patcher, target: str, options: CompileOptions, tell: Tell | None = None) -> None:
+def add_method_compile(patcher, target: str, options: CompileOptions, tell: OnProgress | None = None) -> None:
     """Makes patcher (a clone, of a VAE, CLIP or ControlNet) compile target when it is first used, by object patches: on
     while this patcher is loaded, off when another clone is.
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from ..engine import CompiledModule, OwnCall
+from ..block_calls import OwnCall
+from ..engine import CompiledModule
 from ..options import CompileOptions, parse_options, require_backend
 from .errors import ModeConfigError
 from .mode import Mode

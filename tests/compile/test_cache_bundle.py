@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from int8_compile.compile.artifacts import bundle as cache_bundle
 from int8_compile.compile.artifacts.bundle import load_bundle, read_bundle, save_bundle
-from int8_compile.compile.artifacts.store import MANIFEST, CacheStore
+from int8_compile.compile.artifacts.entry import MANIFEST
+from int8_compile.compile.artifacts.store import CacheStore
 
 GROUP = "Block_dynamic_aoti_0123456789abcdef"
 PLACE = f"{GROUP}/single/forward"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from int8_compile.compile.artifacts import store as cache_store
-from int8_compile.compile.artifacts.store import MANIFEST, CacheError, CacheStore
+from int8_compile.compile.artifacts.entry import MANIFEST
+from int8_compile.compile.artifacts.store import CacheError, CacheStore
 from int8_compile.int8 import own_files
 
 REPO = Path(cache_store.__file__).parents[2]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 import changing_values
-from int8_compile.compile.artifacts import artifact
+from int8_compile.compile.artifacts import artifact, compilers
 from int8_compile.compile.artifacts import export as aoti
 from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
@@ -80,7 +80,7 @@ def exported(monkeypatch):
     def load(entry, device):
         program, tensors = _programs[entry.read("artifact.export").decode()]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
-    monkeypatch.setitem(aoti.COMPILERS, "export", build)
+    monkeypatch.setitem(compilers.COMPILERS, "export", build)
     monkeypatch.setitem(artifact.LOADERS, "export", load)
     monkeypatch.setitem(artifact.FILES, "export", "artifact.export")
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.engine import CompiledModule, OwnCall
+from int8_compile.compile.block_calls import OwnCall
+from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 

@@ -16,7 +16,8 @@ import pytest
 from int8_compile.compile.artifacts import builder as builder_module
 from int8_compile.compile.artifacts import worker
 from int8_compile.compile.artifacts.builder import Builder, Order
-from int8_compile.compile.artifacts.store import MANIFEST, CacheStore
+from int8_compile.compile.artifacts.entry import MANIFEST
+from int8_compile.compile.artifacts.store import CacheStore
 
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 REPO = Path(worker.__file__).parents[2]

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
-from int8_compile.compile.artifacts.store import MANIFEST, CacheError, CacheStore, Damaged
+from int8_compile.compile.artifacts.entry import MANIFEST, Damaged
+from int8_compile.compile.artifacts.store import CacheError, CacheStore
 from int8_compile.int8 import own_files
 
 OURS, THEIRS, SHARED = 60001, 60002, 60000  # two users, and a group that both are in

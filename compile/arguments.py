@@ -1,0 +1,74 @@
+"""How a block's arguments are given to what torch compiled: sizes marked as varying, odd layouts as dense copies."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .artifacts.closures import closed_over
+from .artifacts.job import varying
+from .torch_compiler import Compiled
+
+_VARYING = {dims: frozenset(varying(dims)) for dims in range(16)}
+
+
+def _strided(value: Tensor) -> bool:
+    """Whether value, which is not contiguous, has a layout that only some of the blocks get: not one of the formats that a model
+    keeps on purpose. An expanded tensor stays: to write it out would cost its memory."""
+    return (0 not in value.stride()
+            and not (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+            and not (value.dim() == 5 and value.is_contiguous(memory_format=torch.channels_last_3d)))
+
+
+def _mark(value):
+    """What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost."""
+    if isinstance(value, Tensor):
+        value._dynamo_weak_dynamic_indices = set(_VARYING[value.dim()])  # its own: torch adds to it
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _mark(item)
+
+
+def _storages(value) -> list[int]:
+    if isinstance(value, Tensor):
+        return [value.untyped_storage().data_ptr()]
+    return [found for item in value for found in _storages(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _dense_copies(values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
+    """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
+    into the original would break; none where memory is shared, or the original may not be written. inside: what functions among values
+    close over."""
+    loose = [v for v in values if isinstance(v, Tensor) and not v.is_contiguous() and _strided(v)]
+    if not loose or torch.is_grad_enabled():
+        return {}
+    if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
+        return {}
+    storages = _storages((*values, *inside))
+    if len(set(storages)) < len(storages):
+        return {}
+    return {id(value): (value, value.contiguous()) for value in loose}
+
+
+def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
+    inside = closed_over((*args, *kwargs.values()))
+    copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
+    if mark:
+        _mark((*args, *kwargs.values(), *inside, *copies.values()))
+    if not copies:
+        return compiled.call(module, *args, **kwargs)
+    # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.
+    dense = [copies[id(v)][1] if id(v) in copies else v for v in args]
+    dense_kwargs = {k: copies[id(v)][1] if id(v) in copies else v for k, v in kwargs.items()}
+    try:
+        with compiled.given_copies():
+            result = compiled.call(module, *dense, **dense_kwargs)
+    except Exception:
+        if compiled.takes_copies:
+            raise
+        return compiled.call(module, *args, **kwargs)  # found out while it compiled
+    originals = {}
+    for value, copy in copies.values():
+        value.copy_(copy)  # a block may have written into its input, or return it
+        originals[id(copy)] = value
+    return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)

@@ -1,0 +1,119 @@
+"""The backend that dynamo hands its graphs to: notes what was traced, and refuses what would be computed wrongly."""
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .artifacts.layouts import depends_on_layout
+from .artifacts.origins import is_own
+from .artifacts.recording import Recording
+from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
+
+
+class Refused(RuntimeError):
+    """What dynamo would get wrong. holds: whether it still would."""
+
+    def __init__(self, reason: str, holds: Callable[[], bool]):
+        super().__init__(reason)
+        self.holds = holds
+
+
+class ByLayout(RuntimeError):
+    """The block must have its inputs in the layout that they have."""
+
+
+def graph_break_reasons() -> list:
+    """Of all graph breaks in this process so far."""
+    return getattr(torch._dynamo.utils, "graph_break_reasons", [])
+
+
+class _Backend:
+    """A backend for torch.compile that notes what dynamo has traced. Unequal to any other: dynamo shares frames that it compiled for equal
+    backends (below a graph break), whatever was patched between."""
+
+    def __init__(self, inner: Callable, name: str):
+        self.__name__ = name
+        self.traced: dict[types.CodeType, None] = {}
+        self.refused: Refused | None = None
+        self.by_layout = False  # see depends_on_layout
+        self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
+        self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
+        self._inner = inner
+        self._breaks = len(graph_break_reasons())
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
+        context = torch._guards.TracingContext.try_get()
+        self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
+        if (environment := getattr(getattr(context, "fake_mode", None), "shape_env", None)) is not None:
+            self.sizes.append(environment)
+        try:
+            _require_torchs_own(graph)
+            if name := cached_function(self.traced):
+                raise Refused(f"{name} keeps its results (functools.lru_cache), where torch would compute them anew: running uncompiled.",
+                              lambda: True)
+            if name := made_by_metaclass(self.traced):
+                raise Refused(f"{name}, which torch does not call: running uncompiled.", lambda: True)
+            if name := Recording.of(self.traced).gradient_reader():
+                raise Refused(f"{name} asks whether a tensor needs a gradient, which torch takes for a constant: running uncompiled.",
+                              lambda: True)
+        except Refused as refused:
+            self.refused = refused
+            raise
+        # What runs as Python between two graphs may ask for the layout, too.
+        self.by_layout = (self.by_layout or len(graph_break_reasons()) > self._breaks or Recording.of(self.traced).names_layout()
+                          or depends_on_layout(graph, inputs))
+        if self.by_layout and self.gets_copies:
+            raise ByLayout("the block writes into its inputs, or returns them, by their layout")
+        return self._inner(graph, inputs, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)  # reset, for cudagraphs
+
+
+def _require_torchs_own(graph: torch.fx.GraphModule) -> None:
+    """Raises Refused where a function of torch in graph, which calls it by its name, would be another one by then."""
+    if replaced := replaced_operators():
+        raise Refused(f"{replaced[0]} has been replaced (by another pack): running uncompiled while it is.",
+                      lambda: replaced[0] in replaced_operators())
+    for node in graph.graph.nodes:
+        owner, name = None, getattr(node.target, "__name__", "")
+        if node.op == "call_method" and not _is_tensors_own(node.target):
+            owner, name = torch.Tensor, node.target
+        elif node.op == "call_function" and getattr(operator, name, None) is node.target:
+            replaced = [method for method in (f"__{name}__", f"__r{name}__") if not _is_tensors_own(method)]
+            owner, name = (torch.Tensor, replaced[0]) if replaced else (None, "")
+        elif node.op == "call_function" and getattr(node.target, "__module__", None) in (None, "torch", "torch.nn.functional"):
+            owner = next((space for space in (torch.nn.functional, torch) if hasattr(space, name)
+                          and _is_of(node.target, space) and getattr(space, name) is not node.target), None)
+        if owner is not None:
+            raise Refused(f"{_path_of(owner)}.{name} has been replaced (by another pack): running uncompiled while it is.",
+                          functools.partial(_is_still, owner, name, getattr(owner, name)))
+
+
+def _is_tensors_own(name: str) -> bool:
+    """Whether a method of Tensor is torch's, and the one that it had when this pack was imported."""
+    value = getattr(torch.Tensor, name, None)
+    return value is None or (is_own(value, _TORCH) and value is _METHODS.get(name, value))
+
+
+def _path_of(owner) -> str:
+    return owner.__name__ if isinstance(owner, types.ModuleType) else f"torch.{owner.__name__}"
+
+
+def _is_still(owner, name: str, value) -> bool:
+    return getattr(owner, name, None) is value
+
+
+def _is_of(function, space: types.ModuleType) -> bool:
+    """Whether it would be called as space.its name. torch's builtins know no module."""
+    module = getattr(function, "__module__", None)
+    return module == space.__name__ or (module is None and space is torch)
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_METHODS = {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor) if callable(getattr(torch.Tensor, name, None))}

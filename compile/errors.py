@@ -1,0 +1,24 @@
+"""Whose fault an error in a compiled call is."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_LAYERS = str(Path(__file__).parent / "comfyui")  # INT8 layers are parts of the model
+
+
+def is_models_own(error: Exception) -> bool:
+    """Whether it came up in the model's code, or another pack's: neither in torch nor in what it compiled."""
+    if type(error).__module__.partition(".")[0] in ("torch", "triton"):
+        return False
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    code = traceback.tb_frame.f_code
+    if code.co_filename.startswith(_LAYERS):
+        return True
+    return not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename

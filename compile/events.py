@@ -1,0 +1,91 @@
+"""What happens to a compiled module, for its report, for the console and for whoever wants to know."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from .report import NOT_KEPT, CompileReport
+
+logger = logging.getLogger(__name__)
+
+# (report, what is under way, how much of it is done; "" and None for nothing)
+OnProgress = Callable[[CompileReport, str, tuple[int, int] | None], None]
+
+
+class Events:
+    """Writes report, and calls on_progress with it when something has happened."""
+
+    def __init__(self, title: str, background: bool):
+        self.report = CompileReport(title=title)
+        self.in_step = False  # on_progress is then called at its end
+        self._title = title
+        self._background = background
+        self._on_progress: OnProgress | None = None
+        self._notified = False  # of all that is in the report
+        self._unused: dict[str, list[str]] = {}  # why artefacts are not used, by region; until one of it is loaded
+
+    def listen(self, on_progress: OnProgress | None) -> None:
+        if on_progress is not self._on_progress:
+            self._on_progress, self._notified = on_progress, False
+
+    def notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
+        """Calls on_progress where something is under way, or something has happened that it does not know of."""
+        if self._on_progress is not None and (doing or not self._notified):
+            self._notified = not doing
+            self._on_progress(self.report, doing, progress)
+
+    def changed(self) -> None:
+        """Something was written into the report."""
+        self._notified = False
+
+    def fall_back(self, message: str) -> None:
+        """Warns, once, that something runs uncompiled, and why."""
+        if message not in self.report.fallbacks:
+            self.report.fallbacks.append(message)
+            self._notified = False
+            logger.warning("%s: %s", self._title, message)
+
+    def failed(self, cause: str) -> None:
+        """Compile is off from now on, empty: is not off any more, for what the model's blocks are made of."""
+        if cause != self.report.failure:
+            self.report.failure, self._notified = cause, False
+
+    def count(self, calls: dict[str, int]) -> None:
+        """Adds the calls of blocks of a step, by what ran them."""
+        if calls != self.report.last_calls:
+            self.report.last_calls, self._notified = dict(calls), False
+        for kind, number in calls.items():
+            self.report.calls[kind] = self.report.calls.get(kind, 0) + number
+
+    def on_artefact(self, event: str, name: str, detail: str) -> None:
+        """Of the artefacts of the region called name; from the builder's thread too. event: loaded, building, built, refused, not used."""
+        report = self.report
+        text = f"{name} {detail}" if event in ("loaded", "building", "built") else f"{name}: {detail}"
+        if event in ("built", "refused"):
+            report.building = [building for building in report.building if building.partition(" ")[0] != name]
+        if event == "loaded":
+            report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
+            report.artefacts.append(text)
+            report.compiled_from_step = report.compiled_from_step or report.steps
+            logger.info("%s: step %d on runs %s from the compile cache", self._title, report.steps, text)
+        elif event == "refused" and self._background:
+            self.fall_back(f"{text}: running uncompiled. Set background to false to compile it in this process.")
+        elif event == "not used":
+            if self._background:
+                reason = f"{text}: running uncompiled while it is so."
+                self.fall_back(reason)
+            else:
+                reason = f"{NOT_KEPT}: {text}"
+                report.fallbacks += [] if reason in report.fallbacks else [reason]
+                logger.info("%s: not used: %s", self._title, text)
+            self._unused.setdefault(name, []).append(reason)
+        elif event == "refused":
+            report.fallbacks.append(f"{NOT_KEPT}: {text}")
+            logger.info("%s: not kept in the compile cache: %s", self._title, text)
+        else:
+            if event == "building":
+                report.building.append(text)
+            logger.info("%s: %s: %s", self._title, event, text)
+        self._notified = False
+        if not self.in_step:
+            self.notify()
