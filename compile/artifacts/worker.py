@@ -18,8 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-from ...pack import PACKAGE
-
 BEAT_SECONDS = 10.0
 TEMPORARY = "TMPDIR", "TEMP", "TMP"  # the variables for it of all systems
 # The server's path before anything is imported: python -c looks into the current folder first. Then this pack under the name that it has
@@ -76,6 +74,7 @@ def main(folder: str, beat_seconds: float) -> None:
     # It keeps precompiled headers, 100 MB, in what is the folder for temporary files when it is imported. The rest goes with this process.
     import torch._inductor.codecache  # noqa: F401
 
+    from ...pack import PACKAGE
     from ..torch_internals import warmup
     from .export import build
 
