@@ -67,9 +67,19 @@ def replaced_operators(names: Names | None = None) -> list[str]:
         if dispatch in ("Meta", "MPS") or dispatch.startswith("Autograd") or "scaled_dot_product" in operator_name:
             continue
         named = names is not None and names.items is not None and {space, operator_name.partition(".")[0]} <= names.exact
-        if space == "aten" or named:
+        if (space == "aten" or named) and not _is_torchs_kernel(f"{space}::{operator_name}", dispatch):
             found.append(key)
     return sorted(found)
+
+
+def _is_torchs_kernel(operator_name: str, dispatch: str) -> bool:
+    """Whether a file of torch has registered it: from 2.12 on some of its operators have kernels in Triton (torch/_native/registry.py)."""
+    try:
+        table = torch._C._dispatch_dump(operator_name)
+    except RuntimeError:  # gone meanwhile
+        return False
+    line = next((line for line in table.split("\n") if line.startswith((f"{dispatch}: ", f"{dispatch}[alias]: "))), "")
+    return f" registered at {os.path.join(_SKIPPED_FOLDERS[0], '')}" in line
 
 
 def sources_of(recorded: Recording, names: Names, lenient: bool = False,

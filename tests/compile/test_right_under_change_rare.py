@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+from int8_compile.compile.artifacts.source_guards import replaced_operators
 from int8_compile.compile.block_calls import OwnCall
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
@@ -360,6 +361,19 @@ def test_another_kernel_of_torchs_operator_is_run_and_named(tmp_path, reads, whe
     for _ in range(2):
         assert difference(run(compiled, net, x), net(x)) < 1e-4
     assert way == "kept" or "aten/silu/CPU has been replaced" in compiled.report.text()
+
+
+def test_a_kernel_that_torch_has_registered_itself_replaces_nothing():
+    """As torch does for bmm and others on CUDA from 2.12 on, wherever Triton is installed."""
+    known = replaced_operators()
+    register = 'library = torch.library.Library("aten", "IMPL", "CUDA")\nlibrary.impl("mm", lambda a, b: a)'
+    for file, replaced in ((Path(torch.__file__).parent / "_native" / "registry.py", []), (Path(__file__), ["aten/mm/CUDA"])):
+        space = {"torch": torch}
+        exec(compile(register, str(file), "exec"), space)
+        try:
+            assert sorted(set(replaced_operators()) - set(known)) == replaced and not known
+        finally:
+            space["library"]._destroy()
 
 
 @pytest.mark.parametrize("last", ["first", "second"])

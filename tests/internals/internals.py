@@ -57,6 +57,7 @@ INTERNALS = (
     Internal("._is_view", "whether code asks how a tensor lies in memory", "such code is not known as one that asks", False,
              file="torch/_C/__init__.pyi"),
     Internal("._base", "as above", "such code is not known as one that asks", False, file="torch/_C/__init__.pyi"),
+    Internal("torch._C._dispatch_dump", "which of these are torch's own", _FAILED),
     Internal("torch.library._impls", "kernels that another pack has put in the place of torch's", _FAILED),
     Internal("torch.fx.experimental._config.patch", "equal sizes are not taken for the same size", _FAILED),
     Internal("torch._inductor.list_mode_options", "what a mode is in options", "compile nodes with a mode fail"),
