@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,7 +103,8 @@ class CompileOptions:
             return dataclasses.replace(self, dynamic=False, mark_sizes=False), ""
         else:
             return self, ""
-        changes = {"options": json.dumps({**self.torch_options(), "triton.cudagraphs": False}, sort_keys=True), "mode": "default"}
+        options = json.dumps({**self.torch_options(), "triton.cudagraphs": False}, sort_keys=True)
+        changes: dict[str, Any] = {"options": options, "mode": "default"}
         if self.backend == "cudagraphs":
             changes = {"backend": "eager"}
         return dataclasses.replace(self, **changes), f"{reason}: compiling without them."

@@ -24,7 +24,7 @@ MAX_MARKER = 4096
 
 def marker(group: int) -> torch.Tensor:
     """ComfyUI's ``comfy_quant`` entry of an INT8 layer, uint8 [bytes]: JSON, as comfy.ops writes it."""
-    config = {"format": FORMAT}
+    config: dict[str, object] = {"format": FORMAT}
     if group:
         config.update(convrot=True, convrot_groupsize=group)
     return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)

@@ -66,8 +66,8 @@ def _require_own(path: Path, info: os.stat_result) -> None:
 def require_way(path: Path) -> None:
     """Raises CacheError where others than this user and root could put something else in the place of path: by owning or writing to one of
     the folders above it, those that links lead to included. A sticky folder (/tmp) keeps others' files from being replaced."""
-    at, *left = Path(os.path.abspath(path)).parts[:-1]
-    at, links = Path(at), 0
+    root, *left = Path(os.path.abspath(path)).parts[:-1]
+    at, links = Path(root), 0
     require_folder(at)
     while left:
         if (part := left.pop(0)) == "..":
@@ -434,7 +434,7 @@ class _Heart:
 
     def forget(self) -> None:
         """In a fork: what the parent holds is the parent's."""
-        self.__init__()
+        self.__init__()  # type: ignore[misc]
 
     def _beat(self):
         while True:

@@ -5,6 +5,7 @@ import functools
 import operator
 import types
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
     for path, module in modules.items():
         if hasattr(module, TENSORS):
             continue
-        state, read = module.__dict__, _read_by_torch(type(module))
+        state, read = module.__dict__, _read_by_torch(type(module))  # type: ignore[arg-type]
         for name in sorted(state):
             if name not in _MODULE_STATE and (name in names or name in read or hasattr(type(module), name) or name in module._parameters
                                               or name in module._buffers):
@@ -53,7 +54,7 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
 
 
 @functools.lru_cache(1024)
-def _read_by_torch(kind: type) -> frozenset[str]:
+def _read_by_torch(kind: Any) -> frozenset[str]:
     """Names of attributes that torch's own layers among kind's bases read (eps, padding_mode)."""
     functions = [value for base in kind.__mro__ if base not in (object, torch.nn.Module) and is_pristine_package(base.__module__)
                  for value in list(vars(base).values()) if isinstance(value, types.FunctionType) and value.__name__ != "__init__"]
@@ -158,9 +159,9 @@ class Weights:
     __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
 
     def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
-        self._owners: list[tuple[dict | weakref.ref, str]] = []
-        self._absent: list[tuple[dict, str]] = []  # what was None
-        self._ties: list[tuple[dict, str, int]] = []  # what was the same tensor as that of the index
+        self._owners: list[tuple[Any, str]] = []
+        self._absent: list[tuple[Any, str]] = []  # what was None
+        self._ties: list[tuple[Any, str, int]] = []  # what was the same tensor as that of the index
         self._spaces: list[dict] = []
         seen: dict[int, int] = {}
         for _, module in block.named_modules():

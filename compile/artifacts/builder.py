@@ -112,7 +112,7 @@ class Builder:
 
     @property
     def _process(self) -> subprocess.Popen | None:
-        return self._running and self._running.process
+        return self._running.process if self._running else None
 
     def submit(self, order: Order) -> None:
         with self._lock:

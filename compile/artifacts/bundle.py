@@ -21,7 +21,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from ...int8.echo import echo
 from ...int8.own_files import is_reserved, make_folders, move
@@ -68,7 +68,7 @@ class Bundle:
     path: Path
     digest: str
     held: tuple[Held, ...]
-    copy: BinaryIO = field(repr=False, compare=False)
+    copy: IO[bytes] = field(repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -161,7 +161,7 @@ def read_bundle(path: Path, scratch: Path | None = None) -> Bundle:
         return Bundle(path, digest, held, copy)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> IO[bytes]:
     refusal = f"{path.name} is a link or a folder: put the bundle itself there"
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError(refusal)
@@ -175,7 +175,7 @@ def _open(path: Path) -> BinaryIO:
     raise ValueError(f"{path.name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)" if stat.S_ISREG(info.st_mode) else refusal)
 
 
-def _copy(file: BinaryIO, copy: BinaryIO) -> str:
+def _copy(file: IO[bytes], copy: IO[bytes]) -> str:
     """Copies as much as a bundle can have: -> the digest of what was written."""
     hashed, left = hashlib.sha256(), MAX_BYTES + 1
     while left and (content := file.read(min(left, MIB))):
@@ -267,7 +267,7 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     return Held(place, name, labels, size)
 
 
-def _digest_of(file: BinaryIO) -> str:
+def _digest_of(file: IO[bytes]) -> str:
     """From its beginning."""
     file.seek(0)
     hashed = hashlib.sha256()

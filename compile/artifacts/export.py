@@ -131,7 +131,7 @@ def _without_unread(job: Job) -> Job:
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tensors, leaves = [[torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
-                                for dtype, shape, kind in specs] for specs in ([spec for _, *spec in job.tensors], job.leaves)]
+                                for dtype, shape, kind in specs] for specs in ([spec[1:] for spec in job.tensors], job.leaves)]
             args, kwargs = rebuild(job.structure, leaves, [OptionReads(values) for values in job.options], block.block)
             named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
             codes = [code for place in closures_in(job.structure) if (code := code_at(*place)) is not None]
@@ -151,7 +151,7 @@ def _depends_on_layout(job: Job) -> bool:
     """A call makes dense copies of what has another layout than the traced one: whether that is another call."""
     block = _Caller(_skeleton(job), job.method)
 
-    def make(dtype: str, shape: tuple, kind: str) -> Tensor:
+    def make(dtype, shape, kind) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[kind])
 
     def call(*tensors):

@@ -5,7 +5,6 @@ import functools
 import pathlib
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def is_pristine_package(module: str) -> bool:
     return "site-packages" not in path and path.startswith(_PYTHON)
 
 
-def is_own(function: Callable, folder: str) -> bool:
+def is_own(function: object, folder: str) -> bool:
     """Whether a function of a package that lies in folder is the package's, not one that something else has put in its place."""
     if isinstance(function, types.FunctionType):
         file = function.__code__.co_filename

@@ -4,15 +4,16 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
-Evaluate = Callable[[Mapping[str, int]], int]
+Evaluate = Callable[[Mapping[str, int]], Any]
 
-OPERATORS = {
+OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod, ast.Pow: operator.pow, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.USub: operator.neg, ast.Not: operator.not_,
 }
-FUNCTIONS = {"min": min, "max": max}
+FUNCTIONS: dict[str, Callable] = {"min": min, "max": max}
 
 
 def parse_expression(text: str) -> Evaluate:

@@ -149,6 +149,7 @@ class Sources:
                 if _patched_functions(self._names, self._watch) != expected:
                     return "torch.Tensor"
             else:
+                bindings: list[tuple]
                 if _WITH_CODE in name:
                     function, bindings = _closure(local(module), *name.split(_WITH_CODE)), []
                 else:
@@ -190,8 +191,8 @@ def _fingerprint(function: types.FunctionType, describe: Describer, called: froz
 
 
 def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch, parts: list[str]) -> None:
-    used = _global_names(function.__code__)
-    used = sorted(identifiers(function.__code__) if used.intersection(_BY_TEXT) else used)
+    names = _global_names(function.__code__)
+    used = sorted(identifiers(function.__code__) if names.intersection(_BY_TEXT) else names)
     spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
     # What is imported inside the function is a local name there.
     spaces += [(vars(module), _package_folder(name)) for name in used if name not in function.__globals__

@@ -41,8 +41,8 @@ class Watch:
         self._attributes: tuple[list, list, list] = [], [], []  # owners, names, values
         self._lists: tuple[list, list, list] = [], [], []  # lists, sets and deques; their sizes; their items
         self._tables: tuple[list, list, list] = [], [], []  # dicts; their sizes; their keys and values
-        self._registrations: int | None = None
-        self._known: set[tuple] = set()  # what is watched already
+        self._registrations: object = None
+        self._known: set[tuple | int] = set()  # what is watched already
 
     def binding(self, space: dict | types.MappingProxyType, name: str, value, is_library: bool = False) -> None:
         """name in space is value, or not there (ABSENT)."""

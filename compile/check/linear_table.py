@@ -1,6 +1,7 @@
 """One Linear layer in every type and by every kernel that this machine has, over shapes of real models."""
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 import time
@@ -119,7 +120,7 @@ def measure(device: torch.device, shapes: Iterable[Shape], dtypes: Mapping[str, 
     with autotune.choices().without_budget():
         for done, shape in enumerate(shapes):
             row = Row(*shape)
-            time_in_turn(contenders(shape, device, dtypes), row, device, lambda done=done: tick(done))
+            time_in_turn(contenders(shape, device, dtypes), row, device, functools.partial(tick, done))
             rows.append(row)
     return rows
 

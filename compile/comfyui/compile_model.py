@@ -188,7 +188,8 @@ def _overlap(a: str, b: str) -> bool:
 
 def reports(patcher) -> list:
     """The CompileReport of every compile node in front of this patcher, for the devices it has run on."""
-    wrappers = [w for group in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values() for w in group if isinstance(w, LazyCompile)]
+    groups = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values()
+    wrappers: list[LazyCompile | CompiledMethod] = [w for group in groups for w in group if isinstance(w, LazyCompile)]
     wrappers += {(m.target, m.options): m for m in patcher.object_patches.values() if isinstance(m, CompiledMethod)}.values()
     states = _COMPILED.get(patcher.model, {})
     return [state.compiled.report for w in wrappers for (target, options, _), state in states.items()

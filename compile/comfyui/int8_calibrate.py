@@ -273,9 +273,9 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
     the dry run as well. known: layers that are measured already; it gets those that are measured now, for an interrupted search."""
     known = {} if known is None else known
     progress = comfy.utils.ProgressBar(len(names))
-    result = []
+    result: list[LayerPlan] = []
     for group in roles(patcher.model.diffusion_model, names):
-        measured = []
+        measured: list[LayerPlan] = []
         for name in group:
             comfy.model_management.throw_exception_if_processing_interrupted()
             tell(None, f"measuring {len(result) + len(measured)}/{len(names)}")

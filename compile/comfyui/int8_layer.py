@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import weakref
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -141,7 +142,7 @@ def _is_as_written(kind: type) -> bool:
 
 
 @functools.cache
-def _fields_beyond(params_class: type) -> tuple[dataclasses.Field, ...]:
+def _fields_beyond(params_class: Any) -> tuple[dataclasses.Field, ...]:
     """The fields of a layout's parameters that the kernels know nothing of: up to comfy_kitchen 0.2.40, transposed."""
     known = {"scale", "orig_dtype", "orig_shape", "is_weight", "convrot", "convrot_groupsize"}
     return tuple(field for field in dataclasses.fields(params_class) if field.name not in known)
@@ -150,7 +151,8 @@ def _fields_beyond(params_class: type) -> tuple[dataclasses.Field, ...]:
 def _is_row_major(weight) -> bool:
     """Whether weight's values lie as the pack's kernels read them: core may reorder them (QuantizedTensor.optimize_for_gemv)."""
     params = weight._params
-    return weight._layout_cls == LAYOUT and all(getattr(params, field.name) == field.default for field in _fields_beyond(type(params)))
+    beyond = _fields_beyond(type(params))  # type: ignore[arg-type]
+    return weight._layout_cls == LAYOUT and all(getattr(params, field.name) == field.default for field in beyond)
 
 
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=None):

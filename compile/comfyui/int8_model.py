@@ -7,6 +7,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 import comfy.utils
 import torch
@@ -276,7 +277,7 @@ def adopt_native_layers(patcher, kernel: str):
         if not _is_core_linear(layer):
             continue
         _check_layer(name, layer)
-        ours = object.__new__(_linear_class(compute_dtype))
+        ours: Any = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
         ours.kernel = kernel

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,7 @@ def _preparing(method: str) -> list[ModeEntry]:
     """What comes before int8 where it quantizes by that method of Int8Options."""
     if method == "convrot":
         return [_entry(ConvRot.name, NoConfig())]
-    where = {"auto": "better", "smoothquant": "all"}.get(method)
+    where: Any = {"auto": "better", "smoothquant": "all"}.get(method)
     return [_entry(SmoothQuant.name, PatcherSmoothQuantConfig(where))] if where else []
 
 
@@ -169,7 +170,7 @@ def describe(patcher) -> str:
     entries = PATCHER_MODES.host.get_state(patcher).entries
     if not entries:
         return "[]\nNo modes: the model is as it was loaded."
-    entries = [updated(PATCHER_MODES[entry.name], entry, patcher, "update_for_save") for entry in entries]
+    entries = tuple(updated(PATCHER_MODES[entry.name], entry, patcher, "update_for_save") for entry in entries)
     settings = [_changed_settings(entry.config) for entry in entries]
     chain = [{"name": entry.name, "config": changed} if changed else entry.name for entry, changed in zip(entries, settings)]
     lines = [json.dumps(chain)]

@@ -33,7 +33,7 @@ def parse_modes(modes, registry: ModeRegistry) -> list[tuple[Mode, object]]:
         name, config = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         if not isinstance(name, (str, Mode)):
             raise ModeConfigError(f"A mode is a name, or a name and its configuration, not a {type(item).__name__}.")
-        mode = registry[name]
+        mode = registry[name]  # type: ignore[index]  # which says what it is that is no name
         if not isinstance(config, mode.config_class):
             config = parse_config(mode.config_class, {} if config is None else config, mode.name)
         result.append((mode, config))

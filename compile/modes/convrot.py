@@ -1,6 +1,8 @@
 """The mode convrot: a layer's input channels are rotated in groups, and its weight likewise (arXiv 2512.03673)."""
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ...int8.hadamard import group_size
 from ...int8.linear import PreparedLinear
 from .errors import ApplyModeError
@@ -14,7 +16,7 @@ class ConvRot(Mode):
     """Rotates in the largest group that divides a layer's channels; a layer that none divides stays as it is."""
 
     name = "convrot"
-    config_class = LayersConfig
+    config_class: ClassVar[type] = LayersConfig
     # The scale of a channel means nothing once channels are mixed.
     next_prohibited_modes = frozenset({"smoothquant", "convrot"})
     export_mode = "export"

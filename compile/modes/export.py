@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ class Export(Mode):
     """mode_kwargs: path, of the safetensors file that is written once all modes are applied; None: no file."""
 
     name = "export"
-    config_class = ExportConfig
+    config_class: ClassVar[type] = ExportConfig
     is_export_mode = True
 
     def convert(self, model, config, **_):

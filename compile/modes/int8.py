@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -129,7 +129,7 @@ class PrecisionSearch(Searcher):
         except ValueError as error:
             raise ApplyModeError(f"{self.owner}: layer '{step}': {error}. Check the checkpoint file.") from error
 
-    def decide(self, results: Mapping[str, Mapping[str, float]]):
+    def decide(self, results: Mapping[str, Any]):
         config = self.config
         saved = {name: _bytes_saved(self.layers[name].weight) for name, methods in results.items() if methods}
         size = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .config import dump_config, parse_config
 from .errors import ModeRecordError
@@ -35,9 +36,9 @@ def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSI
     record, one of a newer version, and a mode that is never saved (a file does not switch compile on) or that has what it never writes;
     UnknownModeError and ModeConfigError as apply_modes.
     """
-    record = _load(record)
-    _check_depth(record)
-    found = record.get("version") if isinstance(record, dict) else None
+    content: Any = _load(record)
+    _check_depth(content)
+    found = content.get("version") if isinstance(content, dict) else None
     if type(found) is not int or found < 0:
         raise ModeRecordError('The record of modes is not an object with a whole number as "version".')
     if found > version:
@@ -45,8 +46,8 @@ def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSI
     for step in range(found, version):
         if step not in migrations:
             raise ModeRecordError(f"The record of modes has version {found}, which cannot be read any more. Apply the modes again.")
-        record = migrations[step](record)
-    modes = record.get("modes")
+        content = migrations[step](content)
+    modes = content.get("modes")
     if not isinstance(modes, list) or len(modes) > MAX_MODES:
         raise ModeRecordError(f'The record\'s "modes" must be a list of at most {MAX_MODES}.')
     return ModeState(tuple(_entry(item, registry) for item in modes))

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from ...int8 import own_files
 from .errors import ModeConfigError
@@ -53,7 +53,7 @@ class Searcher(ABC):
         """The result of a step, as JSON values."""
 
     @abstractmethod
-    def decide(self, results: Mapping[str, object]):
+    def decide(self, results: Mapping[str, Any]):
         """The config with what was found; from the results of all steps only, so that it is the same after an interruption."""
 
     @final

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -32,7 +33,7 @@ class SmoothQuant(Mode):
     """mode_kwargs: forward_loop(model) calls the model with what is typical; progress(done, total); interrupt()."""
 
     name = "smoothquant"
-    config_class = SmoothQuantConfig
+    config_class: ClassVar[type] = SmoothQuantConfig
     next_prohibited_modes = frozenset({"smoothquant"})
     export_mode = "export"
 

@@ -18,7 +18,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What a module's own dict holds for good; some packs put another object there.
 _HELD = "_parameters", "_buffers", "_modules"
 _chain, _repeat = itertools.chain.from_iterable, itertools.repeat
-_state_of, _item = attrgetter("__dict__"), dict.__getitem__
+_state_of = attrgetter("__dict__")
+_item: Callable = dict.__getitem__
 # Of all modules; torch's own profiler and some packs use them.
 _GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
 

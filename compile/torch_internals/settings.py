@@ -46,7 +46,7 @@ def _patch(limit: int):
         yield
 
 
-def _limit_names(config) -> tuple[str, str]:
+def _limit_names(config) -> tuple[str, ...]:
     # torch before 2.6 calls them cache_size_limit.
     return tuple(n if hasattr(config, n) else n.replace("recompile", "cache_size")
                  for n in ("recompile_limit", "accumulated_recompile_limit"))

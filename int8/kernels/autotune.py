@@ -79,7 +79,7 @@ def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None = TRIED
     from . import triton_kernels
 
     configs = triton_kernels.candidates(q, qweight)[:tried]
-    found = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in configs}
+    found: dict[str, Callable] = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in configs}
     found["torch._int_mm"] = triton_kernels.int_mm
     if q.is_cuda and not is_captured(q) and not comfy_kitchen_gemm.why_not(q.device):
         found["comfy_kitchen"] = comfy_kitchen_gemm.int8_gemm

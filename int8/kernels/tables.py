@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,10 @@ def key(card: str, stack: str, shape: str) -> str:
 
 def load(folder: Path = FOLDER) -> dict[str, str]:
     """{key(card, stack, shape): candidate} of all files in folder; a file that cannot be read is as good as none."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table: dict = json.loads(path.read_text(encoding="utf-8"))
             found |= {key(table["card"], stack, shape): name for stack, measured in table["stacks"].items()
                       for shape, name in measured["choices"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -38,7 +39,9 @@ def load(folder: Path = FOLDER) -> dict[str, str]:
 def save(folder: Path, card: str, stack: str, facts: Mapping, choices: Mapping[str, str]) -> Path:
     """Adds choices ({shape: candidate}) to card's file, beside those of other stacks. facts: about the measurement."""
     path = folder / (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json")
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"card": card, "stacks": {}}
+    table: dict[str, Any] = {"card": card, "stacks": {}}
+    if path.exists():
+        table = json.loads(path.read_text(encoding="utf-8"))
     before = table["stacks"].get(stack, {}).get("choices", {})
     table["stacks"][stack] = {"facts": dict(facts), "choices": {**before, **choices}}
     folder.mkdir(parents=True, exist_ok=True)
