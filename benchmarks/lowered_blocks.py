@@ -344,15 +344,15 @@ FAMILIES = {"flux": flux, "wan": wan}
 
 def lower(family: str, weights: str, width: int, pixels: int, text: int, compile_kernels: bool = True) -> tuple[list[Graph], object]:
     """The graphs of family's blocks, and the engine's report. Torch must answer as on a card (see prepare)."""
-    from int8_compile.compile import engine, torch_compiler
+    from int8_compile.compile import arguments, backend, engine
     from int8_compile.compile.options import CompileOptions
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def storages(values):
         return [value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)]
     with (FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), Lowering(compile_kernels) as lowering,
-          mock.patch.object(engine, "_storages", storages),  # those of fake tensors are all at the address 0
-          mock.patch.object(torch_compiler, "replaced_operators", list)):  # attention is (see prepare), for the card's sake
+          mock.patch.object(arguments, "_storages", storages),  # those of fake tensors are all at the address 0
+          mock.patch.object(backend, "replaced_operators", list)):  # attention is (see prepare), for the card's sake
         model, inputs = FAMILIES[family](width)
         model.eval().requires_grad_(False)
         if weights == "int8":

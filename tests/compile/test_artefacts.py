@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import cache_nets
 from cache_nets import Hidden, make
-from int8_compile.compile.artifacts import export as aoti
+from int8_compile.compile.artifacts import artifact
 from int8_compile.compile.artifacts.builder import Builder
 from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
@@ -248,7 +248,7 @@ root, store, key = sys.argv[1:]
 package = sys.modules["int8_compile"] = types.ModuleType("int8_compile")
 package.__path__ = [root]
 import torch
-from int8_compile.compile.artifacts.export import Artefact
+from int8_compile.compile.artifacts.artifact import Artefact
 from int8_compile.compile.artifacts.store import CacheStore
 store = CacheStore(Path(store), Path(key))
 for folder in store.own():
@@ -280,7 +280,7 @@ def test_what_cannot_be_loaded_now_is_not_set_aside(built, key_file, monkeypatch
         raise error
     net, x = make(), inputs()
     with monkeypatch.context() as patch:
-        patch.setattr(aoti, "LOADERS", {"aoti": fail})
+        patch.setattr(artifact, "LOADERS", {"aoti": fail})
         compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
         for _ in range(2):
             assert torch.equal(run(compiled, net, *x), net(*x))

@@ -19,7 +19,7 @@ def core(comfy):
 
 
 def lines(caplog):
-    return [record.getMessage() for record in caplog.records if record.name.endswith("comfy_core")]
+    return [record.getMessage() for record in caplog.records if record.name.endswith("comfyui.core")]
 
 
 def test_this_comfyui_has_all_that_the_pack_uses(core, caplog):
