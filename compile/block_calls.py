@@ -48,6 +48,7 @@ class Slots:
                     block.__dict__.pop("_compiled_call_impl", None)
                 else:
                     block.__dict__["_compiled_call_impl"] = previous
+            self._before.clear()  # the calls hold this, and the compiled module
 
 
 class OwnCall:
