@@ -366,14 +366,17 @@ def test_another_kernel_of_torchs_operator_is_run_and_named(tmp_path, reads, whe
 def test_a_kernel_that_torch_has_registered_itself_replaces_nothing():
     """As torch does for bmm and others on CUDA from 2.12 on, wherever Triton is installed."""
     known = replaced_operators()
-    register = 'library = torch.library.Library("aten", "IMPL", "CUDA")\nlibrary.impl("mm", lambda a, b: a)'
+
+    def register():
+        library = torch.library.Library("aten", "IMPL", "CUDA")
+        library.impl("mm", lambda a, b: a)
+        return library
     for file, replaced in ((Path(torch.__file__).parent / "_native" / "registry.py", []), (Path(__file__), ["aten/mm/CUDA"])):
-        space = {"torch": torch}
-        exec(compile(register, str(file), "exec"), space)
+        library = types.FunctionType(register.__code__.replace(co_filename=str(file)), globals())()
         try:
             assert sorted(set(replaced_operators()) - set(known)) == replaced and not known
         finally:
-            space["library"]._destroy()
+            library._destroy()
 
 
 @pytest.mark.parametrize("last", ["first", "second"])
