@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .artifacts.closures import closed_over
 from .artifacts.job import varying
 from .torch_compiler import Compiled
 
@@ -50,8 +49,8 @@ def _dense_copies(values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor
     return {id(value): (value, value.contiguous()) for value in loose}
 
 
-def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, mark: bool):
-    inside = closed_over((*args, *kwargs.values()))
+def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, mark: bool):
+    """compiled's result for a call of module. inside: what functions among the arguments close over. mark: its sizes as varying."""
     copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))

@@ -211,9 +211,12 @@ class CompiledModule:
         What the model has done before this block is not done again then."""
         try:
             compiled = self._compiled(step, block)
-            if compiled is None or self._is_beyond_guards(step, block, compiled, args, kwargs):
+            if compiled is None:
                 return MISSING
-            result = call_compiled(compiled, module, args, kwargs, block.mark)
+            inside = closed_over((*args, *kwargs.values()))
+            if self._is_beyond_guards(step, block, compiled, args, kwargs, inside):
+                return MISSING
+            result = call_compiled(compiled, module, args, kwargs, inside, block.mark)
             compiled.look(module)
             return result
         except Exception as error:
@@ -244,14 +247,13 @@ class CompiledModule:
                     state.artefacts = self._region_artefacts(region)
                 state.artefacts.begin()
 
-    def _is_beyond_guards(self, step: Step, block: Block, compiled: Compiled, args: tuple, kwargs: dict) -> bool:
+    def _is_beyond_guards(self, step: Step, block: Block, compiled: Compiled, args: tuple, kwargs: dict, inside: list) -> bool:
         """Whether this call differs from what was compiled in something that dynamo's guards do not see."""
         name, unguarded = block.region.name, compiled.guards.unguarded
         if unguarded and (what := unguarded.disagreement(block.info.block(), args, kwargs)):
             self._events.fall_back(f"{name} reads something ({what}) that was another when it was compiled, in a way that torch does not "
                                    "look at (the sign of a zero, an order, a default): it runs uncompiled where that is so.")
             return True
-        inside = closed_over((*args, *kwargs.values()))
         if inside and (kept := kept_object(inside)):
             self._events.fall_back(f"{name} gets a function that keeps a {kept}, for which it would be compiled again and again: it runs "
                                    "uncompiled where it does.")
