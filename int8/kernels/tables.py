@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .. import own_files
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ def save(folder: Path, card: str, stack: str, facts: Mapping, choices: Mapping[s
         table = json.loads(path.read_text(encoding="utf-8"))
     before = table["stacks"].get(stack, {}).get("choices", {})
     table["stacks"][stack] = {"facts": dict(facts), "choices": {**before, **choices}}
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with own_files.writing_whole(path) as partial:
+        partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return path
