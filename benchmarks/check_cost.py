@@ -105,16 +105,16 @@ def main() -> None:
         for compiled in (here, kept):
             for _ in range(4):
                 step(compiled)
-        assert here.report.last_calls["graph"] == kept.report.last_calls["artefact"] == 57, (here.report, kept.report)
+        assert here.report.last_calls["graph"] == kept.report.last_calls["artifact"] == 57, (here.report, kept.report)
         regions, states = kept._regions, list(kept._states.values())
         result["step_us"] = {
             "slots and classes": microseconds(regions.is_current),
             "code and values, compiled here": microseconds(lambda: [state.code.find(True) for state in here._states.values()]),
-            "code and values, artifacts": microseconds(lambda: [state.artefacts.begin() for state in states])}
+            "code and values, artifacts": microseconds(lambda: [state.artifacts.begin() for state in states])}
         block = regions[0].modules[0]
         known = kept._blocks[id(block)]
         (guards,) = known.info.guards.values()
-        (loaded,) = known.region.artefacts._loaded[next(iter(known.region.artefacts._loaded))]
+        (loaded,) = known.region.artifacts._loaded[next(iter(known.region.artifacts._loaded))]
         result["call_us"] = {"values": microseconds(loaded.change_on_the_way), "attributes": microseconds(guards.is_unchanged),
                              "weights": microseconds(known.info.weights.get), "hooks": microseconds(lambda: regions.has_hooks(block))}
         result["modules"] = sum(1 for _ in net.modules())

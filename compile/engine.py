@@ -1,4 +1,4 @@
-"""Runs a call with its regions compiled: by an artefact of the compile cache where one fits, else by torch.compile in this process. Plain
+"""Runs a call with its regions compiled: by an artifact of the compile cache where one fits, else by torch.compile in this process. Plain
 torch: works on any nn.Module.
 
 What compiled code depends on is looked at (once a process, entry, step or call) or refused: the table is in ARCHITECTURE.md.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .arguments import call_compiled
 from .artifacts.closures import closed_over, kept_object
-from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtefacts
+from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .block_calls import Slots
 from .errors import is_models_own
 from .events import Events, OnProgress
@@ -49,10 +49,10 @@ class CompiledModule:
             self._events.fall_back(refusal)
         self._cuda_graphs = self.options.cuda_graphs
         self._cache = cache
-        if self.options.artefact_refusal:
+        if self.options.artifact_refusal:
             self._cache = None
             if options.background:
-                self._events.fall_back(f"{self.options.artefact_refusal}: compiling when it first samples, not in the background.")
+                self._events.fall_back(f"{self.options.artifact_refusal}: compiling when it first samples, not in the background.")
         self._root: weakref.ref | None = None
         self._regions: RegionSet | None = None
         self._blocks: dict[int, Block] = {}  # by id of the module, of the regions
@@ -141,14 +141,14 @@ class CompiledModule:
         return blocks
 
     def _run_compiled(self, call, filter_guards, around_block, interrupted, passthrough):
-        use_artefacts = filter_guards and self._artefacts_allowed()
+        use_artifacts = filter_guards and self._artifacts_allowed()
         self.report.steps += 1
-        if self._cache and self.options.background and not use_artefacts:
-            self._events.count({"artefact": 0, "graph": 0, "eager": len(self._regions.blocks)})
+        if self._cache and self.options.background and not use_artifacts:
+            self._events.count({"artifact": 0, "graph": 0, "eager": len(self._regions.blocks)})
             return call()  # a compile in this process is what was not asked for
         outer = self._step
         scope = CompileScope(self.options, self._device.type, interrupted, self._begins_compile)
-        step = self._step = Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artefacts, scope,
+        step = self._step = Step(threading.get_ident(), filter_guards and self.options.guard_filter, use_artifacts, scope,
                                   passthrough=passthrough)
         slots, self._events.in_step = Slots(), True
         try:
@@ -190,13 +190,13 @@ class CompiledModule:
                 self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
-        if step.use_artefacts:
-            artefacts = block.region.artefacts
-            result = artefacts.run(module, block.info, args, kwargs, step.tensor_attributes)
+        if step.use_artifacts:
+            artifacts = block.region.artifacts
+            result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
             if result is not MISSING:
-                step.calls["artefact"] += 1
+                step.calls["artifact"] += 1
                 return result
-            if artefacts.instead:
+            if artifacts.instead:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
         result = self._by_graph(step, block, module, args, kwargs)
@@ -223,7 +223,7 @@ class CompiledModule:
             if step.passthrough(error) or is_models_own(error):
                 raise
             step.failure = f"{type(error).__name__}: {error}"
-            step.blocks, step.use_artefacts = {}, False
+            step.blocks, step.use_artifacts = {}, False
         return MISSING
 
     def _begin(self, step: Step) -> None:
@@ -240,12 +240,12 @@ class CompiledModule:
         if has_global_hooks():
             step.blocks = {}
             self._events.fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")
-        if step.use_artefacts:
+        if step.use_artifacts:
             for region in self._regions:
                 state = self._states[region.key]
-                if state.artefacts is None:
-                    state.artefacts = self._region_artefacts(region)
-                state.artefacts.begin()
+                if state.artifacts is None:
+                    state.artifacts = self._region_artifacts(region)
+                state.artifacts.begin()
 
     def _is_beyond_guards(self, step: Step, block: Block, compiled: Compiled, args: tuple, kwargs: dict, inside: list) -> bool:
         """Whether this call differs from what was compiled in something that dynamo's guards do not see."""
@@ -283,13 +283,13 @@ class CompiledModule:
                                        "pack): it runs uncompiled with new code or values.")
         return step.compiled[id(code)]
 
-    def _region_artefacts(self, region: Region) -> RegionArtefacts:
+    def _region_artifacts(self, region: Region) -> RegionArtifacts:
         options = self.options
-        return RegionArtefacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
-                               options.torch_options(), options.background, self._events.on_artefact)
+        return RegionArtifacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
+                               options.torch_options(), options.background, self._events.on_artifact)
 
-    def _artefacts_allowed(self) -> bool:
-        """An artefact was made for inference, as it is without autocast."""
+    def _artifacts_allowed(self) -> bool:
+        """An artifact was made for inference, as it is without autocast."""
         return (self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
                 and not torch._C._len_torch_function_stack())
 

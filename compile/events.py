@@ -22,7 +22,7 @@ class Events:
         self._background = background
         self._on_progress: OnProgress | None = None
         self._notified = False  # of all that is in the report
-        self._unused: dict[str, list[str]] = {}  # why artefacts are not used, by region; until one of it is loaded
+        self._unused: dict[str, list[str]] = {}  # why artifacts are not used, by region; until one of it is loaded
 
     def listen(self, on_progress: OnProgress | None) -> None:
         if on_progress is not self._on_progress:
@@ -57,15 +57,15 @@ class Events:
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
 
-    def on_artefact(self, event: str, name: str, detail: str) -> None:
-        """Of the artefacts of the region called name; from the builder's thread too. event: loaded, building, built, refused, not used."""
+    def on_artifact(self, event: str, name: str, detail: str) -> None:
+        """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, built, refused, not used."""
         report = self.report
         text = f"{name} {detail}" if event in ("loaded", "building", "built") else f"{name}: {detail}"
         if event in ("built", "refused"):
             report.building = [building for building in report.building if building.partition(" ")[0] != name]
         if event == "loaded":
             report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
-            report.artefacts.append(text)
+            report.artifacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps
             logger.info("%s: step %d on runs %s from the compile cache", self._title, report.steps, text)
         elif event == "refused" and self._background:

@@ -74,12 +74,12 @@ class CompileOptions:
         return options
 
     @property
-    def artefact_refusal(self) -> str:
-        """Why blocks compiled so cannot be kept on disk as artefacts of their own, empty where they can."""
+    def artifact_refusal(self) -> str:
+        """Why blocks compiled so cannot be kept on disk as artifacts of their own, empty where they can."""
         if self.backend != "inductor":
-            return f"backend {self.backend} makes no artefacts that outlive the process"
+            return f"backend {self.backend} makes no artifacts that outlive the process"
         if self.mode != "default":
-            return f"mode {self.mode} is not kept as an artefact"
+            return f"mode {self.mode} is not kept as an artifact"
         return "CUDA graphs are recorded anew in each process" if self.cuda_graphs else ""
 
     @property

@@ -36,18 +36,18 @@ NOT_KEPT = "not kept in the compile cache"
 @dataclass
 class CompileReport:
     """regions: (class name, number of blocks). graphs: compiled in all. seconds: of the calls that compiled. cache_hits: graphs
-    that came from torch's disk cache. artefacts: those of the compile cache that were loaded, as "class entry". building: those that
+    that came from torch's disk cache. artifacts: those of the compile cache that were loaded, as "class entry". building: those that
     another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
-    works. calls: of blocks in all, by what ran them: "artefact", "graph" or "eager"; last_calls: in the last step."""
+    works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
     graphs: int = 0
     seconds: float = 0.0
     cache_hits: int = 0
-    artefacts: list[str] = field(default_factory=list)
+    artifacts: list[str] = field(default_factory=list)
     building: list[str] = field(default_factory=list)
     steps: int = 0
     compiled_from_step: int = 0
@@ -84,7 +84,7 @@ class CompileReport:
             return "running uncompiled" + (f"; {building}" if self.building else "")
         blocks = sum(count for _, count in self.regions)
         ready = f"ready: {len(self.regions)} region{'s' * (len(self.regions) != 1)}, {blocks} block{'s' * (blocks != 1)}"
-        how = f", {self.seconds:.0f} s" if self.graphs else " from the compile cache" if self.artefacts else ""
+        how = f", {self.seconds:.0f} s" if self.graphs else " from the compile cache" if self.artifacts else ""
         partly = f"; {eager} of {calls} block calls ran uncompiled" if eager else ""
         return ready + how + partly + (f"; {building}" if self.building else "")
 
@@ -101,8 +101,8 @@ class CompileReport:
         if self.graphs:
             cached = f", {self.cache_hits} of them from torch's cache" if self.cache_hits else ""
             lines.append(f"compiled: {_count(self.graphs, 'graph')} in {self.seconds:.1f} s{cached}")
-        if self.artefacts:
-            found = Counter(artefact.partition(" ")[0] for artefact in self.artefacts)
+        if self.artifacts:
+            found = Counter(artifact.partition(" ")[0] for artifact in self.artifacts)
             lines.append("from the compile cache: " + ", ".join(f"{name}" + (f" ({n})" if n > 1 else "") for name, n in found.items()))
         lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
                   for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .artifacts.runtime import BlockInfo, RegionArtefacts
+from .artifacts.runtime import BlockInfo, RegionArtifacts
 from .torch_compiler import Compiled, CompileScope, RegionCode
 
 
@@ -25,7 +25,7 @@ class RegionState:
 
     name: str
     code: RegionCode
-    artefacts: RegionArtefacts | None = None
+    artifacts: RegionArtifacts | None = None
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Step:
 
     thread: int
     filter_guards: bool
-    use_artefacts: bool
+    use_artifacts: bool
     scope: CompileScope
     blocks: dict[int, Block] | None = None  # by id of the module, from the first call of a block on
     compiled: dict[int, Compiled | None] = field(default_factory=dict)  # by id of the region's state
@@ -42,4 +42,4 @@ class Step:
     compiling: str = ""  # the region that is called
     passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run
     failure: str = ""  # of compiling a block; that block, and all after it, then ran eager
-    calls: dict[str, int] = field(default_factory=lambda: {"artefact": 0, "graph": 0, "eager": 0})
+    calls: dict[str, int] = field(default_factory=lambda: {"artifact": 0, "graph": 0, "eager": 0})

@@ -1,4 +1,4 @@
-"""An INT8 layer as plain tensors: what a compiled artefact is made of, in a process that has neither the weights nor ComfyUI's tensors."""
+"""An INT8 layer as plain tensors: what a compiled artifact is made of, in a process that has neither the weights nor ComfyUI's tensors."""
 from __future__ import annotations
 
 import torch
@@ -22,7 +22,7 @@ class _WeightFacts:
         return self.ndim
 
 
-class ArtefactLinear(torch.nn.Module):
+class ArtifactLinear(torch.nn.Module):
     """Buffers: qweight int8 [N, K], weight_scale fp32 [N, 1], bias float [N] and pre_quant_scale fp32 [K], where there are such."""
 
     weight_dtype = torch.float32
@@ -43,7 +43,7 @@ class ArtefactLinear(torch.nn.Module):
     def weight(self) -> _WeightFacts:
         return _WeightFacts(self.qweight, self.weight_dtype)
 
-    def artefact_tensors(self) -> dict[str, torch.Tensor]:
+    def artifact_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def forward(self, x: torch.Tensor, act: str = "none") -> torch.Tensor:

@@ -21,10 +21,10 @@ def signature(module: torch.nn.Module) -> tuple:
 
 def _replacement(module: torch.nn.Module) -> str:
     """Rotation, kernel and parts of a layer of this pack (compile/comfyui/int8_layer.py), which its class does not tell."""
-    if not hasattr(module, "artefact_replacement"):
+    if not hasattr(module, "artifact_replacement"):
         return ""
     try:
-        return repr(module.artefact_replacement()[1])
+        return repr(module.artifact_replacement()[1])
     except AttributeError:  # its weight is a float tensor just now
         return "float"
 

@@ -65,7 +65,7 @@ def _report_id_clashes(registry: dict) -> None:
 
 
 def _warm_up(json_data: dict) -> dict:
-    """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads. Not where there are artefacts, which
+    """A prompt that will compile has been sent: the compiler is imported while its checkpoint loads. Not where there are artifacts, which
     need no compiler; the node finds out if they are of another model."""
     prompt = json_data.get("prompt") if isinstance(json_data, dict) else None  # of anybody, and core has not looked at it yet
     nodes = prompt.values() if isinstance(prompt, dict) else ()

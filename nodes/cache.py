@@ -166,7 +166,7 @@ def _wait_for_builder():
 def _entries_of(model, store: CacheStore) -> list[Path]:
     """What the model's compile nodes have loaded, and what was built for its block classes since."""
     reports = compile_model.reports(model)
-    loaded = {tuple(artefact.rsplit(" ", 1)) for report in reports for artefact in report.artefacts}
+    loaded = {tuple(artifact.rsplit(" ", 1)) for report in reports for artifact in report.artifacts}
     classes = {name for report in reports for name, _ in report.regions}
     cache = artifact_cache.get_cache()
     built = {folder for name, folder in cache.builder.built if name in classes} if cache else set()

@@ -15,7 +15,7 @@ from benchmarks.gpu.context import ROOT, Context
 from benchmarks.workflows import Node, _node
 
 PROBE = Path(__file__).with_name("probe")
-BUILD_TIMEOUT = 240  # seconds for artefacts that the pack builds in the background
+BUILD_TIMEOUT = 240  # seconds for artifacts that the pack builds in the background
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An artefact as it is loaded and called. A package checks nothing of its inputs: what its trace relied on is checked before it is run."""
+"""An artifact as it is loaded and called. A package checks nothing of its inputs: what its trace relied on is checked before it is run."""
 from __future__ import annotations
 
 import contextlib
@@ -55,14 +55,14 @@ def _load_aot(entry: Entry, device: torch.device) -> Callable:
     warmup.prepare(device.type)
     from torch._inductor import CompiledArtifact
 
-    artefact = entry.load(FILES["aot"], lambda folder: CompiledArtifact.load(path=str(folder / FILES["aot"]), format="binary"))
-    return lambda inputs: artefact(*inputs)
+    artifact = entry.load(FILES["aot"], lambda folder: CompiledArtifact.load(path=str(folder / FILES["aot"]), format="binary"))
+    return lambda inputs: artifact(*inputs)
 
 
 LOADERS = {"aoti": _load_aoti, "aot": _load_aot}
 
 
-class Artefact:
+class Artifact:
     """What this process can run. Loading a package takes a few ms and needs neither dynamo nor inductor."""
 
     def __init__(self, entry: Entry, device: torch.device):

@@ -1,6 +1,6 @@
-"""A block without its weights: what a process that has none needs to build an artefact of it, and where this process finds them.
+"""A block without its weights: what a process that has none needs to build an artifact of it, and where this process finds them.
 
-Parameters are inputs of an artefact: one serves every block of a class, with a LoRA, offloaded, or replaced.
+Parameters are inputs of an artifact: one serves every block of a class, with a LoRA, offloaded, or replaced.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .values import Unsupported
 # A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
 # these and by the version of the pack, so its attributes and methods are not looked at.
-TENSORS, REPLACEMENT = "artefact_tensors", "artefact_replacement"
+TENSORS, REPLACEMENT = "artifact_tensors", "artifact_replacement"
 Spec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
 
 

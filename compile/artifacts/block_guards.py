@@ -73,7 +73,7 @@ def classes_of(kinds: list[type], names: Names, watch: Watch | None = None, leni
 
 
 class ClassGuards:
-    """Checks that the classes of a block's modules are as they were when an artefact was traced. Asked once a step.
+    """Checks that the classes of a block's modules are as they were when an artifact was traced. Asked once a step.
 
     kinds: these. expected: classes_of those of the traced block."""
 
@@ -103,7 +103,7 @@ class ClassGuards:
 
 
 class BlockGuards:
-    """Checks that a block's modules are as they were when an artefact was traced. Asked at every call.
+    """Checks that a block's modules are as they were when an artifact was traced. Asked at every call.
 
     expected: attributes_of the traced block. Slots and classes are looked at once a step, for all blocks (block_tree, ClassGuards)."""
 
@@ -128,7 +128,7 @@ class BlockGuards:
             self.difference = next((f"{path}.{name}".strip(".") for path, name, _ in _differing(found, self._expected)), "")
 
     def is_unchanged(self) -> bool:
-        """Whether the block is as the artefact's. What was changed once and is put back is so again."""
+        """Whether the block is as the artifact's. What was changed once and is put back is so again."""
         states, layout = self._layout
         if _layout(states) != layout or not self._watch.unchanged():
             block = self.block()
@@ -154,7 +154,7 @@ def _differing(found: list[list], expected: list[list]) -> list[list]:
 class Weights:
     """The plain tensors of a block, looked up at every call: an offload, a LoRA or a loader may have put others there.
 
-    specs: those the artefact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
+    specs: those the artifact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
 
     __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
 
@@ -189,7 +189,7 @@ class Weights:
         self._checked: TensorGuards | None = None  # dtypes, sizes, strides and devices of tensors that were right
 
     def get(self) -> list[Tensor] | None:
-        """In the order of tensors_of; None where one is not what the artefact was made for."""
+        """In the order of tensors_of; None where one is not what the artifact was made for."""
         made: dict = {}
         if len(self._owners) != len(self._shapes) or list(map(len, self._spaces)) != self._sizes:
             return None

@@ -1,4 +1,4 @@
-"""The process that builds artefacts while this one samples.
+"""The process that builds artifacts while this one samples.
 
 It gets jobs through its standard input and ends when that is closed, so it never outlives this process, however that ends; when it gives
 no sign of life it is ended. It has no weights: blocks come as their structure. Lowest priority, one compiler at a time.
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 3.0
 SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, the other process is taken to hang
-BUILD_SECONDS = 1800  # for one artefact
+BUILD_SECONDS = 1800  # for one artifact
 INDUCTOR_LIMIT = 1 << 30  # bytes of inductor's own cache
 END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
 GPU_MEMORY = 2 << 30  # bytes that must be free before the builder begins: a CUDA context takes about 0.5 GB
@@ -45,7 +45,7 @@ URGENT, LATE, WAITING = range(3)  # in this order
 
 @dataclass
 class Order:
-    """A job and where its artefact goes. done: called in the builder's thread with the reason why there is none, empty for success.
+    """A job and where its artifact goes. done: called in the builder's thread with the reason why there is none, empty for success.
     urgent: sampling waits for it; others are built when nothing samples. replaces: the sources of the entry that it is built in the place
     of, which was made of other code than this process runs."""
 
@@ -92,7 +92,7 @@ class _Running:
 
 
 class Builder:
-    """store: where artefacts go. setup: (module of this pack, function, arguments) that makes the other process able to import the
+    """store: where artifacts go. setup: (module of this pack, function, arguments) that makes the other process able to import the
     classes of blocks; the arguments are pickled."""
 
     def __init__(self, store: CacheStore, setup: tuple[str, str, tuple] | None = None):

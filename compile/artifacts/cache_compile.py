@@ -1,7 +1,7 @@
 """A compile cache for methods of any torch.nn.Module, after TorchAir's cache_compile.
 
 TorchAir (torchair.inference.cache_compile, github.com/Ascend/torchair) keeps one trace of a method per process rank and throws it away at
-the second; here a method has an artefact for each kind of call, its parameters are inputs, and the key covers code, versions and hardware.
+the second; here a method has an artifact for each kind of call, its parameters are inputs, and the key covers code, versions and hardware.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...int8.own_files import is_reserved
 from ..torch_internals import warmup
 from ..torch_internals.block_tree import Hooks, has_global_hooks
 from . import key as cache_key
-from .artifact import FILES, Artefact
+from .artifact import FILES, Artifact
 from .block import copy_skeleton, spec_of, structure_of, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, classes_of, module_classes
 from .call import Call, flatten
@@ -53,7 +53,7 @@ def cache_compile(func: Callable, *, config: Mapping | None = None, dynamic: boo
     torch.export's. aoti_cache: keep an AOTInductor package, which loads in ms without the compiler, but takes longer to build. kwargs:
     backend ("inductor", or {"config": ...} which must equal config) and fullgraph (True), for code that passes them to torch.compile.
 
-    A call that no artefact can be made of runs by torch.compile or as it is, with one warning.
+    A call that no artifact can be made of runs by torch.compile or as it is, with one warning.
 
     Raises ValueError for anything but a method of a Module, for a config that is not backend's, and for a cache_dir of another user.
     """
@@ -70,7 +70,7 @@ def cache_compile(func: Callable, *, config: Mapping | None = None, dynamic: boo
         if dict(backend.get("config") or {}) != dict(config or {}):
             raise ValueError("config in current backend is different from the config during cache generation.")
     elif backend != "inductor":
-        raise ValueError(f"Only the inductor backend makes artefacts that can be kept, not {backend}.")
+        raise ValueError(f"Only the inductor backend makes artifacts that can be kept, not {backend}.")
     if not fullgraph:
         raise ValueError("A cached method is one graph: leave fullgraph at True.")
     folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "methods"
@@ -116,9 +116,9 @@ class CachedMethod:
                 if known is None and self._jit is None and self._built < MAX_SIGNATURES:
                     known = self._build(call, args, kwargs)
                 if known is not None:
-                    self.tier = known.artefact.kind
+                    self.tier = known.artifact.kind
                     try:
-                        return known.artefact(known.weights.get(), call.leaves, call.options)
+                        return known.artifact(known.weights.get(), call.leaves, call.options)
                     except RuntimeError:
                         return self.method(*args, **kwargs)  # the error is the method's own, and says more
             except Unsupported as error:
@@ -166,7 +166,7 @@ class CachedMethod:
         return known
 
     def _build(self, call: Call, args: tuple, kwargs: dict) -> _Method:
-        """Raises Unsupported where there is no artefact of this call."""
+        """Raises Unsupported where there is no artifact of this call."""
         self._built += 1
         place, store, module, device = self._place(call), self._open(), self.method.__self__, _device(call)
         job = job_of(type(module).__name__, module, call, device, self._dims(args, kwargs), self._config, self.method.__name__,
@@ -183,7 +183,7 @@ class CachedMethod:
         except Exception as error:  # whatever the compiler or the disk refuses: the method still runs
             raise Unsupported(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         if known is None:
-            raise Unsupported("the artefact does not fit the call that it was made for")
+            raise Unsupported("the artifact does not fit the call that it was made for")
         return known
 
     def _dims(self, args: tuple, kwargs: dict) -> Callable[[torch.Tensor], tuple[int, ...]]:
@@ -218,25 +218,25 @@ class CachedMethod:
 
 
 class _Method:
-    """An artefact of a module's method. Raises Unsupported where the module or the code is not what it was made of."""
+    """An artifact of a module's method. Raises Unsupported where the module or the code is not what it was made of."""
 
     def __init__(self, module: torch.nn.Module, entry, call: Call):
         names = Names(entry.body["names"])
         self.sources = Sources(entry.body["sources"], names)
         if changed := self.sources.mismatch():
             raise Unsupported(f"{changed} has changed")
-        self.artefact = Artefact(entry, _device(call))
+        self.artifact = Artifact(entry, _device(call))
         self.weights = Weights(module, [spec_of(tensor) for _, tensor in tensors_of(module)], _device(call))
-        self._guards = BlockGuards(module, self.artefact.attributes, names)
-        self._classes = ClassGuards(module_classes(module), self.artefact.classes, names)
+        self._guards = BlockGuards(module, self.artifact.attributes, names)
+        self._classes = ClassGuards(module_classes(module), self.artifact.classes, names)
         self._hooks = Hooks(module)
         if not self._guards.is_unchanged() or self._classes.difference():
             raise Unsupported(f"{self._guards.difference or self._classes.difference()} differs")
 
     def fits(self, call: Call) -> bool:
-        artefact = self.artefact
-        return (artefact.structure == call.structure and artefact.accepts(call.leaves) and not self.sources.mismatch()
-                and all(map(options_match, call.options, artefact.options)) and not self._hooks and not has_global_hooks()
+        artifact = self.artifact
+        return (artifact.structure == call.structure and artifact.accepts(call.leaves) and not self.sources.mismatch()
+                and all(map(options_match, call.options, artifact.options)) and not self._hooks and not has_global_hooks()
                 and not self._classes.difference()
                 and self._guards.is_unchanged() and self.weights.get() is not None)
 
@@ -250,9 +250,9 @@ def _device(call: Call) -> torch.device:
 
 
 def readable_cache(path: str | os.PathLike, print_output: bool = True, file: str | os.PathLike | None = None) -> str:
-    """An artefact as a person can read it: what it was made for and from, and its graph as Python.
+    """An artifact as a person can read it: what it was made for and from, and its graph as Python.
 
-    path: an entry's folder or artefact. print_output: write it to standard output too. file: write it there too, owner-only.
+    path: an entry's folder or artifact. print_output: write it to standard output too. file: write it there too, owner-only.
     Raises ValueError for a missing path, a symbolic link, and for a file of another user or that others can read.
     """
     path = Path(path)
@@ -260,7 +260,7 @@ def readable_cache(path: str | os.PathLike, print_output: bool = True, file: str
         raise ValueError(f"{path} must be an existing file or folder, not a symbolic link")
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).is_file() for name in FILES.values()):
-        raise ValueError(f"{path} is no artefact of the compile cache")
+        raise ValueError(f"{path} is no artifact of the compile cache")
     source = folder / READABLE
     if source.is_symlink() or not source.is_file():
         raise ValueError(f"{source} must be an existing file, not a symbolic link")

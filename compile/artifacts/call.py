@@ -1,4 +1,4 @@
-"""The call of a block as an artefact sees it: tensors in order, everything else as constants."""
+"""The call of a block as an artifact sees it: tensors in order, everything else as constants."""
 from __future__ import annotations
 
 import importlib
@@ -24,7 +24,7 @@ LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.ch
 class Call:
     """structure: of the arguments, nested tuples of text and constants (tensors by their position). leaves: the tensors.
     options: the dicts of settings among the arguments (transformer_options), and of each function among them the constants that it closes
-    over; what of these is read is a constant of the artefact, see OptionReads."""
+    over; what of these is read is a constant of the artifact, see OptionReads."""
 
     structure: tuple
     leaves: list[Tensor]

@@ -25,7 +25,7 @@ def _compile_aoti(program, job: Job, path: Path):
 
 
 def _compile_aot(program, job: Job, path: Path):
-    """inductor's own artefact: needs neither CUDA's headers nor a second C++ compile, but inductor to be loaded."""
+    """inductor's own artifact: needs neither CUDA's headers nor a second C++ compile, but inductor to be loaded."""
     import torch._inductor
     from torch._inductor import config
 
@@ -33,8 +33,8 @@ def _compile_aot(program, job: Job, path: Path):
     graph = program.graph_module
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     with config.patch({**patches, "fx_graph_cache": True}), torch.no_grad():
-        artefact = torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
-        artefact.save(path=str(path), format="binary")
+        artifact = torch._inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
+        artifact.save(path=str(path), format="binary")
 
 
 COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}

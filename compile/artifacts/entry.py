@@ -1,4 +1,4 @@
-"""A folder of the compile cache that holds one artefact, signed: what is loaded is what was checked."""
+"""A folder of the compile cache that holds one artifact, signed: what is loaded is what was checked."""
 from __future__ import annotations
 
 import errno

@@ -1,4 +1,4 @@
-"""Artefacts of a block: built here from its skeleton. An AOTInductor package runs without dynamo or inductor.
+"""Artifacts of a block: built here from its skeleton. An AOTInductor package runs without dynamo or inductor.
 
 Traced with torch.export at batch 2 at least: a graph for batch 1 is of no use for others, one for 2 serves 1 if the program for 1 has the
 same operations. A package checks nothing of its inputs, so all that its trace relied on is written down and checked before it is run.
@@ -81,7 +81,7 @@ def _output_structure(value, found: list[Tensor]):
 
 
 def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decompositions: Mapping | None = None) -> dict:
-    """Writes the artefact and its readable form into folder: -> the body of its manifest. The first of tiers that can be built here.
+    """Writes the artifact and its readable form into folder: -> the body of its manifest. The first of tiers that can be built here.
     decompositions: {op: function} besides torch.export's own.
 
     Raises Unsupported, and what torch raises.
@@ -112,7 +112,7 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
         except Exception as error:
             if index + 1 == len(tiers):
                 raise
-            logger.info("%s: no %s artefact (%s); trying %s", job.name, tier, str(error).partition("\n")[0], tiers[index + 1])
+            logger.info("%s: no %s artifact (%s); trying %s", job.name, tier, str(error).partition("\n")[0], tiers[index + 1])
             continue
         body["kind"] = tier
         break
@@ -174,7 +174,7 @@ def _unchanged_attributes(job: Job, traced: _Traced, names: Names) -> list[list]
 
 
 def _operators(program) -> list[str]:
-    """Namespaces of operators that are not torch's own: who runs the artefact must have imported what defines them."""
+    """Namespaces of operators that are not torch's own: who runs the artifact must have imported what defines them."""
     names = {getattr(node.target, "namespace", "aten") for node in program.graph.nodes if node.op == "call_function"}
     return sorted(names - {"aten", "prims", "prim", "higher_order", "int8_compile"})
 

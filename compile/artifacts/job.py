@@ -1,4 +1,4 @@
-"""What another process needs to build an artefact."""
+"""What another process needs to build an artifact."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,7 +10,7 @@ from .block import Spec
 
 @dataclasses.dataclass
 class Job:
-    """What another process needs to build the artefact of a call; pickled by this pack for itself.
+    """What another process needs to build the artifact of a call; pickled by this pack for itself.
 
     skeleton: of dump_skeleton, or of copy_skeleton to build in this process. attributes: of the block. tensors: of the block, in
     order: name, dtype, shape, layout. structure, leaves, options: of the call (see cache_call), a leaf as (dtype, shape, layout).

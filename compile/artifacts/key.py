@@ -1,4 +1,4 @@
-"""What an artefact depends on besides the block it was made of: everything that could make it stale or wrong elsewhere."""
+"""What an artifact depends on besides the block it was made of: everything that could make it stale or wrong elsewhere."""
 from __future__ import annotations
 
 import functools
@@ -44,7 +44,7 @@ def settings() -> dict:
 
 
 def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:
-    """The folder of all artefacts of a block, as TorchAir names it: {class}_{dynamic or static}[_aoti]_{key}. host: what else the program
+    """The folder of all artifacts of a block, as TorchAir names it: {class}_{dynamic or static}[_aoti]_{key}. host: what else the program
     around depends on (ComfyUI's options)."""
     key = digest([machine(device.type, device.index), settings(), structure, config, str(device.type), host])
     return f"{name}_{'dynamic' if dynamic else 'static'}{'_aoti' if tier == 'aoti' else ''}_{key}"
@@ -61,7 +61,7 @@ def distribution(global_rank: int | None = None, tp_rank: int | None = None, pp_
 
 
 def entry_name(job) -> str:
-    """The folder of the artefact for calls like this one: of what a call must have in common with it."""
+    """The folder of the artifact for calls like this one: of what a call must have in common with it."""
     leaves = []
     for index, (dtype, shape, kind) in enumerate(job.leaves):
         any_batch = index in job.batched and job.any_batch

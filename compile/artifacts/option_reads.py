@@ -184,7 +184,7 @@ def option_value(options: dict, key: str):
 
 def simple_options(options: dict) -> dict:
     """What of a dict of settings a trace in another process is given: of bookkeeping that it is there; the rest shows as absent there, and
-    is compared before the artefact is used."""
+    is compared before the artifact is used."""
     return {key: value if value is None or key not in BOOKKEEPING else True for key, value in options.items()
             if key in BOOKKEEPING or (_is_simple(value) and not _is_filled(value))}
 

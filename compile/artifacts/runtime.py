@@ -1,4 +1,4 @@
-"""The artefacts of a region's blocks: found on disk, run where they fit, asked of the builder where there is none."""
+"""The artifacts of a region's blocks: found on disk, run where they fit, asked of the builder where there is none."""
 from __future__ import annotations
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
-from .artifact import Artefact
+from .artifact import Artifact
 from .block import dump_skeleton, spec_of, structure_of, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
 from .builder import Builder, Order
@@ -30,33 +30,33 @@ from .values import Unsupported
 logger = logging.getLogger(__name__)
 
 MISSING = object()
-MAX_SIGNATURES = 8  # kinds of calls of a block class that artefacts are built for
+MAX_SIGNATURES = 8  # kinds of calls of a block class that artifacts are built for
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where artefacts are and who builds them. host: see cache_key.group."""
+    """Where artifacts are and who builds them. host: see cache_key.group."""
 
     store: CacheStore
     builder: Builder
     host: Callable[[], dict] = dict
 
 
-# Steps in which all that an artefact was made of is looked at before each block: whether the model patches between blocks what they run.
+# Steps in which all that an artifact was made of is looked at before each block: whether the model patches between blocks what they run.
 # Later only the values that they read are.
 YOUNG = 2
 
 
 @dataclass
 class _Loaded:
-    artefact: Artefact
+    artifact: Artifact
     sources: Sources
     classes: ClassGuards
     usable: bool = True
     young: float = YOUNG
 
     def change(self) -> str:
-        """What is not as the artefact was made of it, empty where all is."""
+        """What is not as the artifact was made of it, empty where all is."""
         return self.sources.mismatch() or self.classes.difference()
 
     def change_on_the_way(self) -> str:
@@ -77,10 +77,10 @@ class BlockInfo:
         self.guards: dict[int, BlockGuards] = {}  # by id of what is loaded
 
 
-class RegionArtefacts:
+class RegionArtifacts:
     """For blocks that are made of the same on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
 
-    background: an artefact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
+    background: an artifact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
     report.
     """
 
@@ -102,7 +102,7 @@ class RegionArtefacts:
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._requested: set[str] = set()
-        self._asked: set[tuple] = set()  # calls that no artefact fits until the builder has finished something
+        self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
         self._refusal = ""
         self._said: set[str] = set()
@@ -111,7 +111,7 @@ class RegionArtefacts:
 
     @property
     def instead(self) -> bool:
-        """Whether what no artefact fits is to run eager, not to be compiled in this process."""
+        """Whether what no artifact fits is to run eager, not to be compiled in this process."""
         return self._background
 
     def begin(self) -> None:
@@ -125,7 +125,7 @@ class RegionArtefacts:
             self._load()
         differs = bool(self._place) and cache_key.settings() != self._settings
         if differs and not self._differs:
-            self._note("not used", self._name, "torch's settings (default dtype, precision, threads, ...) are not those of its artefact")
+            self._note("not used", self._name, "torch's settings (default dtype, precision, threads, ...) are not those of its artifact")
         self._differs = differs
         for group in self._loaded.values():
             for loaded in group:
@@ -133,10 +133,10 @@ class RegionArtefacts:
                 if loaded.usable == bool(changed):
                     loaded.usable = not changed
                     if changed:
-                        self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
+                        self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
 
     def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
-        """The block's result by an artefact; MISSING where none fits this call. attributes: names of what Python code has put on
+        """The block's result by an artifact; MISSING where none fits this call. attributes: names of what Python code has put on
         weights."""
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
@@ -150,9 +150,9 @@ class RegionArtefacts:
                 self._learn(block, info)
             attributes |= attributes_of_tensors(call.leaves)
             for loaded in self._loaded.get(call.structure, ()):
-                if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artefact.names), "")):
+                if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artifact.names), "")):
                     raise Unsupported(f"it reads the attribute {read} of a tensor")
-                if loaded.usable and loaded.artefact.accepts(call.leaves) and self._fits(block, info, loaded, call):
+                if loaded.usable and loaded.artifact.accepts(call.leaves) and self._fits(block, info, loaded, call):
                     if changed := loaded.change_on_the_way():
                         loaded.usable = False
                         loaded.young = math.inf  # the next step's first block may find all as it was
@@ -160,7 +160,7 @@ class RegionArtefacts:
                     tensors = info.weights.get()
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
                         return MISSING
-                    return loaded.artefact(tensors, call.leaves, call.options)
+                    return loaded.artifact(tensors, call.leaves, call.options)
             self._request(block, call)
         except Unsupported as error:
             self._refuse(str(error))
@@ -188,17 +188,17 @@ class RegionArtefacts:
         info.weights = Weights(block, self._specs, self._device)
 
     def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: _Loaded, call: Call) -> bool:
-        artefact = loaded.artefact
-        if not all(map(options_match, call.options, artefact.options)):
+        artifact = loaded.artifact
+        if not all(map(options_match, call.options, artifact.options)):
             return False
         guards = info.guards.get(id(loaded))
         if guards is None:
-            guards = info.guards[id(loaded)] = BlockGuards(block, artefact.attributes, artefact.names)
-        difference = guards.difference if not guards.is_unchanged() else "" if artefact.has_layout(call.leaves) else (
+            guards = info.guards[id(loaded)] = BlockGuards(block, artifact.attributes, artifact.names)
+        difference = guards.difference if not guards.is_unchanged() else "" if artifact.has_layout(call.leaves) else (
             "the layout of its inputs, which it reads,")
         if difference and difference not in self._said:
             self._said.add(difference)
-            self._note("not used", self._name, f"{difference} is not as in the blocks that its artefact was made of")
+            self._note("not used", self._name, f"{difference} is not as in the blocks that its artifact was made of")
         return not difference
 
     def _load(self):
@@ -209,20 +209,20 @@ class RegionArtefacts:
             self._seen.add(entry.folder.name)
             sources = Sources(entry.body["sources"], Names(entry.body["names"]))
             if changed := sources.mismatch():
-                self._note("not used", self._name, f"{changed} is not the code that its artefact was made of")
+                self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
                 continue
             try:
-                artefact = Artefact(entry, self._device)
+                artifact = Artifact(entry, self._device)
             except Damaged as error:
                 store.set_aside(entry.folder, str(error))
                 continue
             except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
-                self._note("not used", self._name, f"its artefact cannot be loaded: {str(error).partition(chr(10))[0]}")
+                self._note("not used", self._name, f"its artifact cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
-            classes = ClassGuards(self._kinds, artefact.classes, artefact.names)
-            self._loaded.setdefault(artefact.structure, []).append(_Loaded(artefact, sources, classes, not classes.difference()))
+            classes = ClassGuards(self._kinds, artifact.classes, artifact.names)
+            self._loaded.setdefault(artifact.structure, []).append(_Loaded(artifact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call):
@@ -246,7 +246,7 @@ class RegionArtefacts:
                              "or its attributes change")
             return
         if entry in self._seen and entry not in self._stale:
-            self._refuse("its artefact is for blocks that were not patched, or with other attributes")
+            self._refuse("its artifact is for blocks that were not patched, or with other attributes")
             return
         self._seen.discard(entry)
         self._requested.add(entry)

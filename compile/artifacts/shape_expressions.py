@@ -1,4 +1,4 @@
-"""Conditions on sizes, as torch prints them, without eval: an artefact's manifest is data."""
+"""Conditions on sizes, as torch prints them, without eval: an artifact's manifest is data."""
 from __future__ import annotations
 
 import ast

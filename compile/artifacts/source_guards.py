@@ -1,9 +1,9 @@
-"""Which Python code and which values an artefact was made from, so that it is used only where that is what would run.
+"""Which Python code and which values an artifact was made from, so that it is used only where that is what would run.
 
 While a block is traced, every function called outside torch is noted. Each is known by the file it is from (an update or an edit makes
 another), by its own code as it is in the process, and by what its global names stand for, described to the end (see describe). So an edited
 file, another pack's monkeypatch of ComfyUI or of torch, another attention function and a changed setting all show, in the process that
-would use the artefact. What a trace reads that no description can hold (the clock, random numbers, the environment) is refused by name.
+would use the artifact. What a trace reads that no description can hold (the clock, random numbers, the environment) is refused by name.
 """
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def sources_of(recorded: Recording, names: Names, lenient: bool = False,
 
 
 class Sources:
-    """The functions that an artefact was made from, as they are in this process. names: see Recording.names."""
+    """The functions that an artifact was made from, as they are in this process. names: see Recording.names."""
 
     def __init__(self, recorded: list[list[str]], names: Names, lenient: bool = False):
         self._recorded = recorded

@@ -1,8 +1,8 @@
-"""Compiled artefacts on disk. Plain Python: knows nothing of torch.
+"""Compiled artifacts on disk. Plain Python: knows nothing of torch.
 
-    <root>/v1/<signer>/<group>/<distribution>/<method>/<entry>/    manifest.json, the artefact, readable.py
+    <root>/v1/<signer>/<group>/<distribution>/<method>/<entry>/    manifest.json, the artifact, readable.py
 
-An artefact is code that will run in this process. So an entry counts only if every folder from it up to / is this user's or root's and
+An artifact is code that will run in this process. So an entry counts only if every folder from it up to / is this user's or root's and
 no one else can write there, and its manifest is signed (HMAC-SHA256) with a key that lies outside the cache; the manifest has the SHA-256
 of every file. What is checked are bytes in memory, which are loaded from a fresh folder: see own_files.
 Writers fill a folder of their own and rename it, so readers need no lock and a killed writer leaves nothing that is read. Locks and

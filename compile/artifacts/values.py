@@ -5,7 +5,7 @@ CONSTANTS = (type(None), bool, int, float, str)
 
 
 class Unsupported(Exception):
-    """What cannot be made an artefact of, and why."""
+    """What cannot be made an artifact of, and why."""
 
 
 def constant(value) -> tuple:

@@ -173,9 +173,9 @@ def add_method_compile(patcher, target: str, options: CompileOptions, tell: OnPr
 
 
 def _warm_up(patcher, target: str, options: CompileOptions) -> None:
-    """Imports the compiler in the background, unless artefacts of these blocks are there or another process will compile: importing slows
+    """Imports the compiler in the background, unless artifacts of these blocks are there or another process will compile: importing slows
     the first image down."""
-    cache = None if options.artefact_refusal else get_cache()
+    cache = None if options.artifact_refusal else get_cache()
     names = {type(container._modules[key]).__name__ for _, container, key in repeated_blocks(check_target(patcher, target))}
     if cache is None or not (options.background or (names and all(map(cache.store.has, names)))):
         warmup.start(patcher.load_device.type)

@@ -20,7 +20,7 @@ import torch
 
 from ...int8.kernels import autotune, ops
 from ...int8.kernels.reference import activation
-from ...int8.plain_layer import ArtefactLinear
+from ...int8.plain_layer import ArtifactLinear
 from ...int8.plan import LayerPlan
 from ...int8.quantize import quantize_weight
 from ...int8.shared_input import SharedInput
@@ -111,8 +111,8 @@ class _Int8Forward(Int8Lora):
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, held)
 
-    def artefact_tensors(self) -> dict[str, torch.Tensor]:
-        """The plain tensors that it multiplies with, by their names in ArtefactLinear (int8/plain_layer.py); none while it adds a LoRA
+    def artifact_tensors(self) -> dict[str, torch.Tensor]:
+        """The plain tensors that it multiplies with, by their names in ArtifactLinear (int8/plain_layer.py); none while it adds a LoRA
         on the fly, is replaced, or leaves the work to core."""
         if (not isinstance(self.weight, quant_ops.QuantizedTensor) or not _is_row_major(self.weight) or self.kernel == KITCHEN
                 or self.is_full_precision or self.weight_function or self.bias_function
@@ -123,11 +123,11 @@ class _Int8Forward(Int8Lora):
                  "pre_quant_scale": getattr(self, "pre_quant_scale", None)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def artefact_replacement(self) -> tuple:
+    def artifact_replacement(self) -> tuple:
         params = self.weight._params
         # What models ask of a layer beside calling it.
         shape = {"in_features": self.in_features, "out_features": self.out_features, "weight_dtype": self.weight.dtype}
-        return ArtefactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artefact_tensors()), shape)
+        return ArtifactLinear, (params.convrot_groupsize if params.convrot else 0, self.kernel, tuple(self.artifact_tensors()), shape)
 
 
 # What a call of a layer runs, as it is here and in torch: another pack may put its own in their place, on our class or on torch's.
@@ -209,7 +209,7 @@ def patch_linear_input_act():
 
     @functools.wraps(core)
     def linear_input_act(linear, x, input_act, *args, **kwargs):
-        if isinstance(linear, (_Int8Forward, ArtefactLinear)) and linear._full_precision_mm:
+        if isinstance(linear, (_Int8Forward, ArtifactLinear)) and linear._full_precision_mm:
             if input_act in ("none", None):
                 if not (args or kwargs):
                     return linear(x)

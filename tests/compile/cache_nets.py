@@ -1,4 +1,4 @@
-"""Models of blocks for tests of artefacts; importable, since the builder process needs their classes."""
+"""Models of blocks for tests of artifacts; importable, since the builder process needs their classes."""
 from __future__ import annotations
 
 import torch

@@ -473,17 +473,17 @@ class Called(Small):
 
 
 class Unpacked(torch.nn.Linear):
-    def artefact_tensors(self):
+    def artifact_tensors(self):
         return dict(self._parameters)
 
 
 class Packed(Unpacked):
     """As a layer of this pack: gives its tensors by a mapping, none while it computes otherwise."""
 
-    def artefact_tensors(self):
-        return super().artefact_tensors() if PACKED else {}
+    def artifact_tensors(self):
+        return super().artifact_tensors() if PACKED else {}
 
-    def artefact_replacement(self):
+    def artifact_replacement(self):
         return Unpacked, (self.in_features, self.out_features)
 
     def forward(self, x):

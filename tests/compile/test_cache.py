@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def artefacts(folder: Path) -> list[Path]:
+def artifacts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("v1/*/*/*/*/*/artifact.*") if not path.parent.name.startswith("."))
 
 
@@ -91,14 +91,14 @@ def test_parameters_are_inputs(folder):
     module, x = make(), torch.randn(2, 10, 32)
     cached = cache_compile(module.forward, cache_dir=folder, aoti_cache=True)
     cached(x)
-    before = len(artefacts(folder))
+    before = len(artifacts(folder))
     module.out.weight.data.mul_(3)
     assert torch.allclose(cached(x), module(x), atol=1e-6)
     module.qkv.weight = torch.nn.Parameter(torch.randn(96, 32), requires_grad=False)
     assert torch.allclose(cached(x), module(x), atol=1e-6)
     other = make(seed=1)
     assert torch.allclose(cache_compile(other.forward, cache_dir=folder, aoti_cache=True)(x), other(x), atol=1e-6)
-    assert len(artefacts(folder)) == before
+    assert len(artifacts(folder)) == before
 
 
 def test_methods_of_one_module_and_what_they_write_into_their_inputs(folder):
@@ -246,9 +246,9 @@ def test_rank_suffixes_of_two_processes(ranks, name, monkeypatch):
 
 def test_readable_cache(folder, tmp_path, capsys):
     cache_compile(make().forward, cache_dir=folder, aoti_cache=True)(torch.randn(1, 10, 32))
-    artefact = next(p for p in artefacts(folder) if p.parent.parent.name == "forward" and p.suffix == ".pt2")
-    text = readable_cache(artefact, file=tmp_path / "out.py")
-    assert text == readable_cache(artefact.parent, print_output=False) == (tmp_path / "out.py").read_text()
+    artifact = next(p for p in artifacts(folder) if p.parent.parent.name == "forward" and p.suffix == ".pt2")
+    text = readable_cache(artifact, file=tmp_path / "out.py")
+    assert text == readable_cache(artifact.parent, print_output=False) == (tmp_path / "out.py").read_text()
     assert text in capsys.readouterr().out and (tmp_path / "out.py").stat().st_mode & 0o777 == 0o600
     for part in ("# Attention.forward for cpu", "cache_modules.Attention._finish", "scaled_dot_product_attention", "qkv.weight"):
         assert part in text
@@ -257,14 +257,14 @@ def test_readable_cache(folder, tmp_path, capsys):
 
 def test_readable_cache_refuses_links_and_foreign_files(folder, tmp_path):
     cache_compile(make().forward, cache_dir=folder, aoti_cache=True)(torch.randn(1, 10, 32))
-    artefact = artefacts(folder)[0]
-    (tmp_path / "link.pt2").symlink_to(artefact)
+    artifact = artifacts(folder)[0]
+    (tmp_path / "link.pt2").symlink_to(artifact)
     (tmp_path / "output.py").symlink_to(tmp_path / "elsewhere.py")
     (tmp_path / "open.py").write_text("")
     (tmp_path / "open.py").chmod(0o644)
-    for path, output in ((tmp_path / "absent", None), (tmp_path / "link.pt2", None), (artefact, tmp_path / "output.py"),
-                         (artefact, tmp_path / "open.py"), (tmp_path / "open.py", None)):
-        with pytest.raises(ValueError, match=r"must|is no artefact"):
+    for path, output in ((tmp_path / "absent", None), (tmp_path / "link.pt2", None), (artifact, tmp_path / "output.py"),
+                         (artifact, tmp_path / "open.py"), (tmp_path / "open.py", None)):
+        with pytest.raises(ValueError, match=r"must|is no artifact"):
             readable_cache(path, print_output=False, file=output)
     assert not (tmp_path / "elsewhere.py").exists()
 
@@ -310,10 +310,10 @@ def test_torchs_settings_are_in_the_key(change, back):
 
 @pytest.mark.parametrize("change", ["width", "dtype", "attribute", "training", "function", "global", "method"])
 def test_a_changed_module_or_code_is_never_served_stale(folder, change, monkeypatch):
-    """Everything that a trace saw; the artefact of before is there all the time."""
+    """Everything that a trace saw; the artifact of before is there all the time."""
     x = torch.randn(2, 10, 32)
     cache_compile(make().forward, cache_dir=folder, aoti_cache=True)(x)
-    before = len(artefacts(folder))
+    before = len(artifacts(folder))
     module = make(gain=2.0 if change == "attribute" else 1.0, width=64 if change == "width" else 32,
                   dtype=torch.bfloat16 if change == "dtype" else torch.float32)
     x = torch.randn(2, 10, 64) if change == "width" else x.to(module.out.weight.dtype)
@@ -331,19 +331,19 @@ def test_a_changed_module_or_code_is_never_served_stale(folder, change, monkeypa
     fresh = make()
     assert torch.allclose(cache_compile(fresh.forward, cache_dir=folder, aoti_cache=True)(torch.ones(2, 10, 32)),
                           fresh(torch.ones(2, 10, 32)), atol=1e-6)
-    assert len(artefacts(folder)) >= before
+    assert len(artifacts(folder)) >= before
 
 
-@pytest.mark.parametrize("damage", ["artefact", "manifest"])
-def test_a_damaged_artefact_is_set_aside_and_built_again(tmp_path, damage, caplog):
+@pytest.mark.parametrize("damage", ["artifact", "manifest"])
+def test_a_damaged_artifact_is_set_aside_and_built_again(tmp_path, damage, caplog):
     module, x = make(), torch.randn(2, 10, 32)
     cache_compile(module.forward, cache_dir=tmp_path, aoti_cache=True)(x)
-    (artefact,) = artefacts(tmp_path)
-    if damage == "artefact":
-        content = artefact.read_bytes()
-        artefact.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    (artifact,) = artifacts(tmp_path)
+    if damage == "artifact":
+        content = artifact.read_bytes()
+        artifact.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     else:
-        manifest = artefact.parent / "manifest.json"
+        manifest = artifact.parent / "manifest.json"
         manifest.write_text(manifest.read_text()[:-40])
     caplog.clear()
     for _ in range(2):

@@ -65,7 +65,7 @@ def put(store: CacheStore, name: str = "entry", content: bytes = b"code" * 100, 
 
 
 def served(store: CacheStore) -> list[str]:
-    """The names of the entries that a region would load: verified, and their artefact read."""
+    """The names of the entries that a region would load: verified, and their artifact read."""
     names = []
     for entry in store.entries(PLACE):
         try:
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_no_entry_and_what_was_there_is_served(home):
     try:
         store = make(disk)
         put(store, "first")
-        for size in (200_000, 290_000, 1_000_000):  # the last files, the manifest, the artefact do not fit
+        for size in (200_000, 290_000, 1_000_000):  # the last files, the manifest, the artifact do not fit
             with contextlib.suppress(OSError):
                 put(store, f"entry{size}", os.urandom(size))
         assert len(served(make(disk))) < 4 and "first" in served(make(disk)) and "entry1000000" not in served(make(disk))

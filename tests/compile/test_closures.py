@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import closure_nets as nets
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from test_artefacts import open_cache, restarted, wait
+from test_artifacts import open_cache, restarted, wait
 from test_right_under_change import KEPT, TRACED, cached, difference, exported, inference, refused, run  # noqa: F401
 
 LENGTHS = (10, 4), (10, 4), (12, 4), (14, 7)  # tokens of the image, of the text
@@ -41,25 +41,25 @@ def test_it_is_kept_and_serves_every_block_step_and_length(tmp_path, attention):
     run(compiled, net, *inputs())
     for sizes in LENGTHS:
         check(compiled, net, *sizes)
-    assert compiled.report.last_calls == {"artefact": 4, "graph": 0, "eager": 0}, compiled.report.fallbacks
-    assert len(compiled.report.artefacts) == 1 and not compiled.report.fallbacks
+    assert compiled.report.last_calls == {"artifact": 4, "graph": 0, "eager": 0}, compiled.report.fallbacks
+    assert len(compiled.report.artifacts) == 1 and not compiled.report.fallbacks
     again = cached(tmp_path / "cache")
     check(again, nets.make(attention), *LENGTHS[-1])
-    assert again.report.last_calls["artefact"] == 4
+    assert again.report.last_calls["artifact"] == 4
 
 
 def test_a_number_that_the_function_does_not_read_is_no_part_of_what_is_kept(tmp_path):
     net, compiled = nets.make(nets.masked), cached(tmp_path / "cache")
     run(compiled, net, *inputs(4, 4))
     check(compiled, net, 4, 4)
-    assert compiled.report.last_calls["artefact"] == 4 and len(compiled.report.artefacts) == 1, compiled.report.fallbacks
+    assert compiled.report.last_calls["artifact"] == 4 and len(compiled.report.artifacts) == 1, compiled.report.fallbacks
 
 
 def test_a_number_that_it_reads_counts(tmp_path):
     net, compiled = nets.make(nets.numbered), cached(tmp_path / "cache")
     for _ in range(5):  # one is built a step
         check(compiled, net)
-    assert compiled.report.last_calls["artefact"] == 4 and len(compiled.report.artefacts) == 4
+    assert compiled.report.last_calls["artifact"] == 4 and len(compiled.report.artifacts) == 4
 
 
 @pytest.mark.parametrize("way", [KEPT, TRACED])
@@ -98,7 +98,7 @@ def test_what_cannot_be_kept_is_refused_by_name_and_right(tmp_path, attention, r
     net, compiled = nets.make(attention), cached(tmp_path / "cache")
     for _ in range(3):
         check(compiled, net, 4, 4)
-    assert reason in " ".join(compiled.report.fallbacks) and not compiled.report.artefacts
+    assert reason in " ".join(compiled.report.fallbacks) and not compiled.report.artifacts
     assert compiled.report.last_calls["eager"] == 4
 
 
@@ -109,7 +109,7 @@ def test_a_call_with_what_cannot_be_kept_does_not_keep_others_from_it(tmp_path):
     net, compiled = nets.make(attention), cached(tmp_path / "cache")
     for _ in range(3):
         check(compiled, net, 4, 4)
-    assert compiled.report.last_calls == {"artefact": 2, "graph": 0, "eager": 2} and len(compiled.report.artefacts) == 1
+    assert compiled.report.last_calls == {"artifact": 2, "graph": 0, "eager": 2} and len(compiled.report.artifacts) == 1
 
 
 def test_a_function_that_keeps_an_object_is_not_compiled_for_each_block_anew():
@@ -138,7 +138,7 @@ def test_the_builder_process_makes_the_function_again(tmp_path):
     wait(cache)
     for sizes in LENGTHS:
         check(compiled, net, *sizes)
-    assert compiled.report.last_calls["artefact"] == 4 and compiled.report.graphs == 0, compiled.report.fallbacks
+    assert compiled.report.last_calls["artifact"] == 4 and compiled.report.graphs == 0, compiled.report.fallbacks
     again = CompiledModule(CompileOptions(mark_sizes=True, dynamic=False), cache=restarted(cache, tmp_path / "key"))
     check(again, net, *LENGTHS[-1])
-    assert again.report.last_calls["artefact"] == 4
+    assert again.report.last_calls["artifact"] == 4

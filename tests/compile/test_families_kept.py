@@ -22,4 +22,4 @@ def test_a_newer_family_is_kept_and_right(comfy, tmp_path, name):
     for _ in range(2):
         got = compiled.run(model, lambda: family.call(model), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, want) < 1e-4
-    assert compiled.report.last_calls["artefact"] > 0 and compiled.report.last_calls["eager"] == 0, compiled.report.fallbacks
+    assert compiled.report.last_calls["artifact"] > 0 and compiled.report.last_calls["eager"] == 0, compiled.report.fallbacks

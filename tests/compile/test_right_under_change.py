@@ -1,7 +1,7 @@
 """Whatever is changed after a block was compiled, the result is eager's: by torch.compile in this process, and from the compile cache.
 
 The cache's part runs exported programs as they are (everything of the pack but AOTInductor), so that a case takes a second, not twenty;
-test_artefacts.py and tests/nodes run real packages. Each change is made, taken back, and what was compiled must then serve again.
+test_artifacts.py and tests/nodes run real packages. Each change is made, taken back, and what was compiled must then serve again.
 """
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _programs: dict[str, tuple] = {}
 
 @pytest.fixture(autouse=True)
 def exported(monkeypatch):
-    """A tier whose artefact is the number of an exported program that this process keeps."""
+    """A tier whose artifact is the number of an exported program that this process keeps."""
     def build(program, job, path):
         path.write_text(str(len(_programs)))
         _programs[path.read_text()] = program.module(), len(job.tensors)
@@ -308,7 +308,7 @@ UNSEEN = "training", "parameters' type", "a slice"  # no other result
 def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, kind, change, way):
     net, x = nets.make(kind), inputs()
     compiled = cached(folder) if way == "kept" else CompiledModule(TRACED if change.startswith("Tensor.") else COMPILED)
-    used = "artefact" if way == "kept" else "graph"
+    used = "artifact" if way == "kept" else "graph"
     for _ in range(2):
         assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     assert compiled.report.last_calls[used] == 3, (compiled.report, compiled._cache and compiled._cache.builder.reasons)
@@ -359,7 +359,7 @@ def refused(compiled) -> str:
     (nets.Scalar, "which cannot be described"),
     (nets.View, "it returns a part of its input"),
 ], ids=lambda value: value.__name__ if isinstance(value, type) else "")
-def test_what_an_artefact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, monkeypatch, kind, reason):
+def test_what_an_artifact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, monkeypatch, kind, reason):
     (tmp_path / "file").write_text("2.0")
     monkeypatch.setattr(nets, "FILE", str(tmp_path / "file"))
 
@@ -378,7 +378,7 @@ def test_what_an_artefact_cannot_do_is_refused_by_name_and_runs_eager(tmp_path, 
         got = compiled.run(net, lambda: call(net), filter_guards=True, passthrough=lambda error: False)
         want = call(twin)
         assert torch.equal(got[0], want[0]) and got[1:] == want[1:]
-    assert reason in refused(compiled) and compiled.report.calls["artefact"] == 0
+    assert reason in refused(compiled) and compiled.report.calls["artifact"] == 0
     assert compiled.report.status() == "running uncompiled" and compiled.report.warnings()
 
 
@@ -421,7 +421,7 @@ def test_what_differs_at_each_look_is_no_constant_of_torch_compile(kind):
 
 @pytest.mark.parametrize("kind", [nets.Truth, nets.Length, nets.Flags, nets.ByBatch, nets.SliceByBatch, nets.Plain, nets.InPlace, nets.Tied,
                                   nets.Optional, nets.Differs, nets.Prints], ids=lambda kind: kind.__name__)
-def test_an_artefact_serves_only_what_it_was_made_of(tmp_path, kind):
+def test_an_artifact_serves_only_what_it_was_made_of(tmp_path, kind):
     net, twin, compiled = nets.make(kind), nets.make(kind), cached(tmp_path / "cache")
     rounds = [({}, 2), ({"a": 1}, 2), ({}, 2), ({"b": 1}, 1), ({}, 1), ({}, 3)]
     for options, batch in rounds * 2:
@@ -433,7 +433,7 @@ def test_an_artefact_serves_only_what_it_was_made_of(tmp_path, kind):
             return net(x.clone(), *arguments, **given)
         got = compiled.run(net, lambda: call(net), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, call(twin)) < 1e-4
-    assert compiled.report.calls["artefact"] > 0
+    assert compiled.report.calls["artifact"] > 0
     if kind is nets.Tied:
         net.blocks[0].second.weight = torch.nn.Parameter(torch.randn(32, 32))
     if kind is nets.Optional:
@@ -464,7 +464,7 @@ def test_a_call_is_served_by_what_was_made_for_calls_of_its_kind(tmp_path, kind,
     for given, want in [*zip(calls, wanted)] * 3:
         got = compiled.run(net, lambda given=given: call(*given), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, want) < 1e-4
-    assert not compiled.report.failure and (compiled.report.calls["artefact" if way == "kept" else "graph"]
+    assert not compiled.report.failure and (compiled.report.calls["artifact" if way == "kept" else "graph"]
                                             or (kind is nets.Named and "an argument is a Pair" in refused(compiled)))
 
 
@@ -560,7 +560,7 @@ def test_an_error_that_the_model_raises_once_is_raised_and_compile_goes_on(tmp_p
         run(compiled, net, x)
     owner.fails = None
     assert difference(run(compiled, net, x), net(x)) < 1e-4
-    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
 
 
 def test_two_models_that_call_each_other_from_two_threads_come_back():
@@ -643,7 +643,7 @@ def test_a_mode_that_changes_torchs_functions_changes_the_result(tmp_path, way):
         for _ in range(2):
             assert difference(run(compiled, net, x), net(x)) < 1e-4
     assert difference(run(compiled, net, x), plain) < 1e-4
-    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
 
 
 class Alternates(nets.Net):
@@ -694,17 +694,17 @@ def test_a_block_that_was_looked_at_may_go_before_what_was_built_for_it_is_loade
         net.blocks[index].first.weight.mul_(2)
     gc.collect()
     assert difference(run(compiled, net, x), net(x)) < 1e-4
-    assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact"] == 3 and not compiled.report.failure
 
 
-def test_the_status_says_that_a_model_runs_uncompiled_while_artefacts_are_not_allowed(tmp_path):
+def test_the_status_says_that_a_model_runs_uncompiled_while_artifacts_are_not_allowed(tmp_path):
     net, compiled, x = nets.make(nets.Plain), cached(tmp_path / "cache"), inputs()[0]
     for _ in range(2):
         run(compiled, net, x)
     assert compiled.report.status().startswith("ready")
     run(compiled, net, x, patched=True)
     assert compiled.report.status() == "running uncompiled"
-    assert compiled.report.last_calls == {"artefact": 0, "graph": 0, "eager": 3}
+    assert compiled.report.last_calls == {"artifact": 0, "graph": 0, "eager": 3}
     run(compiled, net, x)
     assert compiled.report.status().startswith("ready")
 

@@ -44,7 +44,7 @@ def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():
     assert compiled.report.last_calls["graph"] == 3
 
 
-def test_why_an_artefact_is_not_used_is_in_the_report(tmp_path):
+def test_why_an_artifact_is_not_used_is_in_the_report(tmp_path):
     net, compiled, x = nets.make(), cached(tmp_path / "cache"), inputs()
     for _ in range(2):
         run(compiled, net, *x)
@@ -57,8 +57,8 @@ def test_why_an_artefact_is_not_used_is_in_the_report(tmp_path):
         nets.scaled.__defaults__ = (1.0,)
     run(compiled, net, *x)
     code, attribute = compiled.report.fallbacks
-    assert code.endswith("is not the code that its artefact was made of: running uncompiled while it is so.")
-    assert attribute == ("Block: gain is not as in the blocks that its artefact was made of: running uncompiled while it is so.")
+    assert code.endswith("is not the code that its artifact was made of: running uncompiled while it is so.")
+    assert attribute == ("Block: gain is not as in the blocks that its artifact was made of: running uncompiled while it is so.")
     assert code in compiled.report.text() and attribute in compiled.report.text()
 
 
@@ -95,7 +95,7 @@ def test_a_zero_of_the_other_sign_is_another_number(tmp_path, place, way):
             options = {"strength": value} if place == "option" else {}
             assert difference(run(compiled, net, x, *arguments, **options), net(x, *arguments, **options)) < 1e-4
         if is_first:
-            assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+            assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3
     ZERO[0] = 0.0
 
 
@@ -164,7 +164,7 @@ def test_what_a_model_sets_between_its_blocks_counts_at_each_of_them(tmp_path, w
             assert difference(got, net(x)) < 1e-4, step
             change(1.0)
             if step == 5 and start == 6 and kind is Stateful:
-                assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+                assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3
     finally:
         change(1.0)
         os.environ.pop("INT8_COMPILE_TEST_GAIN", None)
@@ -242,7 +242,7 @@ CHANGES = {
 def test_what_holds_a_modules_parts_may_be_exchanged_as_a_whole(tmp_path, change, way):
     net, x = nets.make(), inputs()
     compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
-    used = "artefact" if way == "kept" else "graph"
+    used = "artifact" if way == "kept" else "graph"
     for _ in range(2):
         assert difference(run(compiled, net, *x), net(*x)) < 1e-4
     back = CHANGES[change](net)
@@ -334,7 +334,7 @@ def test_what_is_put_on_a_tensor_counts(tmp_path, place, first, way):
                 owner.strength = value
         assert difference(run(compiled, net, x), net(x)) < 1e-4, value
     if first is None:
-        assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3
+        assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3
 
 
 def scale(x):
@@ -367,7 +367,7 @@ def test_constants_and_builtins_may_be_replaced(tmp_path, monkeypatch, owner, na
         monkeypatch.setattr(owner, name, now)
         assert difference(run(compiled, net, x), net(x)) < 1e-4
     if way == "kept" or name != "OFFSET":  # which dynamo cannot compile
-        assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+        assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
 
 
 def graphs_and_sizes() -> list:
@@ -491,7 +491,7 @@ def test_a_tensor_that_is_negated_or_conjugated_by_a_bit_is_read_so(tmp_path, mo
     assert marked.is_contiguous() and (marked.is_neg() or marked.is_conj())
     for y in (plain, plain, marked, plain):
         assert difference(run(compiled, net, x, y), net(x, y)) < 1e-4
-        got = compiled.report.last_calls.get("artefact")
+        got = compiled.report.last_calls.get("artifact")
     assert got == 3 and not compiled.report.failure
 
 
@@ -554,7 +554,7 @@ def test_getattr_may_be_used_as_a_value(tmp_path, kind, way):
         for block in net.blocks:
             block.part.gain = gain
         assert difference(run(compiled, net, x), net(x)) < 1e-4
-    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
 
 
 class DefaultDtype(nets.Small):
@@ -587,7 +587,7 @@ def test_torchs_settings_may_change_between_steps(tmp_path, kind, setter, values
             assert value is before or "torch's settings" in compiled.report.text()
     finally:
         setter(before)
-    assert compiled.report.last_calls["artefact"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact"] == 3 and not compiled.report.failure
 
 
 class OfTorch(nets.Small):
@@ -641,4 +641,4 @@ def test_a_function_of_torch_may_be_replaced_by_another_of_torchs(tmp_path, what
                 setattr(owner, name, before)
             elif name in vars(owner):
                 delattr(owner, name)
-    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 3 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 3 and not compiled.report.failure

@@ -167,7 +167,7 @@ def test_a_block_that_asks_how_its_input_lies_in_memory_gets_eagers_answer(tmp_p
         x = make()
         got = compiled.run(net, lambda x=x: block(x), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, block(x)) < 1e-4, make.__name__
-    assert compiled.report.last_calls["artefact" if way == "kept" else "graph"] == 1 and not compiled.report.failure
+    assert compiled.report.last_calls["artifact" if way == "kept" else "graph"] == 1 and not compiled.report.failure
     assert way == "compiled" or "the layout of its inputs, which it reads, is not as in the blocks" in compiled.report.text()
 
 
@@ -258,7 +258,7 @@ def test_a_change_of_a_value_that_is_read_in_a_roundabout_way_shows_at_once(tmp_
             for block in net.blocks:
                 change(block, value)
             assert difference(run(compiled, net, x), net(x)) < 1e-4, index
-        used = "eager" if way == "kept" and "closure" in what else "artefact" if way == "kept" else "graph"
+        used = "eager" if way == "kept" and "closure" in what else "artifact" if way == "kept" else "graph"
         assert compiled.report.last_calls[used] == 3 and not compiled.report.failure
     finally:
         for block in net.blocks:
@@ -339,7 +339,7 @@ def test_a_class_may_be_registered_as_another_ones(tmp_path, reads, way, monkeyp
         if step == 2:
             interface.register(Thing)
         assert difference(run(compiled, net, x), net(x)) < 1e-4, step
-        assert step >= 2 or way == "compiled" or compiled.report.calls["artefact"] == 3 * step
+        assert step >= 2 or way == "compiled" or compiled.report.calls["artifact"] == 3 * step
     interface.register(type("Unrelated", (), {}))
     assert difference(run(compiled, net, x), net(x)) < 1e-4
 

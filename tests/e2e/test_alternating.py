@@ -225,7 +225,7 @@ def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, a
         turns.verify()
 
 
-def test_artefacts_and_builds_in_the_background_take_turns_with_all_else(serve, models_dir, tmp_path):
+def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, models_dir, tmp_path):
     rng = random.Random(SEED)
     environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(tmp_path / "cache"),
                    "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / "keys" / "key")}
@@ -239,14 +239,14 @@ def test_artefacts_and_builds_in_the_background_take_turns_with_all_else(serve, 
         turns.wait_for_builder()
         for model in background:
             calls = turns.take(model, built=True)
-            assert calls["artefact"] and not calls["eager"] and not calls["graph"], (model.name, calls)
+            assert calls["artifact"] and not calls["eager"] and not calls["graph"], (model.name, calls)
         turns.alternate(pool, ORDERS // 6, rng, built=True)
         turns.verify()
     with serve(extra_args=GPU_ATTENTION, env=environment) as server:  # loaded by the first sampling, and float's before there is any INT8
         turns = Turns(server)
         for model in [*background, *background]:
             calls = turns.take(model, built=True)
-            assert calls["artefact"] and not calls["eager"] and not calls["graph"], (model.name, calls)
+            assert calls["artifact"] and not calls["eager"] and not calls["graph"], (model.name, calls)
         turns.verify()
 
 

@@ -52,13 +52,13 @@ def report(model):
 
 @pytest.fixture(scope="module")
 def built(request):
-    """Which models' artefacts are there already."""
+    """Which models' artifacts are there already."""
     return set()
 
 
 @pytest.fixture
-def artefacts(restart, built, load, nodes, sample):
-    """artefacts(name, int8): makes sure that the model's artefacts are on disk, as a first run in the background leaves them."""
+def artifacts(restart, built, load, nodes, sample):
+    """artifacts(name, int8): makes sure that the model's artifacts are on disk, as a first run in the background leaves them."""
     def make(name, int8=False):
         model = load(name)
         model = nodes.INT8QuantizeModel(model, method="convrot") if int8 else model
@@ -76,18 +76,18 @@ def artefacts(restart, built, load, nodes, sample):
 
 
 @pytest.mark.parametrize("name, int8", [("tiny_flux", False), ("tiny_flux", True), ("tiny_wan", True)])
-def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artefacts, nodes, sample, name, int8):
-    model = artefacts(name, int8)
+def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artifacts, nodes, sample, name, int8):
+    model = artifacts(name, int8)
     compiled = nodes.INT8LazyTorchCompile(model)
     for arguments in ({}, {"height": 24}, {"tokens": 33}, {"cfg": 3.0}):
         assert difference(sample(compiled, **arguments), sample(model, **arguments)) < (NOISE if int8 else EXACT)
     found = report(compiled)
     assert found.graphs == 0 and found.compiled_from_step == 1 and not found.failure and found.fallbacks == []
-    assert len(found.artefacts) >= len(found.regions)
+    assert len(found.artifacts) >= len(found.regions)
 
 
-def test_batch_1_and_2_share_artefacts(artefacts, nodes, sample):
-    model = artefacts("tiny_flux")
+def test_batch_1_and_2_share_artifacts(artifacts, nodes, sample):
+    model = artifacts("tiny_flux")
     compiled = nodes.CompileModel(model)
     for batch in (1, 2, 3):
         assert difference(sample(compiled, batch=batch), sample(model, batch=batch)) < EXACT
@@ -95,8 +95,8 @@ def test_batch_1_and_2_share_artefacts(artefacts, nodes, sample):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_loras_and_their_strength_change_what_artefacts_compute(artefacts, nodes, sample, lora, int8):
-    model = artefacts("tiny_flux", int8)
+def test_loras_and_their_strength_change_what_artifacts_compute(artifacts, nodes, sample, lora, int8):
+    model = artifacts("tiny_flux", int8)
     images = []
     for strength in (1.0, 0.3):
         patched = lora(model, strength=strength)
@@ -110,18 +110,18 @@ def test_loras_and_their_strength_change_what_artefacts_compute(artefacts, nodes
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_offloaded_weights_are_fetched_for_artefacts(artefacts, nodes, lora, apply, int8):
+def test_offloaded_weights_are_fetched_for_artifacts(artifacts, nodes, lora, apply, int8):
     """Partly loaded as --lowvram does it, with a LoRA that is added on the way."""
-    model = lora(artefacts("tiny_flux", int8))
+    model = lora(artifacts("tiny_flux", int8))
     compiled = nodes.CompileModel(model)
     for share in (1e-6, 0.5, 1e-6):
         want = apply(model, share)
         assert difference(apply(compiled, share), want) < (NOISE if int8 else EXACT)
-    assert report(compiled).graphs == 0 and report(compiled).artefacts
+    assert report(compiled).graphs == 0 and report(compiled).artifacts
 
 
 @pytest.mark.parametrize("method", ["CLIP", "VAE"])
-def test_text_encoders_and_vaes_keep_artefacts_too(comfy, restart, nodes, models_dir, method):
+def test_text_encoders_and_vaes_keep_artifacts_too(comfy, restart, nodes, models_dir, method):
     if method == "CLIP":
         whole = comfy.sd.load_clip([str(models_dir / "models" / "text_encoders" / "tiny_clip_l.safetensors")],
                                    clip_type=comfy.sd.CLIPType.SD3)
@@ -145,19 +145,19 @@ def test_text_encoders_and_vaes_keep_artefacts_too(comfy, restart, nodes, models
     compiled = nodes.CompileModel(whole, is_patcher=False)
     assert difference(use(compiled), want) < EXACT
     found = report(compiled.patcher)
-    assert found.artefacts and found.graphs == 0 and not found.failure
+    assert found.artifacts and found.graphs == 0 and not found.failure
 
 
-def test_an_artefact_of_rotated_layers_is_not_taken_for_others(artefacts, load, nodes, sample):
-    artefacts("tiny_flux", int8=True)
+def test_an_artifact_of_rotated_layers_is_not_taken_for_others(artifacts, load, nodes, sample):
+    artifacts("tiny_flux", int8=True)
     model = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
     compiled = nodes.CompileModel(model, background=True)
-    assert torch.equal(sample(compiled), sample(model)) and not report(compiled).artefacts
+    assert torch.equal(sample(compiled), sample(model)) and not report(compiled).artifacts
 
 
-def test_patches_inside_blocks_run_without_artefacts(artefacts, nodes, sample):
+def test_patches_inside_blocks_run_without_artifacts(artifacts, nodes, sample):
     """An attention patch reads anything: in the background such steps stay eager."""
-    model = artefacts("tiny_flux")
+    model = artifacts("tiny_flux")
     patched = nodes.CompileModel(model, background=True).clone()
     plain = model.clone()
 
@@ -169,18 +169,18 @@ def test_patches_inside_blocks_run_without_artefacts(artefacts, nodes, sample):
     assert torch.equal(sample(patched), sample(plain))
 
 
-def test_another_attention_is_another_program(artefacts, nodes, sample, monkeypatch):
+def test_another_attention_is_another_program(artifacts, nodes, sample, monkeypatch):
     """As packs do that put their own attention into ComfyUI's modules."""
     import comfy.ldm.flux.math
 
-    model = artefacts("tiny_flux")
+    model = artifacts("tiny_flux")
 
     def attention(q, k, v, heads, **options):
         return torch.zeros(q.shape[0], q.shape[2], heads * q.shape[3])
     monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention)
     compiled = nodes.CompileModel(model, background=True)
     assert torch.equal(sample(compiled), sample(model))
-    assert not report(compiled).artefacts
+    assert not report(compiled).artifacts
 
 
 def test_turned_off_nothing_is_written(restart, cache_folder, flux, nodes, sample, monkeypatch, tmp_path):

@@ -213,7 +213,7 @@ def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
     assert {item.labels[0] for item in held} == {name for name, _ in report.regions}
     assert not {"aaaaaaaaaaaa", "cccccccccccc", "dddddddddddd"} & {item.name for item in held}
     sample(compiled)  # loads what was built
-    assert report.artefacts
+    assert report.artifacts
     artifact_cache.get_cache().builder.built.clear()
     assert run("SaveCompileCache", model=compiled).args[1] == output.args[1]
 

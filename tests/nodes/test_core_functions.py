@@ -268,15 +268,15 @@ def test_a_weight_whose_storage_core_has_reordered_is_multiplied_by_its_own_layo
     for layout, qdata, params in (("TensorWiseINT8Layout", old._qdata, plain),
                                   ("Reordered", old._qdata.flip(1), replace(plain, reversed=True))):
         layer.weight = torch.nn.Parameter(comfy.ops.QuantizedTensor(qdata, layout, params), requires_grad=False)
-        assert difference(layer(x), want) < NOISE and bool(layer.artefact_tensors()) is not params.reversed
+        assert difference(layer(x), want) < NOISE and bool(layer.artifact_tensors()) is not params.reversed
     assert comfy.quant_ops.get_layout_class("TensorWiseINT8Layout") is before
 
 
 def test_the_twin_of_a_layer_in_the_builder_answers_what_core_asks(comfy, with_core, make):
     layer = make("smoothquant")
-    cls, arguments = layer.artefact_replacement()
+    cls, arguments = layer.artifact_replacement()
     twin = cls(*arguments)
-    for name, tensor in layer.artefact_tensors().items():
+    for name, tensor in layer.artifact_tensors().items():
         setattr(twin, name, tensor)
     x, norm, residual, scale = inputs("gelu_tanh")
     for version in CORES:
@@ -302,7 +302,7 @@ def test_full_precision_is_honoured(core, comfy, make, kind):
     with Ops() as ops:
         got = layer(x)
     if kind != "core INT8":  # core before 0.36 multiplies in INT8 all the same
-        assert difference(got, want) < 1e-6 and not ops.counts["int8_compile::int8_gemm"] and layer.artefact_tensors() == {}
+        assert difference(got, want) < 1e-6 and not ops.counts["int8_compile::int8_gemm"] and layer.artifact_tensors() == {}
     layer._full_precision_mm = False
     assert difference(layer(x), want) > 1e-6
 

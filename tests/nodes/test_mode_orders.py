@@ -69,7 +69,7 @@ def test_lists_alternate_in_any_order_each_compiled_and_itself(load, nodes, ways
 
 
 def test_compile_alone_behind_an_int8_list_of_the_same_session_compiles(load, nodes, ways, sample, restart):  # noqa: F811
-    """With artefacts: they are of one structure each."""
+    """With artifacts: they are of one structure each."""
     cache = restart()
     flux = load()
     last = {"backend": "inductor", "background": True}
@@ -82,7 +82,7 @@ def test_compile_alone_behind_an_int8_list_of_the_same_session_compiles(load, no
             # Inductor rounds norms and activations otherwise in the last bit, which INT8 blows up to its own noise.
             assert difference(image, eager[name]) < (1e-3 if name == "float" else 0.01)
             assert name == "float" or difference(image, eager["float"]) > 2e-3
-        assert {kind for kind, count in served(model).items() if count} == {"artefact"}, name
+        assert {kind for kind, count in served(model).items() if count} == {"artifact"}, name
     places = {path.parent for path in cache.store.base.glob("*/*/*/*")}
     assert len(places) >= 4  # two regions of two structures
 

@@ -189,14 +189,14 @@ def test_offloaded_layers_with_lora_give_the_same_result(flux, nodes, lora):
         model.unpatch_model(torch.device("cpu"))
 
 
-def test_a_layer_whose_class_another_pack_patched_is_in_no_artefact(flux, nodes, monkeypatch):
+def test_a_layer_whose_class_another_pack_patched_is_in_no_artifact(flux, nodes, monkeypatch):
     model = nodes.INT8QuantizeModel(flux, method="convrot")
     layer = next(iter(model.object_patches.values()))
-    assert layer.artefact_tensors()
+    assert layer.artifact_tensors()
     for kind in (type(layer), type(layer).__mro__[1], torch.nn.Module):
         name = "_call_impl" if kind is torch.nn.Module else "forward"
         with monkeypatch.context() as patched:
             original = getattr(kind, name)
             patched.setattr(kind, name, lambda self, *args, _call=original, **kwargs: _call(self, *args, **kwargs) * 2)
-            assert not layer.artefact_tensors()
-    assert layer.artefact_tensors()
+            assert not layer.artifact_tensors()
+    assert layer.artifact_tensors()

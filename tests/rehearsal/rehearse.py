@@ -294,10 +294,10 @@ def cuda_graphs_are_had_or_left_out_with_a_reason(state):
                 x = block(x)
             return x
     plain = CompileOptions(backend="eager")
-    assert plain.on_device(CUDA) == (plain, "") and plain.artefact_refusal and not CompileOptions().artefact_refusal
+    assert plain.on_device(CUDA) == (plain, "") and plain.artifact_refusal and not CompileOptions().artifact_refusal
     for options in (CompileOptions(mode="reduce-overhead"), CompileOptions(backend="cudagraphs"),
                     CompileOptions(options='{"triton.cudagraphs": true}')):
-        assert options.cuda_graphs and options.artefact_refusal
+        assert options.cuda_graphs and options.artifact_refusal
         each_size = dict(dynamic=False, mark_sizes=False) if options.backend == "cudagraphs" else {}
         assert options.on_device(CUDA) == (dataclasses.replace(options, **each_size), "")
         assert "do not exist on cpu" in options.on_device(CPU)[1]
@@ -345,7 +345,7 @@ def the_builder_waits_for_the_cards_memory(state):
 
 
 @step
-def an_artefacts_inputs_are_aligned(state):
+def an_artifacts_inputs_are_aligned(state):
     from int8_compile.compile.artifacts import artifact
 
     for device in (CUDA, CPU):

@@ -191,8 +191,8 @@ def test_a_neighbour_who_swaps_files_all_the_time_is_never_loaded(home):
     shutil.copytree(home / "cache", home / "evil")
     for path in (home / "evil", *(home / "evil").rglob("*")):
         os.chown(path, OURS, SHARED)  # even with our owner, as root would set it
-    for artefact in (home / "evil").rglob(ARTEFACT):
-        artefact.write_bytes(b"evil")
+    for artifact in (home / "evil").rglob(ARTEFACT):
+        artifact.write_bytes(b"evil")
     os.chown(home, THEIRS, SHARED)
     home.chmod(0o777)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -216,7 +216,7 @@ def test_a_neighbour_who_swaps_files_all_the_time_is_never_loaded(home):
         os.waitpid(swapper, 0)
 
 
-def test_running_out_of_file_handles_while_an_artefact_is_read_says_nothing_of_it(home):
+def test_running_out_of_file_handles_while_an_artifact_is_read_says_nothing_of_it(home):
     resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
 
     def starved():

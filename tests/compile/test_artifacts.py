@@ -1,4 +1,4 @@
-"""Artefacts of a model's blocks: built by another process, swapped in, found again, and never wrong."""
+"""Artifacts of a model's blocks: built by another process, swapped in, found again, and never wrong."""
 from __future__ import annotations
 
 import logging
@@ -41,7 +41,7 @@ def key_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, key_file):
-    """A cache that has the artefact of Net's block."""
+    """A cache that has the artifact of Net's block."""
     cache = open_cache(tmp_path_factory.mktemp("cache"), key_file)
     with torch.inference_mode():
         run(CompiledModule(BACKGROUND, cache=cache), make(), *inputs())
@@ -89,18 +89,18 @@ def test_background_runs_eager_until_it_is_built_and_compiled_from_the_next_step
     wait(cache)
     assert not compiled.report.building
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5
-    assert compiled.report.compiled_from_step == 4 and compiled.report.graphs == 0 and len(compiled.report.artefacts) == 1
+    assert compiled.report.compiled_from_step == 4 and compiled.report.graphs == 0 and len(compiled.report.artifacts) == 1
     assert not compiled.report.fallbacks
 
 
-def test_one_artefact_serves_every_size_batch_and_model_of_the_structure(built, key_file):
+def test_one_artifact_serves_every_size_batch_and_model_of_the_structure(built, key_file):
     cache = restarted(built, key_file)
     for net in (make(), make(depth=5)):
         compiled = CompiledModule(OPTIONS, cache=cache)
         for batch, tokens in ((2, 10), (1, 10), (3, 7), (1, 200)):
             x = inputs(batch, tokens)
             assert difference(run(compiled, net, *x), net(*x)) < 1e-5
-        assert compiled.report.graphs == 0 and len(compiled.report.artefacts) == 1 and compiled.report.compiled_from_step == 1
+        assert compiled.report.graphs == 0 and len(compiled.report.artifacts) == 1 and compiled.report.compiled_from_step == 1
 
 
 @pytest.mark.parametrize("name, make_inputs", [
@@ -115,7 +115,7 @@ def test_inputs_of_other_kinds_equal_eager(built, key_file, name, make_inputs):
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5
 
 
-def test_a_block_that_writes_into_its_input_does_so_in_an_artefact(built, key_file):
+def test_a_block_that_writes_into_its_input_does_so_in_an_artifact(built, key_file):
     net, compiled = make(), CompiledModule(OPTIONS, cache=restarted(built, key_file))
     for strided in (False, True):
         x, scale = inputs()
@@ -131,10 +131,10 @@ def test_a_block_that_writes_into_its_input_does_so_in_an_artefact(built, key_fi
 
 @pytest.mark.parametrize("change", ["flag", "patch function", "appended patch", "hook", "forward", "patched"])
 def test_what_the_trace_did_not_see_is_not_served(built, key_file, change):
-    """Runs eager here (background), so that a wrong artefact would show at once."""
+    """Runs eager here (background), so that a wrong artifact would show at once."""
     net, compiled, x = make(), CompiledModule(BACKGROUND, cache=restarted(built, key_file)), inputs()
     run(compiled, net, *x)
-    assert compiled.report.artefacts
+    assert compiled.report.artifacts
     options = {"double": True} if change == "flag" else {}
     if change == "patch function":
         net.blocks[1].patches = [lambda h: h * 3]
@@ -148,20 +148,20 @@ def test_what_the_trace_did_not_see_is_not_served(built, key_file, change):
     assert torch.equal(run(compiled, net, *x, patched=change == "patched", **options), want)
 
 
-def test_gradients_are_not_lost_in_an_artefact(built, key_file):
+def test_gradients_are_not_lost_in_an_artifact(built, key_file):
     with torch.inference_mode(False):
         net, x = make().requires_grad_(True), inputs()
         compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
         with torch.no_grad():
             run(compiled, net, *x)
-        assert compiled.report.artefacts
+        assert compiled.report.artifacts
         y = run(compiled, net, *x)
         assert y.requires_grad and torch.equal(y, net(*x))
 
 
-def test_code_that_is_patched_in_this_process_is_not_what_the_artefact_was_made_of(built, key_file, monkeypatch):
+def test_code_that_is_patched_in_this_process_is_not_what_the_artifact_was_made_of(built, key_file, monkeypatch):
     net, compiled, x = make(), CompiledModule(BACKGROUND, cache=restarted(built, key_file)), inputs()
-    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artefacts
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
     monkeypatch.setattr(cache_nets, "strength", lambda: 3.0)
     assert torch.equal(run(compiled, net, *x), net(*x))
     monkeypatch.undo()
@@ -201,7 +201,7 @@ def test_a_killed_builder_leaves_eager_and_one_warning_and_the_next_start_builds
     compiled = CompiledModule(BACKGROUND, cache=cache)
     run(compiled, net, *x)
     wait(cache)
-    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artefacts
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
 
 
 def test_the_builder_ends_with_this_process(tmp_path, key_file):
@@ -215,30 +215,30 @@ def test_the_builder_ends_with_this_process(tmp_path, key_file):
 
 
 @pytest.mark.parametrize("options, reason", [
-    (CompileOptions(backend="aot_eager", background=True), "backend aot_eager makes no artefacts"),
+    (CompileOptions(backend="aot_eager", background=True), "backend aot_eager makes no artifacts"),
     (CompileOptions(mode="max-autotune-no-cudagraphs", background=True), "mode max-autotune-no-cudagraphs is not kept"),
 ])
-def test_what_makes_no_artefacts_says_so(built, options, reason):
+def test_what_makes_no_artifacts_says_so(built, options, reason):
     compiled = CompiledModule(options, cache=built)
     assert reason in compiled.report.fallbacks[0] and compiled._cache is None
 
 
 def test_int8_layers_and_their_rotation(tmp_path, key_file):
-    """The plain twin of a quantized layer, whose ops run inside the artefact."""
-    from int8_compile.int8.plain_layer import ArtefactLinear
+    """The plain twin of a quantized layer, whose ops run inside the artifact."""
+    from int8_compile.int8.plain_layer import ArtifactLinear
     from int8_compile.int8.quantize import quantize_weight
 
     net = make(width=64)
     for block in net.blocks:
         qweight, scale, group = quantize_weight(block.first.weight, True)
-        layer = ArtefactLinear(group, "auto", ("qweight", "weight_scale", "bias"), {})
+        layer = ArtifactLinear(group, "auto", ("qweight", "weight_scale", "bias"), {})
         layer.qweight, layer.weight_scale, layer.bias = qweight, scale, block.first.bias.detach().clone()
         block.first = layer
     cache, x = open_cache(tmp_path, key_file), inputs(width=64)
     compiled = CompiledModule(BACKGROUND, cache=cache)
     run(compiled, net, *x)
     wait(cache)
-    assert difference(run(compiled, net, *x), net(*x)) < 0.01 and compiled.report.artefacts
+    assert difference(run(compiled, net, *x), net(*x)) < 0.01 and compiled.report.artifacts
 
 
 LOADER = """
@@ -248,17 +248,17 @@ root, store, key = sys.argv[1:]
 package = sys.modules["int8_compile"] = types.ModuleType("int8_compile")
 package.__path__ = [root]
 import torch
-from int8_compile.compile.artifacts.artifact import Artefact
+from int8_compile.compile.artifacts.artifact import Artifact
 from int8_compile.compile.artifacts.store import CacheStore
 store = CacheStore(Path(store), Path(key))
 for folder in store.own():
-    print(Artefact(store.entry(folder), torch.device("cpu")).kind)
+    print(Artifact(store.entry(folder), torch.device("cpu")).kind)
 print(sorted(path.name for path in Path("/tmp").iterdir()))
 """
 
 
 @pytest.mark.parametrize("options", ["size=64k", "size=1m,noexec"])
-def test_artefacts_are_loaded_where_tmp_is_full_or_no_code_may_run_from_it(built, key_file, options):
+def test_artifacts_are_loaded_where_tmp_is_full_or_no_code_may_run_from_it(built, key_file, options):
     """torch's own loader unpacks to /tmp, whatever TMPDIR says."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         shutil.copytree(built.store.layout.parent, Path(folder, "cache"))
@@ -285,4 +285,4 @@ def test_what_cannot_be_loaded_now_is_not_set_aside(built, key_file, monkeypatch
         for _ in range(2):
             assert torch.equal(run(compiled, net, *x), net(*x))
     compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
-    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artefacts
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
