@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .artifacts.job import varying
+from .artifacts.job import dynamic_dims_of_rank
 from .torch_compiler import Compiled
 
-_VARYING = {dims: frozenset(varying(dims)) for dims in range(16)}
+_VARYING = {dims: frozenset(dynamic_dims_of_rank(dims)) for dims in range(16)}
 
 
 def _strided(value: Tensor) -> bool:

@@ -58,12 +58,12 @@ class CompiledModule:
         self._blocks: dict[int, Block] = {}  # by id of the module, of the regions
         self._states: dict[tuple, RegionState] = {}  # by what blocks are made of
         self._failures: dict[tuple, str] = {}  # why compile is off, by what all the regions are made of
-        self._settled = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
+        self._steady_state = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
         self._step: Step | None = None
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
-            around_block: Callable | None = None, tell: OnProgress | None = None,
+            around_block: Callable | None = None, on_progress: OnProgress | None = None,
             interrupted: Callable[[], bool] = bool):
         """call() with root's regions compiled.
 
@@ -79,7 +79,7 @@ class CompiledModule:
             # In another thread's run, which may be waiting for this one: the blocks run eager.
             return call()
         try:
-            self._events.listen(tell)
+            self._events.listen(on_progress)
             self._refresh(root)
             if self.report.failure:
                 self.report.steps += 1
@@ -137,7 +137,7 @@ class CompiledModule:
                     region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options))
             for index, module in enumerate(region.modules):
                 first = index == 0
-                blocks[id(module)] = Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._settled))
+                blocks[id(module)] = Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._steady_state))
         return blocks
 
     def _run_compiled(self, call, filter_guards, around_block, interrupted, passthrough):
@@ -169,8 +169,8 @@ class CompiledModule:
         return result
 
     def _after_step(self, step: Step, compiled: bool) -> None:
-        if compiled == self._settled:
-            self._settled = not compiled
+        if compiled == self._steady_state:
+            self._steady_state = not compiled
             for block in self._blocks.values():
                 block.mark = self.options.mark_sizes and (block.is_first or compiled)
         if compiled:
@@ -196,7 +196,7 @@ class CompiledModule:
             if result is not MISSING:
                 step.calls["artifact"] += 1
                 return result
-            if artifacts.instead:
+            if artifacts.eager_fallback:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
         result = self._by_graph(step, block, module, args, kwargs)

@@ -13,7 +13,7 @@ from ..int8.echo import echo
 from .allowed_options import INVALID_OPTIONS, MAX_CHARACTERS, check_options
 from .third_party_backends import OPTIONAL_BACKENDS, package_of
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+TORCH_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DYNAMIC = {"auto": None, "true": True, "false": False}
 # Not in torch's public list, but useful to find out which stage fails, and what other packs' nodes offer.
 DIAGNOSTIC_BACKENDS = ("eager", "aot_eager")
@@ -52,8 +52,8 @@ class CompileOptions:
     def __post_init__(self):
         """Raises ValueError, and RuntimeError for an optional backend whose package is absent: wherever the values come from (a node, a
         linked input, the settings of a mode, a file), none of them reaches torch unchecked."""
-        if self.mode not in MODES:
-            raise ValueError(f"{self.title}: unknown mode '{echo(self.mode)}'. Choose one of: {', '.join(MODES)}.")
+        if self.mode not in TORCH_COMPILE_MODES:
+            raise ValueError(f"{self.title}: unknown mode '{echo(self.mode)}'. Choose one of: {', '.join(TORCH_COMPILE_MODES)}.")
         for name in SWITCHES:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{self.title}: {name} is true or false, not {echo(getattr(self, name))}.")

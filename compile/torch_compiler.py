@@ -16,7 +16,7 @@ from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
 from .artifacts.origins import is_pristine_package
 from .artifacts.recording import Recording
-from .artifacts.source_guards import Sources, sources_of
+from .artifacts.source_guards import CodeFingerprint, sources_of
 from .backend import _Backend
 from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile
@@ -76,7 +76,7 @@ class Compiled:
     backend: _Backend | None
     guards: GuardFilter
     described: tuple[int, int] = (0, 0)  # how many functions and classes, when code and classes were
-    code: Sources | None = None
+    code: CodeFingerprint | None = None
     classes: ClassGuards | None = None
     names: Names | None = None  # of attributes that it can read
 
@@ -114,7 +114,7 @@ class Compiled:
             self.described = counts
             found = Recording.of(self.backend.traced)
             self.names = names = found.names()
-            self.code = Sources(sources_of(found, names, lenient=True), names, lenient=True)
+            self.code = CodeFingerprint(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
             kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
@@ -206,8 +206,8 @@ def _torch_compile(fn: Callable, options: CompileOptions, guards: GuardFilter) -
     if options.backend in OPTIONAL_BACKENDS:
         return compile_optional(fn, backend=options.backend, mode=options.mode, options=torch_options, **arguments), None
     if options.backend == "inductor":
-        from ..int8.graph_pass import MergeQuantizations  # inductor: at the first compile, not at import
-        torch_options.setdefault("post_grad_custom_pre_pass", MergeQuantizations())
+        from ..int8.graph_pass import DeduplicateActivationQuant  # inductor: at the first compile, not at import
+        torch_options.setdefault("post_grad_custom_pre_pass", DeduplicateActivationQuant())
         torch_options.setdefault("fallback_random", True)  # inductor's own generator draws other numbers than eager's
         # What torch.compile makes of the name.
         inner = torch._TorchCompileInductorWrapper(None, torch_options, arguments["dynamic"])

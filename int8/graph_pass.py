@@ -9,7 +9,7 @@ from .kernels import ops
 PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
-class MergeQuantizations(CustomGraphPass):
+class DeduplicateActivationQuant(CustomGraphPass):
     """For torch.compile's option ``post_grad_custom_pre_pass``: the graph is functional there, so equal calls give equal results."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:

@@ -17,14 +17,14 @@ from .quantize import quantize_weight
 logger = logging.getLogger(__name__)
 
 # ComfyUI's name of the format (comfy.quant_ops.QUANT_ALGOS).
-FORMAT = "int8_tensorwise"
+QUANT_FORMAT = "int8_tensorwise"
 # A marker is a small JSON object; anything longer is not one.
 MAX_MARKER = 4096
 
 
 def marker(group: int) -> torch.Tensor:
     """ComfyUI's ``comfy_quant`` entry of an INT8 layer, uint8 [bytes]: JSON, as comfy.ops writes it."""
-    config: dict[str, object] = {"format": FORMAT}
+    config: dict[str, object] = {"format": QUANT_FORMAT}
     if group:
         config.update(convrot=True, convrot_groupsize=group)
     return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
@@ -38,15 +38,15 @@ def read_marker(tensor: torch.Tensor) -> int:
         config = json.loads(bytes(tensor.tolist()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its comfy_quant entry is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"its comfy_quant entry is not {FORMAT}")
+    if not isinstance(config, dict) or config.get("format") != QUANT_FORMAT:
+        raise ValueError(f"its comfy_quant entry is not {QUANT_FORMAT}")
     group = config.get("convrot_groupsize", GROUP_SIZES[0]) if config.get("convrot") else 0
     if type(group) is not int or group not in (0, *GROUP_SIZES):
         raise ValueError(f"its rotation group {echo(group)} is none of {', '.join(map(str, GROUP_SIZES))}")
     return group
 
 
-class PreparedLinear(torch.nn.Module):
+class RotatedLinear(torch.nn.Module):
     """A float Linear whose input is smoothed and rotated, and its weight likewise, so that both quantize well; equal to the Linear it
     was made of up to rounding.
 

@@ -14,7 +14,7 @@ from .quantize import quantize_weight
 
 # SmoothQuant's migration strength (arXiv 2211.10438, section 4.2): how much of the outliers goes from input to weight.
 ALPHAS = (0.5, 0.75)
-MIN_SCALE = 1e-5
+MIN_SMOOTHING = 1e-5
 # dB that smoothing must gain on average to be worth its multiplication.
 WORTH_SMOOTHING = 0.2
 
@@ -45,8 +45,8 @@ def smoothing_scale(weight: torch.Tensor, amax: torch.Tensor, alpha: float) -> t
     with a geometric mean of 1. A channel that is zero in the weight or in every input is left alone."""
     weight_amax = weight.float().abs().amax(dim=0)
     amax = amax.to(weight_amax)
-    scale = weight_amax.clamp_min(MIN_SCALE) ** (1 - alpha) / amax.clamp_min(MIN_SCALE) ** alpha
-    used = (weight_amax > MIN_SCALE) & (amax > MIN_SCALE)
+    scale = weight_amax.clamp_min(MIN_SMOOTHING) ** (1 - alpha) / amax.clamp_min(MIN_SMOOTHING) ** alpha
+    used = (weight_amax > MIN_SMOOTHING) & (amax > MIN_SMOOTHING)
     if not used.any():
         return torch.ones_like(scale)
     scale = scale / scale[used].log().mean().exp()

@@ -69,8 +69,8 @@ class QuantizeReport:
         return asdict(self)
 
 
-Tell = Callable[..., None]  # tell(report or None, what is under way, "" for the end)
+ProgressCallback = Callable[..., None]  # tell(report or None, what is under way, "" for the end)
 
 
-def tell_nobody(report: QuantizeReport | None, doing: str = "") -> None:
+def no_progress(report: QuantizeReport | None, doing: str = "") -> None:
     """Where no node shows what is done."""

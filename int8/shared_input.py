@@ -11,7 +11,7 @@ from .kernels import ops
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
-class SharedInput:
+class SharedActivationQuant:
     """The rows that the last of some sibling layers quantized; held no longer than their input lives.
 
     Under inference mode a tensor does not count its changes, so that two siblings get the same values is not taken for granted: the
@@ -21,8 +21,8 @@ class SharedInput:
     def __init__(self):
         self._last: tuple | None = None
 
-    def __deepcopy__(self, memo) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput())
+    def __deepcopy__(self, memo) -> SharedActivationQuant:
+        return memo.setdefault(id(self), SharedActivationQuant())
 
     def quant_rows(self, layer: torch.nn.Module, x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None,
                    kernel: str) -> Rows:
@@ -47,7 +47,7 @@ class SharedInput:
 
 
 def share_inputs(layers: Iterable[tuple[str, torch.nn.Module, tuple]]) -> None:
-    """Gives layers of one parent that quantize their input alike a SharedInput, as attribute shared_input.
+    """Gives layers of one parent that quantize their input alike a SharedActivationQuant, as attribute shared_input.
 
     layers: (dotted name, layer, what must be equal besides the parent: the number of channels, the rotation, the smoothing).
     """
@@ -57,6 +57,6 @@ def share_inputs(layers: Iterable[tuple[str, torch.nn.Module, tuple]]) -> None:
     for group in siblings.values():
         if len(group) > 1:
             # Layers are reused by later models: a new sibling joins what the others share.
-            shared = next((layer.shared_input for layer in group if layer.shared_input is not None), None) or SharedInput()
+            shared = next((layer.shared_input for layer in group if layer.shared_input is not None), None) or SharedActivationQuant()
             for layer in group:
                 layer.shared_input = shared

@@ -60,7 +60,7 @@ def _outermost(module: torch.nn.Module, path: str, counts: Counter) -> Iterator[
             yield from _outermost(child, name, counts)
 
 
-def roles(root: torch.nn.Module, names: Iterable[str]) -> list[list[str]]:
+def equivalent_layers(root: torch.nn.Module, names: Iterable[str]) -> list[list[str]]:
     """names of layers below root, grouped: those that are the same layer of structurally equal blocks stand together."""
     blocks = {f"{name}.": signature(container._modules[key]) for name, container, key in repeated_blocks(root)}
     groups: dict[tuple, list[str]] = {}

@@ -57,5 +57,5 @@ class LoadINT8Model(io.ComfyNode):
 
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
         status = NodeStatus()
-        model = load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel), tell=status)
+        model = load_int8_model(path, int8_options(method, keep_layers, min_sqnr_db, kernel), on_progress=status)
         return io.NodeOutput(recorded(model), ui=status.ui)

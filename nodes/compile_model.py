@@ -66,9 +66,9 @@ class CompileModel(io.ComfyNode):
                 io.Boolean.Input("dynamic", default=False, tooltip="Off: the sizes that change between images (resolution, prompt length, "
                                  "batch) are compiled for any value, all else as it is. On: torch.compile(dynamic=True), where every size "
                                  "and number may change."),
-                io.Combo.Input("mode", options=list(compile_options.MODES), default="default", tooltip="default: short compile. "
-                               "max-autotune(-no-cudagraphs): searches faster kernels for minutes. reduce-overhead: CUDA graphs, "
-                               "for small models."),
+                io.Combo.Input("mode", options=list(compile_options.TORCH_COMPILE_MODES), default="default",
+                               tooltip="default: short compile. max-autotune(-no-cudagraphs): searches faster kernels for minutes. "
+                               "reduce-overhead: CUDA graphs, for small models."),
                 io.String.Input("options", default="", multiline=True, tooltip='Inductor options as a JSON object, such as '
                                 '{"epilogue_fusion": true}, on top of the mode. Empty: none.'),
                 io.Boolean.Input("disable", default=False, tooltip="Pass the model on uncompiled, to compare."),

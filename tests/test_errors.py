@@ -16,7 +16,7 @@ HOLE = "…"
 SOURCES = [*sorted(p for folder in ("nodes", "compile", "int8") for p in (REPO / folder).rglob("*.py")), *sorted(REPO.glob("check*.py"))]
 # What a page quotes is the message, or its beginning up to one of these.
 END = re.compile(r"[.:;,](?=\s|$)|(?=\s\()|$")
-LEAST = 12  # characters besides holes that a quote has at least
+FALLBACK_ARCH = 12  # characters besides holes that a quote has at least
 TELLS = ("warning", "error", "exception", "fall_back", "_refuse")
 REASONS = ("on_device", "artifact_refusal", "triton_unavailable")  # return what another message quotes
 
@@ -105,7 +105,7 @@ def beginnings(message: str) -> list[re.Pattern]:
     """What a page may quote of a message: all of it, or its beginning up to the end of a clause."""
     cuts = {message[:match.start()] for match in END.finditer(message)}
     whole = _trimmed(message)
-    return [_pattern(cut) for cut in {whole, *map(_trimmed, cuts)} if cut == whole or len(cut.replace(HOLE, "")) >= LEAST]
+    return [_pattern(cut) for cut in {whole, *map(_trimmed, cuts)} if cut == whole or len(cut.replace(HOLE, "")) >= FALLBACK_ARCH]
 
 
 def _trimmed(text: str) -> str:

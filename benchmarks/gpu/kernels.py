@@ -127,7 +127,7 @@ def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: t
                     oracle: str | None = None) -> dict:
     from int8_compile.int8.hadamard import rotate
     from int8_compile.int8.kernels import triton_quant
-    from int8_compile.int8.kernels.reference import MIN_SCALE, QMAX
+    from int8_compile.int8.kernels.reference import MIN_QUANT_SCALE, QMAX
 
     device = generator.device
     x = placed(inputs(m, 2 * k if act == "swiglu" else k, kind, generator).to(dtype), device)
@@ -145,7 +145,7 @@ def check_quantizer(m: int, k: int, group: int, act: str, smooth: bool, dtype: t
         exact = torch.nn.functional.silu(exact[:, :k]) * exact[:, k:]
     exact = rotate(exact if scale is None else exact * scale.double(), group)
     steps = ((q.double() * s.double()[:, None] - exact).abs() / s.double()[:, None]).max().item()
-    want = (exact.abs().amax(1) / QMAX).clamp_min(MIN_SCALE)
+    want = (exact.abs().amax(1) / QMAX).clamp_min(MIN_QUANT_SCALE)
     scale_error = ((s.double() - want).abs() / want).max().item()
     limit = MAX_STEPS["tf32" if tf32 else "exact"]
     return {"steps": steps, "scale_error": scale_error, "outside": guard.written_outside(), "nan": int(s.isnan().sum()),

@@ -26,7 +26,7 @@ from .values import Unsupported
 # otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
 # these and by the version of the pack, so its attributes and methods are not looked at.
 TENSORS, REPLACEMENT = "artifact_tensors", "artifact_replacement"
-Spec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
+TensorSpec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
 
 
 def tensors_of(block: torch.nn.Module) -> list[tuple[str, Tensor]]:
@@ -45,14 +45,14 @@ def tensors_of(block: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return found
 
 
-def spec_of(tensor: Tensor) -> Spec:
+def tensor_spec(tensor: Tensor) -> TensorSpec:
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), layout(tensor)
 
 
 def structure_of(block: torch.nn.Module) -> list:
     """What is known of a block before it is traced, as JSON: classes, and names and specs of its tensors."""
     return [[[name, *_kind(m)] for name, m in block.named_modules()],
-            [[name, *spec_of(tensor)] for name, tensor in tensors_of(block)]]
+            [[name, *tensor_spec(tensor)] for name, tensor in tensors_of(block)]]
 
 
 def _kind(module: torch.nn.Module) -> list:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block import TENSORS, Spec
+from .block import TENSORS, TensorSpec
 from .call import layout
 from .describe import Describer, Names
 from .origins import is_pristine_package, path_of
@@ -158,7 +158,7 @@ class Weights:
 
     __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
 
-    def __init__(self, block: torch.nn.Module, specs: list[Spec], device: torch.device):
+    def __init__(self, block: torch.nn.Module, specs: list[TensorSpec], device: torch.device):
         self._owners: list[tuple[Any, str]] = []
         self._absent: list[tuple[Any, str]] = []  # what was None
         self._ties: list[tuple[Any, str, int]] = []  # what was the same tensor as that of the index

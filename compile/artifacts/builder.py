@@ -29,7 +29,7 @@ from ...int8 import own_files
 from ...int8.kernels.native import cache_folder
 from ...pack import PACKAGE, ROOT
 from . import worker
-from .job import Job
+from .job import BuildSpec
 from .store import CacheError, CacheStore
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ URGENT, LATE, WAITING = range(3)  # in this order
 
 
 @dataclass
-class Order:
+class BuildRequest:
     """A job and where its artifact goes. done: called in the builder's thread with the reason why there is none, empty for success.
     urgent: sampling waits for it; others are built when nothing samples. replaces: the sources of the entry that it is built in the place
     of, which was made of other code than this process runs."""
 
-    job: Job
+    job: BuildSpec
     place: str
     entry: str
     done: Callable[[str], None]
@@ -114,7 +114,7 @@ class Builder:
     def _process(self) -> subprocess.Popen | None:
         return self._running.process if self._running else None
 
-    def submit(self, order: Order) -> None:
+    def submit(self, order: BuildRequest) -> None:
         with self._lock:
             self._count += 1
             self._unfinished += 1
@@ -192,7 +192,7 @@ class Builder:
                 with self._lock:
                     self._unfinished -= 1
 
-    def _put_back(self, order: Order):
+    def _put_back(self, order: BuildRequest):
         """Behind the others: it is not their fault that it cannot be built yet."""
         with self._lock:
             self._count += 1
@@ -203,11 +203,11 @@ class Builder:
         with self._lock:
             return not self._busy and time.monotonic() - self._last > IDLE_SECONDS
 
-    def _build(self, order: Order) -> bool:
+    def _build(self, order: BuildRequest) -> bool:
         """False: another server is building it."""
         return self.store.try_build(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
 
-    def _ask(self, order: Order, folder: Path) -> dict:
+    def _ask(self, order: BuildRequest, folder: Path) -> dict:
         start = time.monotonic()
         running = self._running
         if running is None or running.process.poll() is not None:

@@ -50,7 +50,7 @@ _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, 
 
 
 @dataclass(frozen=True)
-class Held:
+class BundleEntry:
     """An entry in a bundle. place: "group/distribution/method". labels: what its manifest says of name, device and torch. size: bytes of
     its files. The manifest itself is read again when it is unpacked: as Python has it, it may take twenty times its size."""
 
@@ -67,7 +67,7 @@ class Bundle:
 
     path: Path
     digest: str
-    held: tuple[Held, ...]
+    held: tuple[BundleEntry, ...]
     copy: IO[bytes] = field(repr=False, compare=False)
 
     @property
@@ -205,7 +205,7 @@ def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
     return added, len(bundle.held) - added
 
 
-def _unpack(store: CacheStore, held: Held, archive: zipfile.ZipFile):
+def _unpack(store: CacheStore, held: BundleEntry, archive: zipfile.ZipFile):
     prefix = f"{held.place}/{held.name}/"
     body = json.loads(archive.read(prefix + MANIFEST))["body"]  # checked, and of a copy that is ours
     with store.writing(held.place, held.name) as (folder, finish):
@@ -244,7 +244,7 @@ def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
     return folders
 
 
-def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipInfo]) -> Held:
+def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipInfo]) -> BundleEntry:
     place, _, name = folder.rpartition("/")
     if MANIFEST not in files:
         raise ValueError(f"{name} has no {MANIFEST}")
@@ -264,7 +264,7 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
             if _digest_of(stream) != digest:
                 raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
             size += stream.tell()
-    return Held(place, name, labels, size)
+    return BundleEntry(place, name, labels, size)
 
 
 def _digest_of(file: IO[bytes]) -> str:

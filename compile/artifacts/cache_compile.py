@@ -23,17 +23,17 @@ from ..torch_internals import warmup
 from ..torch_internals.block_tree import Hooks, has_global_hooks
 from . import key as cache_key
 from .artifact import FILES, Artifact
-from .block import copy_skeleton, spec_of, structure_of, tensors_of
+from .block import copy_skeleton, structure_of, tensor_spec, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, classes_of, module_classes
 from .call import Call, flatten
 from .compilers import READABLE
 from .describe import Names
 from .entry import Damaged
 from .export import build
-from .job import varying
-from .option_reads import options_match
+from .job import dynamic_dims_of_rank
+from .option_reads import transformer_options_match
 from .runtime import MAX_SIGNATURES, job_of
-from .source_guards import Sources
+from .source_guards import CodeFingerprint
 from .store import CacheError, CacheStore, default_key_file
 from .values import Unsupported
 
@@ -188,7 +188,7 @@ class CachedMethod:
 
     def _dims(self, args: tuple, kwargs: dict) -> Callable[[torch.Tensor], tuple[int, ...]]:
         if not isinstance(self._dynamic, Mapping):
-            return lambda leaf: tuple(varying(leaf.dim())) if self._dynamic else ()
+            return lambda leaf: tuple(dynamic_dims_of_rank(leaf.dim())) if self._dynamic else ()
         names = {id(value): name for name, value in inspect.signature(self.method).bind(*args, **kwargs).arguments.items()}
         return lambda leaf: tuple(self._dynamic.get(names.get(id(leaf)), ()))
 
@@ -222,11 +222,11 @@ class _Method:
 
     def __init__(self, module: torch.nn.Module, entry, call: Call):
         names = Names(entry.body["names"])
-        self.sources = Sources(entry.body["sources"], names)
+        self.sources = CodeFingerprint(entry.body["sources"], names)
         if changed := self.sources.mismatch():
             raise Unsupported(f"{changed} has changed")
         self.artifact = Artifact(entry, _device(call))
-        self.weights = Weights(module, [spec_of(tensor) for _, tensor in tensors_of(module)], _device(call))
+        self.weights = Weights(module, [tensor_spec(tensor) for _, tensor in tensors_of(module)], _device(call))
         self._guards = BlockGuards(module, self.artifact.attributes, names)
         self._classes = ClassGuards(module_classes(module), self.artifact.classes, names)
         self._hooks = Hooks(module)
@@ -236,7 +236,7 @@ class _Method:
     def fits(self, call: Call) -> bool:
         artifact = self.artifact
         return (artifact.structure == call.structure and artifact.accepts(call.leaves) and not self.sources.mismatch()
-                and all(map(options_match, call.options, artifact.options)) and not self._hooks and not has_global_hooks()
+                and all(map(transformer_options_match, call.options, artifact.options)) and not self._hooks and not has_global_hooks()
                 and not self._classes.difference()
                 and self._guards.is_unchanged() and self.weights.get() is not None)
 

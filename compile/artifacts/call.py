@@ -24,7 +24,7 @@ LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.ch
 class Call:
     """structure: of the arguments, nested tuples of text and constants (tensors by their position). leaves: the tensors.
     options: the dicts of settings among the arguments (transformer_options), and of each function among them the constants that it closes
-    over; what of these is read is a constant of the artifact, see OptionReads."""
+    over; what of these is read is a constant of the artifact, see RecordingOptions."""
 
     structure: tuple
     leaves: list[Tensor]

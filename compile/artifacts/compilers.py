@@ -3,19 +3,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .job import Job
+from .job import BuildSpec
 
 READABLE = "readable.py"
 
 
-def _settings(job: Job) -> tuple[dict, dict]:
+def _settings(job: BuildSpec) -> tuple[dict, dict]:
     """(options for inductor, its settings) of a job."""
-    from ...int8.graph_pass import MergeQuantizations
+    from ...int8.graph_pass import DeduplicateActivationQuant
 
-    return {"post_grad_custom_pre_pass": MergeQuantizations(), **job.config}, {"cpp.threads": job.threads}
+    return {"post_grad_custom_pre_pass": DeduplicateActivationQuant(), **job.config}, {"cpp.threads": job.threads}
 
 
-def _compile_aoti(program, job: Job, path: Path):
+def _compile_aoti(program, job: BuildSpec, path: Path):
     import torch._inductor
     from torch._inductor import config
 
@@ -24,7 +24,7 @@ def _compile_aoti(program, job: Job, path: Path):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
-def _compile_aot(program, job: Job, path: Path):
+def _compile_aot(program, job: BuildSpec, path: Path):
     """inductor's own artifact: needs neither CUDA's headers nor a second C++ compile, but inductor to be loaded."""
     import torch._inductor
     from torch._inductor import config
@@ -40,7 +40,7 @@ def _compile_aot(program, job: Job, path: Path):
 COMPILERS = {"aoti": _compile_aoti, "aot": _compile_aot}
 
 
-def _readable(job: Job, body: dict, program) -> str:
+def _readable(job: BuildSpec, body: dict, program) -> str:
     lines = [f"# {job.name}.{job.method} for {job.device}, torch {body['torch']}",
              f"# inputs (dtype, shape, layout): {body['leaves']}", f"# sizes: {body['ranges']}", f"# conditions: {body['guards']}",
              f"# weights: {', '.join(name for name, *_ in job.tensors)}", f"# inductor options: {job.config}", "# traced from:"]

@@ -14,11 +14,11 @@ from ...int8 import own_files
 from ...int8.own_files import CacheError, read_own
 
 T = TypeVar("T")
-LAYOUT = "v1"
+STORE_LAYOUT = "v1"
 LEVELS = 5  # of an entry's path below it
 MANIFEST = "manifest.json"
 # Of this process or of a network, not of what is read.
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", 0), errno.ETIMEDOUT)
+TRANSIENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", 0), errno.ETIMEDOUT)
 
 
 class Damaged(CacheError):
@@ -55,7 +55,7 @@ class Entry:
 
 
 def _reason(error: OSError) -> type[CacheError]:
-    return CacheError if error.errno in PASSING else Damaged
+    return CacheError if error.errno in TRANSIENT_ERRNOS else Damaged
 
 
 def canonical(value) -> bytes:

@@ -23,9 +23,9 @@ from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
 from .inputs import _expression, _inputs, _Seen, _Traced
-from .job import Job
+from .job import BuildSpec
 from .layouts import depends_on_layout
-from .option_reads import Containers, OptionReads
+from .option_reads import Containers, RecordingOptions
 from .recording import recording
 from .source_guards import sources_of
 from .values import Unsupported
@@ -48,7 +48,7 @@ class _Caller(torch.nn.Module):
 class _Program(torch.nn.Module):
     """forward(tensors, leaves): the call as a function of tensors only."""
 
-    def __init__(self, block: torch.nn.Module, job: Job, seen: _Seen):
+    def __init__(self, block: torch.nn.Module, job: BuildSpec, seen: _Seen):
         super().__init__()
         self._caller = (_Caller(block, job.method),)  # not a submodule: its weights are arguments
         self._job = job
@@ -80,7 +80,7 @@ def _output_structure(value, found: list[Tensor]):
     raise Unsupported(f"it returns a {type(value).__name__}")
 
 
-def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decompositions: Mapping | None = None) -> dict:
+def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decompositions: Mapping | None = None) -> dict:
     """Writes the artifact and its readable form into folder: -> the body of its manifest. The first of tiers that can be built here.
     decompositions: {op: function} besides torch.export's own.
 
@@ -120,7 +120,7 @@ def build(job: Job, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), decomp
     return body
 
 
-def _without_unread(job: Job) -> Job:
+def _without_unread(job: BuildSpec) -> BuildSpec:
     """job without those constants of its functions (closures) that the call does not read: a block's number that only some branch asks
     for. So it serves calls with any. All stay where it cannot be found out."""
     if not any(key.startswith(CELL) for values in job.options for key in values):
@@ -132,7 +132,7 @@ def _without_unread(job: Job) -> Job:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tensors, leaves = [[torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
                                 for dtype, shape, kind in specs] for specs in ([spec[1:] for spec in job.tensors], job.leaves)]
-            args, kwargs = rebuild(job.structure, leaves, [OptionReads(values) for values in job.options], block.block)
+            args, kwargs = rebuild(job.structure, leaves, [RecordingOptions(values) for values in job.options], block.block)
             named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
             codes = [code for place in closures_in(job.structure) if (code := code_at(*place)) is not None]
             with recording() as found, CellReads(codes) as reads:
@@ -147,7 +147,7 @@ def _without_unread(job: Job) -> Job:
                                              for values in job.options])
 
 
-def _depends_on_layout(job: Job) -> bool:
+def _depends_on_layout(job: BuildSpec) -> bool:
     """A call makes dense copies of what has another layout than the traced one: whether that is another call."""
     block = _Caller(_skeleton(job), job.method)
 
@@ -155,7 +155,7 @@ def _depends_on_layout(job: Job) -> bool:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[kind])
 
     def call(*tensors):
-        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [OptionReads(values) for values in job.options],
+        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [RecordingOptions(values) for values in job.options],
                                block.block)
         outputs: list[Tensor] = []
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
@@ -165,7 +165,7 @@ def _depends_on_layout(job: Job) -> bool:
     return depends_on_layout(call, [*weights, *(make(*spec) for spec in job.leaves)], job.device)
 
 
-def _unchanged_attributes(job: Job, traced: _Traced, names: Names) -> list[list]:
+def _unchanged_attributes(job: BuildSpec, traced: _Traced, names: Names) -> list[list]:
     """attributes_of the traced block. Raises Unsupported where the trace has changed one: what a call leaves behind is no output."""
     before, after = (attributes_of(block, names) for block in (_skeleton(job), traced.block))
     if changed := next((f"{path}.{name}".strip(".") for path, name, value in after if [path, name, value] not in before), ""):
@@ -179,19 +179,19 @@ def _operators(program) -> list[str]:
     return sorted(names - {"aten", "prims", "prim", "higher_order", "int8_compile"})
 
 
-def _skeleton(job: Job) -> torch.nn.Module:
+def _skeleton(job: BuildSpec) -> torch.nn.Module:
     return load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
 
 
-def _trace(job: Job) -> tuple[_Traced, dict]:
-    batch = job.leaves[job.batched[0]][1][0] if job.batched else 0
+def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
+    batch = job.leaves[job.batch_leaves[0]][1][0] if job.batch_leaves else 0
     if not job.any_batch:
         traced = _export(job, batch, any_batch=False)
         return traced, _inputs(traced, job, least_batch=0)
     try:
         traced = _export(job, max(batch, 2), any_batch=True)
         body = _inputs(traced, job, least_batch=2)
-        if isinstance(body["leaves"][job.batched[0]][1][0], int):
+        if isinstance(body["leaves"][job.batch_leaves[0]][1][0], int):
             raise Unsupported("its batch is fixed")
         alone = _export(job, 1, any_batch=False)
         if _same_program(traced, alone, job):
@@ -204,14 +204,14 @@ def _trace(job: Job) -> tuple[_Traced, dict]:
     return traced, _inputs(traced, job, least_batch=0)
 
 
-def _same_program(many: _Traced, one: _Traced, job: Job) -> bool:
+def _same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:
     """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
     slice bounds and sizes."""
     return (many.seen.outputs == one.seen.outputs and [options.writes() for options in many.seen.options] == [
         options.writes() for options in one.seen.options] and _operations(many, job) == _operations(one, job))
 
 
-def _operations(traced: _Traced, job: Job) -> list[tuple]:
+def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
     """What the program does at batch 1, each tensor by the number of the operation that makes it. Sizes are written in terms of the inputs'
     sizes; what only works them out or takes all of a tensor, which a known size leaves out, is not listed."""
     import sympy
@@ -222,7 +222,7 @@ def _operations(traced: _Traced, job: Job) -> list[tuple]:
     for index, node in enumerate(inputs):
         for dim, size in enumerate(node.meta["val"].shape):
             if isinstance(expression := _expression(size), sympy.Symbol):
-                batch = dim == 0 and index in job.batched
+                batch = dim == 0 and index in job.batch_leaves
                 sizes.setdefault(expression, sympy.Integer(1) if batch else sympy.Symbol(f"leaf{index}_{dim}", integer=True, positive=True))
     made: dict = {}
     result = []
@@ -257,7 +257,7 @@ def _operations(traced: _Traced, job: Job) -> list[tuple]:
     return result
 
 
-def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
+def _export(job: BuildSpec, batch: int, any_batch: bool) -> _Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import Dim, export
     from torch.fx.experimental import _config as shape_config
@@ -273,11 +273,12 @@ def _export(job: Job, batch: int, any_batch: bool) -> _Traced:
         tensors = [make(dtype, shape, kind) for _, dtype, shape, kind in job.tensors]
         leaves, shapes = [], []
         for index, (dtype, shape, kind) in enumerate(job.leaves):
-            if index in job.batched:
+            if index in job.batch_leaves:
                 shape = (batch, *shape[1:])
             leaves.append(make(dtype, shape, kind))
-            shapes.append({dim: Dim.AUTO for dim in job.dims[index] if shape[dim] > 1 and (any_batch or dim or index not in job.batched)})
-        seen = _Seen([OptionReads(values) for values in job.options])
+            shapes.append({dim: Dim.AUTO for dim in job.dynamic_dims[index]
+                           if shape[dim] > 1 and (any_batch or dim or index not in job.batch_leaves)})
+        seen = _Seen([RecordingOptions(values) for values in job.options])
         exported = export(_Program(block, job, seen), (tensors, leaves), dynamic_shapes=([None] * len(tensors), shapes), strict=False)
     _refuse_random(exported)
     return _Traced(exported, block, seen)

@@ -6,8 +6,8 @@ import operator
 
 import torch
 
-from .job import Job
-from .option_reads import OptionReads
+from .job import BuildSpec
+from .option_reads import RecordingOptions
 from .recording import Recording
 from .shape_expressions import parse_expression
 from .values import Unsupported
@@ -17,7 +17,7 @@ from .values import Unsupported
 class _Seen:
     """What a trace shows besides its graph. outputs: the structure of the result."""
 
-    options: list[OptionReads]
+    options: list[RecordingOptions]
     outputs: object = None
     recording: Recording = dataclasses.field(default_factory=Recording)
 
@@ -29,7 +29,7 @@ class _Traced:
     seen: _Seen
 
 
-def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
+def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
     """What a call must be like for this program: shapes, guards, what it writes into and returns unchanged.
 
     least_batch: 1 where the batch may be 1 although it was traced with more; 0 where it is fixed.
@@ -46,8 +46,8 @@ def _inputs(traced: _Traced, job: Job, least_batch: int) -> dict:
     ties = {}
     if least_batch:
         # One size for all: where the trace let two differ it took neither for 1, and would be wrong if only one were.
-        first = shapes[job.batched[0]][0]
-        ties = {shapes[index][0]: first for index in job.batched if isinstance(shapes[index][0], Symbol)}
+        first = shapes[job.batch_leaves[0]][0]
+        ties = {shapes[index][0]: first for index in job.batch_leaves if isinstance(shapes[index][0], Symbol)}
     renamed = {symbol: Symbol(f"d{index}", integer=True) for index, symbol in enumerate(dict.fromkeys(
         ties.get(size, size) for shape in shapes for size in shape if isinstance(size, Symbol)))}
 

@@ -5,17 +5,17 @@ import dataclasses
 
 import torch
 
-from .block import Spec
+from .block import TensorSpec
 
 
 @dataclasses.dataclass
-class Job:
+class BuildSpec:
     """What another process needs to build the artifact of a call; pickled by this pack for itself.
 
     skeleton: of dump_skeleton, or of copy_skeleton to build in this process. attributes: of the block. tensors: of the block, in
-    order: name, dtype, shape, layout. structure, leaves, options: of the call (see cache_call), a leaf as (dtype, shape, layout).
-    batched: leaves whose first size is the batch. dims: of each leaf, those compiled for any size. device: of everything. threads: of
-    the CPU. config: inductor's options. method: of the block, called as block.method(*args).
+    order: name, dtype, shape, layout. structure, leaves, options: of the call (see call.flatten), a leaf as (dtype, shape, layout).
+    batch_leaves: leaves whose first size is the batch. dynamic_dims: of each leaf, those compiled for any size. device: of everything.
+    threads: of the CPU. config: inductor's options. method: of the block, called as block.method(*args).
     """
 
     name: str
@@ -23,10 +23,10 @@ class Job:
     attributes: list[list]
     tensors: list[tuple[str, str, tuple[int, ...], str]]
     structure: tuple
-    leaves: list[Spec]
+    leaves: list[TensorSpec]
     options: list[dict]
-    batched: list[int]
-    dims: list[tuple[int, ...]]
+    batch_leaves: list[int]
+    dynamic_dims: list[tuple[int, ...]]
     device: str
     threads: int
     config: dict
@@ -34,10 +34,10 @@ class Job:
 
     @property
     def any_batch(self) -> bool:
-        return any(0 in self.dims[index] for index in self.batched)
+        return any(0 in self.dynamic_dims[index] for index in self.batch_leaves)
 
 
-def varying(dims: int) -> range:
+def dynamic_dims_of_rank(rank: int) -> range:
     """Which dims of a block's input may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels], nor the
     rotation matrices of position embeddings [..., D/2, 2, 2]."""
-    return range(dims - 1 if dims in (2, 3) else dims - 3 if dims > 5 else dims)
+    return range(rank - 1 if rank in (2, 3) else rank - 3 if rank > 5 else rank)

@@ -15,13 +15,13 @@ from ...pack import sources_digest
 from ..torch_internals.guard_filter import BOOKKEEPING
 from .entry import digest
 
-FORMAT = 2
+CACHE_FORMAT_VERSION = 2
 
 
 @functools.lru_cache(8)
 def machine(device_type: str, index: int | None) -> dict:
     """Versions and hardware: what does not change while this process runs."""
-    key = {"format": FORMAT, "torch": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda,
+    key = {"format": CACHE_FORMAT_VERSION, "torch": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda,
            "hip": torch.version.hip, "python": list(sys.version_info[:2]), "system": platform.system(), "machine": platform.machine(),
            "pack": sources_digest(), "triton": _version("triton") or _version("triton-windows") or _version("pytorch-triton")}
     if device_type == "cuda":
@@ -64,8 +64,8 @@ def entry_name(job) -> str:
     """The folder of the artifact for calls like this one: of what a call must have in common with it."""
     leaves = []
     for index, (dtype, shape, kind) in enumerate(job.leaves):
-        any_batch = index in job.batched and job.any_batch
-        leaves.append([dtype, ["batch" if any_batch and dim == 0 else None if dim in job.dims[index] and size > 1 else size
+        any_batch = index in job.batch_leaves and job.any_batch
+        leaves.append([dtype, ["batch" if any_batch and dim == 0 else None if dim in job.dynamic_dims[index] and size > 1 else size
                                for dim, size in enumerate(shape)], kind])
     options = [{key: value for key, value in values.items() if key not in BOOKKEEPING} for values in job.options]
     return digest([job.structure, leaves, options, job.attributes, job.method], 12)

@@ -10,7 +10,7 @@ from .values import CONSTANTS, Unsupported, constant
 _ABSENT, _PRESENT = ["absent"], ["present"]
 
 
-class OptionReads(dict):
+class RecordingOptions(dict):
     """A dict of settings that notes what is read and written of it while a block is traced.
 
     What ComfyUI writes there for patches (guards.BOOKKEEPING) shows as there, but whoever computes with it or branches on it gets
@@ -87,7 +87,7 @@ class OptionReads(dict):
 
     def copy(self):
         """Reading the copy is reading this; writing into it is not."""
-        copied = OptionReads({})
+        copied = RecordingOptions({})
         dict.update(copied, dict.items(self))
         copied._before, copied._written, copied.read = self._before, set(self._written), self.read
         return copied
@@ -182,7 +182,7 @@ def option_value(options: dict, key: str):
     raise Unsupported(f"the block reads transformer_options['{key}'], which is a {type(value).__name__}")
 
 
-def simple_options(options: dict) -> dict:
+def transformer_options_for_trace(options: dict) -> dict:
     """What of a dict of settings a trace in another process is given: of bookkeeping that it is there; the rest shows as absent there, and
     is compared before the artifact is used."""
     return {key: value if value is None or key not in BOOKKEEPING else True for key, value in options.items()
@@ -199,7 +199,7 @@ def _is_filled(value) -> bool:
     return isinstance(value, (dict, list, tuple)) and len(value) > 0
 
 
-def options_match(options: dict, constants: dict) -> bool:
+def transformer_options_match(options: dict, constants: dict) -> bool:
     for key, expected in constants.items():
         value = options.get(key, _ABSENT)
         if value is _ABSENT:
@@ -230,7 +230,7 @@ class Containers:
         self._add(values)
 
     def _add(self, value):
-        if isinstance(value, OptionReads):
+        if isinstance(value, RecordingOptions):
             return  # it knows by itself
         if isinstance(value, types.FunctionType):
             if not any(value is known for known in self._functions):

@@ -15,15 +15,15 @@ from torch import Tensor
 from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
 from .artifact import Artifact
-from .block import dump_skeleton, spec_of, structure_of, tensors_of
+from .block import dump_skeleton, structure_of, tensor_spec, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
-from .builder import Builder, Order
+from .builder import Builder, BuildRequest
 from .call import Call, flatten, without_numbers
 from .describe import Names
 from .entry import Damaged
-from .job import Job, varying
-from .option_reads import options_match, simple_options
-from .source_guards import Sources
+from .job import BuildSpec, dynamic_dims_of_rank
+from .option_reads import transformer_options_for_trace, transformer_options_match
+from .source_guards import CodeFingerprint
 from .store import CacheStore
 from .values import Unsupported
 
@@ -50,7 +50,7 @@ YOUNG = 2
 @dataclass
 class _Loaded:
     artifact: Artifact
-    sources: Sources
+    sources: CodeFingerprint
     classes: ClassGuards
     usable: bool = True
     young: float = YOUNG
@@ -110,7 +110,7 @@ class RegionArtifacts:
         self._changed.set()
 
     @property
-    def instead(self) -> bool:
+    def eager_fallback(self) -> bool:
         """Whether what no artifact fits is to run eager, not to be compiled in this process."""
         return self._background
 
@@ -180,7 +180,7 @@ class RegionArtifacts:
         if not self._place:
             structure = structure_of(block)
             self._kinds = module_classes(block)
-            self._specs = [spec_of(tensor) for _, tensor in tensors_of(block)]
+            self._specs = [tensor_spec(tensor) for _, tensor in tensors_of(block)]
             self._settings = cache_key.settings()
             group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
             self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
@@ -189,7 +189,7 @@ class RegionArtifacts:
 
     def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: _Loaded, call: Call) -> bool:
         artifact = loaded.artifact
-        if not all(map(options_match, call.options, artifact.options)):
+        if not all(map(transformer_options_match, call.options, artifact.options)):
             return False
         guards = info.guards.get(id(loaded))
         if guards is None:
@@ -207,7 +207,7 @@ class RegionArtifacts:
             if entry.folder.name in self._seen:
                 continue
             self._seen.add(entry.folder.name)
-            sources = Sources(entry.body["sources"], Names(entry.body["names"]))
+            sources = CodeFingerprint(entry.body["sources"], Names(entry.body["names"]))
             if changed := sources.mismatch():
                 self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
@@ -238,7 +238,8 @@ class RegionArtifacts:
         if len(self._requested) >= MAX_SIGNATURES:
             self._refuse(f"it is called in more than {MAX_SIGNATURES} ways")
             return
-        job = job_of(self._name, block, call, self._device, lambda leaf: varying(leaf.dim()) if self._dynamic else (), self._config)
+        job = job_of(self._name, block, call, self._device, lambda leaf: dynamic_dims_of_rank(leaf.dim()) if self._dynamic else (),
+                     self._config)
         entry = cache_key.entry_name(job)
         if entry in self._requested:
             if entry in self._seen:
@@ -252,7 +253,7 @@ class RegionArtifacts:
         self._requested.add(entry)
         self._note("building", self._name, entry)
         region = weakref.ref(self)
-        self._cache.builder.submit(Order(job, self._place, entry, functools.partial(_done, region, entry), self._background,
+        self._cache.builder.submit(BuildRequest(job, self._place, entry, functools.partial(_done, region, entry), self._background,
                                            self._stale.pop(entry, None)))
 
     def _refuse(self, reason: str):
@@ -275,16 +276,16 @@ def _done(region: weakref.ref, entry: str, reason: str):
         owner._changed.set()
 
 
-def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dims: Callable[[Tensor], Sequence[int]], config: dict,
-           method: str = "forward", skeleton: Callable = dump_skeleton) -> Job:
-    """dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic_dims: Callable[[Tensor], Sequence[int]],
+           config: dict, method: str = "forward", skeleton: Callable = dump_skeleton) -> BuildSpec:
+    """dynamic_dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
     # A call makes dense copies of what has another layout.
-    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(spec_of, call.leaves)]
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(tensor_spec, call.leaves)]
     batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
-    batched = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
-    tensors = [(path, *spec_of(tensor)) for path, tensor in tensors_of(block)]
+    batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
+    tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
-    return Job(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
-               list(map(simple_options, call.options)), batched, [tuple(dims(leaf)) for leaf in call.leaves], device.type,
-               torch.get_num_threads(), config, method)
+    return BuildSpec(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
+                     list(map(transformer_options_for_trace, call.options)), batch_leaves,
+                     [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)

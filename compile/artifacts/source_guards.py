@@ -88,8 +88,8 @@ def sources_of(recorded: Recording, names: Names, lenient: bool = False,
     function that has no place of its own (a closure) is known by its file. Modules of this pack are named from its root.
 
     lenient: of code that this process itself has traced, whose files and odd values dynamo looks after. closures: (module, qualified name,
-    digest of the code) of functions that the trace was given: what their global names stand for counts too, see Sources. Raises
-    Unsupported without lenient."""
+    digest of the code) of functions that the trace was given: what their global names stand for counts too, see CodeFingerprint.
+    Raises Unsupported without lenient."""
     result = {} if lenient else {(portable(module), ""): _file_digest(module) for module, _ in recorded.functions}
     called = frozenset((portable(module), name) for module, name in recorded.functions)
     covered: set[types.CodeType] = set()
@@ -108,7 +108,7 @@ def sources_of(recorded: Recording, names: Names, lenient: bool = False,
     return [[*key, value] for key, value in sorted(result.items())]
 
 
-class Sources:
+class CodeFingerprint:
     """The functions that an artifact was made from, as they are in this process. names: see Recording.names."""
 
     def __init__(self, recorded: list[list[str]], names: Names, lenient: bool = False):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ...int8 import own_files
 from ...int8.own_files import CacheError, default_key_file, read_own, require_own
-from .entry import LAYOUT, MANIFEST, PASSING, Damaged, Entry, canonical, digest
+from .entry import MANIFEST, STORE_LAYOUT, TRANSIENT_ERRNOS, Damaged, Entry, canonical, digest
 
 __all__ = ["CacheError", "CacheStore", "Damaged", "Entry", "canonical", "default_key_file", "digest", "require_own"]
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 DEFAULT_LIMIT = 5 * GIB
-ASIDE, LOCK = ".bad-", ".lock-"
+QUARANTINE_PREFIX, LOCK = ".bad-", ".lock-"
 
 
 class CacheStore:
@@ -46,7 +46,7 @@ class CacheStore:
             self._key = own_files.signing_key(key_file, root)
         except OSError as error:
             raise CacheError(f"the compile cache {root} cannot be used ({error.strerror or error})") from None
-        self.layout = Path(os.path.abspath(root)) / LAYOUT
+        self.layout = Path(os.path.abspath(root)) / STORE_LAYOUT
         self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
         self._reported: set[tuple[Path, str]] = set()
         self._watch = own_files.Watch()
@@ -80,7 +80,7 @@ class CacheStore:
             if not os.path.lexists(folder):
                 raise CacheError(f"{folder.name} has gone") from None
             reason = f"{MANIFEST} is missing" if isinstance(error, FileNotFoundError) else str(error)
-            if not (isinstance(error, OSError) and error.errno in PASSING):
+            if not (isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS):
                 self.set_aside(folder, reason)
             raise CacheError(reason) from None
 
@@ -98,7 +98,7 @@ class CacheStore:
     def _require_own_place(self, place: str) -> None:
         """Raises CacheError where others can write into one of the folders from the layout to the place, where it is there."""
         folder = self.layout.parent
-        for part in (LAYOUT, self.base.name, *place.split("/")):
+        for part in (STORE_LAYOUT, self.base.name, *place.split("/")):
             folder /= part
             with contextlib.suppress(FileNotFoundError):
                 require_own(folder)
@@ -135,7 +135,7 @@ class CacheStore:
 
     def temporary(self) -> AbstractContextManager[Path]:
         """A fresh folder on the disk of the store, deleted at the end. Raises CacheError, OSError."""
-        self._make_folders(LAYOUT)
+        self._make_folders(STORE_LAYOUT)
         return own_files.temporary_folder(self.layout)
 
     @contextlib.contextmanager
@@ -203,7 +203,7 @@ class CacheStore:
             time.sleep(0.5)
 
     def _make(self, place: str) -> Path:
-        return self._make_folders(LAYOUT, self.base.name, *place.split("/"))
+        return self._make_folders(STORE_LAYOUT, self.base.name, *place.split("/"))
 
     def _make_folders(self, *parts: str) -> Path:
         folder = self.layout.parent
@@ -265,7 +265,7 @@ class CacheStore:
         left = list(self.layout.glob("*/*/*/*/.*"))
         self._watch.sweep(left)
         for path in left:
-            if path.name.startswith(ASIDE):
+            if path.name.startswith(QUARANTINE_PREFIX):
                 own_files.remove(path)
             elif path.name.startswith(LOCK) and self._is_stale(path):
                 _remove_lock(path)
@@ -287,7 +287,7 @@ def _size(folder: Path) -> int:
 
 def _put_aside(path: Path) -> Path:
     """Its new path; the old one where that cannot be."""
-    aside = path.with_name(f"{ASIDE}{path.name}-{secrets.token_hex(4)}")
+    aside = path.with_name(f"{QUARANTINE_PREFIX}{path.name}-{secrets.token_hex(4)}")
     try:
         os.rename(path, aside)
     except OSError:
@@ -298,7 +298,7 @@ def _put_aside(path: Path) -> Path:
 def _clear_way(path: Path) -> None:
     """Raises OSError where what is there cannot be put aside, as on Windows while somebody has it open."""
     with contextlib.suppress(FileNotFoundError):
-        own_files.move(path, path.with_name(f"{ASIDE}{path.name}-{secrets.token_hex(4)}"))
+        own_files.move(path, path.with_name(f"{QUARANTINE_PREFIX}{path.name}-{secrets.token_hex(4)}"))
 
 
 def _remove_lock(path: Path) -> None:

@@ -38,8 +38,8 @@ MAX_SETTINGS = 4 << 20  # bytes of ComfyUI's settings file
 # Of the size limit, for what Save Compile Cache writes: saving must not push out what is compiled.
 BUNDLES_SHARE = 0.5
 # ComfyUI's options that decide what its layers compute; ports and folders do not.
-_COMPUTES = re.compile("attention|fp16|fp8|bf16|fp32|fast|precision|vram|cpu|directml|xformers|upcast|deterministic|channels_last|device|"
-                       "optimiz|triton|quant")
+_NUMERICS_FLAGS = re.compile("attention|fp16|fp8|bf16|fp32|fast|precision|vram|cpu|directml|xformers|upcast|deterministic|channels_last|"
+                            "device|optimiz|triton|quant")
 
 
 def folder() -> Path:
@@ -207,7 +207,7 @@ def _cache(*_) -> Cache | None:
 
 def _host() -> dict:
     return {name: repr(sorted(map(str, value)) if isinstance(value, (set, list)) else value)
-            for name, value in sorted(vars(comfy.cli_args.args).items()) if _COMPUTES.search(name)}
+            for name, value in sorted(vars(comfy.cli_args.args).items()) if _NUMERICS_FLAGS.search(name)}
 
 
 def prepare(options: dict) -> None:

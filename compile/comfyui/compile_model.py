@@ -32,13 +32,13 @@ from .offload import around_block, is_offloaded
 
 logger = logging.getLogger(__name__)
 
-KEY = "int8_compile"
+COMPILE_KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
 # transformer_options of patches that run inside blocks and may read anything there.
 PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
-METHODS = ("encode", "decode", "encode_token_weights")
+VAE_METHODS = ("encode", "decode", "encode_token_weights")
 # BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
 _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -55,7 +55,7 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool, tell: OnProgress | None):
+         filter_guards: bool, on_progress: OnProgress | None):
     """call() with what is repeated in root compiled."""
     with _LOCK:
         states = _COMPILED.setdefault(model, {})
@@ -67,8 +67,8 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
     state.offloaded = state.offloaded or is_offloaded(model)
     try:
         with without_comfy_compiler(device, state.compiled.report):
-            return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough, tell=tell,
-                                      around_block=around_block if state.offloaded else None,
+            return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough,
+                                      on_progress=on_progress, around_block=around_block if state.offloaded else None,
                                       interrupted=comfy.model_management.processing_interrupted)
     except Interrupted:
         comfy.model_management.interrupt_current_processing(False)
@@ -80,10 +80,10 @@ class LazyCompile:
     called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
     tell: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
 
-    def __init__(self, target: str, options: CompileOptions, tell: OnProgress | None = None):
+    def __init__(self, target: str, options: CompileOptions, on_progress: OnProgress | None = None):
         self.target = target
         self.options = options
-        self.tell = tell
+        self.on_progress = on_progress
 
     def __call__(self, executor, x, *args, **kwargs):
         model = executor.class_obj
@@ -93,7 +93,7 @@ class LazyCompile:
         if CALIBRATING in transformer_options:
             return executor(x, *args, **kwargs)
         patched = any(transformer_options.get(key) for key in PATCH_KEYS)
-        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), not patched, self.tell)
+        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), not patched, self.on_progress)
 
 
 class CompiledMethod:
@@ -101,17 +101,17 @@ class CompiledMethod:
     target compiled.
     original: the bound method. tell: as of LazyCompile."""
 
-    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, tell: OnProgress | None = None):
+    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, on_progress: OnProgress | None = None):
         self.original = original
         self.target = target
         self.options = options
         self.device = device
-        self.tell = tell
+        self.on_progress = on_progress
 
     def __call__(self, *args, **kwargs):
         model = self.original.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model
-        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.tell)
+        return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.on_progress)
 
 
 def _is_passthrough(error: Exception) -> bool:
@@ -139,7 +139,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
     return module
 
 
-def add_compile(patcher, target: str, options: CompileOptions, tell: OnProgress | None = None) -> None:
+def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled."""
     if not comfy_core.usable(comfy_core.COMPILE):
@@ -149,10 +149,10 @@ def add_compile(patcher, target: str, options: CompileOptions, tell: OnProgress 
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
             patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}.{target}", LazyCompile(target, options, tell))
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{COMPILE_KEY}.{target}", LazyCompile(target, options, on_progress))
 
 
-def add_method_compile(patcher, target: str, options: CompileOptions, tell: OnProgress | None = None) -> None:
+def add_method_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None) -> None:
     """Makes patcher (a clone, of a VAE, CLIP or ControlNet) compile target when it is first used, by object patches: on
     while this patcher is loaded, off when another clone is.
 
@@ -164,12 +164,12 @@ def add_method_compile(patcher, target: str, options: CompileOptions, tell: OnPr
     if not comfy_core.usable(comfy_core.COMPILE):
         return
     _warm_up(patcher, target, options)
-    methods = [name for name in METHODS if hasattr(patcher.model, name)]
+    methods = [name for name in VAE_METHODS if hasattr(patcher.model, name)]
     for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
         original = patcher.get_model_object(name)
         if isinstance(original, CompiledMethod):
             original = original.original
-        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device, tell))
+        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device, on_progress))
 
 
 def _warm_up(patcher, target: str, options: CompileOptions) -> None:

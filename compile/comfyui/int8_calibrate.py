@@ -20,8 +20,8 @@ from ...int8.calibrate import LayerStats, collect
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan, choose_methods, fit_size, measure_layer
 from ...int8.quantize import eligible_linears
-from ...int8.report import KEPT_BY_NAME, QuantizeReport, Tell, tell_nobody
-from ...int8.structure import roles
+from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
+from ...int8.structure import equivalent_layers
 from . import core as comfy_core
 from .int8_layer import PREFIX, require_native_int8
 from .int8_lora import Int8Lora
@@ -30,7 +30,7 @@ from .recording import unrecorded
 
 logger = logging.getLogger(__name__)
 
-KEY = "int8_quantize"
+QUANTIZE_KEY = "int8_quantize"
 # In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
 CALIBRATING = "int8_calibrating"
 # Sigmas that are evaluated for a calibration, spread over the schedule.
@@ -56,7 +56,7 @@ class _Findings:
 _FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = weakref.WeakKeyDictionary()
 
 
-def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
+def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback = no_progress):
     """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
     in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know. tell:
     called with what is under way, and with the report of it; when the model first samples too.
@@ -65,30 +65,30 @@ def quantize_model(patcher, options: Int8Options, tell: Tell = tell_nobody):
     """
     require_native_int8()
     if not comfy_core.usable(comfy_core.INT8):
-        tell(QuantizeReport(refusal=f"Left as it is: of ComfyUI {comfy_core.comfyui_version()} "
+        on_progress(QuantizeReport(refusal=f"Left as it is: of ComfyUI {comfy_core.comfyui_version()} "
                             f"{'; '.join(comfy_core.changes(comfy_core.INT8))}. Update the pack."))
         return patcher.clone()
     planned = planned_layers(patcher)
     names = layers_to_quantize(patcher, options, planned)
     clone = adopt_native_layers(patcher.clone(), options.kernel)
     if not names:
-        tell(QuantizeReport(native=len(int8_layers(clone))))
+        on_progress(QuantizeReport(native=len(int8_layers(clone))))
         return clone
     known = {*names, *planned, *int8_layers(patcher)}
     kept = tuple(name for name in eligible_linears(patcher.model.diffusion_model) if name not in known)
     if options.calibrated:
-        tell(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
-        QuantizeFirst(clone, tuple(names), options, tell, kept).attach(clone)
+        on_progress(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
+        QuantizeFirst(clone, tuple(names), options, on_progress, kept).attach(clone)
     else:
-        put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, tell, kept)
+        put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, on_progress, kept)
     return clone
 
 
-def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, tell: Tell, kept: tuple[str, ...]):
+def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, on_progress: ProgressCallback, kept: tuple[str, ...]):
     """put_int8_layers, with its report."""
     before = patcher.model_size()
-    put_int8_layers(patcher, plans, options.kernel, tell)
-    tell(QuantizeReport.of(plans, before, patcher.model_size(), kept))
+    put_int8_layers(patcher, plans, options.kernel, on_progress)
+    on_progress(QuantizeReport.of(plans, before, patcher.model_size(), kept))
 
 
 def planned_layers(patcher) -> list[str]:
@@ -102,7 +102,7 @@ def plans(patcher) -> list[LayerPlan]:
 
 
 def _wrappers(patcher) -> list[QuantizeFirst]:
-    return patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    return patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, QUANTIZE_KEY)
 
 
 class QuantizeFirst:
@@ -113,10 +113,11 @@ class QuantizeFirst:
     INT8 from the next one on. kept: names that keep_layers matched, for the report.
     """
 
-    def __init__(self, patcher, names: tuple[str, ...], options: Int8Options, tell: Tell = tell_nobody, kept: tuple[str, ...] = ()):
+    def __init__(self, patcher, names: tuple[str, ...], options: Int8Options, on_progress: ProgressCallback = no_progress,
+                 kept: tuple[str, ...] = ()):
         self.names = names
         self.options = options
-        self.tell = tell
+        self.on_progress = on_progress
         self.kept = kept
         # Layers and weights that another pack put in the place of the model's share no plans with them.
         theirs = [PREFIX + name + key for name in names for key in ("", ".weight") if PREFIX + name + key in patcher.object_patches]
@@ -125,12 +126,12 @@ class QuantizeFirst:
         self._seen: dict[str, LayerStats] = {}
 
     def attach(self, patcher) -> None:
-        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self)
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, QUANTIZE_KEY, self)
         # In model_options: of a guider's second model these are the only wrappers that core calls.
-        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, QUANTIZE_KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
         for call, callback in ((CallbacksMP.ON_PRE_RUN, self._begin), (CallbacksMP.ON_PREPARE_STATE, self._step),
                                (CallbacksMP.ON_CLEANUP, self._end)):
-            patcher.add_callback_with_key(call, KEY, callback)
+            patcher.add_callback_with_key(call, QUANTIZE_KEY, callback)
 
     def findings(self, patcher) -> _Findings:
         return _FINDINGS.setdefault(patcher.model, {}).setdefault(self._key, _Findings())
@@ -161,7 +162,7 @@ class QuantizeFirst:
 
     def _step(self, patcher, timestep, model_options) -> None:
         if self._watch is not None:
-            self.tell(None, "looking at this sampling in high precision; INT8 from the next one on")
+            self.on_progress(None, "looking at this sampling in high precision; INT8 from the next one on")
             model_options.setdefault("transformer_options", {})[CALIBRATING] = True
 
     def _end(self, patcher) -> None:
@@ -187,10 +188,10 @@ class QuantizeFirst:
             return
         found = self.findings(patcher)
         if found.stats is not None:
-            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.tell, found.measured)
+            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.on_progress, found.measured)
             found.stats, found.measured = None, {}
         if found.plans is not None:
-            put_and_tell(patcher, found.plans, self.options, self.tell, self.kept)
+            put_and_tell(patcher, found.plans, self.options, self.on_progress, self.kept)
 
 
 def _patchers(guider) -> list[ModelPatcher]:
@@ -229,7 +230,7 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
         with contextlib.ExitStack() as stack:
             stats = [stack.enter_context(wrapper.collect(patcher)) for wrapper, patcher in waiting]
             for wrapper, _ in waiting:
-                wrapper.tell(None, f"looking at {len(few) - 1} steps in high precision")
+                wrapper.on_progress(None, f"looking at {len(few) - 1} steps in high precision")
             stack.enter_context(_without_run_callbacks(patchers))
             stack.enter_context(unrecorded(device))
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -267,18 +268,18 @@ def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
             patcher.callbacks = calls
 
 
-def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, tell: Tell = tell_nobody,
+def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, on_progress: ProgressCallback = no_progress,
                known: dict[str, LayerPlan] | None = None) -> list[LayerPlan]:
     """A plan for each named layer of patcher from what it was fed; a layer at a time on the patcher's device. Changes nothing: this is
     the dry run as well. known: layers that are measured already; it gets those that are measured now, for an interrupted search."""
     known = {} if known is None else known
     progress = comfy.utils.ProgressBar(len(names))
     result: list[LayerPlan] = []
-    for group in roles(patcher.model.diffusion_model, names):
+    for group in equivalent_layers(patcher.model.diffusion_model, names):
         measured: list[LayerPlan] = []
         for name in group:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            tell(None, f"measuring {len(result) + len(measured)}/{len(names)}")
+            on_progress(None, f"measuring {len(result) + len(measured)}/{len(names)}")
             if name in stats:
                 if name not in known:
                     weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
@@ -309,7 +310,7 @@ def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
     saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
     size = patcher.model_size()
     try:
-        fit_size(plans, saved, size - int(options.max_mb * 2**20), roles(patcher.model.diffusion_model, weights))
+        fit_size(plans, saved, size - int(options.max_mb * 2**20), equivalent_layers(patcher.model.diffusion_model, weights))
     except ValueError as error:
         raise ValueError(f"INT8 Quantize Model: {error} to get from {size / 2**20:.1f} to max_mb = {options.max_mb:g}. Raise max_mb, lower "
                          "min_sqnr_db, or keep fewer layers.") from None

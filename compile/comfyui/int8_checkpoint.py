@@ -22,9 +22,9 @@ from ...int8.options import Int8Options
 from ...int8.own_files import writing_whole
 from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
-from ...int8.report import QuantizeReport, Tell, tell_nobody
+from ...int8.report import ProgressCallback, QuantizeReport, no_progress
 from .int8_calibrate import planned_layers, plans
-from .int8_layer import FORMAT, PREFIX, require_native_int8
+from .int8_layer import PREFIX, QUANT_FORMAT, require_native_int8
 from .int8_model import adopt_native_layers, int8_layers, is_int8, put_int8_layers
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class _Checkpoint(Mapping):
         return len(self._entries)
 
 
-def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = False, tell: Tell = tell_nobody):
+def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = False, on_progress: ProgressCallback = no_progress):
     """A ModelPatcher of a diffusion model file, with its eligible Linear layers INT8: quantized one by one as they are read, so that the
     float model is never in memory as a whole; a file that is INT8 already (native format) is loaded as it is. Our kernels run both.
 
@@ -160,7 +160,7 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
         raise ValueError(f"Load INT8 Model: '{name}' is not a safetensors file. Use Load Diffusion Model and INT8 Quantize Model.")
     checkpoint = _Checkpoint(path)
     native = _check_format(checkpoint, name)
-    state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options, tell)
+    state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options, on_progress)
     metadata = dict(checkpoint.metadata) or None
     with _explained(name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
@@ -168,7 +168,7 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
         raise ValueError(f"Load INT8 Model: the model type of '{name}' is not known to this ComfyUI.")
     patcher.cached_patcher_init = (load_int8_model, (path, options))
     patcher = adopt_native_layers(patcher, options.kernel)
-    tell(_report(checkpoint, patcher, native, options))
+    on_progress(_report(checkpoint, patcher, native, options))
     return patcher
 
 
@@ -210,8 +210,8 @@ def _check_format(checkpoint: _Checkpoint, name: str) -> bool:
         if not isinstance(layers, dict):
             raise ValueError(f"Load INT8 Model: '{name}' is damaged: {QUANTIZATION} has no layers.")
         formats |= {_format_of(entry, name, layer) for layer, entry in layers.items()}
-    if formats - {FORMAT}:
-        raise ValueError(f"Load INT8 Model: '{name}' is quantized already ({echo(', '.join(sorted(formats - {FORMAT})))}). Use Load "
+    if formats - {QUANT_FORMAT}:
+        raise ValueError(f"Load INT8 Model: '{name}' is quantized already ({echo(', '.join(sorted(formats - {QUANT_FORMAT})))}). Use Load "
                          "Diffusion Model for it, or load the bf16, fp16 or fp32 file here.")
     return bool(formats)
 
@@ -236,7 +236,7 @@ def _format_of(entry, name: str, key: str) -> str:
     rotated = entry.get("convrot", params.get("convrot", False))
     if type(rotated) is not bool:
         raise ValueError(f"Load INT8 Model: '{name}' is damaged: convrot of {echo(key)} is neither true nor false.")
-    if entry["format"] == FORMAT and rotated:
+    if entry["format"] == QUANT_FORMAT and rotated:
         try:
             check_group(entry.get("convrot_groupsize", params.get("convrot_groupsize", 256)))
         except ValueError as error:
@@ -251,7 +251,7 @@ def _check_scale(checkpoint: _Checkpoint, name: str, layer: str):
                          f"{echo(weight)}.")
 
 
-def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, tell: Tell) -> dict[str, torch.Tensor]:
+def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, on_progress: ProgressCallback) -> dict[str, torch.Tensor]:
     """The state dict in the native format, below the diffusion model's prefix."""
     with _explained(name):
         prefix = comfy.model_detection.unet_prefix_from_state_dict(checkpoint)
@@ -273,7 +273,7 @@ def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, tell: T
         below = key[len(prefix):]
         layer = below.removesuffix(".weight")
         if below.endswith(".weight") and layer in chosen:
-            tell(None, f"quantizing {done}/{len(chosen)}")
+            on_progress(None, f"quantizing {done}/{len(chosen)}")
             done += 1
             tensor = checkpoint.read(key, memory)
             if tensor.dtype not in FLOATS:
@@ -283,7 +283,7 @@ def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, tell: T
                 qweight, scale, group = quantize_weight(tensor.to(device), options.method != "rowwise")
             except ValueError as error:
                 raise ValueError(f"Load INT8 Model: layer '{layer}' of '{name}': {error}. The file is damaged.") from error
-            conf = {"format": FORMAT, **({"convrot": True, "convrot_groupsize": group} if group else {})}
+            conf = {"format": QUANT_FORMAT, **({"convrot": True, "convrot_groupsize": group} if group else {})}
             state[below], state[f"{below}_scale"] = qweight.cpu(), scale.cpu()
             state[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
         else:

@@ -23,7 +23,7 @@ from ...int8.kernels.reference import activation
 from ...int8.plain_layer import ArtifactLinear
 from ...int8.plan import LayerPlan
 from ...int8.quantize import quantize_weight
-from ...int8.shared_input import SharedInput
+from ...int8.shared_input import SharedActivationQuant
 from . import core as comfy_core
 from .int8_lora import Int8Lora
 from .recording import outside_recording
@@ -35,10 +35,10 @@ except ImportError:  # cores without native quantization: the compile nodes work
 
 logger = logging.getLogger(__name__)
 
-KEY = "int8_compile"
+LAYER_KEY = "int8_compile"
 PREFIX = "diffusion_model."
-LAYOUT = "TensorWiseINT8Layout"
-FORMAT = "int8_tensorwise"
+INT8_LAYOUT = "TensorWiseINT8Layout"
+QUANT_FORMAT = "int8_tensorwise"
 # Kernels besides those of ops.implementation: core's own, and a float multiplication with the dequantized weight.
 KITCHEN, FULL_PRECISION = "comfy_kitchen", "full_precision"
 # What a quantizer computes before it quantizes.
@@ -51,7 +51,7 @@ _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary]
 
 def require_native_int8(node: str = "INT8 Quantize Model"):
     """Raises RuntimeError where ComfyUI has no native INT8."""
-    if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
+    if QUANT_FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
         raise RuntimeError(f"{node} needs ComfyUI 0.26.0 or later (native INT8 support). "
                            "Update ComfyUI; the compile nodes work on this version too.")
 
@@ -64,7 +64,7 @@ class _Int8Forward(Int8Lora):
     """
 
     kernel = "auto"
-    shared_input: SharedInput | None = None
+    shared_input: SharedActivationQuant | None = None
     shares_input: bool | None = None
     # Core is to multiply in full precision: the file says so, or the device cannot multiply INT8.
     is_full_precision = False
@@ -152,7 +152,7 @@ def _is_row_major(weight) -> bool:
     """Whether weight's values lie as the pack's kernels read them: core may reorder them (QuantizedTensor.optimize_for_gemv)."""
     params = weight._params
     beyond = _fields_beyond(type(params))  # type: ignore[arg-type]
-    return weight._layout_cls == LAYOUT and all(getattr(params, field.name) == field.default for field in beyond)
+    return weight._layout_cls == INT8_LAYOUT and all(getattr(params, field.name) == field.default for field in beyond)
 
 
 def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=None):
@@ -165,7 +165,7 @@ def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=No
     if layer is None or layer.shared_input is None:
         return ops.int8_linear(x, weight._qdata, params.scale, bias, group, act, pre_quant_scale, kernel)
     rows = layer.shared_input.quant_rows(layer, x, group, act, pre_quant_scale, kernel)
-    return ops.linear_of_rows(x, rows, weight._qdata, params.scale, bias, kernel)
+    return ops.int8_linear_prequantized(x, rows, weight._qdata, params.scale, bias, kernel)
 
 
 @functools.cache
@@ -243,13 +243,13 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
     params = layout.Params(scale=scale.to(home), orig_dtype=weight.dtype, orig_shape=(n, k), convrot=bool(group),
                            convrot_groupsize=group or layout.Params.convrot_groupsize)
     layer = _linear_class(compute_dtype)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
-    layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), LAYOUT, params), requires_grad=False)
+    layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), INT8_LAYOUT, params), requires_grad=False)
     if bias is not None:
         # Its own copy: the two layers are loaded, patched and moved at different times.
         layer.bias = torch.nn.Parameter(bias.detach().to(home, copy=True), requires_grad=False)
     if pre_quant_scale is not None:
         layer.register_buffer("pre_quant_scale", pre_quant_scale.to(home))
-    layer.quant_format, layer.layout_type, layer.kernel = FORMAT, LAYOUT, kernel
+    layer.quant_format, layer.layout_type, layer.kernel = QUANT_FORMAT, INT8_LAYOUT, kernel
     layer.is_full_precision = not _can_multiply_int8(device)
     return layer.eval()
 

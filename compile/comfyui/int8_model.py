@@ -19,15 +19,15 @@ from ...int8.kernels import ops
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears
-from ...int8.report import Tell, tell_nobody
+from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
 from .int8_layer import (
     _LAYERS,
-    FORMAT,
-    KEY,
-    LAYOUT,
+    INT8_LAYOUT,
+    LAYER_KEY,
     PREFIX,
+    QUANT_FORMAT,
     _connect_kernels,
     _int8_layer,
     _Int8Forward,
@@ -104,7 +104,7 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     return names
 
 
-def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell = tell_nobody) -> None:
+def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progress: ProgressCallback = no_progress) -> None:
     """Makes the planned layers of patcher (a clone) INT8, as object patches: the model it was cloned from keeps its weights.
 
     Raises ValueError for a weight with NaN or infinity.
@@ -119,7 +119,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, tell: Tell
     progress = comfy.utils.ProgressBar(len(plans))
     patches, saved = {}, 0
     for number, plan in enumerate(plans):
-        tell(None, f"quantizing {number}/{len(plans)}")
+        on_progress(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         weight, bias = (pristine_parameter(patcher, f"{PREFIX}{plan.name}.{key}") for key in ("weight", "bias"))
         key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype, weakref.ref(_origin(patcher, plan.name)))
@@ -165,8 +165,8 @@ _NOTES_OF_A_LOAD = re.compile(r"_v(_|$)|_pin|_prefetch$|_patched_weights$|(.*_)?
 def keep_apart(patcher) -> None:
     """From now on each clone of patcher that is of another model (without dynamic VRAM, on another GPU) gets its own of what patcher's
     object patches hold weights in: ComfyUI loads, moves and patches the weights of two models at different times."""
-    if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, KEY):
-        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, own_weights)
+    if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, LAYER_KEY):
+        patcher.add_callback_with_key(CallbacksMP.ON_CLONE, LAYER_KEY, own_weights)
 
 
 def own_weights(patcher, clone) -> None:
@@ -210,7 +210,7 @@ def _copy_of_layer(patcher, name: str, layer: torch.nn.Module) -> torch.nn.Modul
 
 
 def is_int8(weight) -> bool:
-    return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == LAYOUT
+    return isinstance(weight, quant_ops.QuantizedTensor) and weight._layout_cls == INT8_LAYOUT
 
 
 def _current_layers(patcher) -> dict[str, torch.nn.Module]:
@@ -222,7 +222,7 @@ def _current_layers(patcher) -> dict[str, torch.nn.Module]:
 
 def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
     """{name below the diffusion model: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
-    if FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
+    if QUANT_FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
         return {}
     params = {name: (layer, layer.weight._params) for name, layer in _current_layers(patcher).items() if is_int8(layer.weight)}
     return {name: (p.convrot_groupsize if p.convrot else 0, getattr(layer, "pre_quant_scale", None) is not None)

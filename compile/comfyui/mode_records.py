@@ -12,7 +12,7 @@ import folder_paths
 from safetensors import SafetensorError, safe_open
 
 from ...int8.options import Int8Options
-from ...int8.report import Tell, tell_nobody
+from ...int8.report import ProgressCallback, no_progress
 from ..modes.apply import apply_modes, parse_modes, updated
 from ..modes.config import dump_config, parse_config
 from ..modes.convrot import ConvRot
@@ -31,19 +31,19 @@ from .modes import PATCHER_MODES, Int8Record, PatcherCompile, PatcherInt8, Patch
 logger = logging.getLogger(__name__)
 
 
-def quantize_and_record(patcher, options: Int8Options, tell: Tell = tell_nobody):
+def quantize_and_record(patcher, options: Int8Options, on_progress: ProgressCallback = no_progress):
     """quantize_model, recorded as the modes that it is. Raises what quantize_model raises."""
-    clone = quantize_model(patcher, options, tell)
+    clone = quantize_model(patcher, options, on_progress)
     state = PATCHER_MODES.host.get_state(patcher)
     if Int8.name in state.names or int8_layers(patcher):
         return clone  # recorded, or to be read off its layers
     config = PatcherInt8Config(options.keep_layers, options.min_sqnr_db, options.kernel)
-    preparing = [entry for entry in _preparing(options.method) if entry.name not in state.names]
+    preparing = [entry for entry in _modes_before_int8(options.method) if entry.name not in state.names]
     PATCHER_MODES.host.set_state(clone, ModeState((*state, *preparing, _entry(Int8.name, config, int8_metadata(clone)))))
     return clone
 
 
-def _preparing(method: str) -> list[ModeEntry]:
+def _modes_before_int8(method: str) -> list[ModeEntry]:
     """What comes before int8 where it quantizes by that method of Int8Options."""
     if method == "convrot":
         return [_entry(ConvRot.name, NoConfig())]
@@ -74,14 +74,14 @@ class ModesReport:
         return {"modes": list(self.modes)}
 
 
-def apply_to_patcher(patcher, modes, tell: Tell = tell_nobody):
+def apply_to_patcher(patcher, modes, on_progress: ProgressCallback = no_progress):
     """apply_modes on a MODEL from any loader: its record is that of its file. tell: called with a ModesReport, and with what int8 and
     compile report, when the model first samples too."""
     patcher = recorded(patcher)
     wanted = parse_modes(modes, PATCHER_MODES)
     names = (*PATCHER_MODES.host.get_state(patcher).names, *(mode.name for mode, _ in wanted))
-    tell(ModesReport(names))
-    kwargs = [{"tell": tell} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
+    on_progress(ModesReport(names))
+    kwargs = [{"tell": on_progress} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
     return apply_modes(patcher, wanted, kwargs, registry=PATCHER_MODES)
 
 
@@ -113,7 +113,8 @@ def recorded(patcher):
 
 def _derived(patcher) -> ModeState:
     rotated = any(group for group, _ in int8_layers(patcher).values())
-    return ModeState((*_preparing("convrot" if rotated else "rowwise"), _entry(Int8.name, PatcherInt8Config(), int8_metadata(patcher))))
+    return ModeState((*_modes_before_int8("convrot" if rotated else "rowwise"),
+                      _entry(Int8.name, PatcherInt8Config(), int8_metadata(patcher))))
 
 
 def _recorded_layers(state: ModeState) -> set[tuple[str, int, bool]]:
@@ -145,7 +146,7 @@ def for_file(patcher):
     entries = []
     for entry in PATCHER_MODES.host.get_state(patcher):
         if entry.name == Int8.name:
-            entries += [*_preparing("convrot" if rotated else "rowwise"), entry]
+            entries += [*_modes_before_int8("convrot" if rotated else "rowwise"), entry]
         elif entry.name not in (SmoothQuant.name, ConvRot.name):
             entries.append(entry)
     PATCHER_MODES.host.set_state(ready, ModeState(tuple(entries)))

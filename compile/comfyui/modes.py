@@ -15,7 +15,7 @@ from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
-from ...int8.report import Tell, tell_nobody
+from ...int8.report import ProgressCallback, no_progress
 from ..modes.compile import Compile, CompileConfig
 from ..modes.convrot import ConvRot
 from ..modes.errors import ApplyModeError, ModeConfigError
@@ -37,7 +37,7 @@ from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize
 logger = logging.getLogger(__name__)
 
 TITLE = "Apply Modes"
-METHODS = Literal["float", "rowwise", "convrot", "smoothquant"]
+MODE_METHODS = Literal["float", "rowwise", "convrot", "smoothquant"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class PatcherInt8Config:
     min_sqnr_db: float = 0.0
     kernel: Literal["auto", "triton", "comfy_kitchen", "torch"] = "auto"
     max_mb: float = 0.0
-    chosen: tuple[tuple[str, METHODS], ...] | None = None
+    chosen: tuple[tuple[str, MODE_METHODS], ...] | None = None
 
     def __post_init__(self):
         self.to_options("convrot")  # its ValueErrors
@@ -150,12 +150,12 @@ class PatcherInt8(Mode):
     next_prohibited_modes = Int8.next_prohibited_modes
     export_mode = Int8.export_mode
 
-    def convert(self, model, config, tell: Tell = tell_nobody, **_):
+    def convert(self, model, config, on_progress: ProgressCallback = no_progress, **_):
         """tell: see quantize_model."""
         if config.chosen is None:
-            model = quantize_model(model, config.to_options(_method(model)), tell)
+            model = quantize_model(model, config.to_options(_method(model)), on_progress)
         else:
-            put_and_tell(model, _chosen_plans(model, config), config.to_options(_method(model)), tell, ())
+            put_and_tell(model, _chosen_plans(model, config), config.to_options(_method(model)), on_progress, ())
         return model, int8_metadata(model)
 
     def update_for_restore(self, config, metadata):
@@ -260,7 +260,7 @@ class PatcherCompile(Compile):
 
     config_class = PatcherCompileConfig
 
-    def convert(self, model, config, tell=None, **_):
+    def convert(self, model, config, on_progress=None, **_):
         """tell: see CompiledModule.run."""
         options = config.to_options(TITLE)
         check_target(model, config.target)
@@ -268,7 +268,7 @@ class PatcherCompile(Compile):
             model = non_dynamic_clone(model, TITLE)
         except RuntimeError as error:
             logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
-        if tell is not None:
-            tell(CompileReport(TITLE))
-        add_compile(model, config.target, options, tell)
+        if on_progress is not None:
+            on_progress(CompileReport(TITLE))
+        add_compile(model, config.target, options, on_progress)
         return model, {}

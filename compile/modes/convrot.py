@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ...int8.hadamard import group_size
-from ...int8.linear import PreparedLinear
+from ...int8.linear import RotatedLinear
 from .errors import ApplyModeError
 from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
@@ -36,5 +36,5 @@ class ConvRot(Mode):
         return replace(model, {name: rotated(layer, group) for name, layer, group, _ in recorded(model, metadata, self.name)})
 
 
-def rotated(layer, group: int) -> PreparedLinear:
-    return PreparedLinear(layer.weight, layer.bias, getattr(layer, "pre_quant_scale", None), group)
+def rotated(layer, group: int) -> RotatedLinear:
+    return RotatedLinear(layer.weight, layer.bias, getattr(layer, "pre_quant_scale", None), group)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ...int8.linear import Int8Linear, PreparedLinear
+from ...int8.linear import Int8Linear, RotatedLinear
 from .layers import check_record, replace
 from .mode import Mode, NoConfig
 from .registry import MODES
@@ -31,7 +31,7 @@ class Export(Mode):
 
     def convert(self, model, config, **_):
         folded = {name: _plain(layer) for name, layer in model.named_modules()
-                  if isinstance(layer, PreparedLinear) or (isinstance(layer, Int8Linear) and config.layers == "float")}
+                  if isinstance(layer, RotatedLinear) or (isinstance(layer, Int8Linear) and config.layers == "float")}
         return replace(model, folded), {}
 
     def update_for_restore(self, config, metadata):
@@ -46,7 +46,7 @@ class Export(Mode):
             save_model(model, path)
 
 
-def _plain(layer: PreparedLinear | Int8Linear) -> torch.nn.Linear:
+def _plain(layer: RotatedLinear | Int8Linear) -> torch.nn.Linear:
     linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight = torch.nn.Parameter(layer.dequantized(), requires_grad=False) if isinstance(layer, Int8Linear) else layer.weight
     linear.bias = layer.bias

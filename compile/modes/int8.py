@@ -14,7 +14,7 @@ from ...int8.hadamard import group_size
 from ...int8.linear import Int8Linear, marker
 from ...int8.plan import measure
 from ...int8.precision import FLOAT, choose_precision
-from ...int8.structure import roles
+from ...int8.structure import equivalent_layers
 from .errors import ApplyModeError, ModeConfigError
 from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
 from .mode import Mode
@@ -133,7 +133,7 @@ class PrecisionSearch(Searcher):
         config = self.config
         saved = {name: _bytes_saved(self.layers[name].weight) for name, methods in results.items() if methods}
         size = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-        together = roles(self.model, results) if config.per == "role" else None
+        together = equivalent_layers(self.model, results) if config.per == "role" else None
         try:
             chosen = choose_precision(results, saved, size - config.max_bytes if config.max_bytes else None, config.min_sqnr_db, together)
         except ValueError as error:

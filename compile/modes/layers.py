@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...int8.echo import echo
-from ...int8.linear import PreparedLinear
+from ...int8.linear import RotatedLinear
 from ...int8.options import check_globs
 from ...int8.quantize import drop_kept, eligible_linears
 from .config import parse_config
@@ -40,7 +40,7 @@ def check_record(metadata: dict, owner: str, record_class: type = LayerRecord) -
 def float_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """{name: layer} of the eligible Linear layers that are float, prepared or not. A subclass of Linear does something of its own."""
     layers = {name: model.get_submodule(name) for name in eligible_linears(model)}
-    return {name: layer for name, layer in layers.items() if type(layer) in (torch.nn.Linear, PreparedLinear)}
+    return {name: layer for name, layer in layers.items() if type(layer) in (torch.nn.Linear, RotatedLinear)}
 
 
 def select(layers: Iterable[str], keep_layers: Iterable[str], owner: str) -> list[str]:
@@ -77,7 +77,7 @@ def recorded(model: torch.nn.Module, metadata: dict, owner: str) -> list[tuple[s
             layer = model.get_submodule(name)
         except AttributeError:
             layer = None
-        if type(layer) not in (torch.nn.Linear, PreparedLinear):
+        if type(layer) not in (torch.nn.Linear, RotatedLinear):
             raise ApplyModeError(f"{owner}: the record names the layer '{echo(name)}', which in this model is "
                                  f"{'absent' if layer is None else f'a {type(layer).__name__}'}. It was made for another model.")
         found.append((name, layer, group, smoothed))

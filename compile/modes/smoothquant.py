@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ...int8.calibrate import LayerStats, collect
-from ...int8.linear import PreparedLinear
+from ...int8.linear import RotatedLinear
 from ...int8.plan import ALPHAS, measure, smoothing_scale
 from .errors import ApplyModeError, ModeConfigError
 from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
@@ -47,14 +47,14 @@ class SmoothQuant(Mode):
                 interrupt()
             if progress:
                 progress(done, len(stats))
-            new[name] = PreparedLinear(layers[name].weight, layers[name].bias, _scale(layers[name].weight, stats[name], config.alpha))
+            new[name] = RotatedLinear(layers[name].weight, layers[name].bias, _scale(layers[name].weight, stats[name], config.alpha))
         return replace(model, new), {"layers": [[name, 0, True] for name in new]}
 
     def update_for_restore(self, config, metadata):
         return config, check_record(metadata, self.name)
 
     def restore(self, model, config, metadata):
-        return replace(model, {name: PreparedLinear(layer.weight, layer.bias, torch.ones(layer.in_features, device=layer.weight.device))
+        return replace(model, {name: RotatedLinear(layer.weight, layer.bias, torch.ones(layer.in_features, device=layer.weight.device))
                                for name, layer, _, _ in recorded(model, metadata, self.name)})
 
 

@@ -30,7 +30,7 @@ _OF_THE_WHOLE = {"TYPE_MATCH", "ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DI
 _KEY = re.compile(r"\['(\w+)'")
 
 
-def needed(name: str, guard_type: str, value=None, by_core: bool = True) -> bool:
+def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True) -> bool:
     """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``;
     value: what it is about, where dynamo tells. by_core: it is ComfyUI's own code that reads it.
 
@@ -66,7 +66,7 @@ class GuardFilter:
                 self.unguarded.add(entry.orig_guard.name, entry.value)
         if not self._drop_bookkeeping:
             return [True] * len(entries)
-        return [needed(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]
+        return [keep_guard(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]
 
 
 def _is_by_core(entry) -> bool:

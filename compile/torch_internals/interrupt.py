@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 INTERVAL = 0.1  # seconds between two looks
 SETTLE = 100  # turns of a loop, each of which lets a pending exception come up
-PATIENCE = 1.0  # seconds until it comes up again: a callback of the garbage collector swallows it
+RETRY_INTERVAL = 1.0  # seconds until it comes up again: a callback of the garbage collector swallows it
 # What would not be done again, or leave something locked or registered by half: Python's import, torch's patterns, ends of contexts.
 _IMPORT = "<frozen importlib"
-_WHOLE = frozenset({"__enter__", "__exit__", "__del__", "install_callbacks", "lazy_init"})
+_UNINTERRUPTIBLE = frozenset({"__enter__", "__exit__", "__del__", "install_callbacks", "lazy_init"})
 
 
 class Interrupted(BaseException):
@@ -60,9 +60,9 @@ def interruptible(interrupted: Callable[[], bool]):
 
 
 def _watch(thread: int, interrupted: Callable[[], bool], lock: threading.Lock, over: threading.Event):
-    raised = -PATIENCE
+    raised = -RETRY_INTERVAL
     while not over.wait(INTERVAL):
-        if not interrupted() or time.monotonic() - raised < PATIENCE:
+        if not interrupted() or time.monotonic() - raised < RETRY_INTERVAL:
             continue
         with lock:
             if not over.is_set() and _may_end(sys._current_frames().get(thread)):
@@ -72,7 +72,7 @@ def _watch(thread: int, interrupted: Callable[[], bool], lock: threading.Lock, o
 
 def _may_end(frame) -> bool:
     while frame is not None:
-        if frame.f_code.co_name in _WHOLE or frame.f_code.co_filename.startswith(_IMPORT):
+        if frame.f_code.co_name in _UNINTERRUPTIBLE or frame.f_code.co_filename.startswith(_IMPORT):
             return False
         frame = frame.f_back
     return True

@@ -33,7 +33,7 @@ BUDGET = 0.0
 IDLE = 5.0  # seconds without a call, after which there is
 RETRY = 60.0  # seconds until it is tried again where memory was short
 NO_MEMORY = "there is not enough free memory"
-RUNS = 7
+CHOICE_RUNS = 7
 FLUSH = 2  # times the L2 cache's size that is written between two runs: a layer finds neither its weight nor its input there
 HEAD_START = 200_000  # cycles that the GPU waits before a run, while the CPU launches it, at least: 0.1 ms
 CYCLES = 2e9  # of a GPU in a second, about
@@ -263,7 +263,7 @@ def timer(device: torch.device) -> Callable[[Callable], float]:
             call()
             # A slow CPU takes longer to launch a kernel than the GPU to run it, which is not the kernel's fault.
             head_start = max(HEAD_START, int(3 * CYCLES * (time.perf_counter() - launched)))
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CHOICE_RUNS)]
             for start, end in events:
                 flush.zero_()
                 torch.cuda._sleep(head_start)

@@ -16,7 +16,7 @@ import triton
 logger = logging.getLogger(__name__)
 
 # Bytes that an address is a multiple of, or Triton compiles another kernel.
-ALIGN = 16
+POINTER_ALIGNMENT = 16
 # TMA descriptors that are kept of a kernel: weights of one shape, and where the allocator has put q.
 MAX_DESCRIPTORS = 1024
 # What a launcher that Triton 3.6 generates takes before the kernel's own arguments.
@@ -74,7 +74,7 @@ class Bound:
             address = operand.data_ptr()
             together |= address
             addresses.append(address)
-        if together % ALIGN:
+        if together % POINTER_ALIGNMENT:
             return self._by_triton(grid, operands, numbers)
         arguments = addresses
         if self._describe:
@@ -100,7 +100,7 @@ class Bound:
         if self._launch is not None or not self._may_bind:
             return
         device = operands[0].get_device()
-        if any(operand.data_ptr() % ALIGN or operand.get_device() != device for operand in operands):
+        if any(operand.data_ptr() % POINTER_ALIGNMENT or operand.get_device() != device for operand in operands):
             return
         try:
             if not is_watched(self._kernel):

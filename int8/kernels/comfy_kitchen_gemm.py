@@ -11,7 +11,7 @@ import torch
 
 from . import torch_mm
 
-ALIGN = 16  # bytes
+POINTER_ALIGNMENT = 16  # bytes
 # M, K, N of the check. The first is a multiple of all that CUTLASS aligns to: it says that it has computed it, or is not used.
 CHECK = ((256, 512, 256), (65, 512, 96))
 
@@ -88,4 +88,4 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, fp32: bool) -> torch
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:
-    return t if t.is_contiguous() and t.data_ptr() % ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
+    return t if t.is_contiguous() and t.data_ptr() % POINTER_ALIGNMENT == 0 else t.clone(memory_format=torch.contiguous_format)

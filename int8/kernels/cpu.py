@@ -42,7 +42,7 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
         pre_quant_scale = pre_quant_scale.to(torch.float32).contiguous()
     scale = None if pre_quant_scale is None else pre_quant_scale.data_ptr()
     library.int8c_quant_rows(x.data_ptr(), x.dtype == torch.bfloat16, m, k, x.stride(0), group, reference.ACTIVATIONS.index(act), scale,
-                             reference.MIN_SCALE, q.data_ptr(), s.data_ptr())
+                             reference.MIN_QUANT_SCALE, q.data_ptr(), s.data_ptr())
     return q, s
 
 

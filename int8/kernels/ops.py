@@ -134,10 +134,10 @@ def int8_linear(x: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tens
     bias [N] or None -> [..., N] in x's dtype. group: the ConvRot group that qweight was rotated with, 0 for none. act, pre_quant_scale:
     applied to x before; see reference.quant_rows."""
     rows = quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
-    return linear_of_rows(x, rows, qweight, weight_scale, bias, kernel)
+    return int8_linear_prequantized(x, rows, qweight, weight_scale, bias, kernel)
 
 
-def linear_of_rows(x: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], qweight: torch.Tensor, weight_scale: torch.Tensor,
+def int8_linear_prequantized(x: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], qweight: torch.Tensor, weight_scale: torch.Tensor,
                    bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
     """int8_linear of x whose rows quant_rows has quantized already."""
     y = int8_gemm(*rows, qweight, weight_scale, bias, DTYPE_NAMES[x.dtype], kernel)

@@ -9,7 +9,7 @@ from ..hadamard import rotate
 ACTIVATIONS = ("none", "gelu_tanh", "swiglu")
 QMAX = 127.0
 # An all-zero row has no scale of its own; any positive one gives q = 0.
-MIN_SCALE = 1e-30
+MIN_QUANT_SCALE = 1e-30
 
 
 def activation(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -35,7 +35,7 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     if pre_quant_scale is not None:
         x = x * pre_quant_scale.float()
     x = rotate(x, group)
-    s = (x.abs().amax(dim=-1) / QMAX).clamp_min(MIN_SCALE)
+    s = (x.abs().amax(dim=-1) / QMAX).clamp_min(MIN_QUANT_SCALE)
     return torch.round(x / s[:, None]).to(torch.int8), s
 
 

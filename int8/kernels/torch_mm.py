@@ -12,7 +12,7 @@ from . import reference
 # cuBLASLt's INT8 path takes more than 16 rows, and K and N in multiples of 8.
 MIN_ROWS = 17
 BLOCK_ROWS = 32
-ALIGN = 8
+SIZE_MULTIPLE = 8
 BLOCK_BYTES = 256 << 20  # of int32 or fp32
 
 
@@ -30,7 +30,7 @@ def products(q: torch.Tensor, qweight: torch.Tensor) -> Iterator[tuple[int, torc
     """(first row, q[rows] @ qweight.T in int32 [rows, N]), block by block."""
     m, k = q.shape
     n = qweight.shape[0]
-    pad_k, pad_n = -k % ALIGN, -n % ALIGN
+    pad_k, pad_n = -k % SIZE_MULTIPLE, -n % SIZE_MULTIPLE
     qweight = F.pad(qweight, (0, pad_k, 0, pad_n)) if pad_k or pad_n else qweight
     # Whole blocks: what is read of the rows' scales then begins at a multiple of 16 bytes.
     rows = max(1, BLOCK_BYTES // (4 * n * BLOCK_ROWS)) * BLOCK_ROWS

@@ -42,8 +42,8 @@ ARCHITECTURES = {
     120: Architecture(99 << 10, 170, 1024, 16),
 }
 # Those without a line of their own; any other is treated as the one that has least of everything.
-LIKE = {87: 80, 100: 80, 103: 80, 110: 80, 121: 120}
-LEAST = 86
+ALIASES = {87: 80, 100: 80, 103: 80, 110: 80, 121: 120}
+FALLBACK_ARCH = 86
 
 # (bm, bn, bk, warps, stages); none spills on any of these cards with Triton 3.6 to 3.9 (tests/int8/test_triton_compiles.py).
 POINTER_TILES = (
@@ -144,7 +144,7 @@ LAUNCH = 4000
 
 def like(arch: int) -> int:
     """The architecture of the table that arch (major * 10 + minor; 0 for AMD) runs."""
-    return arch if arch in ARCHITECTURES else LIKE.get(arch, LEAST)
+    return arch if arch in ARCHITECTURES else ALIASES.get(arch, FALLBACK_ARCH)
 
 
 def tiles(arch: int, tma: bool = True, ragged: bool = False, gluon: bool = False) -> tuple[GemmConfig, ...]:

@@ -28,7 +28,7 @@ except ImportError:  # Triton < 3.4
 # Rows of tiles whose programs run together and share q and w in L2.
 GROUP_M = 8
 # Bytes that rows of q and w are a multiple of: what a TMA descriptor needs, and an asynchronous copy at its widest.
-ALIGN = 16
+POINTER_ALIGNMENT = 16
 SUM_BM, SUM_BN = 4, 256
 # (device, tile) that did not launch: a driver or a Triton that cannot run it will not at the next call either.
 _BROKEN: set[tuple[torch.device, GemmConfig]] = set()
@@ -191,13 +191,13 @@ def card(device: torch.device) -> tuple[int, int | None]:
 def dense(t: torch.Tensor) -> torch.Tensor:
     """t, or a copy of it, contiguous and at an address that vectors and TMA can read. (A weight that was copied once and kept would be
     stale after a LoRA has been written into it.) Without that Triton compiles each kernel once more, with spills of kilobytes."""
-    return t if t.is_contiguous() and t.data_ptr() % ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
+    return t if t.is_contiguous() and t.data_ptr() % POINTER_ALIGNMENT == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """dense(t) with zeros after each row, up to a multiple of ALIGN. No model has such rows; a kernel that reads them byte by byte would
-    spill."""
-    pad = -t.shape[1] % ALIGN
+    """dense(t) with zeros after each row, up to a multiple of POINTER_ALIGNMENT. No model has such rows; a kernel that reads them byte by
+    byte would spill."""
+    pad = -t.shape[1] % POINTER_ALIGNMENT
     return F.pad(t, (0, pad)) if pad else dense(t)
 
 

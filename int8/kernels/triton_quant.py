@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..hadamard import hadamard, made_apart
 from .bound import Bound
-from .reference import ACTIVATIONS, MIN_SCALE
+from .reference import ACTIVATIONS, MIN_QUANT_SCALE
 
 # 1.5 * 2**23: adding it rounds an fp32 in +-2**22 to the nearest even integer, in the low bits of its mantissa.
 ROUND_MAGIC = tl.constexpr(12582912.0)
@@ -227,5 +227,5 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     q = torch.empty_strided((m, k), (k, 1), dtype=torch.int8, device=device)
     s = torch.empty_strided((m,), (1,), dtype=torch.float32, device=device)
     smooth = s if pre_quant_scale is None else pre_quant_scale.contiguous()
-    bound((m, 1, 1), (x, smooth, s if h is None else h, q, s), stride, MIN_SCALE)
+    bound((m, 1, 1), (x, smooth, s if h is None else h, q, s), stride, MIN_QUANT_SCALE)
     return q, s

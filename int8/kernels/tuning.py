@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # A new resolution rarely meets a bucket that was not measured; half steps, since the best tile of a bucket's end can be slow at its start.
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-RUNS = 5
+TILE_RUNS = 5
 # Seconds a process may spend on measuring, compiling the candidates included; then the first candidate, the heuristic one, runs.
 BUDGET = 30.0
 # A candidate must be this much faster than the heuristic one: less is noise, and neighbouring buckets should agree.
@@ -132,11 +132,11 @@ class Choices:
 
 
 def wall_seconds(candidate: Callable[[], object], synchronize: Callable[[], object]) -> float:
-    """The best of RUNS after one that warms up (and compiles)."""
+    """The best of TILE_RUNS after one that warms up (and compiles)."""
     candidate()
     synchronize()
     best = float("inf")
-    for _ in range(RUNS):
+    for _ in range(TILE_RUNS):
         start = time.perf_counter()
         candidate()
         synchronize()

@@ -58,8 +58,8 @@ def inference():
         yield
 
 
-def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=True, tell=None, **kwargs):
-    return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough, tell=tell)
+def run(compiled, net, *args, passthrough=lambda error: False, filter_guards=True, on_progress=None, **kwargs):
+    return compiled.run(net, lambda: net(*args, **kwargs), filter_guards=filter_guards, passthrough=passthrough, on_progress=on_progress)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -334,9 +334,9 @@ def test_the_guard_filter_keeps_what_a_block_reads_for_itself():
     ("module._modules['up'].weight", "TENSOR_MATCH", None, True),
 ])
 def test_guards_are_dropped_on_bookkeeping_only_wherever_the_options_stand(name, guard_type, value, stays):
-    from int8_compile.compile.torch_internals.guard_filter import needed
+    from int8_compile.compile.torch_internals.guard_filter import keep_guard
 
-    assert needed(name, guard_type, value) is stays
+    assert keep_guard(name, guard_type, value) is stays
 
 
 def test_a_block_that_gets_its_options_by_position_is_one_graph(graphs):
@@ -466,22 +466,22 @@ class Told(list):
 def test_it_tells_what_it_compiles_and_when_it_is_ready_and_nothing_more():
     compiled, net, told = CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True)), Net(), Told()
     for _ in range(3):
-        run(compiled, net, torch.randn(3, 64), tell=told)
+        run(compiled, net, torch.randn(3, 64), on_progress=told)
     assert told[0] == "loading the compiler"
     assert [text for text in dict.fromkeys(told[1:]) if text.startswith("compiling")] == [
         f"compiling {name} {number}/{len(compiled.report.regions)}" for number, (name, _) in enumerate(compiled.report.regions, 1)]
     assert told[-1] == compiled.report.status() and told[-1].startswith("ready: ")
     before = len(told)
-    run(compiled, net, torch.randn(3, 64), tell=told)
+    run(compiled, net, torch.randn(3, 64), on_progress=told)
     assert len(told) == before
     other = Told()  # a node that came later hears what there is
-    run(compiled, net, torch.randn(3, 64), tell=other)
+    run(compiled, net, torch.randn(3, 64), on_progress=other)
     assert other == [compiled.report.status()]
 
 
 def test_a_failure_is_told_with_its_remedy():
     compiled, net, told = CompiledModule(CompileOptions(backend=_broken_backend)), Net(), Told()
-    run(compiled, net, torch.randn(3, 64), tell=told)
+    run(compiled, net, torch.randn(3, 64), on_progress=told)
     assert told[-1] == "running uncompiled: the compile failed" and not [text for text in told if text.startswith("ready")]
     assert "Compile failed; running uncompiled. " in told.text and "this backend cannot compile" in told.text
 
@@ -509,7 +509,7 @@ def test_an_interrupt_ends_a_compile_at_once_and_the_next_call_compiles():
     compiled, net, x, told = CompiledModule(CompileOptions(backend=backend)), Net(), torch.randn(3, 64), Told()
     start = time.monotonic()
     with pytest.raises(Interrupted):
-        compiled.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: False, tell=told, interrupted=asked.is_set)
+        compiled.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: False, on_progress=told, interrupted=asked.is_set)
     assert time.monotonic() - start < 5
     assert told[-1].startswith("compiling") and told.progress == (0, 2)
     assert not compiled.report.failure and not compiled.report.graphs and not compiled.report.compiled_from_step

@@ -7,7 +7,7 @@ from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from int8_compile.int8 import hadamard
 from int8_compile.int8.kernels import ops, reference
-from int8_compile.int8.linear import Int8Linear, PreparedLinear
+from int8_compile.int8.linear import Int8Linear, RotatedLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
@@ -70,7 +70,7 @@ def test_what_is_cached_is_made_outside_of_the_call_that_needs_it():
 
 
 def test_a_trace_takes_the_rotation_in_and_leaves_nothing_in_its_cache():
-    layer = PreparedLinear(torch.nn.Parameter(torch.randn(32, 64)), None, group=64).requires_grad_(False)
+    layer = RotatedLinear(torch.nn.Parameter(torch.randn(32, 64)), None, group=64).requires_grad_(False)
     x = torch.randn(2, 64)
     hadamard._hadamard.cache_clear()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)

@@ -71,7 +71,7 @@ def test_zero_rows_and_what_is_not_a_number():
     x[0], x[1, 7], x[2, 9], x[3] = 0, float("nan"), float("inf"), 1e-38
     for group in (0, 256):
         q, s = QUANT(x, group)
-        assert not q[0].any() and not q[3].any() and s[0] == s[3] == torch.tensor(reference.MIN_SCALE)
+        assert not q[0].any() and not q[3].any() and s[0] == s[3] == torch.tensor(reference.MIN_QUANT_SCALE)
         assert s[1].isnan() and not s[2].isfinite() and s[4].isfinite()
 
 

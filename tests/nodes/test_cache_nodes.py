@@ -220,13 +220,13 @@ def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
 
 def test_waiting_for_the_builder_can_be_interrupted(store, run, comfy):
     import comfy.model_management
-    from int8_compile.compile.artifacts.builder import Order
+    from int8_compile.compile.artifacts.builder import BuildRequest
     from int8_compile.compile.comfyui import artifact_cache
 
     builder = artifact_cache.get_cache().builder
     reasons = []
     with store.lock(PLACE, "eeeeeeeeeeee"):  # another process builds it: this one's builder waits
-        builder.submit(Order(SimpleNamespace(name="Block", device="cpu"), PLACE, "eeeeeeeeeeee", reasons.append, urgent=True))
+        builder.submit(BuildRequest(SimpleNamespace(name="Block", device="cpu"), PLACE, "eeeeeeeeeeee", reasons.append, urgent=True))
         threading.Timer(0.3, comfy.model_management.interrupt_current_processing).start()
         started = time.monotonic()
         with pytest.raises(comfy.model_management.InterruptProcessingException):

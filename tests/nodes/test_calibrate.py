@@ -113,8 +113,8 @@ def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
         if text.startswith("measuring 9/"):
             mm.interrupt_current_processing()
 
-    def sampled(model, **tell):
-        quantized = quantize_model(model, Int8Options(method="auto"), **tell)
+    def sampled(model, **on_progress):
+        quantized = quantize_model(model, Int8Options(method="auto"), **on_progress)
         with Ops() as ops:
             image = sample(quantized)
         return image, ops.counts["int8_compile::quant_rows"], {plan.name: plan.method for plan in plans(quantized)}
@@ -122,7 +122,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
     want, whole, methods = sampled(load())
     model = load()
     with pytest.raises(mm.InterruptProcessingException):
-        sampled(model, tell=stop)
+        sampled(model, on_progress=stop)
     image, rest, found = sampled(model)
     # Each layer is measured with four kinds of quantization.
     assert whole - rest == 4 * 10 and found == methods and torch.equal(image, want)

@@ -56,7 +56,7 @@ def make(comfy, core):
         if kind != "core INT8":
             return ours
         native = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(K, N, device=cpu, dtype=torch.float32)
-        native.weight, native.bias, native.quant_format, native.layout_type = ours.weight, ours.bias, core.FORMAT, core.LAYOUT
+        native.weight, native.bias, native.quant_format, native.layout_type = ours.weight, ours.bias, core.QUANT_FORMAT, core.INT8_LAYOUT
         return native
     make.weight, make.bias = weight, bias
     return make
@@ -377,7 +377,7 @@ def test_only_linear_layers_are_adopted_from_an_int8_file(comfy, core, flux, mak
     model.bank.bias = None
     for module in (model.bank, model.embedding):
         module.weight = torch.nn.Parameter(model.native.weight.detach(), requires_grad=False)
-        module.quant_format, module.layout_type = core.FORMAT, core.LAYOUT
+        module.quant_format, module.layout_type = core.QUANT_FORMAT, core.INT8_LAYOUT
     model.native._full_precision_mm = True
     adopted = nodes.INT8QuantizeModel(flux)
     assert list(adopted.object_patches) == ["diffusion_model.native"]

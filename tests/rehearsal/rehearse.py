@@ -70,7 +70,7 @@ def layer(m: int, k: int, n: int, dtype=torch.bfloat16, group: int = 0, scalar: 
 def every_kernel_multiplies_right(state):
     from int8_compile.int8.kernels import autotune, ops, reference
 
-    autotune.RUNS = 1  # the interpreter is slow
+    autotune.CHOICE_RUNS = 1  # the interpreter is slow
     autotune.waiting.busy = lambda: True  # this thread measures
     for kernel in ("auto", "torch", "reference", *(["triton"] if has_triton() else [])):
         for i, (m, k, n) in enumerate(((1, 256, 48), (17, 256, 64), (33, 96, 33))):
@@ -272,7 +272,7 @@ def a_block_is_traced_for_the_card(state):
     tensors = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), "c") for name, t in block.state_dict().items()
                if "comfy_quant" not in name]
     call = cache_call.flatten((torch.zeros(1, 20, 32),), {})
-    job = job.Job("Block", block, [], tensors, call.structure, [("float32", (1, 20, 32), "c")], [], [0], [(0, 1)], "cuda", 1, {})
+    job = job.BuildSpec("Block", block, [], tensors, call.structure, [("float32", (1, 20, 32), "c")], [], [0], [(0, 1)], "cuda", 1, {})
     with no_mode():
         traced, body = aoti._trace(job)
     devices = {node.meta["val"].device.type for node in traced.program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}

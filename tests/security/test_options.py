@@ -13,7 +13,7 @@ from int8_compile.compile.modes import MODES as MODE_REGISTRY
 from int8_compile.compile.modes import ModeConfigError, apply_modes
 from int8_compile.compile.modes.apply import parse_modes
 from int8_compile.compile.modes.record import parse_state
-from int8_compile.compile.options import MODES, CompileOptions, check_path, parse_options
+from int8_compile.compile.options import TORCH_COMPILE_MODES, CompileOptions, check_path, parse_options
 from int8_compile.int8.options import Int8Options
 
 SOURCES = Path(torch.__file__).parent / "_inductor"
@@ -89,7 +89,7 @@ def test_what_this_torch_has_by_default_may_be_written_down_and_the_list_is_of_i
 
 
 def test_what_users_of_compile_set_is_on_the_list():
-    for mode in MODES:
+    for mode in TORCH_COMPILE_MODES:
         CompileOptions(mode=mode, options=json.dumps(CompileOptions(mode=mode).torch_options()))
     assert accepted({"epilogue_fusion": True, "max_autotune": True, "coordinate_descent_tuning": True, "shape_padding": True,
                      "triton.cudagraphs": False, "triton.cudagraph_trees": True, "force_fuse_int_mm_with_mul": True, "cpp.simdlen": 256,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from int8_compile.compile.artifacts import builder as builder_module
 from int8_compile.compile.artifacts import worker
-from int8_compile.compile.artifacts.builder import Builder, Order
+from int8_compile.compile.artifacts.builder import Builder, BuildRequest
 from int8_compile.compile.artifacts.entry import MANIFEST
 from int8_compile.compile.artifacts.store import CacheStore
 
@@ -48,7 +48,7 @@ class Told:
         def done(reason: str):
             self.reasons[entry], self.times[entry] = reason, time.monotonic()
         # No job at all: the other process imports everything, and then says that it cannot build this.
-        self._builder.submit(Order(types.SimpleNamespace(device="cpu", name="Block"), PLACE, entry, done, urgent))
+        self._builder.submit(BuildRequest(types.SimpleNamespace(device="cpu", name="Block"), PLACE, entry, done, urgent))
 
     def wait(self, entry: str, seconds: float = 120):
         end = time.monotonic() + seconds
