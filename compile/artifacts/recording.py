@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import dis
 import functools
+import gc
 import inspect
 import operator
 import os
@@ -14,6 +15,7 @@ import random
 import re
 import sys
 import textwrap
+import threading
 import time
 import types
 from collections.abc import Iterable, Iterator
@@ -116,7 +118,22 @@ def recording() -> Iterator[Recording]:
             skipped[path] = _is_skipped(path, frame.f_globals.get("__name__", ""))
         return skipped[path]
 
+    thread, collecting = threading.get_ident(), False
+
+    # Callbacks and finalizers of the garbage collector are other packs', and run wherever it does.
+    def collection_begins(phase, info):
+        nonlocal collecting
+        if phase == "start" and threading.get_ident() == thread:
+            collecting = True
+
+    def collection_ends(phase, info):
+        nonlocal collecting
+        if phase == "stop" and threading.get_ident() == thread:
+            collecting = False
+
     def profile(frame, event, value):
+        if collecting:
+            return
         if event == "call":
             code = frame.f_code
             if not is_skipped(frame):
@@ -142,11 +159,15 @@ def recording() -> Iterator[Recording]:
             elif value in _CLOCKS or (getattr(value, "__module__", None) == "time" and value.__name__ != "sleep"):
                 found._refuse(f"it reads the clock (time.{value.__name__})")
     before = sys.getprofile()
+    gc.callbacks.insert(0, collection_begins)
+    gc.callbacks.append(collection_ends)
     sys.setprofile(profile)
     try:
         yield found
     finally:
         sys.setprofile(before)
+        gc.callbacks.remove(collection_begins)
+        gc.callbacks.remove(collection_ends)
 
 
 def _caller_counts(frame, is_skipped) -> bool:

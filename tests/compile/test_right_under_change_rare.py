@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import fractions
 import functools
+import gc
 import sys
 import threading
+import time
 import types
 import warnings
 from pathlib import Path
@@ -406,3 +408,19 @@ def test_two_models_that_share_blocks_leave_nothing_on_them(last):
     assert len(results) == 2 and all(difference(result, net(x)) < 1e-4 for result in results)
     assert not any(isinstance(block.__dict__.get("_compiled_call_impl"), OwnCall) for block in net.blocks)
     assert difference(run(compiled[0], net, x), net(x)) < 1e-4 and compiled[0].report.last_calls["graph"] == 3
+
+
+def test_what_the_garbage_collector_calls_while_a_block_is_traced_is_not_the_blocks(tmp_path):
+    def watch(phase, info):
+        seen.append(time.perf_counter())
+    seen, before = [], gc.get_threshold()
+    net, compiled, x = nets.make(nets.Plain), cached(tmp_path / "cache"), inputs()[:1]
+    gc.callbacks.append(watch)
+    gc.set_threshold(200, 1, 1)
+    try:
+        for _ in range(2):
+            assert difference(run(compiled, net, *x), net(*x)) < 1e-4
+    finally:
+        gc.callbacks.remove(watch)
+        gc.set_threshold(*before)
+    assert seen and compiled.report.last_calls["artifact"] and not compiled.report.fallbacks
