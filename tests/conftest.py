@@ -1,6 +1,7 @@
 """Finds ComfyUI, offers the pack as the package int8_compile, and says at the end what ran against what."""
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import runpy
@@ -58,6 +59,14 @@ def pytest_terminal_summary(terminalreporter):
 
 def comfyui_version(comfyui: Path) -> str:
     return runpy.run_path(str(comfyui / "comfyui_version.py"))["__version__"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_objects():
+    """Each full collection of later modules, and ComfyUI asks for many, would look through what this one leaves: seconds at the end."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
