@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
 from .artifacts.origins import is_pristine_package
@@ -182,6 +183,7 @@ class CompileScope:
         self._stack.enter_context(on_compile(lambda *_: self._on_start()))
         self._stack.enter_context(interruptible(self._interrupted))
         self._stack.enter_context(compile_settings(self._options.cache_size_limit))
+        self._stack.enter_context(traced_as_operation())
 
     def close(self) -> bool:
         """Whether anything was compiled."""

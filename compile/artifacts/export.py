@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .artifact import FILES
+from .attention import called_as_operation
 from .block import load_skeleton
 from .block_guards import attributes_of, classes_of, module_classes
 from .call import CELL, LAYOUTS, closures_in, rebuild
@@ -88,11 +89,13 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
     """
     state = random.getstate()  # a trace in this process may draw from it
     try:
-        job = _without_unread(job)
-        traced, body = _trace(job)
+        with called_as_operation():
+            job = _without_unread(job)
+            traced, body = _trace(job)
+            by_layout = _depends_on_layout(job)
         found = traced.seen.recording
         found.require_pure()
-        if _depends_on_layout(job):
+        if by_layout:
             raise Unsupported("it writes into its input, or returns it, in one layout and a copy of it in another")
     finally:
         random.setstate(state)

@@ -213,6 +213,8 @@ def _host() -> dict:
 def prepare(options: dict) -> None:
     """In the builder process: ComfyUI as it was started. Called before anything of it is imported but its options."""
     vars(comfy.cli_args.args).update(options)
+    from .attention import add_functions
     from .int8_layer import patch_linear_input_act
 
     patch_linear_input_act()
+    add_functions()

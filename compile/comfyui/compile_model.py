@@ -24,6 +24,7 @@ from ..torch_internals import warmup
 from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
+from .attention import add_functions
 from .int8_calibrate import CALIBRATING
 from .int8_layer import patch_linear_input_act
 from .int8_model import keep_apart, pristine_parameter
@@ -61,6 +62,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         states = _COMPILED.setdefault(model, {})
         key = (target, options, device)
         if key not in states:
+            add_functions()
             patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
             states[key] = _State(CompiledModule(options, device, get_cache()))
     state = states[key]

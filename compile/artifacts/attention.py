@@ -1,0 +1,134 @@
+"""Attention as one operation: what compiled code calls at run time, instead of tracing how it is computed.
+
+Functions that look at the free memory, split their work by it or call a library's kernels break graphs, or make them good for one size.
+Each that is added here becomes ``int8_compile::attention`` wherever this pack traces; what other compilers trace is left as it is.
+"""
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+
+NAMESPACE = "int8_compile"
+# Keywords that the operation has a place for; a call with others is traced as it is. transformer_options and the mark of ComfyUI's wrapper
+# are not for what computes attention.
+_UNUSED = frozenset({"transformer_options", "_inside_attn_wrapper"})
+_KEYWORDS = frozenset({"heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa", "low_precision_attention"})
+
+_functions: dict[str, Callable] = {}
+# Of each wrapper: the cell that holds its function, that function, and what it is in traces.
+_cells: list[tuple[types.CellType, Callable, Callable]] = []
+_known_to_dynamo = 0  # of _cells
+_tracing = threading.local()
+
+
+def add(name: str, wrapper: Callable) -> None:
+    """wrapper: calls its __wrapped__(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False,
+    **kwargs), which it closes over, for attention. q, k, v: [batch, tokens, heads * dim], with skip_reshape [batch, heads, tokens, dim];
+    the result likewise, by skip_output_reshape. name: the same in every process. Other functions are left as they are."""
+    function = getattr(wrapper, "__wrapped__", None)
+    cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
+    if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
+        return
+    _define()
+    _functions[name] = function
+    inlined = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    inlined.__kwdefaults__ = function.__kwdefaults__
+
+    def attention(*args, **kwargs):
+        if is_tracing() and 3 <= len(args) <= 5 and kwargs.keys() <= _KEYWORDS | _UNUSED:
+            return _call(name, *args, **{key: value for key, value in kwargs.items() if key not in _UNUSED})
+        return inlined(*args, **kwargs)
+    _cells.append((cell, function, attention))
+
+
+def _content(cell: types.CellType):
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+@torch.compiler.assume_constant_result
+def is_tracing() -> bool:
+    return getattr(_tracing, "on", False)
+
+
+@contextlib.contextmanager
+def traced_as_operation() -> Iterator[None]:
+    """In this thread, by torch.compile."""
+    global _known_to_dynamo
+    for _, function, attention in _cells[_known_to_dynamo:]:  # not before: imports dynamo
+        with contextlib.suppress(ValueError):  # a sibling copy of this pack has done so
+            torch.compiler.substitute_in_graph(function, skip_signature_check=True)(attention)
+    _known_to_dynamo = len(_cells)
+    with _operation_traced():
+        yield
+
+
+@contextlib.contextmanager
+def _operation_traced() -> Iterator[None]:
+    before = is_tracing()
+    _tracing.on = True
+    try:
+        yield
+    finally:
+        _tracing.on = before
+
+
+@contextlib.contextmanager
+def called_as_operation() -> Iterator[None]:
+    """In this thread, by Python: for torch.export. Other threads compute meanwhile what they always do."""
+    with _operation_traced():
+        for cell, _, attention in _cells:
+            cell.cell_contents = attention
+        try:
+            yield
+        finally:
+            for cell, function, _ in _cells:
+                cell.cell_contents = function
+
+
+def _call(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None, enable_gqa=None,
+          low_precision_attention=None):
+    # By name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
+    precision = "" if attn_precision is None else str(attn_precision).removeprefix("torch.")
+    return getattr(torch.ops, NAMESPACE).attention(q, k, v, heads, mask, name, precision, skip_reshape, skip_output_reshape, scale,
+                                                   enable_gqa, low_precision_attention)
+
+
+def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
+               low_precision_attention):
+    given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
+    result = _functions[function](q, k, v, heads, mask=mask, attn_precision=getattr(torch, attn_precision) if attn_precision else None,
+                                  skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, _inside_attn_wrapper=True,
+                                  **{key: value for key, value in given.items() if value is not None})
+    return result.contiguous()
+
+
+def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
+                    low_precision_attention):
+    if skip_reshape:
+        batch, _, tokens, _ = q.shape
+        dim = v.shape[-1]
+    else:
+        batch, tokens, _ = q.shape
+        dim = v.shape[-1] // (k.shape[-1] // (q.shape[-1] // heads))  # k and v may have fewer heads
+    return q.new_empty((batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim))
+
+
+def _define() -> None:
+    global _library
+    if _library is None and not hasattr(getattr(torch.ops, NAMESPACE), "attention"):  # else a sibling copy of this pack has
+        _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        _library.define("attention(Tensor q, Tensor k, Tensor v, SymInt heads, Tensor? mask, str function, str attn_precision, "
+                        "bool skip_reshape, bool skip_output_reshape, float? scale, bool? enable_gqa, bool? low_precision_attention) "
+                        "-> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl("attention", _attention, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::attention", _fake_attention, lib=_library)
+
+
+_library: torch.library.Library | None = None
