@@ -63,7 +63,7 @@ def measure(name: str, nodes: list, unet: str, steps: dict, arguments: dict) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("tiny_flux", "flux_57"), default="tiny_flux")
-    parser.add_argument("--default-attention", action="store_true", help="ComfyUI's default on a CPU, which breaks graphs")
+    parser.add_argument("--pytorch-attention", action="store_true", help="the attention that ComfyUI uses on GPUs, not a CPU's default")
     parser.add_argument("--pack", nargs="*", default=[], metavar="FOLDER:NODE", help="another pack's folder and its MODEL -> MODEL node")
     parser.add_argument("--only", nargs="*", default=None, help=f"some of: {', '.join(CONTENDERS)}, and the nodes of --pack")
     parser.add_argument("--changes", nargs="*", choices=list(CHANGES)[1:], default=list(CHANGES)[1:], help="after the first image")
@@ -76,7 +76,7 @@ def main() -> None:
         contenders[node] = [node]
     comfyui = find_comfyui()
     names = (*DEFAULT_NAMES, "flux_57") if options.model == "flux_57" else DEFAULT_NAMES
-    attention = () if options.default_attention else ("--use-pytorch-cross-attention",)
+    attention = ("--use-pytorch-cross-attention",) if options.pytorch_attention else ()
     arguments = dict(comfyui=comfyui, models=make_models(comfyui, cache_dir(), names), extra_args=attention)
 
     changes = {step: change for step, change in CHANGES.items() if step == "first image" or step in options.changes}
@@ -89,7 +89,7 @@ def main() -> None:
         results[name] = {"seconds": seconds, "difference": worst}
 
     steps = [*changes, "restart"]
-    print(f"{options.model}, {'default' if options.default_attention else 'pytorch'} attention, {cpu_name()}: seconds\n")
+    print(f"{options.model}, {'pytorch' if options.pytorch_attention else 'default'} attention, {cpu_name()}: seconds\n")
     print("".ljust(26) + "".join(step.rjust(12) for step in steps) + "difference".rjust(12))
     for name, result in results.items():
         print(name.ljust(26) + "".join(f"{result['seconds'][step]:12.1f}" for step in steps) + f"{result['difference']:12.1e}")

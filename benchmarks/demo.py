@@ -55,10 +55,9 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Vari
     python = find_python(comfyui)
     models = make_models(comfyui, cache_dir(), python=python)
     device = "cuda" if facts["cuda_device"] else "cpu"
-    # CPU's default attention is sub-quadratic: it breaks graphs in every block. This is what GPUs use. What the compile cache builds in the
-    # background would share the cores with what is timed.
+    # What the compile cache builds in the background would share the cores with what is timed.
     with ComfyServer(comfyui, out / "comfyui", models=models, device=device, python=python,
-                     extra_args=("--use-pytorch-cross-attention",), env={"INT8_COMPILE_CACHE": "0"}) as server:
+                     env={"INT8_COMPILE_CACHE": "0"}) as server:
         facts["comfyui"] = server.comfyui_version
         try:
             variants = [Variant(name) for name in TITLES]

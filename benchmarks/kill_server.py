@@ -53,7 +53,7 @@ class Kills:
     def server(self) -> ComfyServer:
         temporary = self.work / "tmp"
         temporary.mkdir(exist_ok=True)
-        return ComfyServer(self.comfyui, self.work / "base", models=self.models, extra_args=["--use-pytorch-cross-attention"], env={
+        return ComfyServer(self.comfyui, self.work / "base", models=self.models, env={
             "INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(self.cache), "TMPDIR": str(temporary),
             "INT8_COMPILE_CACHE_KEY_FILE": str(self.keys / "key")})
 

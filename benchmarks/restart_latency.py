@@ -52,8 +52,8 @@ class Bench:
         env = {**({"OMP_NUM_THREADS": threads} if threads else {}),
                "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TMPDIR": str(folder), "INT8_COMPILE_CACHE": "1",
                "INT8_COMPILE_CACHE_DIR": str(folder / "cache"), "INT8_COMPILE_CACHE_KEY_FILE": str(folder / "key")}
-        with tempfile.TemporaryDirectory() as base, ComfyServer(comfyui=self.comfyui, models=self.models, base_dir=Path(base), env=env,
-                                                                extra_args=["--use-pytorch-cross-attention"]) as server:
+        with (tempfile.TemporaryDirectory() as base,
+              ComfyServer(comfyui=self.comfyui, models=self.models, base_dir=Path(base), env=env) as server):
             yield server
 
     def image(self, server, nodes: list, seed: int = 1):

@@ -38,6 +38,7 @@ SAME = 1e-3  # relative difference to eager
 # strength of 1.000001, it changes up to 0.8 of the INT8 noise, of which half is shared. Other weights share nothing with eager's image but
 # the float image: a float model is as far from it as INT8 is from float, another INT8 model 1.4 times that.
 NEARER_THAN_FLOAT = 0.95
+ATTENTION = ["--use-pytorch-cross-attention"]
 TIMEOUT = 900  # seconds
 LONG = 200  # steps of what is interrupted
 PROMPTS = {"flux": flux_prompt, "wan": wan_prompt, "sd15": sd15_prompt}
@@ -273,6 +274,7 @@ def main():
     parser.add_argument("prompts", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="inductor", help="of Compile Model; the other compile node always has inductor")
+    parser.add_argument("--pytorch-attention", action="store_true", help="the attention that ComfyUI uses on GPUs, not a CPU's default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="the server's folder; default: a fresh one, deleted at the end")
     options = parser.parse_args()
@@ -283,14 +285,15 @@ def main():
         env = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(work / "cache"),
                "INT8_COMPILE_CACHE_KEY_FILE": str(work / "keys" / "key")}
         server = scope.enter_context(ComfyServer(comfyui, work / "base", models=models, env=env,
-                                                 extra_args=["--use-pytorch-cross-attention"]))
+                                                 extra_args=ATTENTION if options.pytorch_attention else []))
         soak = Soak(server, random.Random(options.seed), options.backend)
         start = time.monotonic()
         try:
             soak.soak(options.prompts)
         finally:
             facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "comfyui": server.comfyui_version,
-                     "seed": options.seed, "backend": options.backend, "seconds": round(time.monotonic() - start)}
+                     "seed": options.seed, "backend": options.backend,
+                     "attention": "pytorch" if options.pytorch_attention else "default", "seconds": round(time.monotonic() - start)}
             summary = soak.summary()
             print(json.dumps({**facts, **summary}, indent=2), flush=True)
             if options.json:

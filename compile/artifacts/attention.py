@@ -16,7 +16,8 @@ NAMESPACE = "int8_compile"
 # Keywords that the operation has a place for; a call with others is traced as it is. transformer_options and the mark of ComfyUI's wrapper
 # are not for what computes attention.
 _UNUSED = frozenset({"transformer_options", "_inside_attn_wrapper"})
-_KEYWORDS = frozenset({"heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa", "low_precision_attention"})
+_KEYWORDS = frozenset({"heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa",
+                       "low_precision_attention"})
 
 _functions: dict[str, Callable] = {}
 # Of each wrapper: the cell that holds its function, that function, and what it is in traces.

@@ -5,9 +5,6 @@ import pytest
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference
 
-# Inductor compiles one graph a block with the attention that GPUs use; CPU's default breaks graphs and takes longer.
-GPU_ATTENTION = ("--use-pytorch-cross-attention",)
-
 # Inputs of the example workflows -> the small models, pictures and compilers of tests.
 SMALL = {
     "UNETLoader": {"unet_name": "tiny_flux.safetensors"},
@@ -39,7 +36,7 @@ def serve(models_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(serve):
-    with serve(extra_args=GPU_ATTENTION) as server:
+    with serve() as server:
         yield server
 
 

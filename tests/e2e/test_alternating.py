@@ -18,7 +18,7 @@ from benchmarks.comfy_server import ComfyServer, find_comfyui
 from benchmarks.tiny_models import cache_dir, make_models
 from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_prompt, wan_prompt, zimage_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent
+from .conftest import difference, latent
 
 pytestmark = pytest.mark.e2e
 ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "12"))
@@ -215,7 +215,7 @@ def all_models(models_dir):
 def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, all_models):
     """Nothing is loaded from the compile cache here."""
     rng = random.Random(SEED)
-    with serve(extra_args=GPU_ATTENTION, env={"INT8_COMPILE_CACHE": "0"}) as server:
+    with serve(env={"INT8_COMPILE_CACHE": "0"}) as server:
         turns = Turns(server)
         flux, wan, unet, zimage = (models(family, {} if family == "wan" else None) for family in FAMILIES)
         turns.alternate([*flux, *wan], ORDERS // 2, rng)
@@ -229,7 +229,7 @@ def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, 
     rng = random.Random(SEED)
     environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(tmp_path / "cache"),
                    "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / "keys" / "key")}
-    with serve(extra_args=GPU_ATTENTION, env=environment) as server:
+    with serve(env=environment) as server:
         turns = Turns(server)
         pool = models("wan", {"background": True})
         background = [model for model in pool if model.in_background]
@@ -242,7 +242,7 @@ def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, 
             assert calls["artifact"] and not calls["eager"] and not calls["graph"], (model.name, calls)
         turns.alternate(pool, ORDERS // 6, rng, built=True)
         turns.verify()
-    with serve(extra_args=GPU_ATTENTION, env=environment) as server:  # loaded by the first sampling, and float's before there is any INT8
+    with serve(env=environment) as server:  # loaded by the first sampling, and float's before there is any INT8
         turns = Turns(server)
         for model in [*background, *background]:
             calls = turns.take(model, built=True)
@@ -250,10 +250,9 @@ def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, 
         turns.verify()
 
 
-def test_models_take_turns_with_comfyuis_default_flags_too(serve, models_dir):
-    """Its attention on CPUs breaks graphs, so that less of a block is compiled."""
+def test_models_take_turns_with_the_attention_of_gpus_too(serve, models_dir):
     rng = random.Random(SEED)
-    with serve(env={"INT8_COMPILE_CACHE": "0"}) as server:
+    with serve(env={"INT8_COMPILE_CACHE": "0"}, extra_args=["--use-pytorch-cross-attention"]) as server:
         turns = Turns(server)
         turns.alternate([*models("flux"), *models("wan")], max(1, ORDERS // 12), rng)
         turns.verify()

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent, with_small_models
+from .conftest import difference, latent, with_small_models
 
 pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def text_of(result) -> str:
 def test_a_second_worker_runs_what_the_first_has_compiled(serve, tmp_path):
     def worker(name):
         environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / f"{name}.key")}
-        return serve(extra_args=GPU_ATTENTION, env=environment)
+        return serve(env=environment)
 
     with worker("first") as first:
         prompt = with_small_models(json.loads(EXAMPLE.read_text()))

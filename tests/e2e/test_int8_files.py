@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent
+from .conftest import difference, latent
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +17,7 @@ def test_a_saved_model_samples_the_same_in_a_comfyui_without_the_pack(server, se
     prompt["save_model"] = {"class_type": "SaveINT8Model", "inputs": {"model": ["model_1", 0], "filename_prefix": "diffusion_models/e2e"}}
     want = latent(server, server.run(prompt))
     (saved,) = (server.base_dir / "output" / "diffusion_models").glob("e2e_*.safetensors")
-    with serve(pack=None, extra_args=GPU_ATTENTION) as stock:
+    with serve(pack=None) as stock:
         folder = stock.base_dir / "models" / "diffusion_models"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(saved, folder / "saved.safetensors")

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent
+from .conftest import difference, latent
 from .test_contract import errors_of
 
 pytestmark = pytest.mark.e2e
@@ -52,7 +52,7 @@ def test_another_process_restores_the_modes_and_samples_the_same_image(server, s
     by_nodes = server.run(prompt)
     assert shown(by_nodes)[:2] == ["convrot", "int8"] and shown(by_nodes)[2]["name"] == "compile"
     assert difference(latent(server, by_nodes), want) < 1e-3
-    with serve(extra_args=GPU_ATTENTION) as second:
+    with serve() as second:
         move_model(server, second)
         loaders = ["saved.safetensors", ("LoadINT8Model", {**second.defaults("LoadINT8Model"), "unet_name": "saved.safetensors"})]
         for loader in loaders:
@@ -84,7 +84,7 @@ def test_a_mode_of_another_pack_as_the_help_page_has_it(serve, tmp_path):
     (pack,) = re.findall(r"```python\n(.*?)```", HELP.read_text(), re.DOTALL)
     (tmp_path / "__init__.py").write_text(pack)
     chain = ["convrot", "int8", {"name": "my_pack.gain", "config": {"gain": 0.5}}]
-    with serve(extra_packs={"a-pack-that-loads-first": tmp_path}, extra_args=GPU_ATTENTION) as server:
+    with serve(extra_packs={"a-pack-that-loads-first": tmp_path}) as server:
         plain = latent(server, server.run(with_modes(chain[:2])))
         result = server.run(with_modes(chain, save=True))
         want = latent(server, result)

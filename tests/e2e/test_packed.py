@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import GPU_ATTENTION, difference, latent
+from .conftest import difference, latent
 
 REPO = Path(__file__).resolve().parents[2]
 FOLDER = "int8-compile"  # as ComfyUI-Manager installs it: the project's name
@@ -72,7 +72,7 @@ def test_the_zip_has_what_runs_and_is_small(packed):
 
 @pytest.mark.e2e
 def test_the_unpacked_zip_works_in_an_empty_comfyui(packed, serve):
-    server = serve(pack=None, pack_folder="none", extra_args=GPU_ATTENTION)
+    server = serve(pack=None, pack_folder="none")
     with zipfile.ZipFile(packed) as archive:
         archive.extractall(server.base_dir / "custom_nodes" / FOLDER)
     with server:

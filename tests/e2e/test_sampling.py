@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.workflows import flux_prompt, wan_prompt
+from benchmarks.workflows import flux_prompt, reports, wan_prompt
 
 from .conftest import difference, latent
 
@@ -44,12 +44,14 @@ def test_unloading_between_prompts_keeps_the_image(server, defaults):
     assert difference(latent(server, server.run(prompt)), first) == 0
 
 
-def test_comfyuis_default_cpu_attention_works_too(serve, defaults):
-    """Sub-quadratic attention: it breaks graphs inside the blocks."""
-    with serve() as server:
+@pytest.mark.parametrize("flag", ["--use-split-cross-attention", "--use-pytorch-cross-attention"])
+def test_one_graph_a_block_class_with_every_attention(serve, defaults, flag):
+    with serve(extra_args=[flag]) as server:
         eager = latent(server, server.run(wan_prompt()))
         compiled = server.run(wan_prompt(model_nodes=[defaults("CompileModel", backend="aot_eager")]))
         assert difference(latent(server, compiled), eager) < 1e-3
+        details = reports(compiled.outputs)[-1]["details"]
+        assert details["graphs"] == len(details["regions"]) and not details["breaks"], details
 
 
 def test_without_a_cpp_compiler_the_image_is_eagers_and_one_warning_says_why(serve, defaults, tmp_path):

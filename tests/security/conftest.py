@@ -85,7 +85,7 @@ def watched(models_dir, tmp_path_factory):
     (half / "int8_00001_.safetensors").write_bytes(b"half")
     environment = {"INT8_COMPILE_CACHE": "", "INT8_COMPILE_CACHE_KEY_FILE": str(base / "key" / "cache.key"), "PYTHONPATH": str(hooks),
                    "SECURITY_LOG": str(log)}
-    with ComfyServer(find_comfyui(), base, models=models_dir, env=environment, extra_args=("--use-pytorch-cross-attention",)) as server:
+    with ComfyServer(find_comfyui(), base, models=models_dir, env=environment) as server:
         yield Watched(server, log)
 
 

@@ -127,8 +127,7 @@ def open_comfy(stack: contextlib.ExitStack, folder, models_dir, settings: dict |
     stored = folder / "comfyui" / "user" / "default" / "comfy.settings.json"
     stored.parent.mkdir(parents=True)
     stored.write_text(json.dumps({"Comfy.TutorialCompleted": True, **(settings or {})}))
-    server = stack.enter_context(ComfyServer(find_comfyui(), folder / "comfyui", models=models_dir,
-                                             extra_args=("--use-pytorch-cross-attention",), **arguments))
+    server = stack.enter_context(ComfyServer(find_comfyui(), folder / "comfyui", models=models_dir, **arguments))
     page = Comfy(stack.enter_context(Browser(folder / "profile")), server.url)
     page.server = server
     return page
