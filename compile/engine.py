@@ -71,7 +71,7 @@ class CompiledModule:
         exception is never a failure of compile (out of memory, interrupt). An error that the model's own code raises is raised. On any
         other of a compiled call the same call is made once more eager: if that fails too, its error is the model's own; if not, compile is
         off from then on for what the blocks are made of now. around_block: wraps the call of each block, as around_block(call) -> call.
-        tell: called with the report when something has happened, what is under way ("" at its end) and how much of it is done (None:
+        on_progress: called with the report when something has happened, what is under way ("" at its end) and how much of it is done (None:
         nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
         compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
         """

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 NAMESPACE = "int8_compile"
-# Keywords that the operation has a place for; a call with others is traced as it is. transformer_options and the mark of ComfyUI's wrapper
-# are not for what computes attention.
-_UNUSED = frozenset({"transformer_options", "_inside_attn_wrapper"})
+# Keywords that the operation has a place for; a call with others is traced as it is.
 _KEYWORDS = frozenset({"heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa",
                        "low_precision_attention"})
 
@@ -26,10 +24,11 @@ _known_to_dynamo = 0  # of _cells
 _tracing = threading.local()
 
 
-def add(name: str, wrapper: Callable) -> None:
+def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset()) -> None:
     """wrapper: calls its __wrapped__(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False,
     **kwargs), which it closes over, for attention. q, k, v: [batch, tokens, heads * dim], with skip_reshape [batch, heads, tokens, dim];
-    the result likewise, by skip_output_reshape. name: the same in every process. Other functions are left as they are."""
+    the result likewise, by skip_output_reshape. name: the same in every process. unread: keywords that it gets and does not read. Other
+    functions are left as they are."""
     function = getattr(wrapper, "__wrapped__", None)
     cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
     if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
@@ -38,10 +37,11 @@ def add(name: str, wrapper: Callable) -> None:
     _functions[name] = function
     inlined = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     inlined.__kwdefaults__ = function.__kwdefaults__
+    taken = _KEYWORDS | unread
 
     def attention(*args, **kwargs):
-        if is_tracing() and 3 <= len(args) <= 5 and kwargs.keys() <= _KEYWORDS | _UNUSED:
-            return _call(name, *args, **{key: value for key, value in kwargs.items() if key not in _UNUSED})
+        if is_tracing() and 3 <= len(args) <= 5 and kwargs.keys() <= taken:
+            return _call(name, *args, **{key: value for key, value in kwargs.items() if key not in unread})
         return inlined(*args, **kwargs)
     _cells.append((cell, function, attention))
 
@@ -105,7 +105,7 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
                low_precision_attention):
     given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
     result = _functions[function](q, k, v, heads, mask=mask, attn_precision=getattr(torch, attn_precision) if attn_precision else None,
-                                  skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, _inside_attn_wrapper=True,
+                                  skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
                                   **{key: value for key, value in given.items() if value is not None})
     return result.contiguous()
 

@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import functools
 
-import comfy.ldm.modules.attention as core
-
 from ..artifacts.attention import add
+from . import core as comfy_core
 
 # Plain torch: fused with what is around it, and good for any size.
-_TRACED = "attention_pytorch",
+_TRACED = "attention_pytorch"
+# What wrap_attn reads, or leaves for nested calls.
+_UNREAD = frozenset({"transformer_options", "_inside_attn_wrapper"})
 
 
 @functools.cache
 def add_functions() -> None:
-    for name, function in list(vars(core).items()):
-        if name.startswith("attention") and name not in _TRACED and getattr(function, "__module__", "") == core.__name__:
-            add(name, function)
+    if comfy_core.usable(comfy_core.ATTENTION):
+        import comfy.ldm.modules.attention as functions
+
+        for name, function in list(vars(functions).items()):
+            if name.startswith("attention") and name != _TRACED and getattr(function, "__module__", "") == functions.__name__:
+                add(name, function, _UNREAD)

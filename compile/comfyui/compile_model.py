@@ -80,7 +80,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
 class LazyCompile:
     """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
     called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
-    tell: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
+    on_progress: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
 
     def __init__(self, target: str, options: CompileOptions, on_progress: OnProgress | None = None):
         self.target = target
@@ -101,7 +101,7 @@ class LazyCompile:
 class CompiledMethod:
     """In the place of a method of the module of a VAE, text encoder or ControlNet while the patcher is loaded: the same call with
     target compiled.
-    original: the bound method. tell: as of LazyCompile."""
+    original: the bound method. on_progress: as of LazyCompile."""
 
     def __init__(self, original, target: str, options: CompileOptions, device: torch.device, on_progress: OnProgress | None = None):
         self.original = original

@@ -19,6 +19,7 @@ COMPILE = "compiling"
 FUSED_ACTIVATION = "activations inside the INT8 quantizer"
 OFFLOAD = "compiled blocks with weights that are not on the device"
 PREFETCH = "weights of dynamic VRAM that stay where they are"
+ATTENTION = "attention as one operation of compiled blocks"
 COMPILER = "leaving ComfyUI's memory compiler while compiled code runs"
 # What happens without one.
 WITHOUT = {
@@ -27,6 +28,7 @@ WITHOUT = {
     FUSED_ACTIVATION: "the activation is computed before the layer, which is slower",
     OFFLOAD: "such blocks are compiled layer by layer, which is slower",
     PREFETCH: "they are copied before each block, which is slower",
+    ATTENTION: "attention that is no plain torch breaks graphs, and such blocks are not kept",
     COMPILER: "start ComfyUI with --disable-comfy-compiler if compiled models fail or run out of memory",
 }
 
@@ -95,6 +97,9 @@ USES = (
     # The same with dynamic VRAM, as comfy.model_prefetch does it.
     Use("comfy.ops.cast_modules_with_vbar", PREFETCH, "0.38.1", 5, since="0.33.0"),
     Use("comfy.ops.resolve_cast_module_with_vbar", PREFETCH, "0.38.1", 6, since="0.33.0"),
+    # compile/comfyui/attention.py: what its attention functions are called by.
+    Use("comfy.ldm.modules.attention.wrap_attn", ATTENTION, "0.38.1", 1),
+    Use("comfy.ldm.modules.attention.optimized_attention", ATTENTION, "0.38.1", 4, ("mask", "skip_reshape"), since="0.3.64"),
     # compile/comfyui/memory_compiler.py, compile/comfyui/recording.py: recordings of allocations.
     Use("comfy.cli_args.args.disable_comfy_compiler", COMPILER, "0.38.1", since="0.34.0"),
     Use("comfy.model_prefetch.malloc_graph_enabled", COMPILER, "0.38.1", 1, since="0.34.0"),

@@ -58,8 +58,8 @@ _FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = 
 
 def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback = no_progress):
     """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
-    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know. tell:
-    called with what is under way, and with the report of it; when the model first samples too.
+    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know.
+    on_progress: called with what is under way, and with the report of it; when the model first samples too.
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
     """

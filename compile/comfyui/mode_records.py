@@ -75,13 +75,13 @@ class ModesReport:
 
 
 def apply_to_patcher(patcher, modes, on_progress: ProgressCallback = no_progress):
-    """apply_modes on a MODEL from any loader: its record is that of its file. tell: called with a ModesReport, and with what int8 and
-    compile report, when the model first samples too."""
+    """apply_modes on a MODEL from any loader: its record is that of its file. on_progress: called with a ModesReport, and with what int8
+    and compile report, when the model first samples too."""
     patcher = recorded(patcher)
     wanted = parse_modes(modes, PATCHER_MODES)
     names = (*PATCHER_MODES.host.get_state(patcher).names, *(mode.name for mode, _ in wanted))
     on_progress(ModesReport(names))
-    kwargs = [{"tell": on_progress} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
+    kwargs = [{"on_progress": on_progress} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
     return apply_modes(patcher, wanted, kwargs, registry=PATCHER_MODES)
 
 

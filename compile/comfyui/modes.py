@@ -151,7 +151,7 @@ class PatcherInt8(Mode):
     export_mode = Int8.export_mode
 
     def convert(self, model, config, on_progress: ProgressCallback = no_progress, **_):
-        """tell: see quantize_model."""
+        """on_progress: see quantize_model."""
         if config.chosen is None:
             model = quantize_model(model, config.to_options(_method(model)), on_progress)
         else:
@@ -261,7 +261,7 @@ class PatcherCompile(Compile):
     config_class = PatcherCompileConfig
 
     def convert(self, model, config, on_progress=None, **_):
-        """tell: see CompiledModule.run."""
+        """on_progress: see CompiledModule.run."""
         options = config.to_options(TITLE)
         check_target(model, config.target)
         try:

@@ -51,7 +51,7 @@ def other(q, k, v, heads, mask=None, **kwargs):
     return q + v.mean().item()
 
 
-attention.add("test:heedful", heedful)
+attention.add("test:heedful", heedful, frozenset({"transformer_options", "_inside_attn_wrapper"}))
 
 
 class Block(torch.nn.Module):
