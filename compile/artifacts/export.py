@@ -23,7 +23,7 @@ from .call import CELL, LAYOUTS, closures_in, rebuild
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
-from .inputs import _expression, _inputs, _Seen, _Traced
+from .inputs import _expression, _inputs, _Seen, _Traced, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
@@ -289,6 +289,8 @@ def _export(job: BuildSpec, batch: int, any_batch: bool) -> _Traced:
 
 def _refuse_random(exported):
     for node in exported.graph.nodes:
+        if is_off_dropout(node):
+            continue
         # Attention is random by its tag; it is with dropout only, which comes fifth.
         dropout = node.kwargs.get("dropout_p", (*node.args, 0, 0, 0, 0, 0)[4]) if "attention" in str(node.target) else 1
         if dropout and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

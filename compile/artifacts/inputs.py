@@ -12,6 +12,8 @@ from .recording import Recording
 from .shape_expressions import parse_expression
 from .values import Unsupported
 
+_DROPOUTS = frozenset(f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
+
 
 @dataclasses.dataclass
 class _Seen:
@@ -86,9 +88,15 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
     }
 
 
+def is_off_dropout(node: torch.fx.Node) -> bool:
+    """Whether it is a dropout that does nothing, as in models that are not trained: it gives its input itself."""
+    return node.op == "call_function" and str(node.target) in _DROPOUTS and node.args[2:] == (False,)
+
+
 def _is_view_of_input(node: torch.fx.Node) -> bool:
     start = node
-    while node.op == "call_function" and (getattr(node.target, "is_view", False) or node.target is operator.getitem):
+    while node.op == "call_function" and (getattr(node.target, "is_view", False) or node.target is operator.getitem
+                                          or is_off_dropout(node)):
         node = node.args[0]
     return node is not start and node.op == "placeholder"
 

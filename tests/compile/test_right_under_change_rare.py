@@ -424,3 +424,49 @@ def test_what_the_garbage_collector_calls_while_a_block_is_traced_is_not_the_blo
         gc.callbacks.remove(watch)
         gc.set_threshold(*before)
     assert seen and compiled.report.last_calls["artifact"] and not compiled.report.fallbacks
+
+
+DROPOUTS = {
+    "between layers": lambda block, x, number: block.drop(x) * 2,
+    "of channels": lambda block, x, number: F.dropout2d(x[None], 0.5, block.training)[0],
+    "written into": lambda block, x, number: (lambda y: block.drop(y).mul_(2) + y)(x + 1),
+    "of an input that is written into": lambda block, x, number: block.drop(x).mul_(2) + x,
+    "alpha": lambda block, x, number: F.alpha_dropout(x, 0.5, block.training),
+}
+
+
+class Drops(Reads):
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize("what", DROPOUTS)
+def test_dropout_that_is_off_is_kept_and_is_random_once_it_is_on(tmp_path, reads, what):
+    reads(DROPOUTS[what])
+    net, x = nets.make(Drops, depth=2).eval(), inputs()[0]
+    for _ in range(2):
+        compiled = cached(tmp_path / "cache")
+        for tokens in (5, 6):
+            given = [x[:, :tokens].clone() for _ in range(2)]
+            assert difference(run(compiled, net, given[0]), net(given[1])) < 1e-5 and torch.equal(*given)
+        assert compiled.report.last_calls["artifact"] == 2, compiled.report.fallbacks
+    net.train()
+    torch.manual_seed(1)
+    want = net(x.clone())
+    torch.manual_seed(1)
+    assert torch.equal(run(compiled, net, x.clone()), want) and compiled.report.last_calls["artifact"] == 0
+    net.eval()
+    assert difference(run(compiled, net, x.clone()), net(x.clone())) < 1e-5 and compiled.report.last_calls["artifact"] == 2
+
+
+def test_a_part_of_an_input_that_went_through_dropout_is_not_kept(tmp_path, reads):
+    reads(lambda block, x, number: block.drop(x))
+    net, compiled, x = nets.make(Part, depth=2).eval(), cached(tmp_path / "cache"), inputs()[0]
+    assert torch.equal(run(compiled, net, x), net(x))
+    assert compiled.report.calls["artifact"] == 0 and "it returns a part of its input" in refused(compiled)
+
+
+class Part(Drops):
+    def forward(self, x, transformer_options=None):
+        return self.drop(x[:, 1:])

@@ -104,7 +104,7 @@ INTERNALS = (
     Internal("._v_signature", "a block's layers are taken for the same wherever dynamic VRAM keeps them", "blocks compile once more", False,
              file="comfy/ops.py"),
     Internal("._v_weight", "as above", "blocks compile once more", False, file="comfy/ops.py"),
-    Internal("._inside_attn_wrapper", "the mark that wrap_attn hands on to attention functions, which is not read", "attention breaks graphs",
+    Internal("._inside_attn_wrapper", "the mark that wrap_attn hands on to attention functions, which is not read", "more graphs",
              False, file="comfy/ldm/modules/attention.py"),
     Internal("._v_bias", "as above", "blocks compile once more", False, file="comfy/ops.py"),
     Internal("._prefetch", "whether core has fetched a layer's weights before its block", "weights are copied at each step", False,
