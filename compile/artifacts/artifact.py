@@ -15,7 +15,7 @@ from ..torch_internals import warmup
 from .call import LAYOUTS, as_tuples, lies_as, rebuild_result
 from .describe import Names
 from .entry import Entry
-from .shape_expressions import parse_expression
+from .shape_expressions import Evaluate, parse_expression
 
 FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
 RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}
@@ -75,7 +75,11 @@ class Artifact:
         self._guards = [parse_expression(text) for text in body["guards"]]
         self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
                              if isinstance(size, str) and size not in self._names}
-        self.options, self._writes = body["options"], body["writes"]
+        self.options = body["options"]
+        self._writes = [{key: value for key, value in writes.items() if not isinstance(value, list)} for writes in body["writes"]]
+        # Lists of sizes, new ones at each call.
+        self._size_writes = [(index, key, {"list": list, "tuple": tuple}[value[0]], [_size(item) for item in value[1:]])
+                             for index, writes in enumerate(body["writes"]) for key, value in writes.items() if isinstance(value, list)]
         self.attributes, self.classes = body["attributes"], body["classes"]
         self.names = Names(body["names"])
         self._outputs = as_tuples(body["outputs"])
@@ -130,8 +134,16 @@ class Artifact:
                 leaves[index].copy_(inputs[index])
         for target, values in zip(options, self._writes):
             target.update(values)
+        if self._size_writes:
+            sizes = {name: size for leaf, (_, shape, _) in zip(leaves, self._leaves) for size, name in zip(leaf.shape, shape)}
+            for index, key, make, items in self._size_writes:
+                options[index][key] = make(item(sizes) for item in items)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
         return rebuild_result(self._outputs, iter(results))
+
+
+def _size(size: int | str) -> Evaluate:
+    return parse_expression(str(size))
 
 
 def _plain(tensor: Tensor) -> Tensor:

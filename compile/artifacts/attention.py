@@ -6,6 +6,7 @@ Each that is added here becomes ``int8_compile::attention`` wherever this pack t
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -116,8 +117,10 @@ def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape
         batch, _, tokens, _ = q.shape
         dim = v.shape[-1]
     else:
-        batch, tokens, _ = q.shape
-        dim = v.shape[-1] // (k.shape[-1] // (q.shape[-1] // heads))  # k and v may have fewer heads
+        batch, tokens = q.shape[:2]
+        # Heads and dim may be two dimensions; k and v may have fewer heads.
+        q_width, k_width, v_width = (math.prod(t.shape[2:]) for t in (q, k, v))
+        dim = v_width // (k_width // (q_width // heads))
     return q.new_empty((batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim))
 
 

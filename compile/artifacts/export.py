@@ -103,7 +103,7 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
              "classes": classes_of(module_classes(traced.block), names),
-             "writes": [options.writes() for options in traced.seen.options], "operators": _operators(traced.program),
+             "operators": _operators(traced.program),
              "sources": sources_of(found, names, closures=sorted(set(closures_in(job.structure)))), "torch": torch.__version__,
              "by_layout": found.asks_layout}
     program = traced.program
@@ -187,7 +187,7 @@ def _skeleton(job: BuildSpec) -> torch.nn.Module:
 
 
 def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
-    batch = job.leaves[job.batch_leaves[0]][1][0] if job.batch_leaves else 0
+    batch = job.batch
     if not job.any_batch:
         traced = _export(job, batch, any_batch=False)
         return traced, _inputs(traced, job, least_batch=0)
@@ -210,8 +210,7 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
 def _same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:
     """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
     slice bounds and sizes."""
-    return (many.seen.outputs == one.seen.outputs and [options.writes() for options in many.seen.options] == [
-        options.writes() for options in one.seen.options] and _operations(many, job) == _operations(one, job))
+    return many.seen.outputs == one.seen.outputs and _operations(many, job) == _operations(one, job)
 
 
 def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
@@ -257,7 +256,8 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
             result.append((node.op if node.op != "call_function" else str(node.target), text(node.args),
                            sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node)))
             made[node] = f"#{len(result)}"
-    return result
+    written = [{key: text(value) for key, value in options.writes().items()} for options in traced.seen.options]
+    return [*result, ("options", written)]
 
 
 def _export(job: BuildSpec, batch: int, any_batch: bool) -> _Traced:

@@ -85,6 +85,8 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
         "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
         "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
         "options": [options.constants() for options in traced.seen.options],
+        "writes": [{key: [type(value).__name__, *[text(_expression(size)) for size in value]] if isinstance(value, (list, tuple)) else value
+                    for key, value in options.writes().items()} for options in traced.seen.options],
     }
 
 

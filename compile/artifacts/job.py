@@ -36,6 +36,11 @@ class BuildSpec:
     def any_batch(self) -> bool:
         return any(0 in self.dynamic_dims[index] for index in self.batch_leaves)
 
+    @property
+    def batch(self) -> int:
+        """0 where there is none."""
+        return self.leaves[self.batch_leaves[0]][1][0] if self.batch_leaves else 0
+
 
 def dynamic_dims_of_rank(rank: int) -> range:
     """Which dims of a block's input may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels], nor the

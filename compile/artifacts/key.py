@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ...pack import sources_digest
-from ..torch_internals.guard_filter import BOOKKEEPING
 from .entry import digest
 
 CACHE_FORMAT_VERSION = 2
@@ -60,15 +59,15 @@ def distribution(global_rank: int | None = None, tp_rank: int | None = None, pp_
     return "_".join(parts)
 
 
-def entry_name(job) -> str:
-    """The folder of the artifact for calls like this one: of what a call must have in common with it."""
+def entry_name(job, batches: str = "any") -> str:
+    """The folder of the artifact for calls like this one: of what a call must have in common with it. batches: "one" or "many" where no
+    artifact serves both."""
     leaves = []
     for index, (dtype, shape, kind) in enumerate(job.leaves):
         any_batch = index in job.batch_leaves and job.any_batch
         leaves.append([dtype, ["batch" if any_batch and dim == 0 else None if dim in job.dynamic_dims[index] and size > 1 else size
                                for dim, size in enumerate(shape)], kind])
-    options = [{key: value for key, value in values.items() if key not in BOOKKEEPING} for values in job.options]
-    return digest([job.structure, leaves, options, job.attributes, job.method], 12)
+    return digest([job.structure, leaves, job.options, job.attributes, job.method, *([batches] if batches != "any" else [])], 12)
 
 
 def _version(package: str) -> str:

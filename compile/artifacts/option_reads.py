@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import types
 
+import torch
+
 from ..torch_internals.guard_filter import BOOKKEEPING
 from .closures import content_of, contents_of
 from .values import CONSTANTS, Unsupported, constant
@@ -118,18 +120,23 @@ class RecordingOptions(dict):
             self[key] = value
 
     def writes(self) -> dict:
-        """{key: constant} of what was written, for the caller to write again. Raises Unsupported for anything else that was changed."""
+        """{key: constant, or a list or tuple of sizes} of what was written, for the caller to write again. Raises Unsupported for anything
+        else that was changed."""
         changed = {key: value for key, value in dict.items(self) if key not in self._before or value is not self._before[key]}
-        constants = {key: value for key, value in changed.items() if type(value) in CONSTANTS}
-        if changed.keys() - constants.keys() or self._before.keys() - dict.keys(self):
+        if (not all(type(value) in CONSTANTS or _is_sizes(value) for value in changed.values())
+                or self._before.keys() - dict.keys(self)):
             raise Unsupported("it changes transformer_options")
-        return constants
+        return changed
 
     def constants(self) -> dict:
         """{key: value} of what was read and can change a result, values as option_value gives them; "": all keys, where they counted.
         Raises Unsupported."""
         found = {key: option_value(self._before, key) for key in sorted(self.read - {""})}
         return {**found, "": ["keys", *_keys(self._before)]} if "" in self.read else found
+
+
+def _is_sizes(value) -> bool:
+    return type(value) in (list, tuple) and all(type(item) is int or isinstance(item, torch.SymInt) for item in value)
 
 
 def _keys(options: dict) -> list[str]:

@@ -226,7 +226,7 @@ class RegionArtifacts:
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call):
-        asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves]
+        asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves], *map(frozenset, call.options)
         if asked in self._asked:
             return
         if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
@@ -241,6 +241,8 @@ class RegionArtifacts:
         job = job_of(self._name, block, call, self._device, lambda leaf: dynamic_dims_of_rank(leaf.dim()) if self._dynamic else (),
                      self._config)
         entry = cache_key.entry_name(job)
+        if entry in self._requested and entry in self._seen and job.any_batch:
+            entry = cache_key.entry_name(job, "one" if job.batch == 1 else "many")
         if entry in self._requested:
             if entry in self._seen:
                 self._refuse("what was built for it does not fit: other code runs here than in a new process (another pack's patch?), "
