@@ -25,8 +25,9 @@ from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import first_lines, remedy
 from .step import Block, RegionState, Step
-from .torch_compiler import MAX_STATES, Compiled, CompileScope, RegionCode
+from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode, own_methods
 from .torch_internals.block_tree import attributes_of_tensors, has_global_hooks
+from .torch_internals.guard_filter import has_patches, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class CompiledModule:
             state = self._states.get(region.key)
             if state is None:
                 state = self._states[region.key] = RegionState(
-                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options))
+                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options, self._root() in region.modules))
             for index, module in enumerate(region.modules):
                 first = index == 0
                 blocks[id(module)] = Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._steady_state))
@@ -190,7 +191,8 @@ class CompiledModule:
                 self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
-        if step.use_artifacts:
+        patched = has_patches(options := options_of(args, kwargs))
+        if step.use_artifacts and not patched:
             artifacts = block.region.artifacts
             result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
             if result is not MISSING:
@@ -199,18 +201,18 @@ class CompiledModule:
             if artifacts.eager_fallback:
                 step.calls["eager"] += 1
                 return module._call_impl(*args, **kwargs)
-        result = self._by_graph(step, block, module, args, kwargs)
+        result = self._by_graph(step, block, module, args, kwargs, options, step.filter_guards and not patched)
         if result is MISSING:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         step.calls["graph"] += 1
         return result
 
-    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict):
+    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, filter_guards: bool):
         """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
         What the model has done before this block is not done again then."""
         try:
-            compiled = self._compiled(step, block)
+            compiled = self._compiled(step, block, filter_guards, own_methods(module), options)
             if compiled is None:
                 return MISSING
             inside = closed_over((*args, *kwargs.values()))
@@ -265,23 +267,26 @@ class CompiledModule:
                                    "while a tensor has one.")
         return bool(read)
 
-    def _compiled(self, step: Step, block: Block) -> Compiled | None:
-        """What torch compiled for the block's region as its classes are now; None where it is not compiled."""
+    def _compiled(self, step: Step, block: Block, filter_guards: bool, methods: OwnMethods, options: dict) -> Compiled | None:
+        """What torch compiled for the block's region as its classes, its own methods and the keys of its options are now; None where it is
+        not compiled."""
         code = block.region.code
         step.compiling = code.name
         if not step.scope.is_open:
             if not self.report.graphs:
                 self._events.notify("loading the compiler")
             step.scope.open()
-        known = step.compiled.get(id(code), MISSING)
+        keys = code.option_keys(filter_guards, options)
+        key = id(code), filter_guards, methods, keys
+        known = step.compiled.get(key, MISSING)
         if known is MISSING or (known is not None and not known.still_fits()):
-            step.compiled[id(code)] = found = code.find(step.filter_guards)
+            step.compiled[key] = found = code.find(filter_guards, methods, keys)
             if found is None and (reason := code.refusal()):
                 self._events.fall_back(reason)
             elif found is None:
                 self._events.fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another "
                                        "pack): it runs uncompiled with new code or values.")
-        return step.compiled[id(code)]
+        return step.compiled[key]
 
     def _region_artifacts(self, region: Region) -> RegionArtifacts:
         options = self.options

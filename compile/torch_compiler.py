@@ -29,6 +29,7 @@ from .torch_internals.settings import compile_settings, recompile_limit
 
 # States of the code and values that a region is compiled for. A pack that patches anew each time would compile each time.
 MAX_STATES = 8
+OwnMethods = tuple[tuple[str, Callable], ...]
 
 
 def _entry(name: str) -> types.FunctionType:
@@ -67,6 +68,16 @@ def _forget(code: types.CodeType, backend: _Backend | None) -> None:
             known.pop(key, None)
 
 
+def own_methods(block: torch.nn.Module) -> OwnMethods:
+    """(name, function) of the bound methods that were put on the block itself, block.forward = types.MethodType(function, block); the
+    method where it is bound to another object. Torch 2.11 guards neither which they are nor that there are none."""
+    values = vars(block)
+    if types.MethodType not in map(type, values.values()):
+        return ()
+    return tuple((name, value.__func__ if value.__self__ is block else value) for name, value in values.items()
+                 if type(value) is types.MethodType)
+
+
 @dataclass
 class Compiled:
     """call: what torch compiled of entry. guards, code, classes: what it depends on that dynamo does not look at; known from the first
@@ -80,6 +91,7 @@ class Compiled:
     code: CodeFingerprint | None = None
     classes: ClassGuards | None = None
     names: Names | None = None  # of attributes that it can read
+    own_methods: OwnMethods = ()  # of the blocks that it is for
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -123,23 +135,33 @@ class Compiled:
 
 
 class RegionCode:
-    """The compiled functions of a region: for each state of what dynamo does not guard, one. name: the region's."""
+    """The compiled functions of a region: for each state of what dynamo does not guard, one. name: the region's. whole_model: see
+    GuardFilter."""
 
-    def __init__(self, name: str, options: CompileOptions):
+    def __init__(self, name: str, options: CompileOptions, whole_model: bool = False):
         self.name = name
         self._options = options
+        self._whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
-    def find(self, filter_guards: bool) -> Compiled | None:
-        """What was, or will be, compiled for the code and values of now. Asked once a step. None where it must not be compiled."""
+    def option_keys(self, filter_guards: bool, options: dict) -> tuple | None:
+        """What of the keys of options is to be told to find."""
+        guards = next((compiled.guards for compiled in self._compiled[filter_guards] if compiled.guards.option_keys is not None), None)
+        return None if guards is None else guards.keys(options)
+
+    def find(self, filter_guards: bool, methods: OwnMethods = (), keys: tuple | None = None) -> Compiled | None:
+        """What was, or will be, compiled for the code and values of now. Asked once a step. methods: own_methods of the block. keys:
+        option_keys of its call. None where it must not be compiled."""
         known = self._compiled[filter_guards]
-        found = next((compiled for compiled in known if compiled.fits()), None)
+        found = next((compiled for compiled in known if compiled.own_methods == methods and compiled.guards.option_keys in (None, keys)
+                      and compiled.fits()), None)
         if found is None:
             known[:] = [compiled for compiled in known if compiled.guards.environment in (None, os.environ)]
             if len(known) >= MAX_STATES:
                 return None
-            entry, guards = _entry(self.name), GuardFilter(filter_guards)
-            found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards)
+            entry, guards = _entry(self.name), GuardFilter(filter_guards, self._whole_model)
+            found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
+            guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
             known.insert(0, found)
         return found if found.backend is None or found.backend.refused is None else None

@@ -21,6 +21,7 @@ from ..engine import CompiledModule
 from ..events import OnProgress
 from ..options import CompileOptions
 from ..torch_internals import warmup
+from ..torch_internals.guard_filter import has_patches
 from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 COMPILE_KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
-# transformer_options of patches that run inside blocks and may read anything there.
-PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
 VAE_METHODS = ("encode", "decode", "encode_token_weights")
 # BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
@@ -94,8 +93,8 @@ class LazyCompile:
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         if CALIBRATING in transformer_options:
             return executor(x, *args, **kwargs)
-        patched = any(transformer_options.get(key) for key in PATCH_KEYS)
-        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), not patched, self.on_progress)
+        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
+                    not has_patches(transformer_options), self.on_progress)
 
 
 class CompiledMethod:

@@ -5,6 +5,8 @@ import collections.abc
 import os
 import re
 import sys
+import types
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,6 +19,11 @@ BOOKKEEPING = {
     "block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
     "activations_shape", "cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars",
 }
+# Of these, what the model itself writes for its blocks. The model as a whole does read the others (wrappers run inside it).
+WRITTEN_BY_MODEL = {"block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
+                    "activations_shape"}
+# Where patches are that reach into blocks, and may read the bookkeeping.
+PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 # Or in a function among the arguments (args[3].__closure__[1].cell_contents['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])|\.cell_contents(?=\['\w+'\])")
@@ -28,11 +35,26 @@ _NOT_READERS = ("<frozen", os.path.dirname(torch.__file__), os.path.dirname(coll
 _OF_THE_WHOLE = {"TYPE_MATCH", "ID_MATCH", "DICT_LENGTH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION",
                  "MAPPING_KEYS_CHECK"}
 _KEY = re.compile(r"\['(\w+)'")
+# Of these, what is left where code goes through all keys: it then depends on which there are.
+_OF_ALL_KEYS = {"DICT_KEYS_MATCH", "DICT_CONST_KEYS", "DICT_VERSION", "MAPPING_KEYS_CHECK"}
 
 
-def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True) -> bool:
+def options_of(args: tuple, kwargs: dict) -> dict:
+    """The transformer_options among the arguments of a block: the only dict that it takes."""
+    options = kwargs.get("transformer_options")
+    if type(options) is dict:
+        return options
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, dict)), {})
+
+
+def has_patches(options: dict) -> bool:
+    return any(map(options.get, PATCH_KEYS))
+
+
+def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True, unread: Iterable[str] = frozenset(BOOKKEEPING)) -> bool:
     """Whether a guard must stay where no patch is active. name: its source, such as ``kwargs['transformer_options']['run_vx']``;
-    value: what it is about, where dynamo tells. by_core: it is ComfyUI's own code that reads it.
+    value: what it is about, where dynamo tells. by_core: it is ComfyUI's own code that reads it. unread: keys that nothing is computed
+    with.
 
     A flag or number that a block reads, whether a key is there at all, and that there are options, can change the result: their guards
     stay. So does whatever other code than ComfyUI's reads.
@@ -42,37 +64,79 @@ def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True) -> 
             _DICT_ARGUMENT.fullmatch(name) or (name.endswith(".cell_contents") and not BOOKKEEPING.isdisjoint(value))))):
         return True
     key = _KEY.match(name, options.end()) if options else None
-    return key[1] not in BOOKKEEPING if key else guard_type not in _OF_THE_WHOLE
+    if key:
+        return key[1] not in unread
+    return guard_type not in _OF_THE_WHOLE or (guard_type in _OF_ALL_KEYS and name.endswith(".cell_contents"))
 
 
 class GuardFilter:
-    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. environment: of the process when it was compiled, where
-    that asked os.getenv, which dynamo takes for a constant. unguarded: see there. classes: those that it read, and of the objects
-    that it read: dynamo guards which they are, not what they hold."""
+    """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. whole_model: it is the model that is compiled, not its
+    blocks. traced: fills with the code that was. environment: of the process when it was compiled, where that asked os.environ, which
+    dynamo takes for a constant. option_keys: of transformer_options beside the bookkeeping, where code went through all keys. unguarded:
+    see there. classes: those that it read, and of the objects that it read: dynamo guards which they are, not what they hold."""
 
-    def __init__(self, drop_bookkeeping: bool):
+    def __init__(self, drop_bookkeeping: bool, whole_model: bool = False):
         self._drop_bookkeeping = drop_bookkeeping
+        self._unread = frozenset(WRITTEN_BY_MODEL if whole_model else BOOKKEEPING)
+        self.traced: Iterable[types.CodeType] = ()
         self.environment: dict[str, str] | None = None
+        self.option_keys: tuple | None = None
         self.unguarded = Unguarded()
         self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
         values = [entry.value for entry in entries if entry.has_value]
         self.classes.update(value if isinstance(value, type) else type(value) for value in values)
-        if self.environment is None and any(value is os.getenv for value in values):
+        if self.environment is None and (any(value is os.getenv or value is os.environ for value in values)
+                                         or any("environ" in code.co_names for code in self.traced)):
             self.environment = dict(os.environ)
         for entry in entries:
             if entry.has_value and hasattr(entry, "orig_guard"):
                 self.unguarded.add(entry.orig_guard.name, entry.value)
         if not self._drop_bookkeeping:
             return [True] * len(entries)
-        return [keep_guard(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry)) for entry in entries]
+        unread = self._unread - set(_keys_of_others(self.traced))
+        kept = [keep_guard(entry.name, entry.guard_type, entry.value if entry.has_value else None, _is_by_core(entry), unread)
+                for entry in entries]
+        for entry, stays in zip(entries, kept):
+            if not stays and entry.guard_type in _OF_ALL_KEYS and entry.has_value and isinstance(entry.value, dict):
+                self.option_keys = self.keys(entry.value)
+        return kept
+
+    def keys(self, options: dict) -> tuple:
+        """Those beside the bookkeeping."""
+        return tuple(key for key in options if key not in self._unread)
+
+
+def _keys_of_others(traced: Iterable[types.CodeType]) -> Iterator[str]:
+    """The keys of bookkeeping that other code than ComfyUI's names. Where ComfyUI's has read one before, dynamo guards it for ComfyUI."""
+    modules = None
+    for code in traced:
+        if code.co_filename.startswith(_NOT_READERS) or _is_in_comfyui(code.co_filename):
+            continue
+        yield from _texts(code.co_consts)
+        if modules is None:
+            modules = {file: module for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+        if (module := modules.get(code.co_filename)) is not None:
+            yield from (value for name in code.co_names if isinstance(value := vars(module).get(name), str))
+
+
+def _texts(constants: tuple) -> Iterator[str]:
+    for value in constants:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (tuple, frozenset)):
+            yield from _texts(tuple(value))
+
+
+def _is_in_comfyui(path: str) -> bool:
+    core = sys.modules.get("comfy")
+    return core is not None and any(path.startswith(os.path.join(folder, "")) for folder in core.__path__)
 
 
 def _is_by_core(entry) -> bool:
     """Whether the innermost code that made dynamo guard a value, torch's and Python's aside, is ComfyUI's."""
-    core = sys.modules.get("comfy")
     stack = getattr(getattr(entry, "orig_guard", None), "user_stack", None) or ()
     reader = next((frame.filename for frame in reversed(stack) if not frame.filename.startswith(_NOT_READERS)), "")
     # Where no reader is known dynamo guards what it writes back at the end, not what was read.
-    return not reader or (core is not None and any(reader.startswith(os.path.join(folder, "")) for folder in core.__path__))
+    return not reader or _is_in_comfyui(reader)

@@ -337,6 +337,11 @@ class Environment(Small):
         return self.body(x) * float(os.environ.get("INT8_COMPILE_TEST_GAIN", "1"))
 
 
+class InEnvironment(Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (2.0 if "INT8_COMPILE_TEST_GAIN" in os.environ else 1.0)
+
+
 class Getenv(Small):
     def forward(self, x, transformer_options=None):
         return self.body(x) * float(os.getenv("INT8_COMPILE_TEST_GAIN", "1"))

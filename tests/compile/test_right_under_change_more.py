@@ -143,6 +143,9 @@ BETWEEN = {
     "another module's number": (Stateful, lambda value: setattr(nets, "FACTOR", value)),
     "another module's dict": (Stateful, lambda value: nets.TABLE.update(gain=value)),
     "the environment": (nets.Getenv, lambda value: os.environ.update(INT8_COMPILE_TEST_GAIN=str(value))),
+    "the environment, by get": (nets.Environment, lambda value: os.environ.update(INT8_COMPILE_TEST_GAIN=str(value))),
+    "what is in the environment": (nets.InEnvironment, lambda value: os.environ.pop("INT8_COMPILE_TEST_GAIN", None) if value == 1.0 else
+                                   os.environ.update(INT8_COMPILE_TEST_GAIN="")),
 }
 
 

@@ -470,3 +470,52 @@ def test_a_part_of_an_input_that_went_through_dropout_is_not_kept(tmp_path, read
 class Part(Drops):
     def forward(self, x, transformer_options=None):
         return self.drop(x[:, 1:])
+
+
+class Helped(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.help(self.body(x))
+
+    def help(self, x):
+        return x
+
+
+class Helper:
+    def help(self, x):
+        return x * 3
+
+
+HELPER = Helper()
+
+
+def half(self, x, transformer_options=None):
+    return self.body(x) / 2
+
+
+def double(self, x):
+    return x * 2
+
+
+METHODS = {
+    "forward": lambda block: ("forward", types.MethodType(half, block)),
+    "forward, by get": lambda block: ("forward", half.__get__(block, type(block))),
+    "another method": lambda block: ("help", types.MethodType(double, block)),
+    "an object's": lambda block: ("help", HELPER.help),
+}
+
+
+@WAYS
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("what", METHODS)
+def test_a_bound_method_that_is_put_on_a_block_is_run_there_and_only_while_it_is_there(tmp_path, what, which, way):
+    net, compiled, x = nets.make(Helped, depth=3), made(tmp_path, way), inputs()[0]
+    for _ in range(2):
+        for put in (False, True, True, False):
+            for index in which:
+                block = net.blocks[index]
+                name, method = METHODS[what](block)
+                block.__dict__.pop(name, None)
+                if put:
+                    setattr(block, name, method)
+            assert difference(run(compiled, net, x), net(x)) < 1e-4, put
+    assert not compiled.report.failure and compiled.report.graphs <= 4
