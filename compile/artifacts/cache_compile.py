@@ -32,6 +32,7 @@ from .entry import Damaged
 from .export import build
 from .job import dynamic_dims_of_rank
 from .option_reads import transformer_options_match
+from .records import classes_in
 from .runtime import MAX_SIGNATURES, job_of
 from .source_guards import CodeFingerprint
 from .store import CacheError, CacheStore, default_key_file
@@ -228,7 +229,7 @@ class _Method:
         self.artifact = Artifact(entry, _device(call))
         self.weights = Weights(module, [tensor_spec(tensor) for _, tensor in tensors_of(module)], _device(call))
         self._guards = BlockGuards(module, self.artifact.attributes, names)
-        self._classes = ClassGuards(module_classes(module), self.artifact.classes, names)
+        self._classes = ClassGuards([*module_classes(module), *classes_in(self.artifact.structure)], self.artifact.classes, names)
         self._hooks = Hooks(module)
         if not self._guards.is_unchanged() or self._classes.difference():
             raise Unsupported(f"{self._guards.difference or self._classes.difference()} differs")

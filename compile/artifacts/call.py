@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..torch_internals.guard_filter import BOOKKEEPING
+from . import records
 from .closures import EMPTY, code_at, code_digest, content_of, function_at, is_at_its_place
 from .option_reads import _COMPARE, _COMPUTE, _CONVERT, _raise_used, _Untouchable
 from .values import CONSTANTS, Unsupported, constant
@@ -44,6 +45,7 @@ class _Flat:
         self.options: list[dict] = []
         self._block = block
         self._functions: list[types.FunctionType] = []
+        self._records: list = []
 
     def shape_of(self, value, is_kwargs: bool = False):
         if isinstance(value, Tensor):
@@ -65,6 +67,11 @@ class _Flat:
             return ("dict", *[(key, self.shape_of(item)) for key, item in value.items()])
         if isinstance(value, torch.nn.Module):
             return "submodule", self._path(value)
+        if records.is_record(value):
+            if any(value is known for known in self._records):
+                raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}, which is there twice")
+            self._records.append(value)
+            return "record", *records.place(value), *[(key, self.shape_of(item)) for key, item in records.attributes(value).items()]
         raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}")
 
     def _function(self, function: types.FunctionType) -> tuple:
@@ -139,6 +146,8 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict], block: torch.n
             return {"tuple": tuple, "list": list, "Size": torch.Size}[kind](value(item) for item in items)
         if kind == "dict":
             return {key: value(item) for key, item in items}
+        if kind == "record":
+            return records.make(*items[:2], {key: value(item) for key, item in items[2:]})
         return float(items[0]) if kind == "float" else items[0]
 
     def closure(module: str, name: str, digest: str, keywords: tuple, defaults: tuple, cells: tuple) -> types.FunctionType:

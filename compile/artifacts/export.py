@@ -28,6 +28,7 @@ from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
 from .recording import recording
+from .records import classes_in
 from .source_guards import sources_of
 from .values import Unsupported
 
@@ -102,7 +103,7 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
-             "classes": classes_of(module_classes(traced.block), names),
+             "classes": classes_of([*module_classes(traced.block), *classes_in(job.structure)], names),
              "operators": _operators(traced.program),
              "sources": sources_of(found, names, closures=sorted(set(closures_in(job.structure)))), "torch": torch.__version__,
              "by_layout": found.asks_layout}

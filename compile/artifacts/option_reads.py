@@ -6,6 +6,7 @@ import types
 import torch
 
 from ..torch_internals.guard_filter import BOOKKEEPING
+from . import records
 from .closures import content_of, contents_of
 from .values import CONSTANTS, Unsupported, constant
 
@@ -234,6 +235,7 @@ class Containers:
         self._before: list[tuple] = []
         self._functions: list[types.FunctionType] = []
         self._cells: list[tuple[types.CellType, object]] = []
+        self._records: list[tuple[object, dict]] = []
         self._add(values)
 
     def _add(self, value):
@@ -247,6 +249,11 @@ class Containers:
                 for item in contents_of(value):
                     self._add(item)
             return
+        if records.is_record(value):
+            items = records.attributes(value)
+            self._records.append((value, items))
+            for item in items.values():
+                self._add(item)
         if isinstance(value, dict):
             self._before.append((value, [*value, *value.values()]))
         elif isinstance(value, list):
@@ -260,5 +267,9 @@ class Containers:
             now = [*container, *container.values()] if isinstance(container, dict) else container
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
                 raise Unsupported(f"it changes a {type(container).__name__} that it gets")
+        for record, before in self._records:
+            after = records.attributes(record)
+            if after.keys() != before.keys() or any(after[key] is not value for key, value in before.items()):
+                raise Unsupported(f"it changes a {type(record).__name__} that it gets")
         if any(content_of(cell) is not content for cell, content in self._cells):
             raise Unsupported("it changes what a function that it gets closes over")

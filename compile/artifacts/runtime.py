@@ -23,6 +23,7 @@ from .describe import Names
 from .entry import Damaged
 from .job import BuildSpec, dynamic_dims_of_rank
 from .option_reads import transformer_options_for_trace, transformer_options_match
+from .records import classes_in
 from .source_guards import CodeFingerprint
 from .store import CacheStore
 from .values import Unsupported
@@ -221,7 +222,7 @@ class RegionArtifacts:
                 self._note("not used", self._name, f"its artifact cannot be loaded: {str(error).partition(chr(10))[0]}")
                 continue
             store.touch(entry)
-            classes = ClassGuards(self._kinds, artifact.classes, artifact.names)
+            classes = ClassGuards([*self._kinds, *classes_in(artifact.structure)], artifact.classes, artifact.names)
             self._loaded.setdefault(artifact.structure, []).append(_Loaded(artifact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
