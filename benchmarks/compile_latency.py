@@ -3,7 +3,7 @@
 Every contender gets a server of its own and an empty compiler cache; seconds include loading and sampling, which eager shows alone.
 Prints a table and, with --json, writes the numbers with torch, ComfyUI and processor.
 
-    python benchmarks/compile_latency.py [--model tiny_flux | flux_57] [--default-attention] [--json FILE] [--pack FOLDER:NODE ...]
+    python benchmarks/compile_latency.py [--model tiny_flux | flux_57] [--pytorch-attention] [--json FILE] [--pack FOLDER:NODE ...]
 """
 from __future__ import annotations
 
