@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from .families import FAMILIES, build
+from benchmarks.model_families import FAMILIES, build
 
 pytestmark = pytest.mark.comfy
 

@@ -6,7 +6,7 @@ import torch
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 
-from .small_families import SMALL
+from benchmarks.small_families import SMALL
 
 pytestmark = pytest.mark.comfy
 

@@ -1,14 +1,10 @@
 """Patches and wrappers that come and go inside the call of a compiled model, where nobody told the compile node."""
 from __future__ import annotations
 
-import sys
-import types
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # compile/small_families.py
+from benchmarks.small_families import SMALL
 
 pytestmark = pytest.mark.comfy
 
@@ -45,11 +41,6 @@ PATCHES = {
 
 @pytest.fixture
 def unet(comfy):
-    package = types.ModuleType("small")
-    package.__path__ = [str(Path(__file__).parent.parent / "compile")]
-    sys.modules.setdefault("small", package)
-    from small.small_families import SMALL
-
     return SMALL["SD1.5"]
 
 

@@ -1,4 +1,4 @@
-"""The model families of families.py as small random models on the CPU, called as ComfyUI's sampler calls them."""
+"""The model families of model_families.py as small random models on the CPU, called as ComfyUI's sampler calls them."""
 from __future__ import annotations
 
 import importlib
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.tiny_models import fill
 
-from .families import FAMILIES
+from .model_families import FAMILIES
 
 CONTEXT = 48  # width of the text embedding
 POOLED = 40  # and of the pooled one
@@ -19,7 +19,7 @@ REFERENCE = (24, 28)  # height and width of a reference image's latent
 
 @dataclass(frozen=True)
 class SmallFamily:
-    """arguments: on top of those in families.py. latent: channels, and frames of a video. timestep: as model_sampling gives it.
+    """arguments: on top of those in model_families.py. latent: channels, and frames of a video. timestep: as model_sampling gives it.
     extra: (a function that draws a tensor, batch, tokens, height, width) -> what else comfy.model_base passes to the model. scale: of
     height and width. context: width of the text embedding. audio: shape of a second stream without its batch. steps: that a call samples,
     of a model that keeps something from its first (a prefix). reset: forgets that. batches: whether it takes more than one."""
