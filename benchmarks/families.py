@@ -161,8 +161,8 @@ def main() -> None:
         options.json.write_text(json.dumps({**facts, "families": rows}, indent=1) + "\n")
     if options.markdown:
         lines = [f"# Model families in the compile cache, {facts['date']}", "",
-                 f"torch {facts['torch']}, CPU, {facts['attention']} attention, {facts['code']} programs; made by `benchmarks/families.py`, "
-                 "which says what the columns are of. *kept*: calls of blocks that what was kept served, of all in four sizes.", "",
+                 f"torch {facts['torch']}, CPU, {facts['attention']} attention, {facts['code']} programs; by `benchmarks/families.py`, "
+                 "which says more. *Kept*: calls of blocks that were served from what was kept, of all in four sizes.", "",
                  "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += [f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |" for row in rows]
         options.markdown.write_text("\n".join(lines) + "\n")

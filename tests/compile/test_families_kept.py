@@ -21,6 +21,7 @@ def test_a_family_is_kept_and_right(comfy, tmp_path, name):
     for batch in (1, 2) if name in ("LTXV", "SD3") else (1,):
         want = family.call(model, batch=batch)
         for _ in range(2):
-            got = compiled.run(model, lambda batch=batch: family.call(model, batch=batch), filter_guards=True, passthrough=lambda error: False)
+            got = compiled.run(model, lambda batch=batch: family.call(model, batch=batch), filter_guards=True,
+                               passthrough=lambda error: False)
             assert difference(got, want) < 1e-4
         assert compiled.report.last_calls["artifact"] > 0 and compiled.report.last_calls["eager"] == 0, compiled.report.fallbacks
