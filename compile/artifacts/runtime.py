@@ -150,10 +150,14 @@ class RegionArtifacts:
             if info.weights is None:
                 self._learn(block, info)
             attributes |= attributes_of_tensors(call.leaves)
+            other_batch = True
             for loaded in self._loaded.get(call.structure, ()):
                 if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artifact.names), "")):
                     raise Unsupported(f"it reads the attribute {read} of a tensor")
-                if loaded.usable and loaded.artifact.accepts(call.leaves) and self._fits(block, info, loaded, call):
+                if not loaded.usable or not loaded.artifact.accepts(call.leaves):
+                    continue
+                other_batch = False
+                if self._fits(block, info, loaded, call):
                     if changed := loaded.change_on_the_way():
                         loaded.usable = False
                         loaded.young = math.inf  # the next step's first block may find all as it was
@@ -162,7 +166,7 @@ class RegionArtifacts:
                     if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
                         return MISSING
                     return loaded.artifact(tensors, call.leaves, call.options)
-            self._request(block, call)
+            self._request(block, call, other_batch)
         except Unsupported as error:
             self._refuse(str(error))
         return MISSING
@@ -226,7 +230,7 @@ class RegionArtifacts:
             self._loaded.setdefault(artifact.structure, []).append(_Loaded(artifact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
-    def _request(self, block, call: Call):
+    def _request(self, block, call: Call, other_batch: bool):
         asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves], *map(frozenset, call.options)
         if asked in self._asked:
             return
@@ -242,7 +246,7 @@ class RegionArtifacts:
         job = job_of(self._name, block, call, self._device, lambda leaf: dynamic_dims_of_rank(leaf.dim()) if self._dynamic else (),
                      self._config)
         entry = cache_key.entry_name(job)
-        if entry in self._requested and entry in self._seen and job.any_batch:
+        if entry in self._requested and entry in self._seen and job.any_batch and other_batch:
             entry = cache_key.entry_name(job, "one" if job.batch == 1 else "many")
         if entry in self._requested:
             if entry in self._seen:
