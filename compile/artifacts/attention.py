@@ -54,8 +54,8 @@ def _content(cell: types.CellType):
         return None
 
 
-@torch.compiler.assume_constant_result
 def is_tracing() -> bool:
+    """A constant of what is traced."""
     return getattr(_tracing, "on", False)
 
 
@@ -63,7 +63,8 @@ def is_tracing() -> bool:
 def traced_as_operation() -> Iterator[None]:
     """In this thread, by torch.compile."""
     global _known_to_dynamo
-    for _, function, attention in _cells[_known_to_dynamo:]:  # not before: imports dynamo
+    torch.compiler.assume_constant_result(is_tracing)  # not before: imports dynamo
+    for _, function, attention in _cells[_known_to_dynamo:]:
         with contextlib.suppress(ValueError):  # a sibling copy of this pack has done so
             torch.compiler.substitute_in_graph(function, skip_signature_check=True)(attention)
     _known_to_dynamo = len(_cells)

@@ -71,7 +71,10 @@ class _Flat:
             if any(value is known for known in self._records):
                 raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}, which is there twice")
             self._records.append(value)
-            return "record", *records.place(value), *[(key, self.shape_of(item)) for key, item in records.attributes(value).items()]
+            items = records.attributes(value)
+            if any(isinstance(item, (dict, list)) for item in items.values()):  # it may collect something there
+                raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}")
+            return "record", *records.place(value), *[(key, self.shape_of(item)) for key, item in items.items()]
         raise Unsupported(f"{_ARGUMENT}a {type(value).__name__}")
 
     def _function(self, function: types.FunctionType) -> tuple:
