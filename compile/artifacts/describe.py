@@ -53,6 +53,11 @@ class Names:
                 or (self._pattern is not None and self._pattern.fullmatch(name) is not None))
 
 
+def _holds_something(module: torch.nn.Module) -> bool:
+    """Whether a module has weights, parts, hooks or a call of its own."""
+    return any(value for value in vars(module).values() if isinstance(value, dict)) or "forward" in vars(module)
+
+
 class Describer:
     """describer(value) -> text. names: the attributes of objects and classes that count. watch: gets all that is looked at.
     modules: those that have a place in the block, by id -> its path. lenient: what cannot be described is named by its type; without, it
@@ -99,6 +104,8 @@ class Describer:
         if isinstance(value, torch.nn.Module):
             if id(value) in self._paths:
                 return f"submodule {self._paths[id(value)]}"
+            if is_pristine_package(kind.__module__) and not _holds_something(value):
+                return self._layer(value)
             return self._refuse(f"the module {kind.__name__}, which is none of its own", value)
         if isinstance(value, (staticmethod, classmethod)):
             return f"{kind.__name__} {self(value.__func__)}"
@@ -148,6 +155,19 @@ class Describer:
                 self._watch.attribute(value, name, item)
                 content.append(f"{name}={self(item)}")
         return content
+
+    def _layer(self, layer: torch.nn.Module) -> str:
+        """A layer of torch without weights (an activation), which code has as a default or a global."""
+        state = vars(layer)
+        self._watch.size(state, is_state=True)
+        content = []
+        for name in sorted(state):
+            self._watch.binding(state, name, state[name])
+            if isinstance(state[name], dict):
+                self._watch.container(state[name])  # hooks may be added
+            else:
+                content.append(f"{name}={self(state[name])}")
+        return f"layer {self(type(layer))} {' '.join(content)}"
 
     def _content(self, value) -> list[str]:
         """Of a container, which another thread may be filling."""

@@ -101,6 +101,7 @@ class Matched:
         self.level = 1.0
 
 
+LAYER = torch.nn.LeakyReLU(0.25)
 CONFIG, SPACE, RANKED = Config(), types.SimpleNamespace(level=1.0), Ranked(2.0)
 
 
@@ -236,6 +237,7 @@ CHANGES = {
                    lambda block, value: setattr(block, "part", fractions.Fraction(int(value), 2))),
     "a UserDict": (lambda block, x, number: block.user["k"], lambda block, value: block.user.update(k=value)),
     "a ChainMap": (lambda block, x, number: block.chain["k"], lambda block, value: block.chain.update(k=value)),
+    "a layer of the module": (lambda block, x, number: LAYER(x) + 2.0, lambda block, value: setattr(LAYER, "negative_slope", value / 4)),
     "an object that is matched": (lambda block, x, number: matched(block.matched),
                                   lambda block, value: setattr(block.matched, "level", value)),
 }
@@ -519,3 +521,19 @@ def test_a_bound_method_that_is_put_on_a_block_is_run_there_and_only_while_it_is
                     setattr(block, name, method)
             assert difference(run(compiled, net, x), net(x)) < 1e-4, put
     assert not compiled.report.failure and compiled.report.graphs <= 4
+
+
+def test_a_layer_without_weights_that_code_names_is_described_and_one_with_weights_is_not(tmp_path, reads, monkeypatch):
+    reads(lambda block, x, number: LAYER(x) + 2.0)
+    net, x = nets.make(Reads, depth=2), inputs()[0]
+    for _ in range(2):
+        assert difference(run(compiled := cached(tmp_path / "cache"), net, x), net(x)) < 1e-4
+    assert compiled.report.last_calls["artifact"] == 2
+    handle = LAYER.register_forward_hook(lambda layer, args, result: result * 2)
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+    handle.remove()
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+    monkeypatch.setattr(sys.modules[__name__], "LAYER", torch.nn.PReLU())
+    compiled = cached(tmp_path / "other")
+    assert difference(run(compiled, net, x), net(x)) < 1e-4
+    assert compiled.report.calls["artifact"] == 0 and "tensors that are neither parameters nor buffers" in refused(compiled)
