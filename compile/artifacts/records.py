@@ -54,7 +54,6 @@ def classes_in(structure) -> list[type]:
         return []
     found = []
     if structure[:1] == ("record",):
-        importlib.import_module(structure[1])
         found += [kind] if (kind := _class_at(*structure[1:3])) is not None else []
     return list(dict.fromkeys((*found, *(kind for part in structure for kind in classes_in(part)))))
 

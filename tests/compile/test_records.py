@@ -169,3 +169,13 @@ class Both(nets.Small):
     def forward(self, x, things, transformer_options=None):
         first, second = things
         return first.apply(self.body(x)) * (2 if first is second else 1)
+
+
+def test_an_artifact_for_a_class_that_is_gone_is_left_alone(tmp_path, monkeypatch):
+    net, x = nets.make(Adds, depth=2), inputs()[0]
+    check(cached(tmp_path / "cache"), net, x, Derived.of(x))
+    thing = Derived.of(x)
+    monkeypatch.delattr(sys.modules[__name__], "Derived")
+    compiled = cached(tmp_path / "cache")
+    got, want = run(compiled, net, x, thing)
+    assert difference(got, want) < 1e-5 and compiled.report.calls["artifact"] == 0 and not compiled.report.failure
