@@ -41,7 +41,8 @@ def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset()) -> N
     taken = _KEYWORDS | unread
 
     def attention(*args, **kwargs):
-        if is_tracing() and 3 <= len(args) <= 5 and kwargs.keys() <= taken:
+        # The operation has no gradient.
+        if is_tracing() and not torch.is_grad_enabled() and 3 <= len(args) <= 5 and kwargs.keys() <= taken:
             return _call(name, *args, **{key: value for key, value in kwargs.items() if key not in unread})
         return inlined(*args, **kwargs)
     _cells.append((cell, function, attention))

@@ -191,6 +191,21 @@ def test_while_a_block_is_exported_others_compute_as_before_and_all_is_put_back(
     assert inner in [cell.cell_contents for cell in heedful.__closure__] and not attention.is_tracing()
 
 
+def test_a_training_step_goes_through_what_is_traced(tmp_path):
+    net, module = Net(), compiled()
+    with torch.enable_grad():
+        for _ in range(2):
+            gradients = []
+            for call in (net, lambda x: run(module, net, x)):
+                x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+                call(x).square().mean().backward()
+                gradients.append([x.grad, *(parameter.grad.clone() for parameter in net.parameters())])
+                net.zero_grad()
+            assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*gradients))
+    x = torch.randn(2, 10, 32)
+    assert torch.equal(run(module, net, x), net(x)) and not module.report.failure
+
+
 def test_it_is_kept_and_one_artifact_serves_all_sizes_and_batches(tmp_path):
     net, module = GlobalNet(), cached(tmp_path / "cache")
     run(module, net, torch.randn(1, 10, 32))
