@@ -73,20 +73,22 @@ class Here:
         return contextlib.nullcontext()
 
 
-def run_exported_programs() -> None:
-    """Adds the tier "export": an artifact is the number of an exported program that this process keeps."""
+_programs: dict[str, tuple] = {}
+
+
+def exported_tier() -> list[tuple[dict, object]]:
+    """What is to be put under "export", and where, for a tier whose artifact is the number of an exported program that this process
+    keeps."""
     from int8_compile.compile.artifacts import artifact, compilers
 
-    programs: dict[str, tuple] = {}
-
     def build(program, job, path):
-        path.write_text(str(len(programs)))
-        programs[path.read_text()] = program.module(), len(job.tensors)
+        path.write_text(str(len(_programs)))
+        _programs[path.read_text()] = program.module(), len(job.tensors)
 
     def load(entry, device):
-        program, tensors = programs[entry.read("artifact.export").decode()]
+        program, tensors = _programs[entry.read("artifact.export").decode()]
         return lambda values: program(list(values[:tensors]), list(values[tensors:]))
-    compilers.COMPILERS["export"], artifact.LOADERS["export"], artifact.FILES["export"] = build, load, "artifact.export"
+    return [(compilers.COMPILERS, build), (artifact.LOADERS, load), (artifact.FILES, "artifact.export")]
 
 
 def measure(family, tiers: tuple[str, ...]) -> dict:
@@ -145,7 +147,8 @@ def main() -> None:
 
     from benchmarks.small_families import SMALL
 
-    run_exported_programs()
+    for table, value in exported_tier():
+        table["export"] = value
     torch.backends.mkldnn.enabled = False  # it takes convolutions by their size, a guard that only CPUs have
     rows = []
     for name in options.only or SMALL:

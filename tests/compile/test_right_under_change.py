@@ -21,10 +21,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.families import exported_tier
+
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 import changing_values
-from int8_compile.compile.artifacts import artifact, compilers
 from int8_compile.compile.artifacts import export as aoti
 from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
@@ -67,22 +68,10 @@ class Here:
         yield
 
 
-_programs: dict[str, tuple] = {}
-
-
 @pytest.fixture(autouse=True)
 def exported(monkeypatch):
-    """A tier whose artifact is the number of an exported program that this process keeps."""
-    def build(program, job, path):
-        path.write_text(str(len(_programs)))
-        _programs[path.read_text()] = program.module(), len(job.tensors)
-
-    def load(entry, device):
-        program, tensors = _programs[entry.read("artifact.export").decode()]
-        return lambda values: program(list(values[:tensors]), list(values[tensors:]))
-    monkeypatch.setitem(compilers.COMPILERS, "export", build)
-    monkeypatch.setitem(artifact.LOADERS, "export", load)
-    monkeypatch.setitem(artifact.FILES, "export", "artifact.export")
+    for table, value in exported_tier():
+        monkeypatch.setitem(table, "export", value)
 
 
 @pytest.fixture(scope="module")
