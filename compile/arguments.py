@@ -1,10 +1,15 @@
 """How a block's arguments are given to what torch compiled: sizes marked as varying, odd layouts as dense copies."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .artifacts import records
+from .artifacts.call import may_be_size
 from .artifacts.job import dynamic_dims_of_rank
 from .torch_compiler import Compiled
 
@@ -26,6 +31,27 @@ def _mark(value):
     elif isinstance(value, (tuple, list)):
         for item in value:
             _mark(item)
+
+
+def _sizes(value, name: str) -> Iterator[str]:
+    """What torch calls the integers in an argument of that name that may be sizes."""
+    if may_be_size(value):
+        yield name
+    elif type(value) in (tuple, list):
+        for index, item in enumerate(value):
+            yield from _sizes(item, f"{name}[{index}]")
+    elif records.is_record(value):
+        for key, item in vars(value).items() if hasattr(value, "__dict__") else ():
+            yield from _sizes(item, f"{name}.{key}")
+
+
+def _sizes_marked(args: tuple, kwargs: dict):
+    """While it is entered, what torch compiles is for any of these integers."""
+    found = [*_sizes(args, "L['args']"), *(source for key, value in kwargs.items() for source in _sizes(value, f"L['kwargs']['{key}']"))]
+    config = getattr(torch.compiler, "config", None)
+    if not found or not hasattr(config, "dynamic_sources"):  # torch before 2.8: it learns them at the second value
+        return contextlib.nullcontext()
+    return config.patch(dynamic_sources=",".join(filter(None, (config.dynamic_sources, *found))))
 
 
 def _storages(value) -> list[int]:
@@ -54,6 +80,11 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
+    with _sizes_marked(args, kwargs) if mark else contextlib.nullcontext():
+        return _call_with_copies(compiled, module, args, kwargs, copies)
+
+
+def _call_with_copies(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, copies: dict):
     if not copies:
         return compiled.call(module, *args, **kwargs)
     # The first block often gets a transposed tensor, the others dense ones: that would be a graph more.

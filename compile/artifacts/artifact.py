@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import zipfile
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import warmup
-from .call import LAYOUTS, as_tuples, lies_as, rebuild_result
+from .call import LAYOUTS, Call, as_tuples, lies_as, rebuild_result
 from .describe import Names
 from .entry import Entry
 from .shape_expressions import Evaluate, parse_expression
@@ -116,6 +117,11 @@ class Artifact:
                 and all(self._expressions[expected](sizes) == size for size, expected in late)
                 and all(guard(sizes) for guard in self._guards))
 
+    def is_for_other_numbers(self, call: Call) -> bool:
+        """Whether it was built for other integers than a call of its structure has."""
+        fixed = [(call.leaves[index].shape[0], self._leaves[index][1][0]) for index in call.sizes]
+        return any(type(built) is int and number != built for number, built in fixed)
+
     def has_layout(self, leaves: Sequence[Tensor]) -> bool:
         """Whether leaves, which are accepted, lie in memory as the traced ones did, where the block asks for that."""
         return not self._by_layout or all(lies_as(leaf, kind) for leaf, (_, _, kind) in zip(leaves, self._leaves))
@@ -134,14 +140,16 @@ class Artifact:
                 leaves[index].copy_(inputs[index])
         for target, values in zip(options, self._writes):
             target.update(values)
-        if self._size_writes:
-            sizes = {name: size for leaf, (_, shape, _) in zip(leaves, self._leaves) for size, name in zip(leaf.shape, shape)}
-            for index, key, make, items in self._size_writes:
-                options[index][key] = make(item(sizes) for item in items)
+        for index, key, make, items in self._size_writes:
+            options[index][key] = make(item(self._sizes(leaves)) for item in items)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
-        return rebuild_result(self._outputs, iter(results))
+        return rebuild_result(self._outputs, iter(results), lambda size: _size(size)(self._sizes(leaves)))
+
+    def _sizes(self, leaves: Sequence[Tensor]) -> dict[str, int]:
+        return {name: size for leaf, (_, shape, _) in zip(leaves, self._leaves) for size, name in zip(leaf.shape, shape)}
 
 
+@functools.lru_cache(1024)
 def _size(size: int | str) -> Evaluate:
     return parse_expression(str(size))
 

@@ -1,10 +1,11 @@
 """The call of a block as an artifact sees it: tensors in order, everything else as constants."""
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,27 +24,44 @@ LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.ch
 
 @dataclass
 class Call:
-    """structure: of the arguments, nested tuples of text and constants (tensors by their position). leaves: the tensors.
-    options: the dicts of settings among the arguments (transformer_options), and of each function among them the constants that it closes
-    over; what of these is read is a constant of the artifact, see RecordingOptions."""
+    """structure: of the arguments, nested tuples of text and constants (tensors by their position). leaves: the tensors, and for each
+    integer that may be a size an empty tensor of so many rows; sizes: where these are. options: the dicts of settings among the arguments
+    (transformer_options), and of each function among them the constants that it closes over; what of these is read is a constant of the
+    artifact, see RecordingOptions."""
 
     structure: tuple
     leaves: list[Tensor]
     options: list[dict]
+    sizes: list[int]
 
 
-def flatten(args: tuple, kwargs: dict, block: torch.nn.Module | None = None) -> Call:
-    """block: what is called, whose modules functions among the arguments may keep. Raises Unsupported for an argument that is neither a
-    tensor nor a simple value, nor a function that was made with such."""
-    flat = _Flat(block)
-    return Call((flat.shape_of(args), flat.shape_of(kwargs, True)), flat.leaves, flat.options)
+def flatten(args: tuple, kwargs: dict, block: torch.nn.Module | None = None, device: torch.device | None = None) -> Call:
+    """block: what is called, whose modules functions among the arguments may keep. device: integers from 2 on may be sizes, on that; None:
+    they are constants. Raises Unsupported for an argument that is neither a tensor nor a simple value, nor a function that was made with
+    such."""
+    flat = _Flat(block, device)
+    return Call((flat.shape_of(args), flat.shape_of(kwargs, True)), flat.leaves, flat.options, flat.sizes)
+
+
+def may_be_size(value) -> bool:
+    """Whether one program can serve it and others: torch traces no size of 0 or 1 as one of many."""
+    return type(value) is int and 2 <= value < 1 << 31
+
+
+@functools.lru_cache(1024)
+def _rows(position: int, count: int, device: torch.device) -> Tensor:
+    # position: no two arguments of a call are one tensor.
+    with torch.inference_mode(False):
+        return torch.empty((count, 0), dtype=torch.bool, device=device)
 
 
 class _Flat:
-    def __init__(self, block: torch.nn.Module | None):
+    def __init__(self, block: torch.nn.Module | None, device: torch.device | None):
         self.leaves: list[Tensor] = []
         self.options: list[dict] = []
+        self.sizes: list[int] = []
         self._block = block
+        self._device = device
         self._functions: list[types.FunctionType] = []
         self._records: list = []
 
@@ -51,6 +69,10 @@ class _Flat:
         if isinstance(value, Tensor):
             self.leaves.append(value)
             return "tensor"
+        if self._device is not None and may_be_size(value):
+            self.sizes.append(len(self.leaves))
+            self.leaves.append(_rows(len(self.leaves), value, self._device))
+            return "size"
         if isinstance(value, CONSTANTS):
             return constant(value)
         if isinstance(value, types.FunctionType):
@@ -119,9 +141,9 @@ class _Flat:
 
 
 def without_numbers(structure):
-    """The structure of all calls that differ from this one's in a number only."""
+    """The structure of all calls that differ from this one's in a number only that is no size."""
     if isinstance(structure, tuple):
-        return ("number",) if structure[:1] in (("int",), ("float",)) else tuple(map(without_numbers, structure))
+        return ("number",) if structure[:1] == ("float",) else tuple(map(without_numbers, structure))
     return structure
 
 
@@ -133,6 +155,8 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict], block: torch.n
     def value(part):
         if part == "tensor":
             return next(tensors)
+        if part == "size":
+            return next(tensors).shape[0]
         if part == "options":
             return next(dicts)
         kind, *items = part
@@ -185,16 +209,16 @@ def closures_in(structure) -> Iterator[tuple[str, str, str]]:
             yield from closures_in(part)
 
 
-def rebuild_result(structure, tensors: Iterator):
-    """What a block returns, of its structure and its tensors."""
+def rebuild_result(structure, tensors: Iterator, sizes: Callable[[str], int]):
+    """What a block returns, of its structure and its tensors. sizes: the value of an expression of its inputs' sizes."""
     if structure == "tensor":
         return next(tensors)
     kind, *items = structure
     if kind in ("tuple", "list"):
-        return {"tuple": tuple, "list": list}[kind](rebuild_result(item, tensors) for item in items)
+        return {"tuple": tuple, "list": list}[kind](rebuild_result(item, tensors, sizes) for item in items)
     if kind == "dict":
-        return {key: rebuild_result(item, tensors) for key, item in items}
-    return items[0]
+        return {key: rebuild_result(item, tensors, sizes) for key, item in items}
+    return sizes(str(items[0])) if kind == "size" else items[0]
 
 
 def as_tuples(value):

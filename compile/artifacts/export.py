@@ -23,7 +23,7 @@ from .call import CELL, LAYOUTS, closures_in, rebuild
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
-from .inputs import _expression, _inputs, _Seen, _Traced, is_off_dropout
+from .inputs import _expression, _inputs, _is_size, _Seen, _Traced, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
@@ -79,6 +79,8 @@ def _output_structure(value, found: list[Tensor]):
         return ["dict", *[[key, _output_structure(item, found)] for key, item in value.items()]]
     if value is None or isinstance(value, (bool, int, float, str)):
         return [type(value).__name__, value]
+    if isinstance(value, torch.SymInt):
+        return "size", value  # a list is what the result has
     raise Unsupported(f"it returns a {type(value).__name__}")
 
 
@@ -92,7 +94,7 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
     try:
         with called_as_operation():
             job = _without_unread(job)
-            traced, body = _trace(job)
+            job, traced, body = _trace_with_sizes(job)
             by_layout = _depends_on_layout(job)
         found = traced.seen.recording
         found.require_pure()
@@ -101,7 +103,7 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
     finally:
         random.setstate(state)
     names = found.names()
-    body |= {"name": job.name, "device": job.device, "structure": job.structure, "outputs": traced.seen.outputs,
+    body |= {"name": job.name, "device": job.device, "structure": job.structure,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),
              "classes": classes_of([*module_classes(traced.block), *classes_in(job.structure)], names),
              "operators": _operators(traced.program),
@@ -187,6 +189,19 @@ def _skeleton(job: BuildSpec) -> torch.nn.Module:
     return load_skeleton(job.skeleton) if isinstance(job.skeleton, bytes) else copy.deepcopy(job.skeleton)
 
 
+def _trace_with_sizes(job: BuildSpec) -> tuple[BuildSpec, _Traced, dict]:
+    """_trace, and the job: with integers for any size, or where they are more than sizes for just these values."""
+    if job.sizes:
+        try:
+            traced, body = _trace(job)
+            if not traced.seen.recording.asks_of_integers():
+                return job, traced, body
+        except Exception as error:  # no operation on a size that is traced
+            logger.info("%s: %s; building for these numbers only", job.name, error)
+        job = job.with_fixed_sizes()
+    return job, *_trace(job)
+
+
 def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
     batch = job.batch
     if not job.any_batch:
@@ -211,7 +226,7 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
 def _same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:
     """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
     slice bounds and sizes."""
-    return many.seen.outputs == one.seen.outputs and _operations(many, job) == _operations(one, job)
+    return _operations(many, job) == _operations(one, job)
 
 
 def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
@@ -234,7 +249,7 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
         if isinstance(value, torch.fx.Node):
             return made[value]
         if isinstance(value, (list, tuple)):
-            return [text(item) for item in value]
+            return [text(item) for item in (["int", value[1]] if _is_size(value) else value)]
         if isinstance(value, slice):
             return "slice", text(value.start), text(value.stop), text(value.step)
         if isinstance(value, torch.SymInt):
@@ -258,7 +273,7 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
                            sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node)))
             made[node] = f"#{len(result)}"
     written = [{key: text(value) for key, value in options.writes().items()} for options in traced.seen.options]
-    return [*result, ("options", written)]
+    return [*result, ("options", written), ("outputs", text(traced.seen.outputs))]
 
 
 def _export(job: BuildSpec, batch: int, any_batch: bool) -> _Traced:

@@ -65,6 +65,10 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
         except ValueError as error:
             raise Unsupported(str(error)) from None
         return printed
+    def with_texts(output):
+        if _is_size(output):
+            return ["size", text(_expression(output[1]))]
+        return list(map(with_texts, output)) if isinstance(output, list) else output
     environments = [size.node.shape_env for node in leaves for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
     guards = [environments[0].simplify(guard.expr).xreplace(ties) for guard in environments[0].guards] if environments else []
     ranges = {}
@@ -84,10 +88,16 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
         "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
         "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
         "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
+        "outputs": with_texts(traced.seen.outputs),
         "options": [options.constants() for options in traced.seen.options],
         "writes": [{key: [type(value).__name__, *[text(_expression(size)) for size in value]] if isinstance(value, (list, tuple)) else value
                     for key, value in options.writes().items()} for options in traced.seen.options],
     }
+
+
+def _is_size(output) -> bool:
+    """Whether a part of _Seen.outputs is a number that depends on sizes."""
+    return isinstance(output, tuple) and output[0] == "size"
 
 
 def is_off_dropout(node: torch.fx.Node) -> bool:

@@ -15,7 +15,8 @@ class BuildSpec:
     skeleton: of dump_skeleton, or of copy_skeleton to build in this process. attributes: of the block. tensors: of the block, in
     order: name, dtype, shape, layout. structure, leaves, options: of the call (see call.flatten), a leaf as (dtype, shape, layout).
     batch_leaves: leaves whose first size is the batch. dynamic_dims: of each leaf, those compiled for any size. device: of everything.
-    threads: of the CPU. config: inductor's options. method: of the block, called as block.method(*args).
+    threads: of the CPU. config: inductor's options. method: of the block, called as block.method(*args). sizes: leaves that stand for
+    integers, see call.Call.
     """
 
     name: str
@@ -31,6 +32,12 @@ class BuildSpec:
     threads: int
     config: dict
     method: str = "forward"
+    sizes: list[int] = dataclasses.field(default_factory=list)
+
+    def with_fixed_sizes(self) -> BuildSpec:
+        """The same for integers of just these values."""
+        dims = [() if index in self.sizes else dims for index, dims in enumerate(self.dynamic_dims)]
+        return dataclasses.replace(self, dynamic_dims=dims, sizes=[])
 
     @property
     def any_batch(self) -> bool:

@@ -1,6 +1,7 @@
 """Which functions a trace calls, and the names of what their code can read."""
 from __future__ import annotations
 
+import abc
 import ast
 import builtins
 import copy
@@ -9,6 +10,7 @@ import dis
 import functools
 import gc
 import inspect
+import numbers
 import operator
 import os
 import random
@@ -42,6 +44,9 @@ _BY_FIELD = frozenset({dataclasses.__file__, copy.__file__})
 _LAYOUT = frozenset({"is_contiguous", "stride", "as_strided", "as_strided_", "data_ptr", "storage_offset", "untyped_storage", "storage",
                      "is_non_overlapping_and_dense", "dim_order", "_is_view", "_base"})
 _GRADIENT = frozenset({"requires_grad", "is_leaf", "grad_fn", "retains_grad"})
+# What asks for a class, and what makes a text of a number.
+_TYPES = frozenset({"isinstance", "type", "issubclass", "__class__"})
+_TEXTS = frozenset({"str", "repr", "format", "ascii", "dumps"})
 _ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__", "__getattr__", "__builtins__", "attrgetter",
               "methodcaller")
 
@@ -90,6 +95,10 @@ class Recording:
         """The first function that asks whether a tensor needs a gradient, empty for none. ComfyUI and libraries ask for training alone."""
         return next((f"{module}.{code.co_name}" for (module, _), code in self.functions.items() if _attributes(code) & _GRADIENT
                      and module.partition(".")[0] not in COMFYUI and not _package_folder(module)), "")
+
+    def asks_of_integers(self) -> bool:
+        """Whether code may do with an integer what is not so with a size that is traced: ask for its type, or make a text of it."""
+        return any(_asks_of_integers(module, code) for (module, _), code in self.functions.items())
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""
@@ -277,6 +286,28 @@ def _written_globals(code: types.CodeType) -> str:
         if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             return instruction.argval
     return next((found for c in code.co_consts if isinstance(c, types.CodeType) and (found := _written_globals(c))), "")
+
+
+def _asks_of_integers(module: str, code: types.CodeType) -> bool:
+    names = _global_names(code)
+    if not names.isdisjoint(_TEXTS) or _makes_texts(code) or _matches_classes(code):
+        return True
+    space = getattr(sys.modules.get(module), "__dict__", {})
+    return not names.isdisjoint(_TYPES) and any(_means_integer(name, space.get(name)) for name in names)
+
+
+def _means_integer(name: str, value) -> bool:
+    """Whether a global is int, what int derives from, or a tuple of such."""
+    if isinstance(value, tuple):
+        return any(_means_integer("", item) for item in value)
+    return name == "int" or value is int or value is numbers or (isinstance(value, abc.ABCMeta) and issubclass(int, value))
+
+
+@functools.lru_cache(4096)
+def _makes_texts(code: types.CodeType) -> bool:
+    """Whether it has an f-string with something in it."""
+    return any(instruction.opname.startswith(("FORMAT_", "CONVERT_VALUE")) for instruction in dis.get_instructions(code)) or any(
+        map(_makes_texts, (constant for constant in code.co_consts if isinstance(constant, types.CodeType))))
 
 
 @functools.lru_cache(4096)

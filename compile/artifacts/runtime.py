@@ -174,7 +174,7 @@ class RegionArtifacts:
     def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
         """None for a call that cannot be described, which says nothing of others: some blocks are called in two ways."""
         try:
-            return flatten(args, kwargs, block)
+            return flatten(args, kwargs, block, self._device if self._dynamic else None)
         except Unsupported as error:
             if not self._refusal and str(error) not in self._said:
                 self._said.add(str(error))
@@ -237,7 +237,8 @@ class RegionArtifacts:
         if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
             return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
-        if self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure:
+        if (self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure
+                or any(loaded.artifact.is_for_other_numbers(call) for loaded in self._loaded.get(call.structure, ()))):
             self._refuse("a number among its arguments differs from call to call")
             return
         if len(self._requested) >= MAX_SIGNATURES:
@@ -288,11 +289,13 @@ def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, 
     """dynamic_dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
     # A call makes dense copies of what has another layout.
     leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(tensor_spec, call.leaves)]
-    batch = next((shape[0] for _, shape, _ in leaves if len(shape) > 1), 0)
-    batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch] if batch else []
+    batch = next((shape[0] for index, (_, shape, _) in enumerate(leaves) if len(shape) > 1 and index not in call.sizes), 0)
+    batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch and index not in call.sizes
+                    ] if batch else []
     tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
     return BuildSpec(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
                      list(map(transformer_options_for_trace, call.options)), batch_leaves,
-                     [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method)
+                     [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method,
+                     call.sizes)

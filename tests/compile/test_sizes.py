@@ -1,0 +1,180 @@
+"""Integers among the arguments that only act as sizes: one graph and one artifact for all of them; what looks at one otherwise is right."""
+from __future__ import annotations
+
+import enum
+import numbers
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import changing_nets as nets
+from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+
+from int8_compile.compile.artifacts.recording import Recording
+from int8_compile.compile.engine import CompiledModule
+
+WHOLE = int, numbers.Rational
+
+
+class Size(enum.IntEnum):
+    SMALL = 3
+
+
+class Parts(nets.Small):
+    """Parts of the tokens by their bounds, as MiniMax H3 is told them."""
+
+    def forward(self, x, bounds, transformer_options=None):
+        h = self.body(x)
+        return torch.cat([h[:, start:stop] * (row + 1) for start, stop, row in bounds], 1)
+
+
+class Grid(nets.Small):
+    def forward(self, x, hw, transformer_options=None):
+        return self.body(x.unflatten(1, hw).transpose(1, 2).flatten(1, 2))
+
+
+class Returns(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x), {"size": count + x.shape[1], "tokens": x.shape[1], "kind": "a"}, count * 2
+
+
+class AsksType(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (count + 11 if isinstance(count, int) else 100)
+
+
+class AsksTypeInTuple(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (count + 11 if isinstance(count, WHOLE) else 100)
+
+
+class AsksClass(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (count + 11 if type(count) is int else 100)
+
+
+class Matches(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        match count:
+            case int():
+                return self.body(x) * (count + 11)
+        return self.body(x) * 100
+
+
+class Texts(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * {"n 4": 5}.get(f"n {count}", 2)
+
+
+class Converts(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (3 if str(count) == "4" else 2)
+
+
+class LooksUp(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * {4: 5, 6: 7}.get(count, 2)
+
+
+class Branches(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * count if count > 5 else self.body(x) + 5 * count
+
+
+class Default(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (count or 9)
+
+
+def one(net, sizes, tokens=12):
+    x = inputs(tokens=tokens)[0]
+    return (x, sizes), net(x, sizes)
+
+
+def bounds(a, b):
+    return [(0, a, 0), (a, b, 1), (b, 12, 3)]
+
+
+@pytest.mark.parametrize("kind, values", [
+    (Parts, [bounds(4, 7), bounds(2, 9), bounds(5, 8), bounds(4, 7)]), (Grid, [(3, 4), (2, 6), (4, 3)]), (Branches, [20, 30, 8, 20])])
+def test_one_artifact_serves_all_integers_that_are_sizes(tmp_path, kind, values):
+    net, compiled = nets.make(kind), cached(tmp_path / "cache")
+    for index, value in enumerate(values):
+        call, want = one(net, value)
+        for _ in range(2):
+            assert difference(run(compiled, net, *call), want) < 1e-5
+        assert compiled.report.last_calls["artifact"] == 3, (index, refused(compiled))
+    assert len(compiled.report.artifacts) == 1
+
+
+@pytest.mark.parametrize("kind, values", [(Parts, [bounds(4, 7), bounds(2, 9), bounds(5, 8)]), (Grid, [(3, 4), (2, 6), (4, 3)])])
+def test_one_graph_serves_all_integers_that_are_sizes(kind, values):
+    net, compiled = nets.make(kind), CompiledModule(COMPILED)
+    for value in values:
+        call, want = one(net, value)
+        assert difference(run(compiled, net, *call), want) < 1e-5
+    assert compiled.report.graphs == 1 and compiled.report.last_calls["graph"] == 3, compiled.report.failure
+
+
+def test_other_compilers_learn_no_sizes():
+    def scaled(x, count):
+        return x * count
+    before = torch.compiler.config.dynamic_sources
+    call, _ = one(nets.make(Grid), (3, 4))
+    run(CompiledModule(COMPILED), nets.make(Grid), *call)
+    assert torch.compiler.config.dynamic_sources == before
+
+
+@pytest.mark.parametrize("kind", [AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts, LooksUp, Branches, Default])
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_looks_at_an_integer_otherwise_is_right_for_each(tmp_path, kind, keep):
+    net, compiled = nets.make(kind), cached(tmp_path / "cache") if keep else CompiledModule(COMPILED)
+    for value in (6, 4, 7, 4, 0, 1, 6, -3, True, Size.SMALL, 1 << 40):
+        call, want = one(net, value)
+        for _ in range(2):
+            assert difference(run(compiled, net, *call), want) < 1e-5, value
+
+
+@pytest.mark.parametrize("kind", [AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts, LooksUp])
+def test_an_integer_that_is_more_than_a_size_is_kept_for_its_value_and_others_are_refused_by_name(tmp_path, kind):
+    net, compiled = nets.make(kind), cached(tmp_path / "cache")
+    for value in (6, 4):
+        call, want = one(net, value)
+        for _ in range(2):
+            assert difference(run(compiled, net, *call), want) < 1e-5
+        assert compiled.report.last_calls["artifact"] == (3 if value == 6 else 0)
+    assert "a number among its arguments differs from call to call" in refused(compiled)
+
+
+def test_a_new_process_refuses_other_integers_by_the_same_name(tmp_path):
+    net = nets.make(AsksType)
+    for value in (6, 4):
+        compiled = cached(tmp_path / "cache")
+        call, want = one(net, value)
+        for _ in range(2):
+            assert difference(run(compiled, net, *call), want) < 1e-5
+    assert "a number among its arguments differs from call to call" in refused(compiled)
+
+
+def test_sizes_that_a_block_returns_are_those_of_the_call(tmp_path):
+    block, compiled = Returns(), cached(tmp_path / "cache")
+    net = torch.nn.Sequential(block, Returns())
+    for count, tokens in ((5, 7), (9, 6), (1, 8)):
+        x = inputs(tokens=tokens)[0]
+        want = block(x, count)
+        for _ in range(2):
+            got = compiled.run(net, lambda: block(x, count), filter_guards=True, passthrough=lambda error: False)
+            assert difference(got[0], want[0]) < 1e-5 and got[1:] == want[1:]
+        assert compiled.report.last_calls["artifact"] == 1, refused(compiled)
+    assert all(type(item) is int for item in (got[1]["size"], got[2]))
+
+
+def test_functions_that_never_see_the_type_of_an_integer_are_known():
+    def asks(kind):
+        code = kind.forward.__code__
+        return Recording({(kind.__module__, kind.forward.__qualname__): code}).asks_of_integers()
+    assert not any(map(asks, (Parts, Grid, LooksUp, Branches, Default)))
+    assert all(map(asks, (AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts)))
