@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .arguments import call_compiled
+from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over, kept_object
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .block_calls import Slots
@@ -27,7 +28,7 @@ from .report import first_lines, remedy
 from .step import Block, RegionState, Step
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode, own_methods
 from .torch_internals.block_tree import attributes_of_tensors, has_global_hooks
-from .torch_internals.guard_filter import has_patches, options_of
+from .torch_internals.guard_filter import INNER_PATCHES, has_patches, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,20 @@ class CompiledModule:
                 self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
-        patched = has_patches(options := options_of(args, kwargs))
+        options = options_of(args, kwargs)
+        if options.get(OVERRIDE) and step.filter_guards and not has_patches(options, INNER_PATCHES):
+            with Overriding(options) as overriding:
+                result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
+        else:
+            result = self._compiled_result(step, block, module, args, kwargs, options, has_patches(options))
+        if result is MISSING:
+            step.calls["eager"] += 1
+            return module._call_impl(*args, **kwargs)
+        return result
+
+    def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
+                         overriding: Overriding | None = None):
+        """MISSING where the block is to run eager."""
         if step.use_artifacts and not patched:
             artifacts = block.region.artifacts
             result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
@@ -199,18 +213,13 @@ class CompiledModule:
                 step.calls["artifact"] += 1
                 return result
             if artifacts.eager_fallback:
-                step.calls["eager"] += 1
-                return module._call_impl(*args, **kwargs)
-        result = self._by_graph(step, block, module, args, kwargs, options, step.filter_guards and not patched)
-        if result is MISSING:
-            step.calls["eager"] += 1
-            return module._call_impl(*args, **kwargs)
-        step.calls["graph"] += 1
-        return result
+                return MISSING
+        return self._by_graph(step, block, module, args, kwargs, options, step.filter_guards and not patched, overriding)
 
-    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, filter_guards: bool):
+    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, filter_guards: bool,
+                  overriding: Overriding | None):
         """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
-        What the model has done before this block is not done again then."""
+        What the model has done before this block is not done again then. overriding: see there; the first time the block runs eager."""
         try:
             compiled = self._compiled(step, block, filter_guards, own_methods(module), options)
             if compiled is None:
@@ -218,8 +227,17 @@ class CompiledModule:
             inside = closed_over((*args, *kwargs.values()))
             if self._is_beyond_guards(step, block, compiled, args, kwargs, inside):
                 return MISSING
+            if overriding is not None:
+                if compiled.takes_override is None:
+                    step.calls["eager"] += 1
+                    compiled.takes_override, result = overriding.probe(lambda: module._call_impl(*args, **kwargs))
+                    return result
+                if not compiled.takes_override:
+                    options[OVERRIDE] = overriding.override
+                    return self._by_graph(step, block, module, args, kwargs, options, False, None)
             result = call_compiled(compiled, module, args, kwargs, inside, block.mark)
             compiled.look(module)
+            step.calls["graph"] += 1
             return result
         except Exception as error:
             if step.passthrough(error) or is_models_own(error):

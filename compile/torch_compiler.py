@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .artifacts import attention_override
 from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
@@ -92,6 +93,7 @@ class Compiled:
     classes: ClassGuards | None = None
     names: Names | None = None  # of attributes that it can read
     own_methods: OwnMethods = ()  # of the blocks that it is for
+    takes_override: bool | None = None  # see Overriding.probe; None: nobody has looked
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -205,6 +207,7 @@ class CompileScope:
         self._stack.enter_context(on_compile(lambda *_: self._on_start()))
         self._stack.enter_context(interruptible(self._interrupted))
         self._stack.enter_context(compile_settings(self._options.cache_size_limit))
+        attention_override.prepare()
         self._stack.enter_context(traced_as_operation())
 
     def close(self) -> bool:

@@ -18,34 +18,62 @@ NAMESPACE = "int8_compile"
 _KEYWORDS = frozenset({"heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale", "enable_gqa",
                        "low_precision_attention"})
 
+# What an override gets besides.
+_OVERRIDES = frozenset({"transformer_options", "_inside_attn_wrapper"})
+
 _functions: dict[str, Callable] = {}
+_traced_as: dict[str, Callable] = {}  # during export
 # Of each wrapper: the cell that holds its function, that function, and what it is in traces.
 _cells: list[tuple[types.CellType, Callable, Callable]] = []
 _known_to_dynamo = 0  # of _cells
 _tracing = threading.local()
 
 
-def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset()) -> None:
+def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset(), traced: bool = False) -> None:
     """wrapper: calls its __wrapped__(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False,
     **kwargs), which it closes over, for attention. q, k, v: [batch, tokens, heads * dim], with skip_reshape [batch, heads, tokens, dim];
-    the result likewise, by skip_output_reshape. name: the same in every process. unread: keywords that it gets and does not read. Other
-    functions are left as they are."""
+    the result likewise, by skip_output_reshape. name: the same in every process, without spaces. unread: keywords that it gets and does
+    not read. traced: it is traced as it is, but where an override gets it. Other functions are left as they are."""
     function = getattr(wrapper, "__wrapped__", None)
     cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
     if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
         return
     _define()
     _functions[name] = function
+    if traced:
+        return
     inlined = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     inlined.__kwdefaults__ = function.__kwdefaults__
     taken = _KEYWORDS | unread
 
     def attention(*args, **kwargs):
         # The operation has no gradient.
-        if is_tracing() and not torch.is_grad_enabled() and 3 <= len(args) <= 5 and kwargs.keys() <= taken:
-            return _call(name, *args, **{key: value for key, value in kwargs.items() if key not in unread})
+        if is_tracing() and _fits(args, kwargs, taken):
+            return call_operation(name, *args, **{key: value for key, value in kwargs.items() if key not in unread})
         return inlined(*args, **kwargs)
+    _traced_as[name] = attention
     _cells.append((cell, function, attention))
+
+
+def _fits(args: tuple, kwargs: dict, taken: frozenset[str]) -> bool:
+    return not torch.is_grad_enabled() and 3 <= len(args) <= 5 and kwargs.keys() <= taken
+
+
+def name_of(function: Callable) -> str:
+    """Empty for a function that was not added."""
+    for name, known in (*_functions.items(), *_traced_as.items()):  # no lookup: dynamo cannot hash what it substitutes
+        if known is function:
+            return name
+    return ""
+
+
+def function(name: str) -> Callable:
+    return _functions[name]
+
+
+def takes(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether the operation can call an override with these, and the function of that name."""
+    return bool(name) and "transformer_options" in kwargs and _fits(args, kwargs, _KEYWORDS | _OVERRIDES)
 
 
 def _content(cell: types.CellType):
@@ -73,20 +101,24 @@ def traced_as_operation() -> Iterator[None]:
         yield
 
 
+def is_exporting() -> bool:
+    return getattr(_tracing, "exporting", False)
+
+
 @contextlib.contextmanager
-def _operation_traced() -> Iterator[None]:
-    before = is_tracing()
-    _tracing.on = True
+def _operation_traced(exporting: bool = False) -> Iterator[None]:
+    before = is_tracing(), is_exporting()
+    _tracing.on, _tracing.exporting = True, exporting
     try:
         yield
     finally:
-        _tracing.on = before
+        _tracing.on, _tracing.exporting = before
 
 
 @contextlib.contextmanager
 def called_as_operation() -> Iterator[None]:
     """In this thread, by Python: for torch.export. Other threads compute meanwhile what they always do."""
-    with _operation_traced():
+    with _operation_traced(exporting=True):
         for cell, _, attention in _cells:
             cell.cell_contents = attention
         try:
@@ -96,8 +128,9 @@ def called_as_operation() -> Iterator[None]:
                 cell.cell_contents = function
 
 
-def _call(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None, enable_gqa=None,
-          low_precision_attention=None):
+def call_operation(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None,
+                   enable_gqa=None, low_precision_attention=None, transformer_options=None, _inside_attn_wrapper=None):
+    """In a trace. name: of a function, or what call_override is told."""
     # By name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
     precision = "" if attn_precision is None else str(attn_precision).removeprefix("torch.")
     return getattr(torch.ops, NAMESPACE).attention(q, k, v, heads, mask, name, precision, skip_reshape, skip_output_reshape, scale,
@@ -107,14 +140,28 @@ def _call(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=Fal
 def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
                low_precision_attention):
     given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
-    result = _functions[function](q, k, v, heads, mask=mask, attn_precision=getattr(torch, attn_precision) if attn_precision else None,
-                                  skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
+    precision = getattr(torch, attn_precision) if attn_precision else None
+    if " " in function:
+        from .attention_override import call_override
+        return call_override(function, (q, k, v), {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
+                                                   "skip_output_reshape": skip_output_reshape, **given}).contiguous()
+    result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
+                                  skip_output_reshape=skip_output_reshape,
                                   **{key: value for key, value in given.items() if value is not None})
     return result.contiguous()
 
 
-def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
-                    low_precision_attention):
+def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, *_):
+    return q.new_empty(_shape(q, k, v, heads, skip_reshape, skip_output_reshape))
+
+
+def is_as_expected(result, q, k, v, heads, *_, skip_reshape=False, skip_output_reshape=False, **others) -> bool:
+    """Whether result is of the kind that the operation gives."""
+    return (type(result) is torch.Tensor and result.dtype is q.dtype and result.device == q.device
+            and result.shape == _shape(q, k, v, heads, skip_reshape, skip_output_reshape))
+
+
+def _shape(q, k, v, heads, skip_reshape, skip_output_reshape) -> tuple:
     if skip_reshape:
         batch, _, tokens, _ = q.shape
         dim = v.shape[-1]
@@ -123,7 +170,7 @@ def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape
         # Heads and dim may be two dimensions; k and v may have fewer heads.
         q_width, k_width, v_width = (math.prod(t.shape[2:]) for t in (q, k, v))
         dim = v_width // (k_width // (q_width // heads))
-    return q.new_empty((batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim))
+    return (batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim)
 
 
 def _define() -> None:

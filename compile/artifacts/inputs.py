@@ -97,7 +97,7 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
 
 def _is_size(output) -> bool:
     """Whether a part of _Seen.outputs is a number that depends on sizes."""
-    return isinstance(output, tuple) and output[0] == "size"
+    return isinstance(output, tuple) and output[:1] == ("size",)
 
 
 def is_off_dropout(node: torch.fx.Node) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from ..torch_internals.guard_filter import BOOKKEEPING
 from . import records
+from .attention_override import OVERRIDE, overridden
 from .closures import content_of, contents_of
 from .values import CONSTANTS, Unsupported, constant
 
@@ -21,6 +22,9 @@ class RecordingOptions(dict):
 
     def __init__(self, values: dict):
         super().__init__({key: _Untouchable(key) if key in BOOKKEEPING and value is not None else value for key, value in values.items()})
+        if OVERRIDE in values:
+            dict.__setitem__(self, OVERRIDE, overridden)
+        self._is_copy = False
         self._before = dict(dict.items(self))
         self._written: set[str] = set()
         self.read: set[str] = set()
@@ -92,6 +96,7 @@ class RecordingOptions(dict):
         """Reading the copy is reading this; writing into it is not."""
         copied = RecordingOptions({})
         dict.update(copied, dict.items(self))
+        copied._is_copy = True
         copied._before, copied._written, copied.read = self._before, set(self._written), self.read
         return copied
 
@@ -119,6 +124,11 @@ class RecordingOptions(dict):
     def update(self, *others, **values):
         for key, value in dict(*others, **values).items():
             self[key] = value
+
+    @property
+    def is_as_given(self) -> bool:
+        """Whether it is what the block got, as it got it."""
+        return not self._is_copy and not self._written
 
     def writes(self) -> dict:
         """{key: constant, or a list or tuple of sizes} of what was written, for the caller to write again. Raises Unsupported for anything
@@ -181,7 +191,7 @@ def option_value(options: dict, key: str):
     value = dict.get(options, key, _ABSENT)
     if value is _ABSENT:
         return _ABSENT
-    if key in BOOKKEEPING and value is not None:
+    if value is overridden or (key in BOOKKEEPING and value is not None):
         return _PRESENT
     if isinstance(value, CONSTANTS):
         return list(constant(value))
@@ -193,8 +203,8 @@ def option_value(options: dict, key: str):
 def transformer_options_for_trace(options: dict) -> dict:
     """What of a dict of settings a trace in another process is given: of bookkeeping that it is there; the rest shows as absent there, and
     is compared before the artifact is used."""
-    return {key: value if value is None or key not in BOOKKEEPING else True for key, value in options.items()
-            if key in BOOKKEEPING or (_is_simple(value) and not _is_filled(value))}
+    return {key: value if value is None or (key not in BOOKKEEPING and value is not overridden) else True
+            for key, value in options.items() if key in BOOKKEEPING or value is overridden or (_is_simple(value) and not _is_filled(value))}
 
 
 def _is_simple(value) -> bool:
@@ -216,7 +226,7 @@ def transformer_options_match(options: dict, constants: dict) -> bool:
                     return False
             elif expected != _ABSENT:
                 return False
-        elif key in BOOKKEEPING and value is not None:
+        elif value is overridden or (key in BOOKKEEPING and value is not None):
             if expected != _PRESENT:
                 return False
         elif isinstance(value, CONSTANTS):

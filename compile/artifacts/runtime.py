@@ -15,6 +15,7 @@ from torch import Tensor
 from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
 from .artifact import Artifact
+from .attention_override import OVERRIDE
 from .block import dump_skeleton, structure_of, tensor_spec, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
 from .builder import Builder, BuildRequest
@@ -261,8 +262,9 @@ class RegionArtifacts:
         self._requested.add(entry)
         self._note("building", self._name, entry)
         region = weakref.ref(self)
-        self._cache.builder.submit(BuildRequest(job, self._place, entry, functools.partial(_done, region, entry), self._background,
-                                           self._stale.pop(entry, None)))
+        overridden = any(OVERRIDE in options for options in job.options)
+        self._cache.builder.submit(BuildRequest(job, self._place, entry, functools.partial(_done, region, entry, overridden),
+                                                self._background, self._stale.pop(entry, None)))
 
     def _refuse(self, reason: str):
         """Nothing more is built; what is there goes on."""
@@ -272,12 +274,14 @@ class RegionArtifacts:
         self._note("refused", self._name, reason)
 
 
-def _done(region: weakref.ref, entry: str, reason: str):
-    """In the builder's thread."""
+def _done(region: weakref.ref, entry: str, overridden: bool, reason: str):
+    """In the builder's thread. overridden: another pack's attention was in it, without which it may be kept."""
     owner = region()
     if owner is None:
         return
-    if reason:
+    if reason and overridden:
+        owner._note("refused", owner._name, reason)
+    elif reason:
         owner._refuse(reason)
     else:
         owner._note("built", owner._name, entry)

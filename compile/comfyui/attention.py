@@ -18,5 +18,5 @@ def add_functions() -> None:
         import comfy.ldm.modules.attention as functions
 
         for name, function in list(vars(functions).items()):
-            if name.startswith("attention") and name != _TRACED and getattr(function, "__module__", "") == functions.__name__:
-                add(name, function, _UNREAD)
+            if name.startswith("attention") and getattr(function, "__module__", "") == functions.__name__:
+                add(name, function, _UNREAD, traced=name == _TRACED)

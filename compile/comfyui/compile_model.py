@@ -21,7 +21,7 @@ from ..engine import CompiledModule
 from ..events import OnProgress
 from ..options import CompileOptions
 from ..torch_internals import warmup
-from ..torch_internals.guard_filter import has_patches
+from ..torch_internals.guard_filter import INNER_PATCHES, has_patches
 from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
@@ -94,7 +94,7 @@ class LazyCompile:
         if CALIBRATING in transformer_options:
             return executor(x, *args, **kwargs)
         return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
-                    not has_patches(transformer_options), self.on_progress)
+                    not has_patches(transformer_options, INNER_PATCHES), self.on_progress)
 
 
 class CompiledMethod:

@@ -24,6 +24,8 @@ WRITTEN_BY_MODEL = {"block", "block_index", "block_type", "total_blocks", "trans
                     "activations_shape"}
 # Where patches are that reach into blocks, and may read the bookkeeping.
 PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
+# Of these, what is no attention, which can be an operation of compiled code.
+INNER_PATCHES = PATCH_KEYS[:2]
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 # Or in a function among the arguments (args[3].__closure__[1].cell_contents['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])|\.cell_contents(?=\['\w+'\])")
@@ -47,8 +49,8 @@ def options_of(args: tuple, kwargs: dict) -> dict:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, dict)), {})
 
 
-def has_patches(options: dict) -> bool:
-    return any(map(options.get, PATCH_KEYS))
+def has_patches(options: dict, keys: tuple[str, ...] = PATCH_KEYS) -> bool:
+    return any(map(options.get, keys))
 
 
 def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True, unread: Iterable[str] = frozenset(BOOKKEEPING)) -> bool:

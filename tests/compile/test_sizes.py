@@ -11,10 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
-
 from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.engine import CompiledModule
+from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 
 WHOLE = int, numbers.Rational
 
@@ -120,8 +119,6 @@ def test_one_graph_serves_all_integers_that_are_sizes(kind, values):
 
 
 def test_other_compilers_learn_no_sizes():
-    def scaled(x, count):
-        return x * count
     before = torch.compiler.config.dynamic_sources
     call, _ = one(nets.make(Grid), (3, 4))
     run(CompiledModule(COMPILED), nets.make(Grid), *call)
@@ -166,7 +163,7 @@ def test_sizes_that_a_block_returns_are_those_of_the_call(tmp_path):
         x = inputs(tokens=tokens)[0]
         want = block(x, count)
         for _ in range(2):
-            got = compiled.run(net, lambda: block(x, count), filter_guards=True, passthrough=lambda error: False)
+            got = compiled.run(net, lambda x=x, count=count: block(x, count), filter_guards=True, passthrough=lambda error: False)
             assert difference(got[0], want[0]) < 1e-5 and got[1:] == want[1:]
         assert compiled.report.last_calls["artifact"] == 1, refused(compiled)
     assert all(type(item) is int for item in (got[1]["size"], got[2]))

@@ -1,0 +1,223 @@
+"""Another pack's attention (optimized_attention_override) is called at run time, as eager calls it; blocks that have one are compiled and
+kept like others."""
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from int8_compile.compile.artifacts import attention
+from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.options import CompileOptions
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_right_under_change import cached, exported  # noqa: F401
+
+KEY = "optimized_attention_override"
+
+
+def wrap(function):
+    """As ComfyUI's wrap_attn."""
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if "_inside_attn_wrapper" not in kwargs:
+            options = kwargs.get("transformer_options")
+            kwargs["_inside_attn_wrapper"] = True
+            if options is not None and KEY in options:
+                return options[KEY](function, *args, **kwargs)
+        return function(*args, **kwargs)
+    return wrapper
+
+
+def attend(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+@wrap
+def plain(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+    return attend(q, k, v, heads, mask)
+
+
+@wrap
+def heedful(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+    if q.sum().item() != q.sum().item():
+        raise ValueError("not a number")
+    return attend(q, k, v, heads, mask)
+
+
+attention.add("override_plain", plain, frozenset({"transformer_options", "_inside_attn_wrapper"}), traced=True)
+attention.add("override_heedful", heedful, frozenset({"transformer_options", "_inside_attn_wrapper"}))
+
+
+class Block(torch.nn.Module):
+    def __init__(self, dim=32):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+
+    def forward(self, x, transformer_options=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return x + self.out(self.attend(q, k, v, transformer_options))
+
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options=options)
+
+
+class Heedful(Block):
+    def attend(self, q, k, v, options):
+        return heedful(q, k, v, heads=4, mask=None, transformer_options=options)
+
+
+class Copies(Block):
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options={**options, "mine": 3})
+
+
+class Writes(Block):
+    def attend(self, q, k, v, options):
+        options["block_index"] = 7
+        return plain(q, k, v, 4, transformer_options=options)
+
+
+class OwnKeyword(Block):
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options=options, mine=2)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, kind=Block):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x, options):
+        for index, block in enumerate(self.blocks):
+            options["block_index"] = index
+            x = block(x, transformer_options=options)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+def in_process():
+    return CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
+
+
+def run(compiled, net, x, options):
+    return compiled.run(net, lambda: net(x, options), filter_guards=True, passthrough=lambda error: False)
+
+
+class Pack:
+    """Keeps a state, and looks at the block, the step and who calls."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, function, q, k, v, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        found = options["block_index"], options.get("sigmas"), options["optimized_attention_override"] is self, options.get("mine")
+        self.seen.append((function.__name__, len(args), sorted(kwargs), found))
+        factor = 1 + options["block_index"] + (options.get("sigmas") or 0) + len(self.seen) % 2
+        return function(q, k, v, *args, **kwargs) * factor
+
+
+@pytest.mark.parametrize("kind", [Block, Heedful, Copies, Writes, OwnKeyword])
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_override_gets_what_eager_gives_it_and_comes_and_goes(tmp_path, kind, keep):
+    net, compiled = Net(kind), cached(tmp_path / "cache") if keep else in_process()
+    for step, name in enumerate(("none", "pack", "pack", "pack", "none", "half", "half", "pack", "none", "pack")):
+        x = torch.randn(2, 6 + step, 32)
+        packs = Pack(), Pack()
+        overrides = {"none": (None, None), "pack": packs, "half": (lambda f, q, *args, **kwargs: q * 0.5,) * 2}[name]
+        results = []
+        for override, call in zip(overrides, (net, lambda *given: run(compiled, net, *given))):
+            options = {"sigmas": step, "cond_or_uncond": [0]} | ({KEY: override} if override else {})
+            before = dict(options)
+            results.append(call(x, options))
+            assert {**options, "block_index": 0} == {**before, "block_index": 0}
+        assert torch.allclose(*results, atol=1e-6), (step, name)
+        assert packs[0].seen == packs[1].seen
+    assert not compiled.report.failure
+
+
+@pytest.mark.parametrize("kind", [Block, Heedful])
+def test_one_graph_a_class_serves_all_overrides_sizes_and_blocks(kind):
+    net, compiled = Net(kind), in_process()
+    for step in range(5):
+        x = torch.randn(2, 6 + step, 32)
+        want, got = (call(x, {"sigmas": step, KEY: Pack()}) for call in (net, lambda *given: run(compiled, net, *given)))
+        assert torch.allclose(got, want, atol=1e-6)
+    assert compiled.report.graphs == 1 and not compiled.report.breaks and compiled.report.last_calls["graph"] == 3
+
+
+@pytest.mark.parametrize("kind", [Block, Heedful])
+def test_blocks_with_an_override_are_kept_apart_from_those_without(tmp_path, kind):
+    net, compiled = Net(kind), cached(tmp_path / "cache")
+    for options in ({KEY: Pack()}, {}, {KEY: lambda f, q, *args, **kwargs: q * 0.5}, {}, {KEY: Pack()}):
+        x = torch.randn(2, 9, 32)
+        for _ in range(2):
+            want = net(x, {"sigmas": 1, **options, **({KEY: Pack()} if isinstance(options.get(KEY), Pack) else {})})
+            assert torch.allclose(run(compiled, net, x, {"sigmas": 1, **options, **(
+                {KEY: Pack()} if isinstance(options.get(KEY), Pack) else {})}), want, atol=1e-6)
+        assert compiled.report.last_calls["artifact"] == 3
+    assert len(compiled.report.artifacts) == 2
+    again = cached(tmp_path / "cache")
+    assert torch.allclose(run(again, net, x, {"sigmas": 1, KEY: Pack()}), net(x, {"sigmas": 1, KEY: Pack()}), atol=1e-6)
+    assert again.report.last_calls["artifact"] == 3
+
+
+@pytest.mark.parametrize("kind", [Copies, Writes, OwnKeyword])
+def test_what_an_override_would_not_see_is_not_kept_and_without_one_it_is(tmp_path, kind):
+    net, compiled = Net(kind), cached(tmp_path / "cache")
+    x = torch.randn(2, 9, 32)
+    for _ in range(2):
+        run(compiled, net, x, {"sigmas": 1, KEY: Pack()})
+        assert compiled.report.last_calls["artifact"] == 0
+    for _ in range(2):
+        run(compiled, net, x, {"sigmas": 1})
+    assert compiled.report.last_calls["artifact"] == 3
+
+
+class Wrong(Exception):
+    pass
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_overrides_own_error_is_raised_and_the_next_call_is_compiled(tmp_path, keep):
+    net, compiled = Net(), cached(tmp_path / "cache") if keep else in_process()
+    x, options = torch.randn(2, 9, 32), {"sigmas": 1, KEY: Pack()}
+
+    def fails(*args, **kwargs):
+        raise Wrong
+    for _ in range(3):
+        run(compiled, net, x, {**options, KEY: Pack()})
+    failing = {**options, KEY: fails}
+    with pytest.raises(Wrong):
+        run(compiled, net, x, failing)
+    assert failing[KEY] is fails
+    assert torch.allclose(run(compiled, net, x, {**options, KEY: Pack()}), net(x, {**options, KEY: Pack()}), atol=1e-6)
+    assert compiled.report.last_calls["eager"] == 0 and not compiled.report.failure
+
+
+@pytest.mark.parametrize("result", [
+    lambda q: q, lambda q: q.double(), lambda q: q[:, :1], lambda q: q.unsqueeze(0),
+    lambda q: q.transpose(0, 1).contiguous().transpose(0, 1)])
+@pytest.mark.parametrize("keep", [True, False])
+def test_results_of_any_kind_are_what_eager_makes_of_them(tmp_path, result, keep):
+    net, compiled = Net(), cached(tmp_path / "cache") if keep else in_process()
+    net = net.double() if result(torch.ones(1, 1)).dtype == torch.float64 else net
+    x = torch.randn(1 if result(torch.ones(2, 2, 2)).dim() == 4 else 2, 9, 32, dtype=net.blocks[0].out.weight.dtype)
+
+    def override(function, q, *args, **kwargs):
+        return result(q)
+    for given in ({KEY: override}, {KEY: Pack()}, {KEY: override}):
+        for _ in range(3):
+            options = {"sigmas": 1, **given} if KEY in given and given[KEY] is override else {"sigmas": 1, KEY: Pack()}
+            want = net(x, dict(options) if options[KEY] is override else {"sigmas": 1, KEY: Pack()})
+            assert torch.allclose(run(compiled, net, x, options), want, atol=1e-6)
