@@ -45,9 +45,11 @@ def _sizes(value, name: str) -> Iterator[str]:
             yield from _sizes(item, f"{name}.{key}")
 
 
-def _sizes_marked(args: tuple, kwargs: dict):
+def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple, kwargs: dict):
     """While it is entered, what torch compiles is for any of these integers."""
-    found = [*_sizes(args, "L['args']"), *(source for key, value in kwargs.items() for source in _sizes(value, f"L['kwargs']['{key}']"))]
+    found = [f"L['module'].{name}" for name in numbers if may_be_size(module.__dict__.get(name))]
+    for name, value in (("L['args']", args), *((f"L['kwargs']['{key}']", value) for key, value in kwargs.items() if key.isidentifier())):
+        found += _sizes(value, name)
     config = getattr(torch.compiler, "config", None)
     if not found or not hasattr(config, "dynamic_sources"):  # torch before 2.8: it learns them at the second value
         return contextlib.nullcontext()
@@ -75,12 +77,14 @@ def _dense_copies(values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor
     return {id(value): (value, value.contiguous()) for value in loose}
 
 
-def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, mark: bool):
-    """compiled's result for a call of module. inside: what functions among the arguments close over. mark: its sizes as varying."""
+def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, mark: bool,
+                  numbers: tuple[str, ...] = ()):
+    """compiled's result for a call of module. inside: what functions among the arguments close over. mark: its sizes as varying, and its
+    attributes of these names."""
     copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
-    with _sizes_marked(args, kwargs) if mark else contextlib.nullcontext():
+    with _sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext():
         return _call_with_copies(compiled, module, args, kwargs, copies)
 
 

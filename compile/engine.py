@@ -136,7 +136,8 @@ class CompiledModule:
             state = self._states.get(region.key)
             if state is None:
                 state = self._states[region.key] = RegionState(
-                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options, self._root() in region.modules))
+                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options, self._root() in region.modules),
+                    region.numbers())
             for index, module in enumerate(region.modules):
                 first = index == 0
                 blocks[id(module)] = Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._steady_state))
@@ -235,7 +236,7 @@ class CompiledModule:
                 if not compiled.takes_override:
                     options[OVERRIDE] = overriding.override
                     return self._by_graph(step, block, module, args, kwargs, options, False, None)
-            result = call_compiled(compiled, module, args, kwargs, inside, block.mark)
+            result = call_compiled(compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
             compiled.look(module)
             step.calls["graph"] += 1
             return result
@@ -309,7 +310,7 @@ class CompiledModule:
     def _region_artifacts(self, region: Region) -> RegionArtifacts:
         options = self.options
         return RegionArtifacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
-                               options.torch_options(), options.background, self._events.on_artifact)
+                               options.torch_options(), options.background, self._events.on_artifact, self._states[region.key].numbers)
 
     def _artifacts_allowed(self) -> bool:
         """An artifact was made for inference, as it is without autocast."""

@@ -43,6 +43,12 @@ class HeldRegion:
     def modules(self) -> list[torch.nn.Module]:
         return [module for reference in self._references if (module := reference()) is not None]
 
+    def numbers(self) -> tuple[str, ...]:
+        """The names of their attributes that are integers, in each another one or not (Wan VACE's block_id)."""
+        states = [module.__dict__ for module in self.modules]
+        return tuple(name for name, value in states[0].items() if type(value) is int and any(
+            state.get(name) != value and type(state.get(name)) is int for state in states)) if states else ()
+
 
 class RegionSet(Sequence):
     """The regions of a root as it is now. on_gone: called when one of the modules in them is freed."""

@@ -25,6 +25,7 @@ class RegionState:
 
     name: str
     code: RegionCode
+    numbers: tuple[str, ...] = ()  # attributes of the blocks, integers that differ from one to another
     artifacts: RegionArtifacts | None = None
 
 

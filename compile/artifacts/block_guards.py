@@ -28,9 +28,10 @@ except ImportError:
 _MODULE_STATE = frozenset(torch.nn.Module().__dict__) | {"_compiled_call_impl"}
 
 
-def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
+def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = None, lenient: bool = False,
+                  without: frozenset[str] = frozenset()) -> list[list]:
     """[[module, attribute, description]] of the attributes with these names, and of those that stand before their class's
-    (forward). lenient: for a key only: what cannot be described is named by its type.
+    (forward). lenient: for a key only: what cannot be described is named by its type. without: the block's own of these names.
 
     Raises Unsupported."""
     modules = dict(block.named_modules())
@@ -41,8 +42,8 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
             continue
         state, read = module.__dict__, _read_by_torch(type(module))  # type: ignore[arg-type]
         for name in sorted(state):
-            if name not in _MODULE_STATE and (name in names or name in read or hasattr(type(module), name) or name in module._parameters
-                                              or name in module._buffers):
+            if name not in _MODULE_STATE and (path or name not in without) and (
+                    name in names or name in read or hasattr(type(module), name) or name in module._parameters or name in module._buffers):
                 if watch is not None:
                     watch.binding(state, name, state[name])
                 try:
@@ -105,15 +106,17 @@ class ClassGuards:
 class BlockGuards:
     """Checks that a block's modules are as they were when an artifact was traced. Asked at every call.
 
-    expected: attributes_of the traced block. Slots and classes are looked at once a step, for all blocks (block_tree, ClassGuards)."""
+    expected: attributes_of the traced block, without those of these names. Slots and classes are looked at once a step, for all blocks
+    (block_tree, ClassGuards)."""
 
-    __slots__ = ("_expected", "_layout", "_names", "_watch", "block", "difference")
+    __slots__ = ("_expected", "_layout", "_names", "_watch", "_without", "block", "difference")
 
-    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names):
+    def __init__(self, block: torch.nn.Module, expected: list[list], names: Names, without: frozenset[str] = frozenset()):
         self.block = weakref.ref(block)
         self.difference = ""  # what is another
         self._expected = expected
         self._names = names
+        self._without = without
         self._look(block)
 
     def _look(self, block: torch.nn.Module) -> None:
@@ -121,7 +124,7 @@ class BlockGuards:
         states = [module.__dict__ for module in block.modules() if not hasattr(module, TENSORS)]
         self._layout = states, _layout(states)
         try:
-            found = attributes_of(block, self._names, self._watch)
+            found = attributes_of(block, self._names, self._watch, without=self._without)
         except Unsupported as error:
             self.difference = str(error)
         else:

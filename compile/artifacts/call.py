@@ -18,6 +18,7 @@ from .option_reads import _COMPARE, _COMPUTE, _CONVERT, _raise_used, _Untouchabl
 from .values import CONSTANTS, Unsupported, constant
 
 _ARGUMENT = "an argument is "
+NUMBER = "attribute "  # before the name of a block's attribute, a number that differs from block to block: it stands as an argument
 CELL = "closed over "  # before a name in the dict of the constants that a function closes over
 LAYOUTS = {"c": torch.contiguous_format, "l": torch.channels_last, "L": torch.channels_last_3d}
 
@@ -198,6 +199,24 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict], block: torch.n
         return types.CellType(constants[name] if part == "constant" else value(part))
     args, kwargs = structure
     return value(args), value(kwargs)
+
+
+def with_numbers(block: torch.nn.Module, names: Sequence[str], kwargs: dict) -> dict:
+    """kwargs, and the block's attributes of these names."""
+    return {**kwargs, **{NUMBER + name: block.__dict__.get(name) for name in names}}
+
+
+def set_numbers(block: torch.nn.Module, kwargs: dict) -> dict:
+    """The inverse: kwargs without them. They are set on block."""
+    for key in kwargs:
+        if key.startswith(NUMBER):
+            setattr(block, key.removeprefix(NUMBER), kwargs[key])
+    return {key: value for key, value in kwargs.items() if not key.startswith(NUMBER)}
+
+
+def numbers_in(structure) -> frozenset[str]:
+    """The names of these in a call's structure."""
+    return frozenset(key.removeprefix(NUMBER) for key, _ in structure[1][1:] if key.startswith(NUMBER))
 
 
 def closures_in(structure) -> Iterator[tuple[str, str, str]]:

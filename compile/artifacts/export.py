@@ -19,7 +19,7 @@ from .artifact import FILES
 from .attention import called_as_operation
 from .block import load_skeleton
 from .block_guards import attributes_of, classes_of, module_classes
-from .call import CELL, LAYOUTS, closures_in, rebuild
+from .call import CELL, LAYOUTS, closures_in, numbers_in, rebuild, set_numbers
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
@@ -57,16 +57,24 @@ class _Program(torch.nn.Module):
         self._seen = seen  # export puts back what is assigned to the module itself
 
     def forward(self, tensors, leaves):
-        args, kwargs = rebuild(self._job.structure, leaves, self._seen.options, self._caller[0].block)
-        containers = Containers(args, kwargs)
+        args, kwargs = _arguments(self._job, leaves, self._seen.options, self._caller[0].block)
+        block = self._caller[0].block
+        containers, numbers = Containers(args, kwargs), {name: block.__dict__[name] for name in numbers_in(self._job.structure)}
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(self._job.tensors, tensors)}
         with recording() as found:
             result = torch.func.functional_call(self._caller[0], named, args, kwargs)
         self._seen.recording.update(found)
         containers.require_unchanged()
+        if changed := next((name for name, value in numbers.items() if block.__dict__.get(name) is not value), ""):
+            raise Unsupported(f"it changes its attribute {changed}")
         outputs: list[Tensor] = []
         self._seen.outputs = _output_structure(result, outputs)
         return outputs
+
+
+def _arguments(job: BuildSpec, leaves: Sequence, options: Sequence[dict], block: torch.nn.Module) -> tuple[tuple, dict]:
+    args, kwargs = rebuild(job.structure, leaves, options, block)
+    return args, set_numbers(block, kwargs)
 
 
 def _output_structure(value, found: list[Tensor]):
@@ -138,7 +146,7 @@ def _without_unread(job: BuildSpec) -> BuildSpec:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tensors, leaves = [[torch.empty(shape, dtype=getattr(torch, dtype), device=job.device, memory_format=LAYOUTS[kind])
                                 for dtype, shape, kind in specs] for specs in ([spec[1:] for spec in job.tensors], job.leaves)]
-            args, kwargs = rebuild(job.structure, leaves, [RecordingOptions(values) for values in job.options], block.block)
+            args, kwargs = _arguments(job, leaves, [RecordingOptions(values) for values in job.options], block.block)
             named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
             codes = [code for place in closures_in(job.structure) if (code := code_at(*place)) is not None]
             with recording() as found, CellReads(codes) as reads:
@@ -161,8 +169,7 @@ def _depends_on_layout(job: BuildSpec) -> bool:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=LAYOUTS[kind])
 
     def call(*tensors):
-        args, kwargs = rebuild(job.structure, tensors[len(job.tensors):], [RecordingOptions(values) for values in job.options],
-                               block.block)
+        args, kwargs = _arguments(job, tensors[len(job.tensors):], [RecordingOptions(values) for values in job.options], block.block)
         outputs: list[Tensor] = []
         named = {f"block.{name}": tensor for (name, *_), tensor in zip(job.tensors, tensors)}
         _output_structure(torch.func.functional_call(block, named, args, kwargs), outputs)
@@ -173,7 +180,7 @@ def _depends_on_layout(job: BuildSpec) -> bool:
 
 def _unchanged_attributes(job: BuildSpec, traced: _Traced, names: Names) -> list[list]:
     """attributes_of the traced block. Raises Unsupported where the trace has changed one: what a call leaves behind is no output."""
-    before, after = (attributes_of(block, names) for block in (_skeleton(job), traced.block))
+    before, after = (attributes_of(block, names, without=numbers_in(job.structure)) for block in (_skeleton(job), traced.block))
     if changed := next((f"{path}.{name}".strip(".") for path, name, value in after if [path, name, value] not in before), ""):
         raise Unsupported(f"it changes its attribute {changed}")
     return after

@@ -19,7 +19,7 @@ from .attention_override import OVERRIDE
 from .block import dump_skeleton, structure_of, tensor_spec, tensors_of
 from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
 from .builder import Builder, BuildRequest
-from .call import Call, flatten, without_numbers
+from .call import Call, flatten, numbers_in, with_numbers, without_numbers
 from .describe import Names
 from .entry import Damaged
 from .job import BuildSpec, dynamic_dims_of_rank
@@ -83,11 +83,11 @@ class RegionArtifacts:
     """For blocks that are made of the same on one device. Thread-safe by the lock of the CompiledModule that it belongs to.
 
     background: an artifact is built as soon as a call needs one, and MISSING means to run eager. note: told of what happened, for the
-    report.
+    report. numbers: names of the blocks' attributes that are numbers and differ from block to block.
     """
 
     def __init__(self, cache: Cache, name: str, device: torch.device, dynamic: bool, config: dict, background: bool,
-                 note: Callable[[str, str, str], None]):
+                 note: Callable[[str, str, str], None], numbers: tuple[str, ...] = ()):
         self._cache = cache
         self._name = name
         self._device = device
@@ -95,6 +95,7 @@ class RegionArtifacts:
         self._config = config
         self._background = background
         self._note = note
+        self._numbers = numbers if dynamic else ()
         self._place = ""
         self._settings: dict = {}  # torch's, that the place is for
         self._differs = False  # they are others in this step
@@ -175,6 +176,8 @@ class RegionArtifacts:
     def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
         """None for a call that cannot be described, which says nothing of others: some blocks are called in two ways."""
         try:
+            if self._numbers:
+                kwargs = with_numbers(block, self._numbers, kwargs)
             return flatten(args, kwargs, block, self._device if self._dynamic else None)
         except Unsupported as error:
             if not self._refusal and str(error) not in self._said:
@@ -199,7 +202,8 @@ class RegionArtifacts:
             return False
         guards = info.guards.get(id(loaded))
         if guards is None:
-            guards = info.guards[id(loaded)] = BlockGuards(block, artifact.attributes, artifact.names)
+            guards = info.guards[id(loaded)] = BlockGuards(block, artifact.attributes, artifact.names,
+                                                              numbers_in(artifact.structure))
         difference = guards.difference if not guards.is_unchanged() else "" if artifact.has_layout(call.leaves) else (
             "the layout of its inputs, which it reads,")
         if difference and difference not in self._said:
@@ -238,8 +242,11 @@ class RegionArtifacts:
         if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
             return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
-        if (self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure
-                or any(loaded.artifact.is_for_other_numbers(call) for loaded in self._loaded.get(call.structure, ()))):
+        others = any(loaded.artifact.is_for_other_numbers(call) for loaded in self._loaded.get(call.structure, ()))
+        if others and self._numbers:
+            self._numbers = ()  # each number is another program
+            return
+        if others or self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure:
             self._refuse("a number among its arguments differs from call to call")
             return
         if len(self._requested) >= MAX_SIGNATURES:
@@ -299,7 +306,8 @@ def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, 
     tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")
-    return BuildSpec(name, skeleton(block), attributes_of(block, Names(None), lenient=True), tensors, call.structure, leaves,
+    attributes = attributes_of(block, Names(None), lenient=True, without=numbers_in(call.structure))
+    return BuildSpec(name, skeleton(block), attributes, tensors, call.structure, leaves,
                      list(map(transformer_options_for_trace, call.options)), batch_leaves,
                      [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method,
                      call.sizes)

@@ -175,3 +175,66 @@ def test_functions_that_never_see_the_type_of_an_integer_are_known():
         return Recording({(kind.__module__, kind.forward.__qualname__): code}).asks_of_integers()
     assert not any(map(asks, (Parts, Grid, LooksUp, Branches, Default)))
     assert all(map(asks, (AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts)))
+
+
+class Numbered(torch.nn.Module):
+    """Blocks that know their place, as Wan VACE's do."""
+
+    def __init__(self, kind, depth=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(kind() for _ in range(depth))
+        for index, block in enumerate(self.blocks):
+            block.index = index
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class FirstIsOther(nets.Small):
+    def forward(self, x):
+        return self.body(x) if self.index == 0 else x + self.body(x) / self.index
+
+
+class InText(nets.Small):
+    def forward(self, x):
+        return x + self.body(x) * {"layer 3": 2.0}.get(f"layer {self.index}", 0.5)
+
+
+class Changes(nets.Small):
+    def forward(self, x):
+        self.index = self.index + 1
+        return x + self.body(x) * self.index
+
+
+@pytest.mark.parametrize("kind", [FirstIsOther, InText, Changes])
+@pytest.mark.parametrize("keep", [True, False])
+def test_blocks_that_know_their_place_are_right(tmp_path, kind, keep):
+    net, other = Numbered(kind), Numbered(kind)
+    compiled = cached(tmp_path / "cache") if keep else CompiledModule(COMPILED)
+    for tokens in (10, 12, 9, 10):
+        x = inputs(tokens=tokens)[0]
+        assert difference(run(compiled, net, x), other(x)) < 1e-5
+    assert [block.index for block in net.blocks] == [block.index for block in other.blocks]
+
+
+def test_blocks_that_know_their_place_share_what_is_compiled(tmp_path):
+    net, compiled, here = Numbered(FirstIsOther), cached(tmp_path / "cache"), CompiledModule(COMPILED)
+    x = inputs()[0]
+    for _ in range(3):
+        want = net(x)
+        assert difference(run(compiled, net, x), want) < 1e-5 and difference(run(here, net, x), want) < 1e-5
+    assert compiled.report.last_calls["artifact"] == 9 and len(compiled.report.artifacts) == 3 == here.report.graphs  # 0, 1 and more
+    net.blocks[4].index = 0
+    want = net(x)
+    assert difference(run(compiled, net, x), want) < 1e-5 and difference(run(here, net, x), want) < 1e-5
+
+
+def test_a_place_that_is_more_than_a_number_is_kept_for_each(tmp_path):
+    net, compiled = Numbered(InText, depth=4), cached(tmp_path / "cache")
+    x = inputs()[0]
+    for _ in range(7):
+        assert difference(run(compiled, net, x), net(x)) < 1e-5
+    assert compiled.report.last_calls["artifact"] == 4, refused(compiled)
