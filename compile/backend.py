@@ -66,7 +66,7 @@ class _Backend:
             raise
         # What runs as Python between two graphs may ask for the layout, too.
         self.by_layout = (self.by_layout or len(graph_break_reasons()) > self._breaks or Recording.of(self.traced).names_layout()
-                          or depends_on_layout(graph, inputs))
+                          or depends_on_layout(graph, inputs, writes=True))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         return self._inner(graph, inputs, **options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .arguments import call_compiled
+from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over, kept_object
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
@@ -194,11 +195,19 @@ class CompiledModule:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         options = options_of(args, kwargs)
-        if options.get(OVERRIDE) and step.filter_guards and not has_patches(options, INNER_PATCHES):
-            with Overriding(options) as overriding:
-                result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
-        else:
-            result = self._compiled_result(step, block, module, args, kwargs, options, has_patches(options))
+        try:
+            if OVERRIDE in options and step.filter_guards and not has_patches(options, INNER_PATCHES):
+                with Overriding(options) as overriding:
+                    result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
+            else:
+                result = self._compiled_result(step, block, module, args, kwargs, options, has_patches(options))
+        except Exception:
+            failure = attention.take_failure()
+            if failure is None:
+                raise
+            if step.passthrough(failure) and not isinstance(failure, RuntimeError):  # an interrupt
+                raise failure from None
+            result = MISSING  # the block's own code may handle it; what was compiled writes into the inputs when all is computed
         if result is MISSING:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
@@ -241,7 +250,7 @@ class CompiledModule:
             step.calls["graph"] += 1
             return result
         except Exception as error:
-            if step.passthrough(error) or is_models_own(error):
+            if step.passthrough(error) or is_models_own(error) or attention.has_failed():
                 raise
             step.failure = f"{type(error).__name__}: {error}"
             step.blocks, step.use_artifacts = {}, False

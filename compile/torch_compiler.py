@@ -146,19 +146,23 @@ class RegionCode:
         self._whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
-    def option_keys(self, filter_guards: bool, options: dict) -> tuple | None:
+    def option_keys(self, filter_guards: bool, options: dict) -> frozenset | None:
         """What of the keys of options is to be told to find."""
         guards = next((compiled.guards for compiled in self._compiled[filter_guards] if compiled.guards.option_keys is not None), None)
         return None if guards is None else guards.keys(options)
 
-    def find(self, filter_guards: bool, methods: OwnMethods = (), keys: tuple | None = None) -> Compiled | None:
+    def find(self, filter_guards: bool, methods: OwnMethods = (), keys: frozenset | None = None) -> Compiled | None:
         """What was, or will be, compiled for the code and values of now. Asked once a step. methods: own_methods of the block. keys:
         option_keys of its call. None where it must not be compiled."""
         known = self._compiled[filter_guards]
         found = next((compiled for compiled in known if compiled.own_methods == methods and compiled.guards.option_keys in (None, keys)
                       and compiled.fits()), None)
-        if found is None:
+        if found is not None:
+            known.sort(key=lambda compiled: compiled is not found)  # first
+        else:
             known[:] = [compiled for compiled in known if compiled.guards.environment in (None, os.environ)]
+            if len(known) >= MAX_STATES and known[-1].guards.option_keys is not None:
+                known.pop()  # for keys that were there once: of a node that is gone
             if len(known) >= MAX_STATES:
                 return None
             entry, guards = _entry(self.name), GuardFilter(filter_guards, self._whole_model)

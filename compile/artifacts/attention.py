@@ -35,6 +35,8 @@ def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset(), trac
     the result likewise, by skip_output_reshape. name: the same in every process, without spaces. unread: keywords that it gets and does
     not read. traced: it is traced as it is, but where an override gets it. Other functions are left as they are."""
     function = getattr(wrapper, "__wrapped__", None)
+    if hasattr(function, "__wrapped__"):
+        return  # it is wrapped once more
     cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
     if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
         return
@@ -48,15 +50,17 @@ def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset(), trac
 
     def attention(*args, **kwargs):
         # The operation has no gradient.
-        if is_tracing() and _fits(args, kwargs, taken):
+        if is_tracing() and _fits(taken, *args, **kwargs):
             return call_operation(name, *args, **{key: value for key, value in kwargs.items() if key not in unread})
         return inlined(*args, **kwargs)
     _traced_as[name] = attention
     _cells.append((cell, function, attention))
 
 
-def _fits(args: tuple, kwargs: dict, taken: frozenset[str]) -> bool:
-    return not torch.is_grad_enabled() and 3 <= len(args) <= 5 and kwargs.keys() <= taken
+def _fits(taken: frozenset[str], q=None, k=None, v=None, heads=None, mask=None, *others, scale=None, **kwargs) -> bool:
+    """Whether the operation can be called so: it has no gradient."""
+    return (not torch.is_grad_enabled() and not others and kwargs.keys() <= taken and q is not None and k is not None and v is not None
+            and q.dtype == k.dtype == v.dtype and (scale is None or isinstance(scale, (int, float))))
 
 
 def name_of(function: Callable) -> str:
@@ -73,7 +77,7 @@ def function(name: str) -> Callable:
 
 def takes(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether the operation can call an override with these, and the function of that name."""
-    return bool(name) and "transformer_options" in kwargs and _fits(args, kwargs, _KEYWORDS | _OVERRIDES)
+    return bool(name) and "transformer_options" in kwargs and _fits(_KEYWORDS | _OVERRIDES, *args, **kwargs)
 
 
 def _content(cell: types.CellType):
@@ -145,10 +149,26 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
         from .attention_override import call_override
         return call_override(function, (q, k, v), {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
                                                    "skip_output_reshape": skip_output_reshape, **given}).contiguous()
-    result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
-                                  skip_output_reshape=skip_output_reshape,
-                                  **{key: value for key, value in given.items() if value is not None})
+    try:
+        result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
+                                      skip_output_reshape=skip_output_reshape,
+                                      **{key: value for key, value in given.items() if value is not None})
+    except Exception as error:
+        _tracing.failure = error
+        raise
     return result.contiguous()
+
+
+def has_failed() -> bool:
+    """Whether take_failure() has one to give."""
+    return getattr(_tracing, "failure", None) is not None
+
+
+def take_failure() -> Exception | None:
+    """What the operation has raised in this thread since the last time: the block's own code might have caught it."""
+    failure = getattr(_tracing, "failure", None)
+    _tracing.failure = None
+    return failure
 
 
 def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, *_):

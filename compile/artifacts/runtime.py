@@ -165,8 +165,8 @@ class RegionArtifacts:
                         loaded.young = math.inf  # the next step's first block may find all as it was
                         raise Unsupported(f"{changed} changes from block to block")
                     tensors = info.weights.get()
-                    if tensors is None:  # a LoRA that is added on the way, or weights elsewhere: another time
-                        return MISSING
+                    if tensors is None or loaded.artifact.writes_into(tensors, call.leaves):
+                        return MISSING  # a LoRA that is added on the way, or weights elsewhere: another time
                     return loaded.artifact(tensors, call.leaves, call.options)
             self._request(block, call, other_batch)
         except Unsupported as error:

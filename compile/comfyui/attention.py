@@ -17,6 +17,7 @@ def add_functions() -> None:
     if comfy_core.usable(comfy_core.ATTENTION):
         import comfy.ldm.modules.attention as functions
 
+        wrappers = functions.wrap_attn.__code__.co_consts  # a pack that has wrapped one is left as it is
         for name, function in list(vars(functions).items()):
-            if name.startswith("attention") and getattr(function, "__module__", "") == functions.__name__:
+            if name.startswith("attention") and getattr(function, "__code__", None) in wrappers:
                 add(name, function, _UNREAD, traced=name == _TRACED)

@@ -50,7 +50,8 @@ def options_of(args: tuple, kwargs: dict) -> dict:
 
 
 def has_patches(options: dict, keys: tuple[str, ...] = PATCH_KEYS) -> bool:
-    return any(map(options.get, keys))
+    # As ComfyUI asks for them.
+    return any(map(options.get, keys)) or (PATCH_KEYS[-1] in keys and PATCH_KEYS[-1] in options)
 
 
 def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True, unread: Iterable[str] = frozenset(BOOKKEEPING)) -> bool:
@@ -82,7 +83,7 @@ class GuardFilter:
         self._unread = frozenset(WRITTEN_BY_MODEL if whole_model else BOOKKEEPING)
         self.traced: Iterable[types.CodeType] = ()
         self.environment: dict[str, str] | None = None
-        self.option_keys: tuple | None = None
+        self.option_keys: frozenset | None = None
         self.unguarded = Unguarded()
         self.classes: set[type] = set()
 
@@ -105,9 +106,9 @@ class GuardFilter:
                 self.option_keys = self.keys(entry.value)
         return kept
 
-    def keys(self, options: dict) -> tuple:
-        """Those beside the bookkeeping."""
-        return tuple(key for key in options if key not in self._unread)
+    def keys(self, options: dict) -> frozenset:
+        """Those beside the bookkeeping. ComfyUI goes through them to copy them: their order says nothing."""
+        return frozenset(key for key in options if key not in self._unread)
 
 
 def _keys_of_others(traced: Iterable[types.CodeType]) -> Iterator[str]:

@@ -227,3 +227,89 @@ def test_another_attention_is_another_artifact(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "heedful", other)
     module = cached(tmp_path / "cache")
     assert torch.equal(run(module, net, x), net(x)) and module.report.calls["artifact"] == 0
+
+
+@functools.wraps(heedful)
+def wrapped_again(*args, **kwargs):
+    """As a pack does that puts something before core's attention: heedful, which it calls, is a wrapper itself."""
+    return heedful(*args, **kwargs)
+
+
+def test_a_wrapper_around_a_wrapper_is_left_as_it_is():
+    attention.add("test:wrapped_again", wrapped_again, frozenset({"transformer_options"}))
+    assert "test:wrapped_again" not in attention._functions and attention.name_of(heedful) == ""
+
+
+@pytest.mark.comfy
+def test_comfyuis_own_functions_are_operations_and_a_packs_are_not(comfy):
+    import comfy.ldm.modules.attention as core
+    from int8_compile.compile.comfyui.attention import add_functions
+
+    add_functions()
+    names = {name for name in vars(core) if name.startswith("attention_") and callable(getattr(core, name))}
+    assert {"attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch"} <= attention._functions.keys() & names
+    assert all(attention.function(name) is getattr(core, name).__wrapped__ for name in attention._functions.keys() & names)
+
+
+class Catches(Block):
+    def forward(self, x, attend, **kwargs):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        try:
+            return x + self.out(attend(q, k, v, heads=4, mask=torch.zeros(1, 1, 3, x.shape[1] + self.more), **kwargs))
+        except Exception:
+            return x * 2
+
+
+class CatchesNet(Net):
+    def __init__(self, more):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Catches() for _ in range(3))
+        for block in self.blocks:
+            block.more = more
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", None])
+def test_an_error_of_attention_is_the_blocks_to_handle(tmp_path, backend):
+    net, x = CatchesNet(3), torch.randn(2, 10, 32)
+    module = CompiledModule(CompileOptions(backend=backend, mark_sizes=True)) if backend else cached(tmp_path / "cache")
+    for _ in range(3):
+        assert torch.equal(run(module, net, x), net(x))
+    assert not module.report.failure
+
+
+@pytest.mark.parametrize("given", [{"scale": torch.tensor(0.3)}, {"mask": torch.zeros(1, 10, dtype=torch.float32)}])
+def test_what_the_operation_has_no_place_for_is_traced_as_it_is(given):
+    net, module, x = Net(), compiled(), torch.randn(2, 10, 32)
+    for _ in range(2):
+        assert torch.allclose(run(module, net, x, scaled, **given), net(x, scaled, **given), atol=1e-6)
+        assert torch.equal(run(module, net, x), net(x))
+    assert not module.report.failure
+
+
+@wrap
+def scaled(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=1.0, **kwargs):
+    out = q * scale + v
+    return out if mask is None else out + mask.sum()
+
+
+@wrap
+def of_values(q, k, v, heads, mask=None, **kwargs):
+    return (q.float() @ k.float().transpose(1, 2)).softmax(-1).to(v.dtype) @ v
+
+
+attention.add("test:scaled", scaled)
+attention.add("test:of_values", of_values)
+
+
+class Mixed(Block):
+    def forward(self, x, attend, **kwargs):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return x + self.out(attend(q, k, v.double(), heads=4).float())
+
+
+def test_queries_and_values_of_two_dtypes_are_traced_as_they_are():
+    net, module, x = Net(), compiled(), torch.randn(2, 10, 32)
+    net.blocks = torch.nn.ModuleList(Mixed() for _ in range(3))
+    for _ in range(2):
+        assert torch.allclose(run(module, net, x, of_values), net(x, of_values), atol=1e-6)
+    assert not module.report.failure

@@ -221,3 +221,19 @@ def test_results_of_any_kind_are_what_eager_makes_of_them(tmp_path, result, keep
             options = {"sigmas": 1, **given} if KEY in given and given[KEY] is override else {"sigmas": 1, KEY: Pack()}
             want = net(x, dict(options) if options[KEY] is override else {"sigmas": 1, KEY: Pack()})
             assert torch.allclose(run(compiled, net, x, options), want, atol=1e-6)
+
+
+class Falsy(Pack):
+    def __bool__(self):
+        return False
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_override_that_is_false_is_one(tmp_path, keep):
+    net, compiled = Net(), cached(tmp_path / "cache") if keep else in_process()
+    for kind in (None, Falsy, None, Falsy):
+        x = torch.randn(2, 9, 32)
+        for _ in range(3):
+            want, got = (call(x, {"sigmas": 1, **({KEY: kind()} if kind else {})}) for call in (net, lambda *a: run(compiled, net, *a)))
+            assert torch.allclose(got, want, atol=1e-6)
+    assert compiled.report.last_calls["artifact" if keep else "graph"] == 3
