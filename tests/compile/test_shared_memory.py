@@ -21,7 +21,7 @@ class Thing:
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = torch.nn.Linear(32, 32)
+        self.layer = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
 
     def forward(self, x, *others, transformer_options=None):
         x.mul_(1.5)
@@ -115,3 +115,4 @@ def test_what_is_written_is_seen_under_its_other_names(tmp_path, kind, how):
         x = torch.randn(2, 12, 32)
         want = net(x.clone())
         assert difference(run(compiled, net, x.clone()), want) < 1e-5
+    assert sum(compiled.report.last_calls.values()) == 3  # the blocks
