@@ -145,16 +145,16 @@ def main() -> None:
     load_pack(options.pytorch_attention)
     import torch
 
-    from benchmarks.small_families import SMALL
+    from benchmarks.small_families import MORE, SMALL
 
     for table, value in exported_tier():
         table["export"] = value
     torch.backends.mkldnn.enabled = False  # it takes convolutions by their size, a guard that only CPUs have
-    rows = []
-    for name in options.only or SMALL:
+    rows, families = [], SMALL | MORE
+    for name in options.only or families:
         try:
             with torch.inference_mode():
-                rows.append(measure(SMALL[name], ("aoti",) if options.inductor else ("export",)))
+                rows.append(measure(families[name], ("aoti",) if options.inductor else ("export",)))
         except Exception as error:
             rows.append({"family": name, "not kept, since": f"{type(error).__name__}: {error}".partition("\n")[0]})
         print(json.dumps(rows[-1]), flush=True)

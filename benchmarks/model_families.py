@@ -8,6 +8,8 @@ FLUX = dict(in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096
             depth_single_blocks=4, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
 COSMOS = dict(max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1,
               model_channels=1024, num_blocks=3, num_heads=8, crossattn_emb_channels=1024, pos_emb_cls="rope3d")
+HUNYUAN = {**{k: v for k, v in FLUX.items() if k != "txt_ids_dims"}, "vec_in_dim": None, "context_in_dim": 3584, "theta": 256,
+           "guidance_embed": False, "byt5": True, "meanflow": False}
 WAN = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 
 # name -> (class, arguments, {block class: number of blocks})
@@ -54,6 +56,34 @@ FAMILIES = {
               "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
               "transformer_depth_middle": 10, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential"},
              {"ResBlock": 17, "SpatialTransformer": 11}),
+    "Chroma Radiance": ("chroma_radiance.model.ChromaRadiance",
+                        {**{k: v for k, v in FLUX.items() if k != "guidance_embed"}, "vec_in_dim": None, "in_dim": 64, "out_dim": 3072,
+                         "hidden_dim": 5120, "n_layers": 5, "in_channels": 3, "out_channels": 3, "patch_size": 16, "depth": 4,
+                         "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512,
+                         "nerf_final_head_type": "conv", "nerf_embedder_dtype": None, "use_x0": True, "use_sequential_txt_ids": False},
+                        {"DoubleStreamBlock": 4, "SingleStreamBlock": 4, "MLPEmbedder": 5}),
+    "Hunyuan Image 2.1": ("hunyuan_video.model.HunyuanVideo",
+                          {**HUNYUAN, "hidden_size": 3584, "num_heads": 28, "axes_dim": [64, 64], "patch_size": [1, 1], "in_channels": 64,
+                           "out_channels": 64, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False},
+                          {"DoubleStreamBlock": 3, "SingleStreamBlock": 4, "TokenRefinerBlock": 2}),
+    "HunyuanVideo 1.5": ("hunyuan_video.model.HunyuanVideo",
+                         {**HUNYUAN, "hidden_size": 2048, "num_heads": 16, "depth": 6, "depth_single_blocks": 0, "patch_size": [1, 1, 1],
+                          "in_channels": 65, "out_channels": 32, "use_cond_type_embedding": True, "vision_in_dim": 1152,
+                          "meanflow_sum": True}, {"DoubleStreamBlock": 6, "TokenRefinerBlock": 2}),
+    "Stable Cascade C": ("cascade.stage_c.StageC", dict(blocks=[[2, 3], [3, 2]]), {"ResBlock": 10, "TimestepBlock": 10, "AttnBlock": 10}),
+    "Stable Cascade B": ("cascade.stage_b.StageB", dict(blocks=[[1, 2, 3, 2], [2, 3, 2, 1]]),
+                         {"ResBlock": 16, "TimestepBlock": 16, "AttnBlock": 10}),
+    "Stable Audio 3": ("audio.dit.AudioDiffusionTransformer",
+                       dict(depth=3, io_channels=256, num_memory_tokens=64, global_cond_dim=768, global_cond_type="adaLN",
+                            global_cond_shared_embed=True, local_add_cond_dim=257, timestep_features_type="expo", norm_type="rms_norm",
+                            attn_kwargs={"qk_norm": "rms", "differential": True}), {"TransformerBlock": 3}),
+    "SVD": ("modules.diffusionmodules.openaimodel.UNetModel",
+            {**UNET, "in_channels": 8, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "num_head_channels": 64,
+             "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential", "use_linear_in_transformer": True,
+             "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1,
+             "use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True, "use_spatial_context": True,
+             "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1]},
+            {"VideoResBlock": 22, "SpatialVideoTransformer": 16}),
     # Newer ones, with their own defaults and few blocks.
     "ACE-Step": ("ace.model.ACEStepTransformer2DModel", dict(num_layers=6), {"LinearTransformerBlock": 6, "ConformerEncoderLayer": 6}),
     "Anima": ("anima.model.Anima", COSMOS, {"Block": 3, "TransformerBlock": 6}),

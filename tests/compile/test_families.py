@@ -11,7 +11,7 @@ pytestmark = pytest.mark.comfy
 
 
 # The weights of a UNet, and of ACE-Step's feed-forward, are convolutions, by and large.
-TRANSFORMERS = [name for name in FAMILIES if name not in ("SD1.5", "SDXL", "ACE-Step")]
+TRANSFORMERS = [name for name in FAMILIES if name not in ("SD1.5", "SDXL", "SVD", "ACE-Step")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
