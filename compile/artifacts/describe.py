@@ -128,6 +128,8 @@ class Describer:
         if isinstance(value, slice):
             return f"slice {self(value.start)} {self(value.stop)} {self(value.step)}"
         if isinstance(value, torch.Tensor):
+            if type(value) is torch.Tensor and not value.numel() and not value.is_meta:  # no values that could be others
+                return f"empty tensor {value.dtype} {value.device} {list(value.shape)} {list(value.stride())}"
             return self._refuse("a tensor that is neither a parameter nor a buffer", value)
         if isinstance(value, _IRRELEVANT):
             return path_of(kind)

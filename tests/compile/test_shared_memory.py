@@ -116,3 +116,27 @@ def test_what_is_written_is_seen_under_its_other_names(tmp_path, kind, how):
         want = net(x.clone())
         assert difference(run(compiled, net, x.clone()), want) < 1e-5
     assert sum(compiled.report.last_calls.values()) == 3  # the blocks
+
+
+def scaled(x, factor=torch.empty(0), mask=torch.ones((0, 3))):  # noqa: B008: as ACE-Step's lyric encoder has it
+    return x * factor if factor.numel() else x + mask.shape[0]
+
+
+class HasEmptyDefault(Outside):
+    def forward(self, x, *others, transformer_options=None):
+        return scaled(self.layer(x))
+
+
+def test_a_default_that_is_an_empty_tensor_is_kept_and_another_one_is_noticed(tmp_path):
+    net, compiled = Net(HasEmptyDefault).requires_grad_(False), cached(tmp_path / "cache")
+    before = scaled.__defaults__
+    try:
+        for defaults in (before, (torch.empty(0), torch.ones((0, 3))), (torch.full((1,), 3.0), before[1]),
+                         (torch.empty(0), torch.ones(2, 0))):
+            scaled.__defaults__ = defaults
+            for _ in range(2):
+                x = torch.randn(2, 12, 32)
+                assert difference(run(compiled, net, x.clone()), net(x.clone())) < 1e-5
+            assert defaults[0].numel() or defaults[1].shape[0] or compiled.report.last_calls["artifact"] == 3, compiled.report.fallbacks
+    finally:
+        scaled.__defaults__ = before
