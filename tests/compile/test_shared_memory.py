@@ -118,7 +118,7 @@ def test_what_is_written_is_seen_under_its_other_names(tmp_path, kind, how):
     assert sum(compiled.report.last_calls.values()) == 3  # the blocks
 
 
-def scaled(x, factor=torch.empty(0), mask=torch.ones((0, 3))):  # noqa: B008: as ACE-Step's lyric encoder has it
+def scaled(x, factor=torch.empty(0), mask=torch.ones((0, 3))):  # noqa: B008  (as in ACE-Step)
     return x * factor if factor.numel() else x + mask.shape[0]
 
 
