@@ -179,6 +179,7 @@ class CompiledModule:
                 block.mark = self.options.mark_sizes and (block.is_first or compiled)
         if compiled:
             self._record(step.scope)
+        attention.take_failure()  # one that was caught holds tensors
         self._events.count(step.calls)
 
     def call_block(self, module: torch.nn.Module, args: tuple, kwargs: dict):

@@ -39,7 +39,7 @@ class Overriding:
     def call(self, function: Callable, args: tuple, kwargs: dict):
         """The override's result. It finds itself where it was put."""
         given = kwargs.get("transformer_options")
-        if given is not self.options and given.get(OVERRIDE) is self.options[OVERRIDE]:
+        if isinstance(given, dict) and given is not self.options and given.get(OVERRIDE) is self.options[OVERRIDE]:
             given[OVERRIDE] = self.override  # a copy
         self.options[OVERRIDE] = self.override
         try:
