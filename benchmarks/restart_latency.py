@@ -1,10 +1,10 @@
 """What a compile cache that outlives the process saves: the first image of a fresh ComfyUI, and of one that compiles in the background.
 
 Every contender has servers and folders of its own. "cold" starts with empty caches, "restart" with what the cold run left (for core that
-is torch's own cache); "compile" is what an image took beyond eager's first one. The background run has the server on one core and the
-builder on another (Linux), and queues images until one ran compiled.
+is torch's own cache), "stopped" with what a run left that ended 2 s after its first image; "compile" is what an image took beyond eager's
+first one. The background run queues images until one ran compiled; pinned, with the server on one core and the builder on another (Linux).
 
-    python benchmarks/restart_latency.py [--model tiny_flux | flux_57] [--size 256] [--steps 4] [--json FILE]
+    python benchmarks/restart_latency.py [--model tiny_flux | flux_57] [--size 256] [--steps 4] [--pinned] [--json FILE]
 """
 from __future__ import annotations
 
@@ -75,18 +75,24 @@ class Bench:
                     found[start], latent = self.image(server, nodes)
                     found[f"{start}, second image"], _ = self.image(server, nodes, seed=2)
                     wait_for_builder(server)
+        if starts > 1:
+            with tempfile.TemporaryDirectory() as folder:
+                with self.server(Path(folder)) as server:
+                    self.image(server, nodes)
+                    time.sleep(2)
+                with self.server(Path(folder)) as server:
+                    found["stopped"], _ = self.image(server, nodes)
         return found, latent
 
     def background(self, nodes: list):
-        """(seconds, latent of a compiled image): images until one ran compiled, with the builder on the last core and the server on the
-        first."""
+        """(seconds, latent of a compiled image): images until one ran compiled."""
         found, images = {}, []
         nodes = [*nodes[:-1], (nodes[-1][0], {**nodes[-1][1], "background": True})]
-        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1") as server:
-            pin(server.process.pid, 0)
+        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1" if self.options.pinned else "") as server:
+            if self.options.pinned:
+                pin(server.process.pid, 0)
+                threading.Thread(target=keep_builder_pinned, args=(server,), daemon=True).start()
             start = time.monotonic()
-            watcher = threading.Thread(target=keep_builder_pinned, args=(server,), daemon=True)
-            watcher.start()
             while time.monotonic() - start < BUILD_TIMEOUT:
                 seconds, _ = self.image(server, nodes, seed=1 + len(images))
                 done = re.findall(r"step (\d+) on runs", server.log_text())
@@ -95,14 +101,19 @@ class Bench:
                     found["compiled from step"] = int(done[-1])
                     found["ready after"] = time.monotonic() - start
                     break
-            found |= {"first image": images[0], "eager image": statistics.median(images[1:]), "images until compiled": len(images)}
+            eager = images[1:-1] or images
+            found |= {"first image": images[0], "eager image": statistics.median(eager), "slowest of them": max(eager),
+                      "images until compiled": len(images)}
             found["compiled image"], latent = self.image(server, nodes)
         return found, latent
 
-    def eager_on_one_core(self, nodes: list) -> float:
-        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1") as server:
-            pin(server.process.pid, 0)
-            return self.image(server, nodes)[0]
+    def eager(self, nodes: list) -> dict:
+        """The same without the builder."""
+        with tempfile.TemporaryDirectory() as folder, self.server(Path(folder), threads="1" if self.options.pinned else "") as server:
+            if self.options.pinned:
+                pin(server.process.pid, 0)
+            seconds = [self.image(server, nodes, seed=1 + index)[0] for index in range(8)]
+        return {"eager's first image": seconds[0], "eager's image": statistics.median(seconds[1:])}
 
 
 def pin(process: int, core: int):
@@ -137,6 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--no-background", action="store_true")
+    parser.add_argument("--pinned", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bench, results, latents = Bench(options), {}, {}
@@ -150,7 +162,7 @@ def main() -> None:
             results[name]["difference"] = relative_difference(latents[name], latents[twin])
             if not options.no_background and hasattr(os, "sched_setaffinity") and name != "core TorchCompileModel":
                 results[f"{name}, background"], latent = bench.background(CONTENDERS[name][0])
-                results[f"{name}, background"]["eager on one core"] = bench.eager_on_one_core(CONTENDERS[twin][0])
+                results[f"{name}, background"] |= bench.eager(CONTENDERS[twin][0])
                 results[f"{name}, background"]["difference"] = relative_difference(latent, latents[twin])
     print(f"{options.model} {options.size}x{options.size}, {options.steps} steps, {cpu_name()}: seconds\n")
     for name, result in results.items():

@@ -246,8 +246,11 @@ class CompiledModule:
                 if not compiled.takes_override:
                     options[OVERRIDE] = overriding.override
                     return self._by_graph(step, block, module, args, kwargs, options, False, None)
+            before = dict(options) if overriding is not None else {}
             result = call_compiled(compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
             compiled.look(module)
+            if overriding is not None and not overriding.is_unchanged(before):
+                compiled.takes_override = False  # in another branch than it was probed in
             step.calls["graph"] += 1
             return result
         except Exception as error:

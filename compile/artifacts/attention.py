@@ -133,22 +133,23 @@ def called_as_operation() -> Iterator[None]:
 
 
 def call_operation(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None,
-                   enable_gqa=None, low_precision_attention=None, transformer_options=None, _inside_attn_wrapper=None):
-    """In a trace. name: of a function, or what call_override is told."""
+                   enable_gqa=None, low_precision_attention=None, transformer_options=None, _inside_attn_wrapper=None, numbers=()):
+    """In a trace. name: of a function, or what call_override is told, with numbers."""
     # By name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
     precision = "" if attn_precision is None else str(attn_precision).removeprefix("torch.")
     return getattr(torch.ops, NAMESPACE).attention(q, k, v, heads, mask, name, precision, skip_reshape, skip_output_reshape, scale,
-                                                   enable_gqa, low_precision_attention)
+                                                   enable_gqa, low_precision_attention, numbers)
 
 
 def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
-               low_precision_attention):
+               low_precision_attention, numbers):
     given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
     precision = getattr(torch, attn_precision) if attn_precision else None
     if " " in function:
         from .attention_override import call_override
-        return call_override(function, (q, k, v), {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
-                                                   "skip_output_reshape": skip_output_reshape, **given}).contiguous()
+        given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
+                  "skip_output_reshape": skip_output_reshape}
+        return call_override(function, (q, k, v), given, numbers).contiguous()
     try:
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
@@ -198,8 +199,8 @@ def _define() -> None:
     if _library is None and not hasattr(getattr(torch.ops, NAMESPACE), "attention"):  # else a sibling copy of this pack has
         _library = torch.library.Library(NAMESPACE, "FRAGMENT")
         _library.define("attention(Tensor q, Tensor k, Tensor v, SymInt heads, Tensor? mask, str function, str attn_precision, "
-                        "bool skip_reshape, bool skip_output_reshape, float? scale, bool? enable_gqa, bool? low_precision_attention) "
-                        "-> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+                        "bool skip_reshape, bool skip_output_reshape, float? scale, bool? enable_gqa, bool? low_precision_attention, "
+                        "SymInt[] numbers) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl("attention", _attention, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::attention", _fake_attention, lib=_library)
 

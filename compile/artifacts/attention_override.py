@@ -2,11 +2,14 @@
 time, with the arguments and the transformer_options that eager gives it. So it may depend on the step and the block, and keep a state.
 
 While such a block runs, ``overridden`` stands in the override's place; what is traced is that. It is right for blocks that hand on the
-transformer_options that they get, unchanged: ``probe`` finds that out where torch.compile traces, ``overridden`` itself during export.
+transformer_options that they get, unchanged: ``probe`` finds that out where torch.compile traces, ``overridden`` itself during export,
+where constants and sizes that the block has written there before (UNets) are arguments of the operation, too.
 """
 from __future__ import annotations
 
 import functools
+import json
+import operator
 import threading
 from collections.abc import Callable
 
@@ -36,27 +39,29 @@ class Overriding:
         if self.options.get(OVERRIDE) is overridden:
             self.options[OVERRIDE] = self.override
 
+    def is_unchanged(self, before: dict) -> bool:
+        """Whether the transformer_options, as before but for the override, are what they were."""
+        return self.options.keys() == before.keys() and all(self.options[key] is value or key == OVERRIDE for key, value in before.items())
+
     def call(self, function: Callable, args: tuple, kwargs: dict):
         """The override's result. It finds itself where it was put."""
-        given = kwargs.get("transformer_options")
-        if isinstance(given, dict) and given is not self.options and given.get(OVERRIDE) is self.options[OVERRIDE]:
+        given, standing = kwargs.get("transformer_options"), self.options.get(OVERRIDE)
+        if isinstance(given, dict) and given is not self.options and given.get(OVERRIDE) is standing:
             given[OVERRIDE] = self.override  # a copy
         self.options[OVERRIDE] = self.override
         try:
             return self.override(function, *args, **kwargs)
         finally:
             if self.options.get(OVERRIDE) is self.override:
-                self.options[OVERRIDE] = overridden
+                self.options[OVERRIDE] = standing
 
     def probe(self, call: Callable) -> tuple[bool, object]:
         """(whether overridden may stand for the override, call()): a block is called as it is, and what it hands on is looked at."""
-        options, before, fits = self.options, {**self.options, OVERRIDE: None}, True
+        options, before, fits = self.options, dict(self.options), True
 
         def probing(function, *args, **kwargs):
             nonlocal fits
-            now = {**options, OVERRIDE: None}
-            fits = (fits and kwargs.get("transformer_options") is options and now.keys() == before.keys()
-                    and all(now[key] is value for key, value in before.items()))
+            fits = fits and kwargs.get("transformer_options") is options and self.is_unchanged(before)
             result = self.call(function, args, kwargs)
             fits = fits and attention.is_as_expected(result, *args, **kwargs)
             return result
@@ -78,13 +83,39 @@ def current() -> Overriding | None:
 def overridden(function: Callable, *args, **kwargs):
     """In the place of an override. Raises Unsupported during export where the operation would be given other transformer_options."""
     name = attention.name_of(function)
-    if attention.is_tracing() and attention.takes(name, args, kwargs):
-        if attention.is_exporting() and not getattr(kwargs.get("transformer_options"), "is_as_given", False):
-            raise Unsupported("it hands on other transformer_options than it gets")
-        return attention.call_operation(f"{name} {len(args)} {','.join(kwargs)}", *args, **kwargs)
+    # Between two graphs it is called as Python.
+    is_traced = attention.is_exporting() or torch.compiler.is_dynamo_compiling()
+    if attention.is_tracing() and is_traced and attention.takes(name, args, kwargs):
+        written = "[]"
+        numbers: list = []
+        if attention.is_exporting():
+            if not getattr(kwargs["transformer_options"], "is_given", False):
+                raise Unsupported("it hands on other transformer_options than it gets")
+            written, numbers = _written(kwargs["transformer_options"].writes())
+        return attention.call_operation(f"{name} {len(args)} {','.join(kwargs)} {written}", *args, **{**kwargs, "numbers": numbers})
     if attention.is_exporting():
         raise Unsupported(f"it calls the attention {getattr(function, '__name__', function)} in a way of its own")
     return _call_now(function, args, kwargs)
+
+
+def _written(values: dict) -> tuple[str, list]:
+    """(JSON, numbers) of what a block has written into its transformer_options before it calls attention (UNets)."""
+    kinds: list[list] = []
+    numbers: list = []
+    for key, value in values.items():
+        if isinstance(value, (list, tuple)) or type(value) in (int, torch.SymInt):
+            kinds.append([key, type(value).__name__ if isinstance(value, (list, tuple)) else "int", len(numbers)])
+            numbers += value if isinstance(value, (list, tuple)) else [value]
+            kinds[-1].append(len(numbers))
+        else:
+            kinds.append([key, "constant", value])
+    return json.dumps(kinds), numbers
+
+
+def _read(written: str, numbers: list[int]) -> dict:
+    """The inverse."""
+    make: dict[str, Callable] = {"list": list, "tuple": tuple, "int": operator.itemgetter(0)}
+    return {key: make[kind](numbers[place[0]:place[1]]) if kind in make else place[0] for key, kind, *place in json.loads(written)}
 
 
 def _call_now(function: Callable, args: tuple, kwargs: dict):
@@ -98,11 +129,12 @@ def prepare() -> None:
     _call_now = torch.compiler.disable(_call_now)
 
 
-def call_override(function: str, tensors: tuple, given: dict):
+def call_override(function: str, tensors: tuple, given: dict, numbers: list[int]):
     """What the operation does."""
-    name, positional, keywords = function.split(" ")
+    name, positional, keywords, written = function.split(" ", 3)
     block, args = current(), (*tensors, given["heads"], given["mask"])[:int(positional)]
     given = {**given, "transformer_options": block.options, "_inside_attn_wrapper": True}
+    block.options.update(_read(written, numbers))
     result = block.call(attention.function(name), args, {key: given[key] for key in keywords.split(",")})
     if not attention.is_as_expected(result, *tensors, **given):
         raise RuntimeError(f"another pack's {OVERRIDE} gave another kind of result than before")

@@ -126,14 +126,15 @@ class RecordingOptions(dict):
             self[key] = value
 
     @property
-    def is_as_given(self) -> bool:
-        """Whether it is what the block got, as it got it."""
-        return not self._is_copy and not self._written
+    def is_given(self) -> bool:
+        """Whether it is what the block got, no copy of it."""
+        return not self._is_copy
 
     def writes(self) -> dict:
-        """{key: constant, or a list or tuple of sizes} of what was written, for the caller to write again. Raises Unsupported for anything
-        else that was changed."""
-        changed = {key: value for key, value in dict.items(self) if key not in self._before or value is not self._before[key]}
+        """{key: constant, or a list or tuple of sizes} of what was written, for the caller to write again; also where it was there before:
+        another call may have something else. Raises Unsupported for anything else that was changed."""
+        changed = {key: value for key, value in dict.items(self) if key not in self._before or value is not self._before[key]
+                   or (key in self._written and type(value) in CONSTANTS)}
         if (not all(type(value) in CONSTANTS or _is_sizes(value) for value in changed.values())
                 or self._before.keys() - dict.keys(self)):
             raise Unsupported("it changes transformer_options")

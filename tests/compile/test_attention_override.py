@@ -172,7 +172,7 @@ def test_blocks_with_an_override_are_kept_apart_from_those_without(tmp_path, kin
     assert again.report.last_calls["artifact"] == 3
 
 
-@pytest.mark.parametrize("kind", [Copies, Writes, OwnKeyword])
+@pytest.mark.parametrize("kind", [Copies, OwnKeyword])
 def test_what_an_override_would_not_see_is_not_kept_and_without_one_it_is(tmp_path, kind):
     net, compiled = Net(kind), cached(tmp_path / "cache")
     x = torch.randn(2, 9, 32)
@@ -237,3 +237,34 @@ def test_an_override_that_is_false_is_one(tmp_path, keep):
             want, got = (call(x, {"sigmas": 1, **({KEY: kind()} if kind else {})}) for call in (net, lambda *a: run(compiled, net, *a)))
             assert torch.allclose(got, want, atol=1e-6)
     assert compiled.report.last_calls["artifact" if keep else "graph"] == 3
+
+
+class WritesMore(Block):
+    """As UNets' blocks, which note for patches where they are, and for what size."""
+
+    def attend(self, q, k, v, options):
+        options["activations_shape"] = list(q.shape)
+        options["kind"], options["sizes"], options["nothing"] = "a text", (q.shape[1], 3), None
+        out = plain(q, k, v, 4, transformer_options=options)
+        options["block_index"] = options["later"] = 5
+        return out + plain(q, k, v, 4, transformer_options=options)
+
+
+def test_what_a_block_writes_into_its_options_the_override_sees(tmp_path):
+    net, compiled, here = Net(WritesMore), cached(tmp_path / "cache"), in_process()
+
+    class Looks(Pack):
+        def __call__(self, function, q, k, v, *args, transformer_options, **kwargs):
+            self.seen.append({key: value for key, value in transformer_options.items() if key != KEY})
+            return function(q, k, v, *args, **kwargs) * (1 + transformer_options.get("later", 0) + transformer_options["block_index"])
+    for step, batch in enumerate((2, 2, 3, 1, 1, 2)):
+        x = torch.randn(batch, 6 + step, 32)
+        results, packs, left = [], (Looks(), Looks(), Looks()), []
+        for pack, call in zip(packs, (net, lambda *given: run(compiled, net, *given), lambda *given: run(here, net, *given))):
+            options = {"sigmas": step, "kind": "none", KEY: pack}
+            results.append(call(x, options))
+            left.append({key: value for key, value in options.items() if key != KEY})
+        for result, pack, after in zip(results[1:], packs[1:], left[1:]):
+            assert pack.seen == packs[0].seen and after == left[0]
+            assert torch.allclose(result, results[0], rtol=1e-4)
+    assert compiled.report.last_calls["artifact"] == 3, compiled.report.fallbacks
