@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .errors import is_models_own
 from .events import Events, OnProgress
 from .options import CompileOptions
 from .regions import Region, RegionSet
-from .report import first_lines, remedy
+from .report import Changes, first_lines, remedy
 from .step import Block, RegionState, Step
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode, own_methods
 from .torch_internals.block_tree import attributes_of_tensors, has_global_hooks
@@ -46,6 +46,7 @@ class CompiledModule:
     def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
         self._events = Events(options.title, options.background)
         self.report = self._events.report
+        self._changes = Changes()
         self._device = device or torch.device("cpu")
         self.options, refusal = options.on_device(self._device)
         if refusal:
@@ -67,7 +68,7 @@ class CompiledModule:
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
             around_block: Callable | None = None, on_progress: OnProgress | None = None,
-            interrupted: Callable[[], bool] = bool):
+            interrupted: Callable[[], bool] = bool, situation: Mapping[str, Hashable] | None = None):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
@@ -77,6 +78,7 @@ class CompiledModule:
         on_progress: called with the report when something has happened, what is under way ("" at its end) and how much of it is done (None:
         nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
         compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
+        situation: what users change from image to image (batch -> 2); the report says what was compiled for it.
         """
         if not self._lock.acquire(blocking=False):
             # In another thread's run, which may be waiting for this one: the blocks run eager.
@@ -88,8 +90,10 @@ class CompiledModule:
                 self.report.steps += 1
                 self._events.notify()
                 return call()
+            self._changes.begin(situation or {}, self.report)
             try:
                 result = self._run_compiled(call, filter_guards, around_block, interrupted, passthrough)
+                self._changes.end(self.report)
                 self._events.notify()
                 # The memory of a CUDA graph's outputs is written again at the next step.
                 return tree_map_only(Tensor, torch.clone, result) if self._cuda_graphs else result

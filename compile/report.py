@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 
 # Part of the cause -> what the user can do about it.
@@ -40,7 +40,8 @@ class CompileReport:
     another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
-    works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step."""
+    works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
+    since the first image (a resolution, a batch), and what was compiled for it; the last ones."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class CompileReport:
     failure: str = ""
     calls: dict[str, int] = field(default_factory=dict)
     last_calls: dict[str, int] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -104,6 +106,7 @@ class CompileReport:
         if self.artifacts:
             found = Counter(artifact.partition(" ")[0] for artifact in self.artifacts)
             lines.append("from the compile cache: " + ", ".join(f"{name}" + (f" ({n})" if n > 1 else "") for name, n in found.items()))
+        lines += self.changes
         lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
                   for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]
         lines += [f"graph break ({n} times): {reason}" for reason, n in self.breaks.items()]
@@ -116,6 +119,40 @@ class CompileReport:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
+
+
+class Changes:
+    """Says in a report what each new situation cost."""
+
+    MOST = 6
+
+    def __init__(self):
+        self._seen: dict[str, set] = {}
+        self._last: Mapping[str, Hashable] = {}
+        self._pending: list[str] = []  # new, and not yet said: what is compiled for it comes at its first call
+        self._before = (0, 0)
+
+    def begin(self, situation: Mapping[str, Hashable], report: CompileReport) -> None:
+        """Before a call of the model. situation: what may be new for it; numbers and sizes are named."""
+        self._pending = []
+        if situation == self._last:
+            return
+        known = bool(self._seen)
+        for what, value in situation.items():
+            if value not in (seen := self._seen.setdefault(what, set())):
+                seen.add(value)
+                number = "x".join(map(str, value)) if isinstance(value, tuple) else value if isinstance(value, int) else ""
+                self._pending += [f"{what} {number}".strip()] if known else []
+        self._last, self._before = situation, (report.graphs, len(report.building))
+
+    def end(self, report: CompileReport) -> None:
+        if not self._pending:
+            return
+        graphs, building = report.graphs - self._before[0], len(report.building) - self._before[1]
+        cost = [f"{_count(graphs, 'graph')} compiled"] * (graphs > 0) + [f"{_count(building, 'block')} compiled in the background"] * (
+            building > 0 and not graphs)
+        report.changes = [*report.changes, f"new {', '.join(self._pending)}: {', '.join(cost) or 'nothing compiled'}"][-self.MOST:]
+        self._pending = []
 
 
 def _recompile_sentence(recompile: str) -> str:

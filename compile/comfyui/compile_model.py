@@ -55,7 +55,7 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool, on_progress: OnProgress | None):
+         filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None):
     """call() with what is repeated in root compiled."""
     with _LOCK:
         states = _COMPILED.setdefault(model, {})
@@ -70,7 +70,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         with without_comfy_compiler(device, state.compiled.report):
             return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough,
                                       on_progress=on_progress, around_block=around_block if state.offloaded else None,
-                                      interrupted=comfy.model_management.processing_interrupted)
+                                      interrupted=comfy.model_management.processing_interrupted, situation=situation)
     except Interrupted:
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException from None
@@ -94,7 +94,7 @@ class LazyCompile:
         if CALIBRATING in transformer_options:
             return executor(x, *args, **kwargs)
         return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
-                    not has_patches(transformer_options, INNER_PATCHES), self.on_progress)
+                    not has_patches(transformer_options, INNER_PATCHES), self.on_progress, _situation(model, x, *args[1:3], **kwargs))
 
 
 class CompiledMethod:
@@ -113,6 +113,13 @@ class CompiledMethod:
         model = self.original.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model
         return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.on_progress)
+
+
+def _situation(model: torch.nn.Module, x: torch.Tensor, c_concat=None, c_crossattn=None, **kwargs) -> dict:
+    """What users change from image to image, of a call of BaseModel.apply_model."""
+    prompt: tuple[int, ...] = getattr(c_crossattn, "shape", ())
+    return {"size of the latent": tuple(x.shape[2:]), "batch": x.shape[0], "prompt length": prompt[1] if len(prompt) > 2 else None,
+            "LoRA or strength": getattr(model, "current_weight_patches_uuid", None)}
 
 
 def _is_passthrough(error: Exception) -> bool:

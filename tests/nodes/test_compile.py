@@ -52,6 +52,25 @@ def test_another_lora_or_strength_compiles_nothing_new(flux, nodes, sample, lora
     assert graphs() == 2
 
 
+def test_the_report_says_what_was_compiled_for_what_users_change(flux, nodes, sample, lora):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    def image(model, **given):
+        compiled = nodes.CompileModel(model, **CHEAP)
+        sample(compiled, **given)
+        return reports(compiled)[0]
+    assert image(flux).changes == []
+    for given, said in (({}, []), ({"height": 24}, ["new size of the latent 24x16: nothing compiled"]),
+                        ({"tokens": 24}, ["new prompt length 24: nothing compiled"]), ({"batch": 2}, ["new batch 2: 2 graphs compiled"]),
+                        ({"batch": 3, "width": 32}, ["new size of the latent 16x32, batch 3: nothing compiled"]), ({"height": 24}, [])):
+        before = list(reports(nodes.CompileModel(flux, **CHEAP))[0].changes)
+        report = image(flux, **given)
+        assert report.changes == [*before, *said], given
+    report = image(lora(flux))
+    assert report.changes[-1] == "new LoRA or strength: nothing compiled" and report.changes[-1] in report.text()
+    assert image(lora(flux), batch=4).changes[-1].startswith("new batch 4") and len(report.changes) <= 6
+
+
 def test_the_upstream_model_is_untouched_and_gets_its_bits_back(flux, nodes, sample):
     before = sample(flux)
     wrappers, uuid = {k: dict(v) for k, v in flux.wrappers.items()}, flux.patches_uuid
