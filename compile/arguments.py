@@ -56,23 +56,30 @@ def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple
     return config.patch(dynamic_sources=",".join(filter(None, (config.dynamic_sources, *found))))
 
 
-def _storages(value) -> list[int]:
+def _tensors(value) -> Iterator[Tensor]:
+    """To the end of containers, transformer_options and objects that only keep values."""
     if isinstance(value, Tensor):
-        return [value.untyped_storage().data_ptr()]
-    return [found for item in value for found in _storages(item)] if isinstance(value, (tuple, list)) else []
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif records.is_record(value):
+        for item in vars(value).values() if hasattr(value, "__dict__") else (getattr(value, name, None) for name in type(value).__slots__):
+            yield from _tensors(item)
 
 
-def _dense_copies(values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
+def _dense_copies(module: torch.nn.Module, values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
     """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
-    into the original would break; none where memory is shared, or the original may not be written. inside: what functions among values
-    close over."""
+    into the original would break; none where memory is shared, with module's own too, or the original may not be written. inside: what
+    functions among values close over."""
     loose = [v for v in values if isinstance(v, Tensor) and not v.is_contiguous() and _strided(v)]
     if not loose or torch.is_grad_enabled():
         return {}
     if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
         return {}
-    storages = _storages((*values, *inside))
-    if len(set(storages)) < len(storages):
+    memory = [tensor.untyped_storage().data_ptr() for tensor in _tensors((*values, *inside))]
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    if len(set(memory)) < len(memory) or not own.isdisjoint(value.untyped_storage().data_ptr() for value in loose):
         return {}
     return {id(value): (value, value.contiguous()) for value in loose}
 
@@ -81,7 +88,7 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
                   numbers: tuple[str, ...] = ()):
     """compiled's result for a call of module. inside: what functions among the arguments close over. mark: its sizes as varying, and its
     attributes of these names."""
-    copies = _dense_copies((*args, *kwargs.values()), inside) if compiled.takes_copies else {}
+    copies = _dense_copies(module, (*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
     with _sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext():

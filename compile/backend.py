@@ -66,13 +66,21 @@ class _Backend:
             raise
         # What runs as Python between two graphs may ask for the layout, too.
         self.by_layout = (self.by_layout or len(graph_break_reasons()) > self._breaks or Recording.of(self.traced).names_layout()
-                          or depends_on_layout(graph, inputs, writes=True))
+                          or depends_on_layout(graph, inputs, writes=_has_globals(graph)))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         return self._inner(graph, inputs, **options)
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
+
+
+def _has_globals(graph: torch.fx.GraphModule) -> bool:
+    """Whether an input is neither of the call nor of the module."""
+    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.graph.nodes if node.op == "placeholder"]
+    # A method in older torch.
+    names = [source.name() if callable(source.name) else source.name for source in sources if source is not None]
+    return not all(name.startswith("L[") for name in names)
 
 
 def _require_torchs_own(graph: torch.fx.GraphModule) -> None:

@@ -123,10 +123,8 @@ class Artifact:
         return any(type(built) is int and number != built for number, built in fixed)
 
     def has_layout(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether leaves, which are accepted, lie in memory as the traced ones did, where the block asks for that or writes into one."""
-        return ((not self._by_layout or all(lies_as(leaf, kind) for leaf, (_, _, kind) in zip(leaves, self._leaves)))
-                and all(_plain(leaves[index]) is leaves[index] and leaves[index].is_contiguous(
-                    memory_format=LAYOUTS[self._leaves[index][2]]) for index in self.written))
+        """Whether leaves, which are accepted, lie in memory as the traced ones did, where the block asks for that."""
+        return not self._by_layout or all(lies_as(leaf, kind) for leaf, (_, _, kind) in zip(leaves, self._leaves))
 
     def writes_into(self, tensors: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
         """Whether it would write into one of tensors, the block's, by a leaf that shares memory with it."""

@@ -202,8 +202,8 @@ def rebuild(structure, leaves: Sequence, options: Sequence[dict], block: torch.n
 
 
 def with_numbers(block: torch.nn.Module, names: Sequence[str], kwargs: dict) -> dict:
-    """kwargs, and the block's attributes of these names."""
-    return {**kwargs, **{NUMBER + name: block.__dict__.get(name) for name in names}}
+    """kwargs, and the block's attributes of these names that may be sizes."""
+    return {**kwargs, **{NUMBER + name: value for name in names if may_be_size(value := block.__dict__.get(name))}}
 
 
 def set_numbers(block: torch.nn.Module, kwargs: dict) -> dict:

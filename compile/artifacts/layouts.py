@@ -14,7 +14,7 @@ MAX_DIMS = 4  # all orders of so many dims are tried, of more dims two neighbour
 def depends_on_layout(call: Callable, inputs: list, device: str | None = None, writes: bool = False) -> bool:
     """Whether call(*inputs) writes into other inputs, or returns parts of others, where an input has another layout than a dense one; also
     where that cannot be found out. writes: or where it writes into one at all: a copy of that would hide it from who holds the memory
-    under another name. inputs: tensors, of which parameters stay as they are, and numbers. device: instead of theirs.
+    under a name that no input has. inputs: tensors, of which parameters stay as they are, and numbers. device: instead of theirs.
     Nothing is computed: a run without data takes some ms."""
     base = _run(call, inputs, device, {})
     if base is None or base.returns_part or (writes and any(base.written)):

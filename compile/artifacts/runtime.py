@@ -95,7 +95,8 @@ class RegionArtifacts:
         self._config = config
         self._background = background
         self._note = note
-        self._numbers = numbers if dynamic else ()
+        self._numbers: tuple[str, ...] = ()  # of these, what the code is known to read
+        self._may_be_numbers = numbers if dynamic else ()
         self._place = ""
         self._settings: dict = {}  # torch's, that the place is for
         self._differs = False  # they are others in this step
@@ -152,7 +153,7 @@ class RegionArtifacts:
             if info.weights is None:
                 self._learn(block, info)
             attributes |= attributes_of_tensors(call.leaves)
-            other_batch = True
+            other_batch, numbers = True, self._numbers
             for loaded in self._loaded.get(call.structure, ()):
                 if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artifact.names), "")):
                     raise Unsupported(f"it reads the attribute {read} of a tensor")
@@ -168,6 +169,8 @@ class RegionArtifacts:
                     if tensors is None or loaded.artifact.writes_into(tensors, call.leaves):
                         return MISSING  # a LoRA that is added on the way, or weights elsewhere: another time
                     return loaded.artifact(tensors, call.leaves, call.options)
+            if self._numbers != numbers:
+                call = self._flatten(block, args, kwargs) or call
             self._request(block, call, other_batch)
         except Unsupported as error:
             self._refuse(str(error))
@@ -206,7 +209,9 @@ class RegionArtifacts:
                                                               numbers_in(artifact.structure))
         difference = guards.difference if not guards.is_unchanged() else "" if artifact.has_layout(call.leaves) else (
             "the layout of its inputs, which it reads,")
-        if difference and difference not in self._said:
+        if difference in self._may_be_numbers:
+            self._numbers = tuple(dict.fromkeys((*self._numbers, difference)))
+        elif difference and difference not in self._said:
             self._said.add(difference)
             self._note("not used", self._name, f"{difference} is not as in the blocks that its artifact was made of")
         return not difference
@@ -232,6 +237,7 @@ class RegionArtifacts:
                 continue
             store.touch(entry)
             classes = ClassGuards([*self._kinds, *classes_in(artifact.structure)], artifact.classes, artifact.names)
+            self._numbers = tuple(dict.fromkeys((*self._numbers, *numbers_in(artifact.structure)))) if self._may_be_numbers else ()
             self._loaded.setdefault(artifact.structure, []).append(_Loaded(artifact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
@@ -244,7 +250,7 @@ class RegionArtifacts:
         self._asked.add(asked)
         others = any(loaded.artifact.is_for_other_numbers(call) for loaded in self._loaded.get(call.structure, ()))
         if others and self._numbers:
-            self._numbers = ()  # each number is another program
+            self._numbers = self._may_be_numbers = ()  # each is another program
             return
         if others or self._shapes.setdefault(without_numbers(call.structure), call.structure) != call.structure:
             self._refuse("a number among its arguments differs from call to call")
