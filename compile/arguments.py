@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from .artifacts import records
 from .artifacts.call import may_be_size
 from .artifacts.job import dynamic_dims_of_rank
+from .artifacts.origins import is_comfyuis
 from .torch_compiler import Compiled
 
 _VARYING = {dims: frozenset(dynamic_dims_of_rank(dims)) for dims in range(16)}
@@ -46,7 +47,9 @@ def _sizes(value, name: str) -> Iterator[str]:
 
 
 def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple, kwargs: dict):
-    """While it is entered, what torch compiles is for any of these integers."""
+    """While it is entered, what torch compiles is for any of these integers. Of a pack's block torch learns them itself."""
+    if not is_comfyuis(type(module).__module__):
+        return contextlib.nullcontext()
     found = [f"L['module'].{name}" for name in numbers if may_be_size(module.__dict__.get(name))]
     for name, value in (("L['args']", args), *((f"L['kwargs']['{key}']", value) for key, value in kwargs.items() if key.isidentifier())):
         found += _sizes(value, name)

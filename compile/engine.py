@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .arguments import call_compiled
 from .artifacts import attention
-from .artifacts.attention_override import OVERRIDE, Overriding
+from .artifacts.attention_override import OVERRIDE, Overriding, may_be_operation, takes_overrides
 from .artifacts.closures import closed_over, kept_object
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .block_calls import Slots
@@ -201,22 +201,26 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         options = options_of(args, kwargs)
         try:
-            if OVERRIDE in options and step.filter_guards and not has_patches(options, INNER_PATCHES):
+            if OVERRIDE in options and step.filter_guards and self._takes_override(step, block, module, options):
                 with Overriding(options) as overriding:
                     result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
             else:
                 result = self._compiled_result(step, block, module, args, kwargs, options, has_patches(options))
-        except Exception:
+        except Exception as error:
             failure = attention.take_failure()
-            if failure is None:
+            if failure is None or failure is error:
                 raise
-            if step.passthrough(failure) and not isinstance(failure, RuntimeError):  # an interrupt
-                raise failure from None
-            result = MISSING  # the block's own code may handle it; what was compiled writes into the inputs when all is computed
+            raise failure from None
         if result is MISSING:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         return result
+
+    def _takes_override(self, step: Step, block: Block, module: torch.nn.Module, options: dict) -> bool:
+        """Whether the attention override in options is called by what is compiled, and there is no other patch."""
+        if id(block.region) not in step.takes_overrides:
+            step.takes_overrides[id(block.region)] = takes_overrides(module)
+        return step.takes_overrides[id(block.region)] and may_be_operation(options[OVERRIDE]) and not has_patches(options, INNER_PATCHES)
 
     def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
                          overriding: Overriding | None = None):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..int8.structure import repeated_blocks, signature
+from .artifacts.origins import is_comfyuis
 from .torch_internals.block_tree import BlockTree, Hooks, Interior
 
 
@@ -44,10 +45,13 @@ class HeldRegion:
         return [module for reference in self._references if (module := reference()) is not None]
 
     def numbers(self) -> tuple[str, ...]:
-        """The names of their attributes that are integers, in each another one or not (Wan VACE's block_id)."""
-        states = [module.__dict__ for module in self.modules]
-        return tuple(name for name, value in states[0].items() if type(value) is int and any(
-            state.get(name) != value and type(state.get(name)) is int for state in states)) if states else ()
+        """The names of attributes of ComfyUI's blocks that are integers and differ from block to block (Wan VACE's block_id)."""
+        modules = self.modules
+        if not modules or not all(is_comfyuis(type(module).__module__) for module in modules):
+            return ()
+        states = [module.__dict__ for module in modules]
+        return tuple(name for name, value in states[0].items() if type(value) is int and not hasattr(type(modules[0]), name) and any(
+            state.get(name) != value and type(state.get(name)) is int for state in states))
 
 
 class RegionSet(Sequence):

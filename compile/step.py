@@ -39,6 +39,7 @@ class Step:
     scope: CompileScope
     blocks: dict[int, Block] | None = None  # by id of the module, from the first call of a block on
     compiled: dict[tuple, Compiled | None] = field(default_factory=dict)  # by what RegionCode.find is asked
+    takes_overrides: dict[int, bool] = field(default_factory=dict)  # by id of the region
     tensor_attributes: frozenset[str] = frozenset()  # names of what Python code has put on the blocks' weights
     compiling: str = ""  # the region that is called
     passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run

@@ -128,6 +128,7 @@ class Compiled:
                 counts := (len(self.backend.traced), len(self.guards.classes))):
             self.described = counts
             found = Recording.of(self.backend.traced)
+            self.takes_override = self.takes_override and found.is_comfyuis()
             self.names = names = found.names()
             self.code = CodeFingerprint(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)

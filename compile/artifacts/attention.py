@@ -142,15 +142,15 @@ def call_operation(name, q, k, v, heads, mask=None, attn_precision=None, skip_re
 
 
 def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
-               low_precision_attention, numbers):
+               low_precision_attention, numbers=()):
     given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
     precision = getattr(torch, attn_precision) if attn_precision else None
-    if " " in function:
-        from .attention_override import call_override
-        given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
-                  "skip_output_reshape": skip_output_reshape}
-        return call_override(function, (q, k, v), given, numbers).contiguous()
     try:
+        if " " in function:
+            from .attention_override import call_override
+            given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
+                      "skip_output_reshape": skip_output_reshape}
+            return call_override(function, (q, k, v), given, numbers).contiguous()
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
@@ -166,7 +166,7 @@ def has_failed() -> bool:
 
 
 def take_failure() -> Exception | None:
-    """What the operation has raised in this thread since the last time: the block's own code might have caught it."""
+    """What the operation has raised in this thread since the last time: the error of which AOTInductor makes another one."""
     failure = getattr(_tracing, "failure", None)
     _tracing.failure = None
     return failure
@@ -200,7 +200,7 @@ def _define() -> None:
         _library = torch.library.Library(NAMESPACE, "FRAGMENT")
         _library.define("attention(Tensor q, Tensor k, Tensor v, SymInt heads, Tensor? mask, str function, str attn_precision, "
                         "bool skip_reshape, bool skip_output_reshape, float? scale, bool? enable_gqa, bool? low_precision_attention, "
-                        "SymInt[] numbers) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+                        "SymInt[] numbers=[]) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl("attention", _attention, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::attention", _fake_attention, lib=_library)
 

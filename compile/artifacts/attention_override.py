@@ -15,7 +15,9 @@ from collections.abc import Callable
 
 import torch
 
+from ...pack import PACKAGE
 from . import attention
+from .origins import is_comfyuis
 from .values import Unsupported
 
 OVERRIDE = "optimized_attention_override"
@@ -72,6 +74,24 @@ class Overriding:
         finally:
             if options.get(OVERRIDE) is probing:
                 options[OVERRIDE] = overridden
+
+
+def may_be_operation(override) -> bool:
+    """Whether it is called in one way only. What ComfyUI's own do with a container is to free its memory sooner."""
+    if override is None or not hasattr(override, "container_function"):
+        return override is not None
+    return is_comfyuis(getattr(override, "__module__", None) or "")
+
+
+def takes_overrides(block: torch.nn.Module) -> bool:
+    """Whether it is ComfyUI's, and runs its own code: such a block calls an override, and tells it things by its arguments only. What a
+    pack's block does with one is not known."""
+    return all(_is_known(type(module), module.__dict__.get("forward", type(module).forward)) for module in block.modules())
+
+
+def _is_known(kind: type, forward: Callable) -> bool:
+    return all(is_comfyuis(name) or f"{name}.".startswith(("torch.", f"{PACKAGE}."))
+               for name in (kind.__module__, getattr(forward, "__module__", None) or ""))
 
 
 def current() -> Overriding | None:
@@ -135,7 +155,11 @@ def call_override(function: str, tensors: tuple, given: dict, numbers: list[int]
     block, args = current(), (*tensors, given["heads"], given["mask"])[:int(positional)]
     given = {**given, "transformer_options": block.options, "_inside_attn_wrapper": True}
     block.options.update(_read(written, numbers))
-    result = block.call(attention.function(name), args, {key: given[key] for key in keywords.split(",")})
+    kwargs, standing = {key: given[key] for key in keywords.split(",")}, block.options.get(OVERRIDE)
+    if standing is overridden:
+        result = block.call(attention.function(name), args, kwargs)
+    else:  # the override has taken itself away, or put another in its place
+        result = (attention.function(name) if standing is None else functools.partial(standing, attention.function(name)))(*args, **kwargs)
     if not attention.is_as_expected(result, *tensors, **given):
         raise RuntimeError(f"another pack's {OVERRIDE} gave another kind of result than before")
     memory = result.untyped_storage().data_ptr()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .artifact import FILES
 from .attention import called_as_operation
+from .attention_override import OVERRIDE
 from .block import load_skeleton
 from .block_guards import attributes_of, classes_of, module_classes
 from .call import CELL, LAYOUTS, closures_in, numbers_in, rebuild, set_numbers
@@ -110,6 +111,8 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
             raise Unsupported("it writes into its input, or returns it, in one layout and a copy of it in another")
     finally:
         random.setstate(state)
+    if any(OVERRIDE in options for options in job.options) and not found.is_comfyuis():
+        raise Unsupported("another pack's attention is there, and code that is not ComfyUI's")
     names = found.names()
     body |= {"name": job.name, "device": job.device, "structure": job.structure,
              "names": names.items, "attributes": _unchanged_attributes(job, traced, names),

@@ -70,6 +70,12 @@ _SKIPPED_FOLDERS = tuple(str(Path(file).parent) for file in (torch.__file__, fun
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "comfy_execution")  # packaged forks have it in site-packages
 
 
+def is_comfyuis(module: str) -> bool:
+    """Whether a module is ComfyUI's own. What its code does with sizes and options is known (benchmarks/families.py); what a pack's does is
+    not."""
+    return module.partition(".")[0] in COMFYUI
+
+
 @functools.lru_cache(1024)
 def _package_folder(module: str) -> str:
     """Of an installed library, which is known by its version or its files; empty for the modules of ComfyUI, wherever it is, and of packs,

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 
 from ...pack import PACKAGE
 from .describe import Names
-from .origins import _SKIPPED_FOLDERS, COMFYUI, _package_folder
+from .origins import _SKIPPED_FOLDERS, COMFYUI, _package_folder, is_comfyuis
 from .values import Unsupported
 
 # What torch calls while it traces.
@@ -97,8 +97,12 @@ class Recording:
                      and module.partition(".")[0] not in COMFYUI and not _package_folder(module)), "")
 
     def asks_of_integers(self) -> bool:
-        """Whether code may do with an integer what is not so with a size that is traced: ask for its type, or make a text of it."""
-        return any(_asks_of_integers(module, code) for (module, _), code in self.functions.items())
+        """Whether code may do with an integer what is not so with a size that is traced: ask for its type, make a text of it, look it up.
+        Any code but ComfyUI's may."""
+        return not self.is_comfyuis() or any(_asks_of_integers(module, code) for (module, _), code in self.functions.items())
+
+    def is_comfyuis(self) -> bool:
+        return all(is_comfyuis(module) for module, _ in self.functions)
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8_compile.compile.artifacts import attention
+from int8_compile.compile.artifacts import attention, origins
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_right_under_change import cached, exported  # noqa: F401
 
 KEY = "optimized_attention_override"
+COMFYUI = origins.COMFYUI
 
 
 def wrap(function):
@@ -97,6 +98,12 @@ class Net(torch.nn.Module):
             options["block_index"] = index
             x = block(x, transformer_options=options)
         return x
+
+
+@pytest.fixture(autouse=True)
+def comfyuis_own(monkeypatch):
+    """These blocks stand for ComfyUI's own: an override of a pack's is compiled with all guards."""
+    monkeypatch.setattr(origins, "COMFYUI", (*origins.COMFYUI, __name__.partition(".")[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +275,98 @@ def test_what_a_block_writes_into_its_options_the_override_sees(tmp_path):
             assert pack.seen == packs[0].seen and after == left[0]
             assert torch.allclose(result, results[0], rtol=1e-4)
     assert compiled.report.last_calls["artifact"] == 3, compiled.report.fallbacks
+
+
+STATE = {"kind": "none"}
+
+
+class TellsByState(Block):
+    def attend(self, q, k, v, options):
+        total = 0
+        for kind in ("self", "cross"):
+            STATE["kind"] = kind
+            total = total + plain(q, k, v, 4, transformer_options=options)
+        return total
+
+
+class TellsByItem(Block):
+    def attend(self, q, k, v, options):
+        total = 0
+        for kind in ("self", "cross"):
+            options["info"]["kind"] = kind
+            total = total + plain(q, k, v, 4, transformer_options=options)
+        return total
+
+
+class Asks(Block):
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options=options) * getattr(options.get(KEY), "gain", 1.0)
+
+
+class CopiesLater(Block):
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options={**options, "scale": 3.0} if q.shape[1] > 10 else options)
+
+
+class HasGain:
+    gain = 3.0
+
+    def __call__(self, function, q, k, v, *args, transformer_options, **kwargs):
+        kind = STATE["kind"] + transformer_options["info"]["kind"]
+        factor = {"selfnone": 2.0, "noneself": 2.0}.get(kind, 5.0) * transformer_options.get("scale", 1.0)
+        return function(q, k, v, *args, **kwargs) * factor
+
+
+@pytest.mark.parametrize("kind", [TellsByState, TellsByItem, Asks, CopiesLater, Writes])
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_a_packs_block_tells_an_override_arrives(tmp_path, monkeypatch, kind, keep):
+    monkeypatch.setattr(origins, "COMFYUI", COMFYUI)
+    net, compiled = Net(kind), cached(tmp_path / "cache") if keep else in_process()
+    for tokens in (9, 8, 14, 9, 15):
+        x, results = torch.randn(2, tokens, 32), []
+        for call in (net, lambda *given: run(compiled, net, *given)):
+            STATE["kind"] = "none"
+            results.append(call(x, {"sigmas": 1, "info": {"kind": "none"}, KEY: HasGain()}))
+        assert torch.allclose(*results, rtol=1e-4, atol=1e-5), tokens
+
+
+class Leaves(Pack):
+    """Takes itself away at its first call of each block."""
+
+    def __call__(self, function, q, k, v, *args, transformer_options, **kwargs):
+        if self.next is None:
+            del transformer_options[KEY]
+        else:
+            transformer_options[KEY] = self.next
+        return function(q, k, v, *args, **kwargs) * 3
+
+
+class Twice(Block):
+    def attend(self, q, k, v, options):
+        return plain(q, k, v, 4, transformer_options=options) + 2 * plain(q, k, v, 4, transformer_options=options)
+
+
+@pytest.mark.parametrize("successor", [None, lambda function, q, *args, **kwargs: q * 7])
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_override_that_goes_is_gone(tmp_path, successor, keep):
+    net, compiled = Net(Twice), cached(tmp_path / "cache") if keep else in_process()
+    for _ in range(4):
+        x, results, left = torch.randn(2, 9, 32), [], []
+        for call in (net, lambda *given: run(compiled, net, *given)):
+            override = Leaves()
+            override.next = successor
+            options = {"sigmas": 1, KEY: override}
+            results.append(call(x, options))
+            left.append(options.get(KEY))
+        assert torch.allclose(*results, rtol=1e-4, atol=1e-5) and left[0] is left[1]
+
+
+def test_an_override_with_two_ways_to_be_called_is_called_as_comfyui_does():
+    net, compiled = Net(), in_process()
+
+    class Two(Pack):
+        def container_function(self, *args, **kwargs):
+            raise AssertionError
+    for _ in range(3):
+        x = torch.randn(2, 9, 32)
+        assert torch.allclose(run(compiled, net, x, {"sigmas": 1, KEY: Two()}), net(x, {"sigmas": 1, KEY: Two()}), atol=1e-6)

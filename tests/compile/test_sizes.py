@@ -11,11 +11,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
+from int8_compile.compile.artifacts import origins
 from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.engine import CompiledModule
 from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 
 WHOLE = int, numbers.Rational
+COMFYUI = origins.COMFYUI
+
+
+@pytest.fixture(autouse=True)
+def comfyuis_own(monkeypatch):
+    """These blocks stand for ComfyUI's own: with a pack's, integers are constants."""
+    monkeypatch.setattr(origins, "COMFYUI", (*origins.COMFYUI, __name__.partition(".")[0], nets.__name__.partition(".")[0]))
 
 
 class Size(enum.IntEnum):
@@ -238,3 +246,81 @@ def test_a_place_that_is_more_than_a_number_is_kept_for_each(tmp_path):
     for _ in range(7):
         assert difference(run(compiled, net, x), net(x)) < 1e-5
     assert compiled.report.last_calls["artifact"] == 4, refused(compiled)
+
+
+TABLE = {4: 5.0, 6: 7.0}
+
+
+class Tries(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        try:
+            factor = TABLE[count]
+        except (KeyError, TypeError):
+            factor = 100.0
+        return self.body(x) * factor
+
+
+class Equals(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (2.0 if count == Size.SMALL else 100.0)
+
+
+class Formats(nets.Small):
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (2.0 if "%s" % count == "4" else 100.0)  # noqa: UP031
+
+
+class Hidden(nets.Small):
+    kind = int
+
+    def forward(self, x, count, transformer_options=None):
+        return self.body(x) * (2.0 if isinstance(count, self.kind) and hasattr(count, "numerator") else 100.0)
+
+
+class IsOne(nets.Small):
+    def forward(self, x):
+        return x + self.body(x) * (2.0 if self.index is FOUR else 0.5)
+
+
+FOUR = 4
+
+
+class Computed(IsOne):
+    @property
+    def index(self):
+        return self.__dict__["index"]
+
+    @index.setter
+    def index(self, value):
+        self.__dict__["index"] = value + 1
+
+    def forward(self, x):
+        return x + self.body(x) * self.index
+
+
+@pytest.mark.parametrize("kind", [Tries, Equals, Formats, Hidden])
+def test_integers_of_a_packs_block_are_constants(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(origins, "COMFYUI", COMFYUI)
+    net, compiled = nets.make(kind), cached(tmp_path / "cache")
+    for value in (6, 4, 7, 3, 4, 6):
+        call, want = one(net, value)
+        for _ in range(2):
+            assert difference(run(compiled, net, *call), want) < 1e-5, value
+
+
+@pytest.mark.parametrize("kind", [IsOne, Computed])
+@pytest.mark.parametrize("keep", [True, False])
+def test_numbers_of_a_packs_block_are_constants(tmp_path, monkeypatch, kind, keep):
+    monkeypatch.setattr(origins, "COMFYUI", COMFYUI)
+    net, compiled = Numbered(kind, depth=6), cached(tmp_path / "cache") if keep else CompiledModule(COMPILED)
+    for _ in range(4):
+        x = inputs()[0]
+        assert difference(run(compiled, net, x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_attribute_that_the_class_computes_is_none_of_them(tmp_path, keep):
+    net, compiled = Numbered(Computed, depth=6), cached(tmp_path / "cache") if keep else CompiledModule(COMPILED)
+    for _ in range(4):
+        x = inputs()[0]
+        assert difference(run(compiled, net, x), net(x)) < 1e-5
