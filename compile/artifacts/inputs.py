@@ -12,7 +12,8 @@ from .recording import Recording
 from .shape_expressions import parse_expression
 from .values import Unsupported
 
-_DROPOUTS = frozenset(f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
+_DROPOUTS = frozenset(f"aten.{name}{in_place}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+                      for in_place in ("", "_"))
 
 
 @dataclasses.dataclass
