@@ -102,7 +102,8 @@ class Recording:
         return not self.is_comfyuis() or any(_asks_of_integers(module, code) for (module, _), code in self.functions.items())
 
     def is_comfyuis(self) -> bool:
-        return all(is_comfyuis(module) for module, _ in self.functions)
+        """ComfyUI's own code, and installed libraries that it calls."""
+        return all(is_comfyuis(module) or _package_folder(module) for module, _ in self.functions)
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""
