@@ -348,10 +348,10 @@ def lower(family: str, weights: str, width: int, pixels: int, text: int, compile
     from int8_compile.compile.options import CompileOptions
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def storages(values):
-        return [value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)]
+    def memory(tensor):
+        return tensor.untyped_storage()._cdata
     with (FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), Lowering(compile_kernels) as lowering,
-          mock.patch.object(arguments, "_storages", storages),  # those of fake tensors are all at the address 0
+          mock.patch.object(arguments, "_memory", memory),  # those of fake tensors are all at the address 0
           mock.patch.object(backend, "replaced_operators", list)):  # attention is (see prepare), for the card's sake
         model, inputs = FAMILIES[family](width)
         model.eval().requires_grad_(False)

@@ -71,6 +71,14 @@ def _tensors(value) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _memory(tensor: Tensor) -> int:
+    """Where it is; 0 for a tensor of a class that is made of others (INT8 weights)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def _dense_copies(module: torch.nn.Module, values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
     """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
     into the original would break; none where memory is shared, with module's own too, or the original may not be written. inside: what
@@ -80,9 +88,9 @@ def _dense_copies(module: torch.nn.Module, values: tuple, inside: list) -> dict[
         return {}
     if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
         return {}
-    memory = [tensor.untyped_storage().data_ptr() for tensor in _tensors((*values, *inside))]
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    if len(set(memory)) < len(memory) or not own.isdisjoint(value.untyped_storage().data_ptr() for value in loose):
+    memory = [found for tensor in _tensors((*values, *inside)) if (found := _memory(tensor))]
+    own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    if len(set(memory)) < len(memory) or not own.isdisjoint(map(_memory, loose)):
         return {}
     return {id(value): (value, value.contiguous()) for value in loose}
 

@@ -32,8 +32,7 @@ def _replacement(module: torch.nn.Module) -> str:
 def _is_block(module: torch.nn.Module) -> bool:
     linears = sum(is_linear(m) or isinstance(m, torch.nn.modules.conv._ConvNd) for m in module.modules())
     # A bare Module that only holds others (a level of a VAE) is never called.
-    is_called = type(module).forward is not torch.nn.Module.forward or "forward" in module.__dict__
-    return is_called and not isinstance(module, CONTAINERS) and linears >= MIN_LINEARS
+    return type(module) is not torch.nn.Module and not isinstance(module, CONTAINERS) and linears >= MIN_LINEARS
 
 
 def is_linear(module: torch.nn.Module) -> bool:

@@ -214,6 +214,8 @@ class Describer:
             is_layer = pristine and base is not torch.nn.Module and issubclass(base, torch.nn.Module)
             self._watch.size(space)
             for name in sorted(space):
+                if name == "__slotnames__":
+                    continue  # pickle and copy leave it on each class that they have met
                 value = space[name]
                 function = _function_of(value)
                 if not (name in self._names or name in _CALLED
