@@ -42,7 +42,7 @@ def _sizes(value, name: str) -> Iterator[str]:
         for index, item in enumerate(value):
             yield from _sizes(item, f"{name}[{index}]")
     elif records.is_record(value):
-        for key, item in vars(value).items() if hasattr(value, "__dict__") else ():
+        for key, item in records.state(value).items():
             yield from _sizes(item, f"{name}.{key}")
 
 
@@ -67,7 +67,7 @@ def _tensors(value) -> Iterator[Tensor]:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
     elif records.is_record(value):
-        for item in vars(value).values() if hasattr(value, "__dict__") else (getattr(value, name, None) for name in type(value).__slots__):
+        for item in records.state(value).values():
             yield from _tensors(item)
 
 

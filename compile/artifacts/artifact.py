@@ -145,8 +145,10 @@ class Artifact:
                 leaves[index].copy_(inputs[index])
         for target, values in zip(options, self._writes):
             target.update(values)
-        for index, key, make, items in self._size_writes:
-            options[index][key] = make(item(self._sizes(leaves)) for item in items)
+        if self._size_writes:
+            sizes = self._sizes(leaves)
+            for index, key, make, items in self._size_writes:
+                options[index][key] = make(item(sizes) for item in items)
         results = [leaves[same] if same >= 0 else result for result, same in zip(results, self._same)]
         return rebuild_result(self._outputs, iter(results), lambda size: _size(size)(self._sizes(leaves)))
 

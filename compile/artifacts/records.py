@@ -25,11 +25,15 @@ def is_record(value) -> bool:
 def attributes(value) -> dict:
     """{name: value}, in a fixed order. Raises Unsupported where one hides behind something of the class."""
     kind = type(value)
-    slots = _slots_of(kind)
-    found = dict(getattr(value, "__dict__", {}))
-    if any(name in vars(base) for base in kind.__mro__ for name in found):
+    if any(name in vars(base) for base in kind.__mro__ for name in getattr(value, "__dict__", ())):
         raise Unsupported(f"an argument is a {kind.__name__} whose class has an attribute of the same name")
-    return found | {name: getattr(value, name) for name in slots or () if hasattr(value, name)}
+    return state(value)
+
+
+def state(value) -> dict:
+    """The same, hidden or not."""
+    return dict(getattr(value, "__dict__", {})) | {
+        name: getattr(value, name) for name in _slots_of(type(value)) or () if hasattr(value, name)}
 
 
 def place(value) -> tuple[str, str]:
