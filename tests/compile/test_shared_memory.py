@@ -18,6 +18,17 @@ class Thing:
         self.value = value
 
 
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class InheritsSlots(Slotted):
+    __slots__ = ()
+
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -69,6 +80,12 @@ class InRecord(Block):
         return thing.value.transpose(0, 1)
 
 
+class InSlots(InRecord):
+    def given(self, x):
+        x, thing = super().given(x)
+        return x, InheritsSlots(thing.value)
+
+
 class InList(InRecord):
     def given(self, x):
         x, thing = super().given(x)
@@ -106,7 +123,7 @@ class Net(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Buffered, Dense, BufferWritten, InRecord, InList, InOptions, Outside])
+@pytest.mark.parametrize("kind", [Buffered, Dense, BufferWritten, InRecord, InSlots, InList, InOptions, Outside])
 @pytest.mark.parametrize("how", ["eager", "aot_eager", "kept"])
 def test_what_is_written_is_seen_under_its_other_names(tmp_path, kind, how):
     net = Net(kind).requires_grad_(False)
