@@ -51,7 +51,7 @@ def _forget(code: types.CodeType, backend: _Backend | None) -> None:
 
     guards = [getattr(entry, "guard_manager", None) for entry in eval_frame._debug_get_cache_entry_list(code)]
     eval_frame.reset_code(code)
-    for finalizer, info in list(getattr(weakref.finalize, "_registry", {}).items()):
+    for finalizer, info in getattr(weakref.finalize, "_registry", {}).copy().items():
         manager = getattr(getattr(info.func, "func", None), "__self__", None)  # calls its invalidate() when a class is freed
         if any(guard is not None and getattr(manager, "guard_manager", None) is guard for guard in guards):
             finalizer.detach()
@@ -64,7 +64,7 @@ def _forget(code: types.CodeType, backend: _Backend | None) -> None:
         environment.tracked_fakes = None  # their sizes hold it, in C++
     backend.sizes.clear()
     known = eval_frame.cached_backends if hasattr(eval_frame, "cached_backends") else {}
-    for key, value in list(known.items()):
+    for key, value in known.copy().items():
         if getattr(value, "compiler_fn", value) is backend:
             known.pop(key, None)
 

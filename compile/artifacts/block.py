@@ -78,8 +78,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT):
             return getattr(value, REPLACEMENT)()
         if isinstance(value, types.FunctionType) and "<lambda>" in value.__qualname__:
-            for name, table in list(vars(sys.modules.get(value.__module__)).items()):
-                for key, item in list(table.items()) if isinstance(table, dict) else ():
+            for name, table in vars(sys.modules.get(value.__module__)).copy().items():
+                for key, item in dict(table).items() if isinstance(table, dict) else ():
                     if item is value:  # a table of activations
                         return _item_of, (value.__module__, name, key)
         return NotImplemented

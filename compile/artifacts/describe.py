@@ -175,7 +175,8 @@ class Describer:
         """Of a container, which another thread may be filling."""
         if isinstance(value, (dict, types.MappingProxyType)):
             self._watch.container(value)
-            return [f"{self(key)}: {self(item)}" for key, item in list(value.items())]
+            known = dict(value) if isinstance(value, dict) else value.copy()
+            return [f"{self(key)}: {self(item)}" for key, item in known.items()]
         if isinstance(value, (set, frozenset)):
             if isinstance(value, set):
                 self._watch.container(value)

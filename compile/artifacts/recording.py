@@ -117,7 +117,8 @@ class Recording:
 
 
 def _modules_by_file() -> dict[str, str]:
-    return {file: name for name, module in list(sys.modules.items()) if (file := getattr(module, "__file__", None))}
+    # A copy is made in one go. list(items()) is not: a collection in its midst runs finalizers, and then another thread may import.
+    return {file: name for name, module in sys.modules.copy().items() if (file := getattr(module, "__file__", None))}
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def _served() -> Iterator[tuple[str, Path]]:
     for name in ("input", "output", "temp"):
         yield name, _real(getattr(folder_paths, f"get_{name}_directory")())
     base = _real(folder_paths.base_path)
-    for name, known in list(folder_paths.folder_names_and_paths.items()):
+    for name, known in dict(folder_paths.folder_names_and_paths).items():
         for models in map(_real, known[0]):
             # Code is no model, and a folder that holds ComfyUI itself is none of models.
             if name != "custom_nodes" and not _is_in(base, models):

@@ -18,6 +18,6 @@ def add_functions() -> None:
         import comfy.ldm.modules.attention as functions
 
         wrappers = functions.wrap_attn.__code__.co_consts  # a pack that has wrapped one is left as it is
-        for name, function in list(vars(functions).items()):
+        for name, function in vars(functions).copy().items():
             if name.startswith("attention") and getattr(function, "__code__", None) in wrappers:
                 add(name, function, _UNREAD, traced=name == _TRACED)

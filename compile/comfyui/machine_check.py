@@ -94,7 +94,7 @@ def conflict_facts(own_ids: Iterable[str]) -> Iterator[Fact]:
         if not nodes.NODE_CLASS_MAPPINGS[node_id].__module__.startswith(f"{PACKAGE}."):
             cls = nodes.NODE_CLASS_MAPPINGS[node_id]
             found.setdefault(getattr(cls, "RELATIVE_PYTHON_MODULE", cls.__module__), set()).add(node_id)
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         mappings = vars(module).get("NODE_CLASS_MAPPINGS") if module is not None and name != "nodes" and "." not in name else None
         if isinstance(mappings, dict) and (shared := own_ids & mappings.keys()):
             cls = mappings[next(iter(shared))]

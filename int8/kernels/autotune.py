@@ -176,7 +176,7 @@ class Waiting:
     def measure(self, stop: Callable[[], bool] = bool, tick: Callable[[], object] = lambda: None) -> None:
         """All that waits, now; what could not be measured goes on waiting. stop: asked between two candidates. tick: called between two
         shapes; what it raises ends the measuring."""
-        for key, shape in list(self._shapes.items()):
+        for key, shape in self._shapes.copy().items():
             tick()
             if stop():
                 return

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import time
+import types
 import weakref
 
 import pytest
@@ -413,6 +415,29 @@ def test_sizes_inside_tuples_are_marked_too(graphs):
     for tokens in (8, 12, 64):
         run(compiled, net, torch.randn(2, tokens, 64))
     assert graphs() == 1
+
+
+def test_a_module_that_is_imported_while_the_garbage_collector_runs_hurts_no_compile(graphs, request):
+    """As by another thread, which a finalizer lets run: any list of pairs may start a collection."""
+    before, known = gc.get_threshold(), set(sys.modules)
+
+    def imports(phase, _):
+        if phase == "start":
+            sys.modules[f"imported_{len(sys.modules)}"] = types.ModuleType("imported")
+
+    def put_back():
+        gc.set_threshold(*before)
+        gc.callbacks.remove(imports)
+        for name in sys.modules.keys() - known:
+            if name.startswith("imported_"):
+                del sys.modules[name]
+    request.addfinalizer(put_back)
+    net, x, engine = Net(), torch.randn(2, 4, 64), CompiledModule(CompileOptions(backend="eager"), torch.device("cpu"))
+    gc.callbacks.append(imports)
+    gc.set_threshold(100, 1000, 1000)
+    got = engine.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: False)
+    assert not engine.report.failure and graphs() == 2
+    assert torch.equal(got, net(x))
 
 
 def test_settings_of_two_threads_that_leave_out_of_order_are_put_back():
