@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 
 import torch
@@ -30,6 +31,11 @@ class _Traced:
     program: torch.export.ExportedProgram
     block: torch.nn.Module
     seen: _Seen
+
+    @functools.cached_property
+    def signature(self) -> torch.export.ExportGraphSignature:
+        """Of the functional program: what is written in place becomes an output."""
+        return self.program.run_decompositions({}).graph_signature
 
 
 def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
@@ -77,12 +83,11 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
         bounds = program.range_constraints[symbol]
         low = 1 if least_batch == 1 and symbol == first else max(2, _bound(bounds.lower, 2))
         ranges[str(name)] = [low, _bound(bounds.upper, 1 << 62)]
-    signature = program.run_decompositions({}).graph_signature  # functional: what is written in place becomes an output
     by_name = {node.name: index for index, node in enumerate(leaves)}
-    changed = {spec.arg.name: spec.target for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"}
+    changed = {spec.arg.name: spec.target for spec in traced.signature.output_specs if spec.kind.name != "USER_OUTPUT"}
     if not set(changed.values()) <= set(by_name):
         raise Unsupported("it changes its weights")
-    outputs = [spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    outputs = [spec.arg.name for spec in traced.signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     if any(_is_view_of_input(node) for node in program.graph.output_node().all_input_nodes):
         raise Unsupported("it returns a part of its input, which later code might write into")
     return {

@@ -7,6 +7,7 @@ import builtins
 import copy
 import dataclasses
 import dis
+import enum
 import functools
 import gc
 import inspect
@@ -125,15 +126,22 @@ def _modules_by_file() -> dict[str, str]:
 def recording() -> Iterator[Recording]:
     """Gives a Recording that fills with the functions called in this thread, outside torch, Python and this pack."""
     found = Recording()
-    skipped: dict[str, bool] = {}
+    origins: dict[str, _Origin] = {}  # of files
 
-    def is_skipped(frame) -> bool:
+    def origin_of(frame) -> _Origin:
         path = frame.f_code.co_filename
-        if path not in skipped:
-            skipped[path] = _is_skipped(path, frame.f_globals.get("__name__", ""))
-        return skipped[path]
+        if (origin := origins.get(path)) is None:
+            origin = origins[path] = _origin(path, frame.f_globals.get("__name__", ""))
+        return origin
 
-    thread, collecting = threading.get_ident(), False
+    def caller_counts(frame) -> bool:
+        """Whether a function of Python's library works for the code that is traced, not for torch: by the first frame outside the library."""
+        frame = frame.f_back
+        while frame is not None and (origin := origin_of(frame)) is _Origin.LIBRARY:
+            frame = frame.f_back
+        return frame is not None and origin is _Origin.TRACED
+
+    thread, collecting, skipped = threading.get_ident(), False, _Origin.SKIPPED
 
     # Callbacks and finalizers of the garbage collector are other packs', and run wherever it does.
     def collection_begins(phase, info):
@@ -146,24 +154,26 @@ def recording() -> Iterator[Recording]:
         if phase == "stop" and threading.get_ident() == thread:
             collecting = False
 
-    def profile(frame, event, value):
-        if collecting:
+    def profile(frame, event, value):  # hundreds of thousands of times in a trace: torch's own first
+        if collecting or (event != "call" and event != "c_call"):
+            return
+        origin = origins.get(frame.f_code.co_filename) or origin_of(frame)
+        if origin is skipped:
             return
         if event == "call":
             code = frame.f_code
-            if not is_skipped(frame):
+            if origin is _Origin.TRACED:
                 # Python 3.10 has no qualified names in code: its functions are known by their file alone.
                 name = frame.f_globals.get("__name__", ""), getattr(code, "co_qualname", f"<locals>.{code.co_name}")
                 if name not in found.functions and not _in_import(frame):
                     found.functions[name] = code
-                return
-            if _is_library(frame) and _caller_counts(frame, is_skipped):
+            elif caller_counts(frame):
                 found.library.add(code)
-            if frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv") and _caller_counts(frame, is_skipped):
-                found._refuse("it reads an environment variable")
-            elif frame.f_globals is random.__dict__ and _caller_counts(frame, is_skipped):
-                found._refuse(f"it draws random numbers (random.{code.co_name})")
-        elif event == "c_call" and (not is_skipped(frame) or (_is_library(frame) and _caller_counts(frame, is_skipped))):
+                if frame.f_globals is os.__dict__ and code.co_name in ("__getitem__", "getenv"):
+                    found._refuse("it reads an environment variable")
+                elif frame.f_globals is random.__dict__:
+                    found._refuse(f"it draws random numbers (random.{code.co_name})")
+        elif origin is _Origin.TRACED or caller_counts(frame):
             owner, module = getattr(value, "__self__", None), getattr(value, "__module__", None)
             found.asks_layout |= value.__name__ in _LAYOUT
             if ((value in _OUTSIDE or module in _OUTSIDE_MODULES or getattr(owner, "__module__", "") == "datetime")
@@ -185,18 +195,18 @@ def recording() -> Iterator[Recording]:
         gc.callbacks.remove(collection_ends)
 
 
-def _caller_counts(frame, is_skipped) -> bool:
-    """Whether a function of Python's library works for the code that is traced, not for torch: by the first frame outside the library."""
-    frame = frame.f_back
-    while frame is not None and _is_library(frame):
-        frame = frame.f_back
-    return frame is not None and not is_skipped(frame)
+class _Origin(enum.Enum):
+    """Whose a file is: of the code that is traced, Python's own (or generated), or what is left out of a recording."""
+
+    TRACED = enum.auto()
+    LIBRARY = enum.auto()
+    SKIPPED = enum.auto()
 
 
-def _is_library(frame) -> bool:
-    """Whether it is Python's own, or generated."""
-    path = frame.f_code.co_filename
-    return path.startswith((_SKIPPED_FOLDERS[1], "<")) and "site-packages" not in path
+def _origin(path: str, module: str) -> _Origin:
+    if not _is_skipped(path, module):
+        return _Origin.TRACED
+    return _Origin.LIBRARY if path.startswith((_SKIPPED_FOLDERS[1], "<")) and "site-packages" not in path else _Origin.SKIPPED
 
 
 def _in_import(frame) -> bool:
