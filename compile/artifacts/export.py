@@ -24,7 +24,7 @@ from .call import CELL, LAYOUTS, closures_in, numbers_in, rebuild, set_numbers
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
-from .inputs import _expression, _inputs, _is_size, _Seen, _Traced, is_off_dropout
+from .inputs import _expression, _inputs, _is_size, _Seen, _Traced, holds_for, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
@@ -131,8 +131,10 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
                 raise
             logger.info("%s: no %s artifact (%s); trying %s", job.name, tier, str(error).partition("\n")[0], tiers[index + 1])
             continue
-        body["kind"] = tier
+        body |= {"kind": tier, **_inputs(traced, job)}  # with what the compiler has asked of the sizes
         break
+    if not holds_for(body, job.shapes):  # of batch 1, which it is not for now
+        return build(job.with_fixed_batch(), folder, tiers, decompositions)
     (folder / READABLE).write_text(_readable(job, body, program))
     return body
 
@@ -216,21 +218,21 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
     batch = job.batch
     if not job.any_batch:
         traced = _export(job, batch, any_batch=False)
-        return traced, _inputs(traced, job, least_batch=0)
+        return traced, _inputs(traced, job)
     try:
         traced = _export(job, max(batch, 2), any_batch=True)
-        body = _inputs(traced, job, least_batch=2)
+        traced.least_batch = 2
+        body = _inputs(traced, job)
         if isinstance(body["leaves"][job.batch_leaves[0]][1][0], int):
             raise Unsupported("its batch is fixed")
-        alone = _export(job, 1, any_batch=False)
-        if _same_program(traced, alone, job):
-            return traced, _inputs(traced, job, least_batch=1)
-        if batch > 1:
+        if _same_program(traced, _export(job, 1, any_batch=False), job):
+            traced.least_batch = 1
+            body = _inputs(traced, job)
+        if holds_for(body, job.shapes):
             return traced, body
     except Exception as error:  # the sizes of this call are still to be had
         logger.warning("%s: %s; building for batch %d only", job.name, error, batch)
-    traced = _export(job, batch, any_batch=False)
-    return traced, _inputs(traced, job, least_batch=0)
+    return _trace(job.with_fixed_batch())
 
 
 def _same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -31,6 +32,7 @@ class _Traced:
     program: torch.export.ExportedProgram
     block: torch.nn.Module
     seen: _Seen
+    least_batch: int = 0  # 1 where the batch may be 1 although it was traced with more; 0 where it is fixed
 
     @functools.cached_property
     def signature(self) -> torch.export.ExportGraphSignature:
@@ -38,11 +40,9 @@ class _Traced:
         return self.program.run_decompositions({}).graph_signature
 
 
-def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
-    """What a call must be like for this program: shapes, guards, what it writes into and returns unchanged.
-
-    least_batch: 1 where the batch may be 1 although it was traced with more; 0 where it is fixed.
-    """
+def _inputs(traced: _Traced, job: BuildSpec) -> dict:
+    """What a call must be like for this program: shapes, guards, what it writes into and returns unchanged. Of what its sizes have been
+    asked so far: compilers ask for more."""
     from sympy import Symbol
     from torch.utils._sympy.printers import PythonPrinter
 
@@ -53,7 +53,7 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
     leaves = inputs[len(job.tensors):]
     shapes = [[_expression(size) for size in node.meta["val"].shape] for node in leaves]
     ties = {}
-    if least_batch:
+    if traced.least_batch:
         # One size for all: where the trace let two differ it took neither for 1, and would be wrong if only one were.
         first = shapes[job.batch_leaves[0]][0]
         ties = {shapes[index][0]: first for index in job.batch_leaves if isinstance(shapes[index][0], Symbol)}
@@ -81,7 +81,7 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
     ranges = {}
     for symbol, name in renamed.items():
         bounds = program.range_constraints[symbol]
-        low = 1 if least_batch == 1 and symbol == first else max(2, _bound(bounds.lower, 2))
+        low = 1 if traced.least_batch == 1 and symbol == first else max(2, _bound(bounds.lower, 2))
         ranges[str(name)] = [low, _bound(bounds.upper, 1 << 62)]
     by_name = {node.name: index for index, node in enumerate(leaves)}
     changed = {spec.arg.name: spec.target for spec in traced.signature.output_specs if spec.kind.name != "USER_OUTPUT"}
@@ -92,13 +92,25 @@ def _inputs(traced: _Traced, job: BuildSpec, least_batch: int) -> dict:
         raise Unsupported("it returns a part of its input, which later code might write into")
     return {
         "leaves": [[dtype, list(map(text, shape)), kind] for (dtype, _, kind), shape in zip(job.leaves, shapes)],
-        "guards": [text(guard) for guard in guards if guard.free_symbols], "ranges": ranges,
+        "guards": list(dict.fromkeys(text(guard) for guard in guards if guard.free_symbols)), "ranges": ranges,
         "written": [by_name[name] for name in changed.values()], "same": [by_name.get(changed.get(name, name), -1) for name in outputs],
         "outputs": with_texts(traced.seen.outputs),
         "options": [options.constants() for options in traced.seen.options],
         "writes": [{key: [type(value).__name__, *[text(_expression(size)) for size in value]] if isinstance(value, (list, tuple)) else value
                     for key, value in options.writes().items()} for options in traced.seen.options],
     }
+
+
+def holds_for(body: dict, shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether leaves of these shapes are as the body of _inputs says."""
+    pairs = [pair for (_, expected, _), shape in zip(body["leaves"], shapes) for pair in zip(expected, shape)]
+    sizes = {name: size for name, size in pairs if name in body["ranges"]}
+    try:
+        return (all(low <= sizes[name] <= high for name, (low, high) in body["ranges"].items())
+                and all(parse_expression(str(expected))(sizes) == size for expected, size in pairs)
+                and all(parse_expression(guard)(sizes) for guard in body["guards"]))
+    except ZeroDivisionError:  # a quotient that is 0 for these sizes
+        return False
 
 
 def _is_size(output) -> bool:

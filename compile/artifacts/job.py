@@ -39,9 +39,18 @@ class BuildSpec:
         dims = [() if index in self.sizes else dims for index, dims in enumerate(self.dynamic_dims)]
         return dataclasses.replace(self, dynamic_dims=dims, sizes=[])
 
+    def with_fixed_batch(self) -> BuildSpec:
+        dims = [tuple(dim for dim in dims if dim or index not in self.batch_leaves) for index, dims in enumerate(self.dynamic_dims)]
+        return dataclasses.replace(self, dynamic_dims=dims)
+
     @property
     def any_batch(self) -> bool:
         return any(0 in self.dynamic_dims[index] for index in self.batch_leaves)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the leaves."""
+        return [shape for _, shape, _ in self.leaves]
 
     @property
     def batch(self) -> int:

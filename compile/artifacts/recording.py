@@ -135,7 +135,7 @@ def recording() -> Iterator[Recording]:
         return origin
 
     def caller_counts(frame) -> bool:
-        """Whether a function of Python's library works for the code that is traced, not for torch: by the first frame outside the library."""
+        """Whether a function of Python's library works for the code that is traced: by the first frame outside the library."""
         frame = frame.f_back
         while frame is not None and (origin := origin_of(frame)) is _Origin.LIBRARY:
             frame = frame.f_back

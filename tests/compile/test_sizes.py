@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.artifacts import origins
+from int8_compile.compile.artifacts import compilers, origins
+from int8_compile.compile.artifacts.inputs import holds_for
 from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.engine import CompiledModule
 from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
@@ -28,6 +29,11 @@ def comfyuis_own(monkeypatch):
 
 class Size(enum.IntEnum):
     SMALL = 3
+
+
+class Plain(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x)
 
 
 class Parts(nets.Small):
@@ -124,6 +130,32 @@ def test_one_graph_serves_all_integers_that_are_sizes(kind, values):
         call, want = one(net, value)
         assert difference(run(compiled, net, *call), want) < 1e-5
     assert compiled.report.graphs == 1 and compiled.report.last_calls["graph"] == 3, compiled.report.failure
+
+
+@pytest.mark.parametrize("asked, batches", [(lambda batch: batch < 16, (2, 3, 1, 16, 20)), (lambda batch: batch % 2 == 0, (1, 2, 1, 4))])
+def test_what_the_compiler_asks_of_a_size_is_asked_of_each_call(tmp_path, monkeypatch, asked, batches):
+    """Inductor asks some ("batch < 16" for SD1.5's blocks), and takes the answer for granted in its code."""
+    plain = compilers.COMPILERS["export"]
+
+    def asks(program, job, path):
+        sizes = [size for node in program.graph.nodes if node.op == "placeholder" for size in node.meta["val"].shape
+                 if isinstance(size, torch.SymInt)]
+        answers = [bool(asked(size)) for size in sizes[:1] if job.any_batch]
+        plain(program, job, path)
+        assert answers or not job.any_batch
+    monkeypatch.setitem(compilers.COMPILERS, "export", asks)
+    net, compiled = nets.make(Plain), cached(tmp_path / "cache")
+    for batch in batches:
+        x = inputs(batch=batch)[0]
+        for _ in range(2):
+            assert difference(run(compiled, net, x), net(x)) < 1e-5
+        assert compiled.report.last_calls["artifact"] == 3, (batch, refused(compiled))
+    assert len(compiled.report.artifacts) == 2
+
+
+def test_a_condition_on_sizes_that_divides_by_nothing_is_not_fulfilled():
+    body = {"leaves": [["float32", ["d0", 4], "c"]], "ranges": {"d0": [2, 1 << 62]}, "guards": ["(8 % (d0 // 16)) != 0"]}
+    assert holds_for(body, [(48, 4)]) and not any(holds_for(body, [shape]) for shape in ((2, 4), (1, 4), (48, 5)))
 
 
 def test_other_compilers_learn_no_sizes():
