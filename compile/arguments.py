@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -124,3 +124,20 @@ def _call_with_copies(compiled: Compiled, module: torch.nn.Module, args: tuple, 
         value.copy_(copy)  # a block may have written into its input, or return it
         originals[id(copy)] = value
     return tree_map_only(Tensor, lambda t: originals.get(id(t), t), result)
+
+
+def kind_of_call(args: tuple, kwargs: dict) -> Hashable:
+    """What a compile may depend on that a call shows: how its tensors lie in memory and which share some, what else there is of which
+    type, plain values."""
+    memory: list[int] = []
+
+    def kind(value) -> Hashable:
+        if isinstance(value, Tensor):
+            memory.append(_memory(value))
+            return type(value), value.dtype, value.device, value.shape, value.stride(), value.requires_grad, memory.index(memory[-1])
+        if isinstance(value, dict):
+            return tuple((key, type(item)) for key, item in value.items())
+        if isinstance(value, (tuple, list)):
+            return type(value), *map(kind, value)
+        return (type(value), value) if isinstance(value, (bool, int, float, str, bytes, type(None))) else type(value)
+    return tuple(map(kind, args)), tuple((key, kind(value)) for key, value in kwargs.items())

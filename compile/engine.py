@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .arguments import call_compiled
+from .arguments import call_compiled, kind_of_call
 from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding, may_be_operation, takes_overrides
 from .artifacts.closures import closed_over, kept_object
@@ -33,6 +33,8 @@ from .torch_internals.guard_filter import INNER_PATCHES, has_patches, options_of
 
 logger = logging.getLogger(__name__)
 
+# Kinds of calls that could not be compiled, of a model that runs compiled; then compile is off for it.
+MOST_FAILURES = 8
 
 
 class CompiledModule:
@@ -61,6 +63,7 @@ class CompiledModule:
         self._regions: RegionSet | None = None
         self._blocks: dict[int, Block] = {}  # by id of the module, of the regions
         self._states: dict[tuple, RegionState] = {}  # by what blocks are made of
+        self._failed_kinds = 0  # of calls, while others ran compiled
         self._failures: dict[tuple, str] = {}  # why compile is off, by what all the regions are made of
         self._steady_state = False  # nothing was compiled in the last call: a new size or batch is met by the first block of a class
         self._lock = threading.RLock()
@@ -239,9 +242,10 @@ class CompiledModule:
                   overriding: Overriding | None):
         """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
         What the model has done before this block is not done again then. overriding: see there; the first time the block runs eager."""
+        compiled = None
         try:
             compiled = self._compiled(step, block, filter_guards, own_methods(module), options)
-            if compiled is None:
+            if compiled is None or (compiled.failed and kind_of_call(args, kwargs) in compiled.failed):
                 return MISSING
             inside = closed_over((*args, *kwargs.values()))
             if self._is_beyond_guards(step, block, compiled, args, kwargs, inside):
@@ -264,9 +268,20 @@ class CompiledModule:
         except Exception as error:
             if step.passthrough(error) or is_models_own(error) or attention.has_failed():
                 raise
-            step.failure = f"{type(error).__name__}: {error}"
-            step.blocks, step.use_artifacts = {}, False
+            cause = f"{type(error).__name__}: {error}"
+            if compiled is not None and self._has_worked(block, step):
+                self._failed_kinds += 1
+                compiled.failed.add(kind_of_call(args, kwargs))
+                self._events.fall_back(f"{block.region.name} cannot be compiled as it is called now: it runs uncompiled where it is called so. "
+                                       f"{remedy(cause)}{first_lines(cause)}")
+            else:
+                step.failure = cause
+                step.blocks, step.use_artifacts = {}, False
         return MISSING
+
+    def _has_worked(self, block: Block, step: Step) -> bool:
+        """Whether a failure to compile says nothing of the model: other calls run compiled."""
+        return bool(self.report.compiled_from_step) and self._failed_kinds < MOST_FAILURES and not block.region.code.refusal()
 
     def _begin(self, step: Step) -> None:
         """At the first block of a step, when every wrapper around the model has done what it does."""

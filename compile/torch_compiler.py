@@ -8,7 +8,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -94,6 +94,7 @@ class Compiled:
     names: Names | None = None  # of attributes that it can read
     own_methods: OwnMethods = ()  # of the blocks that it is for
     takes_override: bool | None = None  # see Overriding.probe; None: nobody has looked
+    failed: set = field(default_factory=set)  # kinds of calls that could not be compiled, see kind_of_call
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -156,8 +157,8 @@ class RegionCode:
         """What was, or will be, compiled for the code and values of now. Asked once a step. methods: own_methods of the block. keys:
         option_keys of its call. None where it must not be compiled."""
         known = self._compiled[filter_guards]
-        found = next((compiled for compiled in known if compiled.own_methods == methods and compiled.guards.option_keys in (None, keys)
-                      and compiled.fits()), None)
+        # One that has failed may know nothing of its state: last.
+        found = next((compiled for compiled in sorted(known, key=lambda compiled: bool(compiled.failed)) if compiled.own_methods == methods and compiled.guards.option_keys in (None, keys) and compiled.fits()), None)
         if found is not None:
             known.sort(key=lambda compiled: compiled is not found)  # first
         else:

@@ -164,6 +164,53 @@ def test_a_failed_compile_goes_on_eager_and_warns_once(caplog):
     assert "this backend cannot compile" in compiled.report.failure
 
 
+def _cannot_cosine(gm, inputs):
+    if any("cos" in str(node.target) for node in gm.graph.nodes):
+        raise RuntimeError("no cosine here")
+    return gm
+
+
+def test_a_kind_of_call_that_cannot_be_compiled_runs_eager_and_all_others_compiled_as_before(caplog):
+    class Cosine(Block):
+        def forward(self, x, cosine=False, transformer_options=None):
+            return super().forward(x.cos() if cosine else x)
+
+    class OfCosine(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.others = torch.nn.ModuleList([Cosine() for _ in range(4)]), torch.nn.ModuleList()
+
+        def forward(self, x, cosine=False):
+            for block in self.blocks:
+                x = block(x, cosine=cosine)
+            return x
+    net, x = OfCosine(), torch.randn(3, 5, 64)
+    compiled = CompiledModule(CompileOptions(backend=_cannot_cosine))
+    with caplog.at_level(logging.WARNING):
+        for cosine in (False, True, True, False, True, False):
+            assert torch.equal(run(compiled, net, x, cosine=cosine), net(x, cosine=cosine))
+            assert compiled.report.last_calls == {"artifact": 0, "graph": 0 if cosine else 4, "eager": 4 if cosine else 0}
+    assert not compiled.report.failure and len([r for r in caplog.records if "cannot be compiled" in r.message]) == 1
+    assert "Cosine cannot be compiled as it is called now: it runs uncompiled where it is called so. Backend" in compiled.report.fallbacks[0]
+    assert "no cosine here" in compiled.report.fallbacks[0]
+    for width in range(6, 20):  # kinds that cannot be compiled, each once
+        run(compiled, net, torch.randn(3, width, 64), cosine=True)
+    assert "no cosine here" in compiled.report.failure  # and then no more
+
+
+def test_code_that_cannot_be_compiled_is_not_taken_for_the_code_that_was_before(monkeypatch):
+    net, x = Net(), torch.randn(3, 5, 64)
+    compiled = CompiledModule(CompileOptions(backend=_cannot_cosine))
+    plain = Block.forward
+
+    def cosine(self, x, transformer_options=None):
+        return plain(self, x.cos())
+    for patched in (False, True, False, True, False):
+        monkeypatch.setattr(Block, "forward", cosine if patched else plain)
+        assert torch.equal(run(compiled, net, x), net(x))
+        assert compiled.report.last_calls == {"artifact": 0, "graph": 0 if patched else 7, "eager": 7 if patched else 0}
+
+
 @pytest.mark.parametrize("failing", [0, 1], ids=["first class", "second class"])
 def test_what_a_model_did_before_a_block_that_cannot_be_compiled_is_not_done_twice(failing):
     compiles = []
