@@ -139,5 +139,5 @@ def kind_of_call(args: tuple, kwargs: dict) -> Hashable:
             return tuple((key, type(item)) for key, item in value.items())
         if isinstance(value, (tuple, list)):
             return type(value), *map(kind, value)
-        return (type(value), value) if isinstance(value, (bool, int, float, str, bytes, type(None))) else type(value)
+        return type(value), value if isinstance(value, (bool, int, float, str, bytes)) else None
     return tuple(map(kind, args)), tuple((key, kind(value)) for key, value in kwargs.items())

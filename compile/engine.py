@@ -272,8 +272,8 @@ class CompiledModule:
             if compiled is not None and self._has_worked(block, step):
                 self._failed_kinds += 1
                 compiled.failed.add(kind_of_call(args, kwargs))
-                self._events.fall_back(f"{block.region.name} cannot be compiled as it is called now: it runs uncompiled where it is called so. "
-                                       f"{remedy(cause)}{first_lines(cause)}")
+                self._events.fall_back(f"{block.region.name} cannot be compiled as it is called now: it runs uncompiled where it is called "
+                                       f"so. {remedy(cause)}{first_lines(cause)}")
             else:
                 step.failure = cause
                 step.blocks, step.use_artifacts = {}, False

@@ -158,7 +158,8 @@ class RegionCode:
         option_keys of its call. None where it must not be compiled."""
         known = self._compiled[filter_guards]
         # One that has failed may know nothing of its state: last.
-        found = next((compiled for compiled in sorted(known, key=lambda compiled: bool(compiled.failed)) if compiled.own_methods == methods and compiled.guards.option_keys in (None, keys) and compiled.fits()), None)
+        found = next((compiled for compiled in sorted(known, key=lambda compiled: bool(compiled.failed)) if compiled.own_methods == methods
+                      and compiled.guards.option_keys in (None, keys) and compiled.fits()), None)
         if found is not None:
             known.sort(key=lambda compiled: compiled is not found)  # first
         else:
