@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from .kernels.user_folder import user_folder
+from .files.user_folder import user_folder
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import folder_paths
 import torch
 
 from ...int8.echo import echo
-from ...int8.kernels.user_folder import is_kept
+from ...int8.files.user_folder import is_kept
 from ...int8.own_files import make_folder
 from ..artifacts.builder import Builder
 from ..artifacts.bundle import sweep

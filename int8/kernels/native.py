@@ -24,7 +24,7 @@ from ..own_files import (
     temporary_folder,
     write_signed,
 )
-from .user_folder import user_folder
+from ..files.user_folder import user_folder
 
 logger = logging.getLogger(__name__)
 
