@@ -11,7 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..compile.comfyui import core as comfy_core
 from ..compile.comfyui.artifact_cache import get_cache
 from ..compile.torch_internals import warmup
-from ..int8 import own_files
+from ..int8.files.temporary import sweep_below
 from ..int8.kernels import autotune
 from .cache import ClearCompileCache, LoadCompileCache, SaveCompileCache
 from .check import INT8CompileCheck
@@ -49,7 +49,7 @@ class Int8CompileExtension(ComfyExtension):
             PromptServer.instance.app.on_startup.append(look_again)
             PromptServer.instance.add_on_prompt_handler(_warm_up)
             autotune.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
-            own_files.sweep_below(Path(folder_paths.get_output_directory()))  # Save INT8 Model writes anywhere in it
+            sweep_below(Path(folder_paths.get_output_directory()))  # Save INT8 Model writes anywhere in it
             await _register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

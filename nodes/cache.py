@@ -15,8 +15,8 @@ from ..compile.artifacts.bundle import Bundle, load_bundle, read_bundle, save_bu
 from ..compile.artifacts.store import CacheStore, default_key_file
 from ..compile.comfyui import artifact_cache, compile_model
 from ..int8.echo import echo
+from ..int8.files.folders import folder_size, is_reserved
 from ..int8.kernels.native import cache_folder
-from ..int8.own_files import folder_size, is_reserved
 
 _FILE_NAME = re.compile(r"\w[\w .+%()-]{0,149}")
 

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import torch
 
-from ...int8 import own_files
+from ...int8.files.folders import folder_size, make_folder, remove
 from ...int8.kernels.native import cache_folder
 from ...pack import PACKAGE, ROOT
 from . import worker
@@ -252,10 +252,10 @@ def inductor_folder(otherwise: Path) -> Path:
     it has grown too large."""
     folder = cache_folder() / "inductor"
     try:
-        own_files.make_folder(folder)
-        if own_files.folder_size(folder) > INDUCTOR_LIMIT:
-            own_files.remove(folder)
-            own_files.make_folder(folder)
+        make_folder(folder)
+        if folder_size(folder) > INDUCTOR_LIMIT:
+            remove(folder)
+            make_folder(folder)
     except (CacheError, OSError):
         return otherwise
     return folder

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO
 
 from ...int8.echo import echo
-from ...int8.own_files import is_reserved, make_folders, move
+from ...int8.files.folders import is_reserved, make_folders
+from ...int8.files.whole import move
 from .entry import MANIFEST, canonical
 from .store import CacheError, CacheStore
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from ...int8.files.folders import is_reserved
 from ...int8.kernels.native import cache_folder
-from ...int8.own_files import is_reserved
 from ..torch_internals import warmup
 from ..torch_internals.block_tree import Hooks, has_global_hooks
 from . import key as cache_key

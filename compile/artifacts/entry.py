@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ...int8 import own_files
-from ...int8.own_files import CacheError, read_own
+from ...int8.files.owners import CacheError, read_own
+from ...int8.files.private_load import load_privately
 
 T = TypeVar("T")
 STORE_LAYOUT = "v1"
@@ -47,11 +47,11 @@ class Entry:
 
     def load(self, name: str, load: Callable[[Path], T], unpack: Callable[[bytes], dict[str, bytes]] | None = None,
              lasting: bool = False) -> T:
-        """load(a fresh folder) with that file, or what unpack makes of it, under their names. Raises as read and own_files.load_privately;
+        """load(a fresh folder) with that file, or what unpack makes of it, under their names. Raises as read and load_privately;
         only Damaged says anything of the entry."""
         content = self.read(name)
         files = {name: content} if unpack is None else unpack(content)
-        return own_files.load_privately(files, load, self.folder.parents[LEVELS - 1], lasting)
+        return load_privately(files, load, self.folder.parents[LEVELS - 1], lasting)
 
 
 def _reason(error: OSError) -> type[CacheError]:

@@ -4,7 +4,7 @@
 
 An artifact is code that will run in this process. So an entry counts only if every folder from it up to / is this user's or root's and
 no one else can write there, and its manifest is signed (HMAC-SHA256) with a key that lies outside the cache; the manifest has the SHA-256
-of every file. What is checked are bytes in memory, which are loaded from a fresh folder: see own_files.
+of every file. What is checked are bytes in memory, which are loaded from a fresh folder: see int8/files/private_load.py.
 Writers fill a folder of their own and rename it, so readers need no lock and a killed writer leaves nothing that is read. Locks and
 folders that are being filled are touched while their process lives.
 """
@@ -22,8 +22,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ...int8 import own_files
-from ...int8.own_files import CacheError, default_key_file, read_own, require_own
+from ...int8.files import liveness
+from ...int8.files.folders import make_folder, remove
+from ...int8.files.liveness import held, here
+from ...int8.files.owners import CacheError, read_own, require_own
+from ...int8.files.signed import default_key_file, signing_key
+from ...int8.files.temporary import TEMPORARY, Watch, temporary_folder
+from ...int8.files.whole import flush, move, patiently
 from .entry import MANIFEST, STORE_LAYOUT, TRANSIENT_ERRNOS, Damaged, Entry, canonical, digest
 
 __all__ = ["CacheError", "CacheStore", "Damaged", "Entry", "canonical", "default_key_file", "digest", "require_own"]
@@ -42,14 +47,14 @@ class CacheStore:
     def __init__(self, root: Path, key_file: Path, limit: int = DEFAULT_LIMIT):
         self.limit = limit
         try:
-            own_files.make_folder(root)
-            self._key = own_files.signing_key(key_file, root)
+            make_folder(root)
+            self._key = signing_key(key_file, root)
         except OSError as error:
             raise CacheError(f"the compile cache {root} cannot be used ({error.strerror or error})") from None
         self.layout = Path(os.path.abspath(root)) / STORE_LAYOUT
         self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
         self._reported: set[tuple[Path, str]] = set()
-        self._watch = own_files.Watch()
+        self._watch = Watch()
         self._sweep()
 
     def has(self, name: str = "") -> bool:
@@ -136,14 +141,14 @@ class CacheStore:
     def temporary(self) -> AbstractContextManager[Path]:
         """A fresh folder on the disk of the store, deleted at the end. Raises CacheError, OSError."""
         self._make_folders(STORE_LAYOUT)
-        return own_files.temporary_folder(self.layout)
+        return temporary_folder(self.layout)
 
     @contextlib.contextmanager
     def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
         """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
         is not asked for. Without it, and after an OSError, nothing stays."""
         parent = self._make(place)
-        with own_files.temporary_folder(parent) as partial:
+        with temporary_folder(parent) as partial:
 
             def finish(body: dict) -> None:
                 files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
@@ -151,17 +156,17 @@ class CacheStore:
                 (partial / MANIFEST).write_bytes(canonical({"body": body, "hmac": self._sign(parent / name, body)}))
                 for path in partial.iterdir():
                     path.chmod(0o600)  # whatever the umask
-                    own_files.flush(path)
-                own_files.flush(partial)
+                    flush(path)
+                flush(partial)
                 if replace:
                     _clear_way(parent / name)
                 try:
-                    own_files.move(partial, parent / name)
+                    move(partial, parent / name)
                 except OSError:
                     if not (parent / name / MANIFEST).exists():
                         _clear_way(parent / name)  # no entry, and in the way of one
-                        own_files.move(partial, parent / name)
-                own_files.flush(parent)
+                        move(partial, parent / name)
+                flush(parent)
             yield partial, finish
         self.evict()
 
@@ -172,20 +177,20 @@ class CacheStore:
         if self._is_stale(path):
             _remove_lock(path)
         try:
-            handle = own_files.patiently(lambda: os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            handle = patiently(lambda: os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             yield False
             return
-        mark = f"{own_files.here()} {os.getpid()} {secrets.token_hex(8)}"
+        mark = f"{here()} {os.getpid()} {secrets.token_hex(8)}"
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(mark)
-            with own_files.held(path):
+            with held(path):
                 yield True
         finally:
             with contextlib.suppress(OSError):
                 if path.read_text() in (mark, ""):  # else it was taken over
-                    own_files.patiently(path.unlink)
+                    patiently(path.unlink)
 
     def try_build(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> bool:
         """Makes an entry with build(folder) -> body, unless it is there and not to be replaced. False: another process is at it."""
@@ -208,7 +213,7 @@ class CacheStore:
     def _make_folders(self, *parts: str) -> Path:
         folder = self.layout.parent
         if not folder.exists():
-            own_files.make_folder(folder)
+            make_folder(folder)
         for part in parts:
             folder /= part
             folder.mkdir(exist_ok=True, mode=0o700)
@@ -231,7 +236,7 @@ class CacheStore:
     def delete(self, folder: Path) -> None:
         """An entry, at once for readers, and for whoever ends this process meanwhile. Not where Windows refuses: somebody reads it."""
         if (aside := _put_aside(folder)) != folder:
-            own_files.remove(aside)
+            remove(aside)
 
     def clear(self) -> tuple[int, int]:
         """(entries, bytes) that were deleted. What is being built stays."""
@@ -261,12 +266,12 @@ class CacheStore:
 
     def _sweep(self) -> None:
         """What was set aside, and what dead processes have left."""
-        self._watch.sweep(self.layout.glob(f"{own_files.TEMPORARY}*"))
+        self._watch.sweep(self.layout.glob(f"{TEMPORARY}*"))
         left = list(self.layout.glob("*/*/*/*/.*"))
         self._watch.sweep(left)
         for path in left:
             if path.name.startswith(QUARANTINE_PREFIX):
-                own_files.remove(path)
+                remove(path)
             elif path.name.startswith(LOCK) and self._is_stale(path):
                 _remove_lock(path)
 
@@ -275,7 +280,7 @@ class CacheStore:
             where, pid, *_ = f"{lock.read_text()}  ".split(" ")
         except (OSError, ValueError):
             where = pid = ""
-        return self._watch.is_abandoned(lock, where, pid, own_files.SILENT_SECONDS)
+        return self._watch.is_abandoned(lock, where, pid, liveness.SILENT_SECONDS)
 
 
 def _size(folder: Path) -> int:
@@ -298,11 +303,11 @@ def _put_aside(path: Path) -> Path:
 def _clear_way(path: Path) -> None:
     """Raises OSError where what is there cannot be put aside, as on Windows while somebody has it open."""
     with contextlib.suppress(FileNotFoundError):
-        own_files.move(path, path.with_name(f"{QUARANTINE_PREFIX}{path.name}-{secrets.token_hex(4)}"))
+        move(path, path.with_name(f"{QUARANTINE_PREFIX}{path.name}-{secrets.token_hex(4)}"))
 
 
 def _remove_lock(path: Path) -> None:
     """One that was found dead. By another name first: it may have been taken over, and locked again, a moment ago."""
     aside = _put_aside(path)
     if aside != path:
-        own_files.remove(aside)
+        remove(aside)

@@ -10,7 +10,9 @@ import re
 import stat
 from pathlib import Path
 
-from ...int8.own_files import is_of_others, make_folders, require_way, write_whole
+from ...int8.files.folders import make_folders
+from ...int8.files.owners import is_of_others, require_way
+from ...int8.files.whole import write_whole
 from .store import CacheError, default_key_file
 
 NAME = "trusted_bundles.txt"

@@ -18,8 +18,8 @@ import folder_paths
 import torch
 
 from ...int8.echo import echo
+from ...int8.files.folders import make_folder
 from ...int8.files.user_folder import is_kept
-from ...int8.own_files import make_folder
 from ..artifacts.builder import Builder
 from ..artifacts.bundle import sweep
 from ..artifacts.runtime import Cache

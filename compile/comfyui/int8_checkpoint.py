@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...int8.echo import echo
+from ...int8.files.whole import writing_whole
 from ...int8.hadamard import check_group
 from ...int8.options import Int8Options
-from ...int8.own_files import writing_whole
 from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
 from ...int8.report import ProgressCallback, QuantizeReport, no_progress

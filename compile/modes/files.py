@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...int8 import own_files
+from ...int8.files.whole import writing_whole
 from .errors import ModeRecordError
 from .record import MAX_CHARACTERS, METADATA_KEY
 from .restore import mode_state, restore_modes
@@ -22,7 +22,7 @@ def save_model(model: torch.nn.Module, path: str | os.PathLike) -> None:
         # A tied weight is written twice: the format has no references.
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    with own_files.writing_whole(path) as partial:
+    with writing_whole(path) as partial:
         save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(mode_state(model))})
 
 

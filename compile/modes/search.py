@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
-from ...int8 import own_files
+from ...int8.files.whole import writing_whole
 from .errors import ModeConfigError
 from .mode import Mode
 
@@ -98,7 +98,7 @@ class Searcher(ABC):
     def _save(self, known: dict[str, dict]) -> None:
         if self.checkpoint is None:
             return
-        with own_files.writing_whole(self.checkpoint) as partial:
+        with writing_whole(self.checkpoint) as partial:
             partial.write_text(json.dumps({"version": CHECKPOINT_VERSION, "mode": self.owner, "results": known}), encoding="utf-8")
 
 

@@ -11,8 +11,9 @@ from unittest import mock
 
 import torch
 
-from ...int8 import own_files
-from ...int8.own_files import CacheError
+from ...int8.files import system
+from ...int8.files.folders import make_folders
+from ...int8.files.owners import CacheError, require_folder
 from .interrupt import INTERVAL, Interrupted
 
 logger = logging.getLogger(__name__)
@@ -73,12 +74,12 @@ def require_own_cache() -> None:
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     folder = Path(default_cache_dir())
-    own_files.make_folders(folder)
-    if not own_files.IS_POSIX:  # Windows has such a folder for each user
+    make_folders(folder)
+    if not system.IS_POSIX:  # Windows has such a folder for each user
         return
     try:
-        own_files.require_folder(folder)
-        own_files.require_folder(folder.resolve())
+        require_folder(folder)
+        require_folder(folder.resolve())
     except CacheError:
         raise CacheError(f"{folder}, where torch keeps compiled code, belongs to another user or can be written by others: delete it, or "
                          "set TMPDIR to a folder of your own") from None

@@ -13,17 +13,11 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ..own_files import (
-    CacheError,
-    Watch,
-    default_key_file,
-    load_privately,
-    make_folder,
-    read_signed,
-    signing_key,
-    temporary_folder,
-    write_signed,
-)
+from ..files.folders import make_folder
+from ..files.owners import CacheError
+from ..files.private_load import load_privately
+from ..files.signed import default_key_file, read_signed, signing_key, write_signed
+from ..files.temporary import Watch, temporary_folder
 from ..files.user_folder import user_folder
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import own_files
+from ..files.whole import writing_whole
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,6 @@ def save(folder: Path, card: str, stack: str, facts: Mapping, choices: Mapping[s
         table = json.loads(path.read_text(encoding="utf-8"))
     before = table["stacks"].get(stack, {}).get("choices", {})
     table["stacks"][stack] = {"facts": dict(facts), "choices": {**before, **choices}}
-    with own_files.writing_whole(path) as partial:
+    with writing_whole(path) as partial:
         partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return path

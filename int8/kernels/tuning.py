@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..own_files import TEMPORARY, Watch, make_folders, write_whole
+from ..files.folders import make_folders
+from ..files.temporary import TEMPORARY, Watch
+from ..files.whole import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ import pytest
 from int8_compile.compile.artifacts import store as cache_store
 from int8_compile.compile.artifacts.entry import MANIFEST
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8 import own_files
+from int8_compile.int8.files.liveness import here
+from int8_compile.int8.files.temporary import TEMPORARY
 
 REPO = Path(cache_store.__file__).parents[2]
 PLACE = "Block_dynamic_aoti_0123/single/forward"
@@ -479,8 +480,8 @@ def test_one_builder_at_a_time(store):
     ("ended", 0, True), ("running", 0, False), ("running", 3600, True), ("elsewhere", 0, False), ("elsewhere", 3600, True),
     ("", 0, False), ("", 60, True)])
 def test_a_lock_is_taken_over_where_its_holder_has_ended(store, holder, seconds, taken):
-    here = own_files.here()
-    content = {"ended": f"{here} {dead_process()}", "running": f"{here} {os.getpid()}", "elsewhere": "otherhost 1", "": ""}[holder]
+    where = here()
+    content = {"ended": f"{where} {dead_process()}", "running": f"{where} {os.getpid()}", "elsewhere": "otherhost 1", "": ""}[holder]
     path = lock_of(store, content, seconds)
     with store.lock(PLACE, "entry") as alone:
         assert alone is taken
@@ -494,7 +495,7 @@ def test_a_lock_is_taken_over_where_its_holder_has_ended(store, holder, seconds,
 @posix_only
 def test_leftovers_of_other_hosts_are_given_time(store):
     put(store)
-    ours, theirs = (store.base / PLACE / f"{own_files.TEMPORARY}{here}-{dead_process()}-x" for here in (own_files.here(), "0" * 8))
+    ours, theirs = (store.base / PLACE / f"{TEMPORARY}{where}-{dead_process()}-x" for where in (here(), "0" * 8))
     for path in (ours, theirs):
         path.mkdir()
     store.evict()

@@ -13,7 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from int8_compile.int8 import own_files
+from int8_compile.int8.files.liveness import here
+from int8_compile.int8.files.temporary import TEMPORARY
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui
 
@@ -80,7 +81,7 @@ def watched(models_dir, tmp_path_factory):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     # What a server that was killed within Save INT8 Model has left.
-    half = base / "output" / "diffusion_models" / f"{own_files.TEMPORARY}{own_files.here()}-{ended.pid}-abc"
+    half = base / "output" / "diffusion_models" / f"{TEMPORARY}{here()}-{ended.pid}-abc"
     half.mkdir(parents=True)
     (half / "int8_00001_.safetensors").write_bytes(b"half")
     environment = {"INT8_COMPILE_CACHE": "", "INT8_COMPILE_CACHE_KEY_FILE": str(base / "key" / "cache.key"), "PYTHONPATH": str(hooks),

@@ -17,7 +17,12 @@ import pytest
 from int8_compile.compile.artifacts import trusted_bundles
 from int8_compile.compile.artifacts.bundle import read_bundle, save_bundle
 from int8_compile.compile.artifacts.store import CacheStore
-from int8_compile.int8 import own_files
+from int8_compile.int8.files import liveness, signed, temporary
+from int8_compile.int8.files.folders import make_folder
+from int8_compile.int8.files.liveness import held, here
+from int8_compile.int8.files.signed import read_signed, signing_key
+from int8_compile.int8.files.temporary import TEMPORARY, Watch, sweep_below
+from int8_compile.int8.files.whole import move, writing_whole
 from int8_compile.int8.kernels.tuning import Choices
 
 PLACE, ARTEFACT = "Block_dynamic_aoti_0123/single/forward", "artifact.pt2"
@@ -70,22 +75,22 @@ def write_choices(home):
 
 def write_keys(home):
     for number in range(10**6):
-        own_files.signing_key(home / "keys" / f"key{number % 5}")
+        signing_key(home / "keys" / f"key{number % 5}")
         if number % 5 == 4:
             for other in range(5):
                 (home / "keys" / f"key{other}").unlink()
 
 
 def write_signed(home):
-    own_files.make_folder(home / "native")
+    make_folder(home / "native")
     while True:
-        own_files.write_signed(home / "native" / "a.so", os.urandom(100_000), b"k" * 32)
+        signed.write_signed(home / "native" / "a.so", os.urandom(100_000), b"k" * 32)
 
 
 def write_int8_files(home):
     """As Save INT8 Model, below the output folder."""
     while True:
-        with own_files.writing_whole(home / "output" / "diffusion_models" / "int8.safetensors") as partial:
+        with writing_whole(home / "output" / "diffusion_models" / "int8.safetensors") as partial:
             for _ in range(50):
                 with partial.open("ab") as file:
                     file.write(os.urandom(10_000))
@@ -119,18 +124,18 @@ def check(home: Path):
         json.loads((home / "choices.json").read_text())
     Choices(home / "choices.json").get("a")
     for key in (home / "keys").glob("key*"):
-        assert len(own_files.signing_key(key)) == 32
+        assert len(signing_key(key)) == 32
     trusted_bundles.trusted()
-    own_files.sweep_below(home / "output")
+    sweep_below(home / "output")
     for thread in threading.enumerate():
         if thread.name == "int8-compile sweep":
             thread.join(10)
     for path in (home / "output").rglob("*.safetensors"):
         assert path.stat().st_size == 500_000
     if (home / "native").exists():
-        own_files.Watch().sweep((home / "native").iterdir())
+        Watch().sweep((home / "native").iterdir())
         with contextlib.suppress(FileNotFoundError):
-            own_files.read_signed(home / "native" / "a.so", b"k" * 32)
+            read_signed(home / "native" / "a.so", b"k" * 32)
 
 
 @posix_only
@@ -244,9 +249,9 @@ def test_what_a_loaded_library_still_needs_stays_while_it_lives(home):
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(own_files, "SILENT_SECONDS", 0.6)
-    monkeypatch.setattr(own_files, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(own_files, "_HEART", own_files._Heart())  # one that an earlier test has started sleeps for ten seconds
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(liveness, "HEART", liveness.Heart())  # one that an earlier test has started sleeps for ten seconds
 
 
 def is_taken_over(store: CacheStore, seconds: float) -> bool:
@@ -265,7 +270,7 @@ def test_a_lock_that_nobody_touches_is_taken_over_in_time(home, short, holder, d
     store = open_store(home)
     put(store, "other")
     lock = store.base / PLACE / ".lock-entry"
-    lock.write_text(holder.replace("here and running", f"{own_files.here()} {os.getppid()}"), encoding="latin-1")
+    lock.write_text(holder.replace("here and running", f"{here()} {os.getppid()}"), encoding="latin-1")
     os.utime(lock, (time.time() + dated,) * 2)
     assert not is_taken_over(store, 0.3)
     assert is_taken_over(store, 1.5)
@@ -280,7 +285,7 @@ def test_the_lock_of_a_long_build_is_not_taken_over(home, short):
 def test_who_was_taken_for_dead_does_not_open_the_lock_of_the_next(home, short, monkeypatch):
     first, second = open_store(home), open_store(home)
     with first.lock(PLACE, "entry"):
-        own_files._HEART.release(first.base / PLACE / ".lock-entry")  # a machine that slept
+        liveness.HEART.release(first.base / PLACE / ".lock-entry")  # a machine that slept
         time.sleep(0.7)
         scope = contextlib.ExitStack()
         assert scope.enter_context(second.lock(PLACE, "entry"))
@@ -292,7 +297,7 @@ def test_who_was_taken_for_dead_does_not_open_the_lock_of_the_next(home, short, 
 def test_a_folder_that_another_host_is_filling_stays_while_it_is_touched(home, short):
     store = open_store(home)
     put(store, "other")
-    folder = store.base / PLACE / f"{own_files.TEMPORARY}{'0' * 8}-1-x"
+    folder = store.base / PLACE / f"{TEMPORARY}{'0' * 8}-1-x"
     folder.mkdir()
     for _ in range(8):
         store.evict()
@@ -313,10 +318,10 @@ def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_
         os.chdir(at)
         at = Path("a")
     os.chdir(Path(__file__).parent)
-    left = home / "a" / f"{own_files.TEMPORARY}11111111-1-x"
+    left = home / "a" / f"{TEMPORARY}11111111-1-x"
     left.mkdir()
     os.utime(left, (0, 0))
-    own_files._sweep_below(home)
+    temporary._sweep_below(home)
     assert not left.exists()
     subprocess.run(["rm", "-rf", str(home / "a")], check=True)
 
@@ -324,21 +329,21 @@ def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_
 def test_what_was_loaded_from_the_systems_folder_by_a_killed_process_is_swept(home, monkeypatch):
     """As where the cache's disk was full."""
     monkeypatch.setattr(tempfile, "tempdir", str(home / "tmp"))
-    for name in (f"{own_files.TEMPORARY}11111111-1-x", "tmpabc"):
+    for name in (f"{TEMPORARY}11111111-1-x", "tmpabc"):
         (home / "tmp" / name).mkdir(parents=True)
         os.utime(home / "tmp" / name, (0, 0))
     (home / "output").mkdir()
-    own_files._sweep_below(home / "output")
+    temporary._sweep_below(home / "output")
     assert [path.name for path in (home / "tmp").iterdir()] == ["tmpabc"]
 
 
 def test_what_another_process_is_writing_below_a_folder_stays_and_goes_when_it_is_silent(home, short):
-    living, dead = (home / "a" / ".b" / f"{own_files.TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
+    living, dead = (home / "a" / ".b" / f"{TEMPORARY}{where}-1-x" for where in ("11111111", "22222222"))
     for folder in (living, dead):
         folder.mkdir(parents=True)
-    (home / "a" / ".b" / f"{own_files.TEMPORARY}link").symlink_to(home)
-    with own_files.held(living):
-        own_files._sweep_below(home)
+    (home / "a" / ".b" / f"{TEMPORARY}link").symlink_to(home)
+    with held(living):
+        temporary._sweep_below(home)
         assert living.exists() and not dead.exists() and home.exists()
 
 
@@ -349,7 +354,7 @@ def test_a_replaced_entry_that_cannot_be_put_aside_is_an_error_and_stays(home, m
 
     def refuse(source, target):
         raise PermissionError(13, "Access is denied")
-    monkeypatch.setattr(own_files.move, "__defaults__", (refuse,))
+    monkeypatch.setattr(move, "__defaults__", (refuse,))
     with pytest.raises(PermissionError), store.writing(PLACE, "entry", replace=True) as (folder, finish):
         (folder / ARTEFACT).write_bytes(b"new")
         finish({"name": "Block"})

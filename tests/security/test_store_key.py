@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8.own_files import KEY_BYTES, signing_key
+from int8_compile.int8.files.signed import KEY_BYTES, signing_key
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX")
 

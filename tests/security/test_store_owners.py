@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from int8_compile.compile.artifacts.entry import MANIFEST, Damaged
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8 import own_files
+from int8_compile.int8.files import system
 
 OURS, THEIRS, SHARED = 60001, 60002, 60000  # two users, and a group that both are in
 PLACE, ARTEFACT = "Block_dynamic_aoti_0123/single/forward", "artifact.pt2"
-REPO = Path(own_files.__file__).parents[1]
+REPO = Path(system.__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs root, to be two users")
 

@@ -10,9 +10,11 @@ from int8_compile.compile.artifacts import trusted_bundles
 from int8_compile.compile.artifacts.bundle import is_name
 from int8_compile.compile.artifacts.call import flatten
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8 import own_files
+from int8_compile.int8.files import liveness, system, whole
+from int8_compile.int8.files.liveness import has_ended, here
+from int8_compile.int8.files.whole import move
 
-ME, OTHER, SYSTEM, INSTALLER = "S-1-5-21-1-2-3-1001", "S-1-5-21-1-2-3-1002", "S-1-5-18", own_files._WINDOWS_ADMINISTRATORS[-1]
+ME, OTHER, SYSTEM, INSTALLER = "S-1-5-21-1-2-3-1001", "S-1-5-21-1-2-3-1002", "S-1-5-18", system.WINDOWS_ADMINISTRATORS[-1]
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 
 
@@ -20,10 +22,10 @@ PLACE = "Block_dynamic_aoti_0123/single/forward"
 def windows(monkeypatch):
     """{path: owner}, all others being the system's above the user's folder and the user's in it."""
     owners: dict = {}
-    monkeypatch.setattr(own_files, "IS_POSIX", False)
-    monkeypatch.setattr(own_files, "windows_has_ended", lambda pid: False)
-    monkeypatch.setattr(own_files, "windows_user", lambda: ME)
-    monkeypatch.setattr(own_files, "windows_owner", lambda path: owners.get(path, ME if "int8-user" in str(path) else INSTALLER))
+    monkeypatch.setattr(system, "IS_POSIX", False)
+    monkeypatch.setattr(system, "windows_has_ended", lambda pid: False)
+    monkeypatch.setattr(system, "windows_user", lambda: ME)
+    monkeypatch.setattr(system, "windows_owner", lambda path: owners.get(path, ME if "int8-user" in str(path) else INSTALLER))
     return owners
 
 
@@ -62,13 +64,13 @@ def test_what_another_user_owns_is_refused(windows, home, what, whose):
 
 
 def test_what_an_elevated_process_makes_is_the_administrators_and_works(windows, home, monkeypatch):
-    monkeypatch.setattr(own_files, "windows_owner", lambda path: "S-1-5-32-544")
+    monkeypatch.setattr(system, "windows_owner", lambda path: "S-1-5-32-544")
     put(CacheStore(home / "compiled", home / "key"))
     assert [entry.read("artifact.pt2") for entry in CacheStore(home / "compiled", home / "key").entries(PLACE)] == [b"code"]
 
 
 def test_folders_of_the_system_and_its_administrators_may_be_above(windows, home):
-    for owner in own_files._WINDOWS_ADMINISTRATORS:
+    for owner in system.WINDOWS_ADMINISTRATORS:
         windows[home] = owner
         CacheStore(home / "compiled", home / "key")
 
@@ -76,16 +78,16 @@ def test_folders_of_the_system_and_its_administrators_may_be_above(windows, home
 def test_an_owner_that_cannot_be_found_out_is_an_error_with_its_reason(windows, home, monkeypatch):
     def fail(path):
         raise OSError(5, "Access is denied")
-    monkeypatch.setattr(own_files, "windows_owner", fail)
+    monkeypatch.setattr(system, "windows_owner", fail)
     with pytest.raises(CacheError, match="Access is denied"):
         CacheStore(home / "compiled", home / "key")
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_though_nobody_can_ask_for_the_process(windows, home, monkeypatch):
-    monkeypatch.setattr(own_files, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.3)
     store = CacheStore(home / "compiled", home / "key")
     lock = put(store).with_name(".lock-entry")
-    lock.write_text(f"{own_files.here()} 999999999")
+    lock.write_text(f"{here()} 999999999")
     for expected in (False, True):
         with store.lock(PLACE, "entry") as alone:
             assert alone is expected
@@ -102,8 +104,8 @@ def test_a_file_that_is_open_somewhere_is_replaced_when_it_is_closed_or_said_to_
             refusals.append(source)
             raise PermissionError(13, "The process cannot access the file because it is being used by another process")
         os.replace(source, target)
-    monkeypatch.setattr(own_files.move, "__defaults__", (rename,))
-    monkeypatch.setattr(own_files, "RENAME_SECONDS", 0.5)
+    monkeypatch.setattr(move, "__defaults__", (rename,))
+    monkeypatch.setattr(whole, "RENAME_SECONDS", 0.5)
     if times == 3:
         put(store, replace=True, content=b"new")
     else:
@@ -233,11 +235,11 @@ def test_whether_a_process_has_ended_is_asked_and_nothing_is_done_to_it(dlls, mo
     called = dlls(wide=("OpenProcess",), OpenProcess=lambda access, inherit, pid: asked.append((access, inherit, pid)) or opened,
                   WaitForSingleObject=lambda process, milliseconds: waited, CloseHandle=lambda process: 1)
     monkeypatch.setattr(ctypes, "get_last_error", lambda: error, raising=False)
-    monkeypatch.setattr(own_files, "IS_POSIX", False)
-    assert own_files.has_ended(own_files.here(), "4321") is ended
+    monkeypatch.setattr(system, "IS_POSIX", False)
+    assert has_ended(here(), "4321") is ended
     assert asked == [(0x00100000, False, 4321)]  # SYNCHRONIZE: no right to end it
     assert called == ["OpenProcess", *(["WaitForSingleObject", "CloseHandle"] if opened else [])]
-    assert not own_files.has_ended("elsewhere", "4321") and not own_files.has_ended(own_files.here(), "9" * 20)
+    assert not has_ended("elsewhere", "4321") and not has_ended(here(), "9" * 20)
 
 
 def test_the_owner_of_a_file_and_the_user_are_their_sids(dlls):
@@ -259,10 +261,10 @@ def test_the_owner_of_a_file_and_the_user_are_their_sids(dlls):
     called = dlls(wide=("GetCurrentProcess", "GetNamedSecurityInfoW"), GetNamedSecurityInfoW=owner_of, ConvertSidToStringSidW=text_of,
                   LocalFree=lambda pointer: freed.append(pointer.value), GetCurrentProcess=lambda: -1,
                   OpenProcessToken=lambda process, access, token: 1, GetTokenInformation=user, CloseHandle=lambda handle: 1)
-    assert own_files.windows_owner("C:\\x") == ME
+    assert system.windows_owner("C:\\x") == ME
     assert freed == [ctypes.addressof(buffer), 9 << 40], "the text, and the descriptor that the owner is in"
-    own_files.windows_user.cache_clear()
+    system.windows_user.cache_clear()
     try:
-        assert own_files.windows_user() == ME and called[-1] == "CloseHandle"
+        assert system.windows_user() == ME and called[-1] == "CloseHandle"
     finally:
-        own_files.windows_user.cache_clear()
+        system.windows_user.cache_clear()
