@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bound import Bound
 from .triton_configs import GemmConfig
-from .triton_gemm import _raster
+from .triton_gemm_jit import _raster
 
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
 LOADER_REGISTERS = gl.constexpr(24)
@@ -117,7 +117,7 @@ def _store(acc, pointers, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_B
 @gluon.jit(do_not_specialize=["M"])
 def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, BM: gl.constexpr,
            BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
-    """As triton_gemm.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are
+    """As triton_gemm_jit.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are
     STAGES - 1 steps ahead, also beyond the end of a tile."""
     rings = (gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], q_desc.layout),
              gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout))

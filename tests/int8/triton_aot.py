@@ -23,7 +23,7 @@ if "int8_compile" not in sys.modules:
     sys.modules["int8_compile"] = importlib.util.module_from_spec(spec)  # not executed: the kernels need nothing of it
 
 import triton  # noqa: E402
-from int8_compile.int8.kernels import triton_configs, triton_gemm, triton_quant  # noqa: E402
+from int8_compile.int8.kernels import triton_configs, triton_gemm, triton_gemm_jit, triton_quant  # noqa: E402
 from int8_compile.int8.kernels.reference import ACTIVATIONS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -73,11 +73,11 @@ def gemm(arch: int, config, ragged: bool = False, plain: bool = False, fp32: boo
     elif config.kernel == "tma":
         constants["SPLIT_K"] = config.split_k
         types.update(q_desc=f"tensordesc<i8[{config.bm}, {config.bk}]>", w_desc=f"tensordesc<i8[{config.bn}, {config.bk}]>")
-        kernel = triton_gemm.tma_kernel
+        kernel = triton_gemm_jit.tma_kernel
     else:
         types.update(q_ptr="*i8", w_ptr="*i8")
         constants.update(EVEN_K=not ragged, SPLIT_K=config.split_k)
-        kernel = triton_gemm.pointer_kernel
+        kernel = triton_gemm_jit.pointer_kernel
     return compile_for(arch, kernel, types, constants, ("M", "N") if ragged else ("M",), **options)
 
 
@@ -94,7 +94,7 @@ def gemms(arch: int) -> dict[str, dict]:
                 found[f"{config._replace(split_k=4)}"] = gemm(arch, config._replace(split_k=4))
     for name, split in (("sum", 4), ("epilogue of torch._int_mm", 1)):
         constants = dict(SCALAR_WS=False, HAS_BIAS=True, SPLIT_K=split, BM=triton_gemm.SUM_BM, BN=triton_gemm.SUM_BN)
-        found[name] = compile_for(arch, triton_gemm.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, num_warps=4, num_stages=1)
+        found[name] = compile_for(arch, triton_gemm_jit.sum_kernel, dict(EPILOGUE, parts_ptr="*i32"), constants, num_warps=4, num_stages=1)
     return found
 
 
