@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .block import TENSORS, TensorSpec
 from .call import layout
+from .code_names import identifiers
 from .describe import Describer, Names
 from .origins import is_pristine_package, path_of
-from .recording import identifiers
 from .values import Unsupported
 from .watch import Watch
 

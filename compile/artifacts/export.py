@@ -24,17 +24,17 @@ from .call import CELL, LAYOUTS, closures_in, numbers_in, rebuild, set_numbers
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
-from .inputs import _expression, _inputs, _is_size, _Seen, _Traced, holds_for, is_off_dropout
+from .inputs import _inputs, _Seen, _Traced, holds_for, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
 from .recording import recording
 from .records import classes_in
+from .same_program import same_program
 from .source_guards import sources_of
 from .values import Unsupported
 
 logger = logging.getLogger(__name__)
-
 
 
 class _Caller(torch.nn.Module):
@@ -225,7 +225,7 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
         body = _inputs(traced, job)
         if isinstance(body["leaves"][job.batch_leaves[0]][1][0], int):
             raise Unsupported("its batch is fixed")
-        if _same_program(traced, _export(job, 1, any_batch=False), job):
+        if same_program(traced, _export(job, 1, any_batch=False), job):
             traced.least_batch = 1
             body = _inputs(traced, job)
         if holds_for(body, job.shapes):
@@ -233,59 +233,6 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
     except Exception as error:  # the sizes of this call are still to be had
         logger.warning("%s: %s; building for batch %d only", job.name, error, batch)
     return _trace(job.with_fixed_batch())
-
-
-def _same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:
-    """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
-    slice bounds and sizes."""
-    return _operations(many, job) == _operations(one, job)
-
-
-def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
-    """What the program does at batch 1, each tensor by the number of the operation that makes it. Sizes are written in terms of the inputs'
-    sizes; what only works them out or takes all of a tensor, which a known size leaves out, is not listed."""
-    import sympy
-
-    nodes = list(traced.program.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"][len(job.tensors):]
-    sizes: dict = {}  # symbol -> what it is at batch 1
-    for index, node in enumerate(inputs):
-        for dim, size in enumerate(node.meta["val"].shape):
-            if isinstance(expression := _expression(size), sympy.Symbol):
-                batch = dim == 0 and index in job.batch_leaves
-                sizes.setdefault(expression, sympy.Integer(1) if batch else sympy.Symbol(f"leaf{index}_{dim}", integer=True, positive=True))
-    made: dict = {}
-    result = []
-
-    def text(value):
-        if isinstance(value, torch.fx.Node):
-            return made[value]
-        if isinstance(value, (list, tuple)):
-            return [text(item) for item in (["int", value[1]] if _is_size(value) else value)]
-        if isinstance(value, slice):
-            return "slice", text(value.start), text(value.stop), text(value.step)
-        if isinstance(value, torch.SymInt):
-            return f"size {_expression(value).xreplace(sizes)}"
-        return f"size {value}" if type(value) is int else f"{type(value).__name__} {value!r}"
-
-    def shape(node):
-        value = node.meta.get("val")
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return [text(list(item.shape)) if isinstance(item, Tensor) else None for item in values]
-    for node in nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
-            made[node] = text(value)
-        elif node.op == "call_function" and value is None and ("assert" in str(node.target) or "constrain" in str(node.target)):
-            continue
-        elif str(node.target) == "aten.slice.Tensor" and shape(node) == shape(node.args[0]):
-            made[node] = made[node.args[0]]
-        else:
-            result.append((node.op if node.op != "call_function" else str(node.target), text(node.args),
-                           sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node)))
-            made[node] = f"#{len(result)}"
-    written = [{key: text(value) for key, value in options.writes().items()} for options in traced.seen.options]
-    return [*result, ("options", written), ("outputs", text(traced.seen.outputs))]
 
 
 def _export(job: BuildSpec, batch: int, any_batch: bool) -> _Traced:

@@ -1,23 +1,13 @@
-"""Which functions a trace calls, and the names of what their code can read."""
+"""Which functions a trace calls, and what it does that cannot be kept."""
 from __future__ import annotations
 
-import abc
-import ast
-import builtins
 import copy
 import dataclasses
-import dis
 import enum
-import functools
 import gc
-import inspect
-import numbers
-import operator
 import os
 import random
-import re
 import sys
-import textwrap
 import threading
 import time
 import types
@@ -25,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ...pack import PACKAGE
+from .code_names import attribute_names, code_asks_of_integers, computed_names, has_alias, identifiers, written_globals
 from .describe import Names
 from .origins import _SKIPPED_FOLDERS, COMFYUI, _package_folder, is_comfyuis
 from .values import Unsupported
@@ -36,20 +27,12 @@ _CLOCKS = {getattr(time, name) for name in ("time", "time_ns", "monotonic", "per
 # Builtins that answer from outside the process or its values.
 _OUTSIDE = {open, id, input}
 _OUTSIDE_MODULES = ("posix", "nt", "_io", "_thread", "_socket", "select")
-# What reads attributes by names that the code does not contain.
-_BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
-_READERS = (*(getattr(builtins, name) for name in _BY_NAME), operator.attrgetter, operator.methodcaller, vars)
 # Files of Python's library that read all attributes of what they get (dataclasses.replace).
 _BY_FIELD = frozenset({dataclasses.__file__, copy.__file__})
 # What tells how a tensor lies in memory, and whether it needs a gradient.
 _LAYOUT = frozenset({"is_contiguous", "stride", "as_strided", "as_strided_", "data_ptr", "storage_offset", "untyped_storage", "storage",
                      "is_non_overlapping_and_dense", "dim_order", "_is_view", "_base"})
 _GRADIENT = frozenset({"requires_grad", "is_leaf", "grad_fn", "retains_grad"})
-# What asks for a class, and what makes a text of a number.
-_TYPES = frozenset({"isinstance", "type", "issubclass", "__class__"})
-_TEXTS = frozenset({"str", "repr", "format", "ascii", "dumps"})
-_ALL_NAMES = ("vars", "globals", "locals", "eval", "exec", "__dict__", "__getattribute__", "__getattr__", "__builtins__", "attrgetter",
-              "methodcaller")
 
 
 @dataclasses.dataclass
@@ -74,9 +57,9 @@ class Recording:
 
     def names(self) -> Names:
         """Of the attributes and globals that the code can read."""
-        computed = {code: _computed_names(code) for code in self.functions.values()}
+        computed = {code: computed_names(code) for code in self.functions.values()}
         if (None in computed.values() or any(code.co_filename in _BY_FIELD for code in self.library)
-                or any(_has_alias(module, code) for (module, _), code in self.functions.items())):
+                or any(has_alias(module, code) for (module, _), code in self.functions.items())):
             return Names(None)
         return Names({name for code, patterns in computed.items() for name in (*identifiers(code), *patterns)}.union(
             *map(identifiers, self.library)))
@@ -94,13 +77,13 @@ class Recording:
 
     def gradient_reader(self) -> str:
         """The first function that asks whether a tensor needs a gradient, empty for none. ComfyUI and libraries ask for training alone."""
-        return next((f"{module}.{code.co_name}" for (module, _), code in self.functions.items() if _attributes(code) & _GRADIENT
+        return next((f"{module}.{code.co_name}" for (module, _), code in self.functions.items() if attribute_names(code) & _GRADIENT
                      and module.partition(".")[0] not in COMFYUI and not _package_folder(module)), "")
 
     def asks_of_integers(self) -> bool:
         """Whether code may do with an integer what is not so with a size that is traced: ask for its type, make a text of it, look it up.
         Any code but ComfyUI's may."""
-        return not self.is_comfyuis() or any(_asks_of_integers(module, code) for (module, _), code in self.functions.items())
+        return not self.is_comfyuis() or any(code_asks_of_integers(module, code) for (module, _), code in self.functions.items())
 
     def is_comfyuis(self) -> bool:
         """ComfyUI's own code, and installed libraries that it calls."""
@@ -109,7 +92,7 @@ class Recording:
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""
         for code in self.functions.values():
-            if written := _written_globals(code):
+            if written := written_globals(code):
                 self._refuse(f"it writes the global {written}")
         if reader := self.gradient_reader():
             self._refuse(f"{reader} asks whether a tensor needs a gradient")
@@ -223,113 +206,3 @@ def _is_skipped(path: str, module: str) -> bool:
     if "site-packages" in path:
         return module.partition(".")[0] in ("torch", *_HELPERS)
     return path.startswith(("<", *_SKIPPED_FOLDERS)) or f"{module}.".startswith(f"{PACKAGE}.")
-
-
-@functools.lru_cache(4096)
-def identifiers(code: types.CodeType) -> frozenset[str]:
-    """Names of attributes and globals, and texts that may be one (getattr)."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, str) and len(constant) < 200:
-            names.update(part for part in constant.split(".") if part.isidentifier())
-        elif isinstance(constant, types.CodeType):
-            names |= identifiers(constant)
-        elif isinstance(constant, tuple):
-            names.update(item for item in constant if isinstance(item, str) and item.isidentifier())
-    return frozenset(names)
-
-
-@functools.lru_cache(4096)
-def _computed_names(code: types.CodeType) -> frozenset[str] | None:
-    """Patterns of the names that code puts together to read an attribute; None where nothing is known of one."""
-    names = _global_names(code)
-    if names.intersection(_ALL_NAMES) or _matches_classes(code):
-        return None
-    if not names.intersection(_BY_NAME):
-        return frozenset()
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    nodes = list(ast.walk(tree))
-    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME]
-    called = {id(call.func) for call in calls}
-    if any(_name_of(node) in _BY_NAME and id(node) not in called for node in nodes):
-        return None  # passed on, or under another name
-    patterns = {_pattern(call.args[1]) if len(call.args) > 1 else "*" for call in calls}
-    return None if "*" in patterns else frozenset(pattern for pattern in patterns if "*" in pattern)
-
-
-@functools.lru_cache(4096)
-def _matches_classes(code: types.CodeType) -> bool:
-    """Whether it has a match statement that names the class of an object, whose attributes it reads by the names that the class gives."""
-    return any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)) or any(
-        map(_matches_classes, (constant for constant in code.co_consts if isinstance(constant, types.CodeType))))
-
-
-@functools.lru_cache(4096)
-def _attributes(code: types.CodeType) -> frozenset[str]:
-    """Names of attributes and globals, and texts by themselves (getattr), not those of keywords."""
-    return _global_names(code).union(*(_attributes(c) if isinstance(c, types.CodeType) else [c] for c in code.co_consts
-                                       if isinstance(c, (str, types.CodeType))))
-
-
-def _has_alias(module: str, code: types.CodeType) -> bool:
-    """Whether code calls what reads attributes by name under another name that its module gave it."""
-    space = getattr(sys.modules.get(module), "__dict__", {})
-    return any(any(space.get(name) is reader for reader in _READERS) for name in _global_names(code).difference(_BY_NAME))
-
-
-def _name_of(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else (
-        node.name if isinstance(node, ast.alias) else "")
-
-
-def _pattern(name: ast.expr) -> str:
-    """What is known of a text: its constant parts, and * for the others."""
-    if isinstance(name, ast.Constant):
-        return str(name.value)
-    if isinstance(name, ast.JoinedStr):
-        return re.sub(r"\*+", "*", "".join(map(_pattern, name.values)))
-    if isinstance(name, ast.BinOp) and isinstance(name.op, ast.Add):
-        return re.sub(r"\*+", "*", _pattern(name.left) + _pattern(name.right))
-    return "*"
-
-
-def _written_globals(code: types.CodeType) -> str:
-    """The first global that code assigns to, empty for none."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return instruction.argval
-    return next((found for c in code.co_consts if isinstance(c, types.CodeType) and (found := _written_globals(c))), "")
-
-
-def _asks_of_integers(module: str, code: types.CodeType) -> bool:
-    names = _global_names(code)
-    if not names.isdisjoint(_TEXTS) or _makes_texts(code) or _matches_classes(code):
-        return True
-    space = getattr(sys.modules.get(module), "__dict__", {})
-    return not names.isdisjoint(_TYPES) and any(_means_integer(name, space.get(name)) for name in names)
-
-
-def _means_integer(name: str, value) -> bool:
-    """Whether a global is int, what int derives from, or a tuple of such."""
-    if isinstance(value, tuple):
-        return any(_means_integer("", item) for item in value)
-    return name == "int" or value is int or value is numbers or (isinstance(value, abc.ABCMeta) and issubclass(int, value))
-
-
-@functools.lru_cache(4096)
-def _makes_texts(code: types.CodeType) -> bool:
-    """Whether it has an f-string with something in it."""
-    return any(instruction.opname.startswith(("FORMAT_", "CONVERT_VALUE")) for instruction in dis.get_instructions(code)) or any(
-        map(_makes_texts, (constant for constant in code.co_consts if isinstance(constant, types.CodeType))))
-
-
-@functools.lru_cache(4096)
-def _global_names(code: types.CodeType) -> frozenset[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return frozenset(names)

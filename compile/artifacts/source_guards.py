@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from .closures import code_at
+from .code_names import global_names, identifiers
 from .describe import Describer, Names
 from .origins import _SKIPPED_FOLDERS, _package_folder, is_own, is_pristine_package, local, place_of, portable
-from .recording import Recording, _global_names, identifiers
+from .recording import Recording
 from .values import Unsupported
 from .watch import ABSENT, Watch
 
@@ -51,7 +52,7 @@ def made_by_metaclass(traced: Iterable[types.CodeType]) -> str:
     """The first class that the code that dynamo has traced names whose metaclass has a __call__ of its own; empty for none."""
     for (module, _), code in Recording.of(traced).functions.items():
         space = vars(sys.modules[module])
-        for name in sorted(_global_names(code)):
+        for name in sorted(global_names(code)):
             kind = type(space.get(name))
             if issubclass(kind, type) and kind.__call__ is not type.__call__ and not is_pristine_package(kind.__module__):
                 return f"{module}.{name} is made by its metaclass ({kind.__name__}.__call__)"
@@ -191,7 +192,7 @@ def _fingerprint(function: types.FunctionType, describe: Describer, called: froz
 
 
 def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch, parts: list[str]) -> None:
-    names = _global_names(function.__code__)
+    names = global_names(function.__code__)
     used = sorted(identifiers(function.__code__) if names.intersection(_BY_TEXT) else names)
     spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
     # What is imported inside the function is a local name there.
