@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from .arguments import call_compiled, kind_of_call
 from .artifacts import attention
-from .artifacts.attention_override import OVERRIDE, Overriding, may_be_operation, takes_overrides
-from .artifacts.closures import closed_over, kept_object
+from .artifacts.attention_override import OVERRIDE, Overriding
+from .artifacts.closures import closed_over
+from .artifacts.key import is_inference
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .block_calls import Slots
 from .errors import is_models_own
@@ -27,15 +28,14 @@ from .options import CompileOptions
 from .regions import Region, RegionSet
 from .report import Changes, first_lines, remedy
 from .step import Block, RegionState, Step
-from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode, own_methods
-from .torch_internals.block_tree import attributes_of_tensors, has_global_hooks
-from .torch_internals.guard_filter import INNER_PATCHES, has_patches, options_of
+from .torch_compiler import CompileScope, RegionCode, own_methods
+from .torch_internals.block_tree import has_global_hooks
+from .torch_internals.guard_filter import has_patches, options_of
 
 logger = logging.getLogger(__name__)
 
 # Kinds of calls that could not be compiled, of a model that runs compiled; then compile is off for it.
 MOST_FAILURES = 8
-
 
 class CompiledModule:
     """The compiled regions of one module on one device. Thread-safe; built at the first call.
@@ -152,7 +152,7 @@ class CompiledModule:
         return blocks
 
     def _run_compiled(self, call, filter_guards, around_block, interrupted, passthrough):
-        use_artifacts = filter_guards and self._artifacts_allowed()
+        use_artifacts = filter_guards and self._cache is not None and is_inference(self._device.type)
         self.report.steps += 1
         if self._cache and self.options.background and not use_artifacts:
             self._events.count({"artifact": 0, "graph": 0, "eager": len(self._regions.blocks)})
@@ -185,7 +185,8 @@ class CompiledModule:
             for block in self._blocks.values():
                 block.mark = self.options.mark_sizes and (block.is_first or compiled)
         if compiled:
-            self._record(step.scope)
+            codes = [(region.name, self._states[region.key].code) for region in self._regions]
+            self._events.compiled(step.scope, codes, self.options.log)
         attention.take_failure()  # one that was caught holds tensors
         self._events.count(step.calls)
 
@@ -204,7 +205,7 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         options = options_of(args, kwargs)
         try:
-            if OVERRIDE in options and step.filter_guards and self._takes_override(step, block, module, options):
+            if OVERRIDE in options and step.filter_guards and step.takes_override(block, module, options):
                 with Overriding(options) as overriding:
                     result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
             else:
@@ -218,12 +219,6 @@ class CompiledModule:
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         return result
-
-    def _takes_override(self, step: Step, block: Block, module: torch.nn.Module, options: dict) -> bool:
-        """Whether the attention override in options is called by what is compiled, and there is no other patch."""
-        if id(block.region) not in step.takes_overrides:
-            step.takes_overrides[id(block.region)] = takes_overrides(module)
-        return step.takes_overrides[id(block.region)] and may_be_operation(options[OVERRIDE]) and not has_patches(options, INNER_PATCHES)
 
     def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
                          overriding: Overriding | None = None):
@@ -244,11 +239,12 @@ class CompiledModule:
         What the model has done before this block is not done again then. overriding: see there; the first time the block runs eager."""
         compiled = None
         try:
-            compiled = self._compiled(step, block, filter_guards, own_methods(module), options)
+            compiled = step.compiled_for(block, filter_guards, own_methods(module), options, self._events)
             if compiled is None or (compiled.failed and kind_of_call(args, kwargs) in compiled.failed):
                 return MISSING
             inside = closed_over((*args, *kwargs.values()))
-            if self._is_beyond_guards(step, block, compiled, args, kwargs, inside):
+            if difference := step.beyond_guards(block, compiled, args, kwargs, inside):
+                self._events.fall_back(difference)
                 return MISSING
             if overriding is not None:
                 if compiled.takes_override is None:
@@ -304,69 +300,13 @@ class CompiledModule:
                     state.artifacts = self._region_artifacts(region)
                 state.artifacts.begin()
 
-    def _is_beyond_guards(self, step: Step, block: Block, compiled: Compiled, args: tuple, kwargs: dict, inside: list) -> bool:
-        """Whether this call differs from what was compiled in something that dynamo's guards do not see."""
-        name, unguarded = block.region.name, compiled.guards.unguarded
-        if unguarded and (what := unguarded.disagreement(block.info.block(), args, kwargs)):
-            self._events.fall_back(f"{name} reads something ({what}) that was another when it was compiled, in a way that torch does not "
-                                   "look at (the sign of a zero, an order, a default): it runs uncompiled where that is so.")
-            return True
-        if inside and (kept := kept_object(inside)):
-            self._events.fall_back(f"{name} gets a function that keeps a {kept}, for which it would be compiled again and again: it runs "
-                                   "uncompiled where it does.")
-            return True
-        present = step.tensor_attributes | attributes_of_tensors([*args, *kwargs.values(), *inside])
-        read = next((item for item in sorted(present) if compiled.names is not None and item in compiled.names), "")
-        if read:
-            self._events.fall_back(f"{name} reads the attribute {read} of a tensor, which torch takes for a constant: it runs uncompiled "
-                                   "while a tensor has one.")
-        return bool(read)
-
-    def _compiled(self, step: Step, block: Block, filter_guards: bool, methods: OwnMethods, options: dict) -> Compiled | None:
-        """What torch compiled for the block's region as its classes, its own methods and the keys of its options are now; None where it is
-        not compiled."""
-        code = block.region.code
-        step.compiling = code.name
-        if not step.scope.is_open:
-            if not self.report.graphs:
-                self._events.notify("loading the compiler")
-            step.scope.open()
-        keys = code.option_keys(filter_guards, options)
-        key = id(code), filter_guards, methods, keys
-        known = step.compiled.get(key, MISSING)
-        if known is MISSING or (known is not None and not known.still_fits()):
-            step.compiled[key] = found = code.find(filter_guards, methods, keys)
-            if found is None and (reason := code.refusal()):
-                self._events.fall_back(reason)
-            elif found is None:
-                self._events.fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another "
-                                       "pack): it runs uncompiled with new code or values.")
-        return step.compiled[key]
-
     def _region_artifacts(self, region: Region) -> RegionArtifacts:
         options = self.options
         return RegionArtifacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
                                options.torch_options(), options.background, self._events.on_artifact, self._states[region.key].numbers)
-
-    def _artifacts_allowed(self) -> bool:
-        """An artifact was made for inference, as it is without autocast."""
-        return (self._cache is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._device.type)
-                and not torch._C._len_torch_function_stack())
 
     def _begins_compile(self):
         names = [self._states[region.key].code.name for region in self._regions]
         if self._step is not None and self._step.compiling in names:
             index = names.index(self._step.compiling)
             self._events.notify(f"compiling {self._regions[index].name} {index + 1}/{len(names)}", (index, len(names)))
-
-    def _record(self, scope: CompileScope):
-        first = not self.report.graphs
-        scope.record(self.report)
-        if first or self.options.log:
-            logger.info("%s: %s", self.options.title, self.report.summary())
-        limit = scope.limit()
-        for region in self._regions:
-            code = self._states[region.key].code
-            if code.is_at_limit(limit):
-                self._events.fall_back(f"{region.name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
-                                       "it runs uncompiled wherever it would need another compile.")

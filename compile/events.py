@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .report import NOT_KEPT, CompileReport
+from .torch_compiler import CompileScope, RegionCode
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,18 @@ class Events:
             self.report.last_calls, self._notified = dict(calls), False
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
+
+    def compiled(self, scope: CompileScope, codes: Iterable[tuple[str, RegionCode]], log: bool) -> None:
+        """Something was compiled during scope. codes: of the regions, with their names. log: say it at later times too."""
+        first = not self.report.graphs
+        scope.record(self.report)
+        if first or log:
+            logger.info("%s: %s", self._title, self.report.summary())
+        limit = scope.limit()
+        for name, code in codes:
+            if code.is_at_limit(limit):
+                self.fall_back(f"{name} was compiled {limit} times, which is the limit (dynamo_cache_size_limit): "
+                               "it runs uncompiled wherever it would need another compile.")
 
     def on_artifact(self, event: str, name: str, detail: str) -> None:
         """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, built, refused, not used."""

@@ -4,8 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .artifacts.runtime import BlockInfo, RegionArtifacts
-from .torch_compiler import Compiled, CompileScope, RegionCode
+import torch
+
+from .artifacts.attention_override import OVERRIDE, may_be_operation, takes_overrides
+from .artifacts.closures import kept_object
+from .artifacts.runtime import MISSING, BlockInfo, RegionArtifacts
+from .events import Events
+from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode
+from .torch_internals.block_tree import attributes_of_tensors
+from .torch_internals.guard_filter import INNER_PATCHES, has_patches
 
 
 @dataclass
@@ -45,3 +52,46 @@ class Step:
     passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run
     failure: str = ""  # of compiling a block; that block, and all after it, then ran eager
     calls: dict[str, int] = field(default_factory=lambda: {"artifact": 0, "graph": 0, "eager": 0})
+
+    def takes_override(self, block: Block, module: torch.nn.Module, options: dict) -> bool:
+        """Whether the attention override in options is called by what is compiled, and there is no other patch."""
+        if id(block.region) not in self.takes_overrides:
+            self.takes_overrides[id(block.region)] = takes_overrides(module)
+        return self.takes_overrides[id(block.region)] and may_be_operation(options[OVERRIDE]) and not has_patches(options, INNER_PATCHES)
+
+    def beyond_guards(self, block: Block, compiled: Compiled, args: tuple, kwargs: dict, inside: list) -> str:
+        """In what this call differs from what was compiled that dynamo's guards do not see, empty where it does not."""
+        name, unguarded = block.region.name, compiled.guards.unguarded
+        if unguarded and (what := unguarded.disagreement(block.info.block(), args, kwargs)):
+            return (f"{name} reads something ({what}) that was another when it was compiled, in a way that torch does not "
+                    "look at (the sign of a zero, an order, a default): it runs uncompiled where that is so.")
+        if inside and (kept := kept_object(inside)):
+            return (f"{name} gets a function that keeps a {kept}, for which it would be compiled again and again: it runs "
+                    "uncompiled where it does.")
+        present = self.tensor_attributes | attributes_of_tensors([*args, *kwargs.values(), *inside])
+        read = next((item for item in sorted(present) if compiled.names is not None and item in compiled.names), "")
+        if read:
+            return (f"{name} reads the attribute {read} of a tensor, which torch takes for a constant: it runs uncompiled "
+                    "while a tensor has one.")
+        return ""
+
+    def compiled_for(self, block: Block, filter_guards: bool, methods: OwnMethods, options: dict, events: Events) -> Compiled | None:
+        """What torch compiled for the block's region as its classes, its own methods and the keys of its options are now; None where it is
+        not compiled."""
+        code = block.region.code
+        self.compiling = code.name
+        if not self.scope.is_open:
+            if not events.report.graphs:
+                events.notify("loading the compiler")
+            self.scope.open()
+        keys = code.option_keys(filter_guards, options)
+        key = id(code), filter_guards, methods, keys
+        known = self.compiled.get(key, MISSING)
+        if known is MISSING or (known is not None and not known.still_fits()):
+            self.compiled[key] = found = code.find(filter_guards, methods, keys)
+            if found is None and (reason := code.refusal()):
+                events.fall_back(reason)
+            elif found is None:
+                events.fall_back(f"what {block.region.name} computes with was changed more than {MAX_STATES} times (by another "
+                                 "pack): it runs uncompiled with new code or values.")
+        return self.compiled[key]

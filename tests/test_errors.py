@@ -18,7 +18,7 @@ SOURCES = [*sorted(p for folder in ("nodes", "compile", "int8") for p in (REPO /
 END = re.compile(r"[.:;,](?=\s|$)|(?=\s\()|$")
 FALLBACK_ARCH = 12  # characters besides holes that a quote has at least
 TELLS = ("warning", "error", "exception", "fall_back", "_refuse")
-REASONS = ("on_device", "artifact_refusal", "triton_unavailable")  # return what another message quotes
+REASONS = ("on_device", "artifact_refusal", "triton_unavailable", "beyond_guards")  # return what another message quotes
 
 
 class Messages(ast.NodeVisitor):

@@ -42,6 +42,12 @@ def settings() -> dict:
                           torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()]}
 
 
+def is_inference(device_type: str) -> bool:
+    """Whether calls are what an artifact was made for: inference, as it is without autocast."""
+    return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type)
+            and not torch._C._len_torch_function_stack())
+
+
 def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:
     """The folder of all artifacts of a block, as TorchAir names it: {class}_{dynamic or static}[_aoti]_{key}. host: what else the program
     around depends on (ComfyUI's options)."""
