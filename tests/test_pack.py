@@ -104,6 +104,12 @@ def test_only_nodes_and_compile_comfyui_import_comfyui_and_nothing_imports_what_
                 assert not COMFYUIS_OWN.intersection(name.partition(".")[0] for name in names), f"{relative} imports {names}"
 
 
+def test_a_file_of_the_product_has_at_most_320_lines():
+    lengths = {path.relative_to(REPO).as_posix(): len(path.read_text().splitlines()) for folder in ("compile", "int8")
+               for path in (REPO / folder).rglob("*.py")}
+    assert lengths and {path: length for path, length in lengths.items() if length > 320} == {}
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
 def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(path):
     workflow = json.loads(path.read_text())
