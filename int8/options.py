@@ -4,9 +4,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .echo import echo
+from .kernels import registry
 
 METHODS = ("auto", "rowwise", "convrot", "smoothquant")
-KERNELS = ("auto", "triton", "comfy_kitchen", "torch")
+KERNELS = ("auto", *(kernel.name for kernel in registry.KERNELS if kernel.is_option))
 # Of keep_layers: a model has some hundred layers, whose names have some ten characters.
 MAX_GLOBS, MAX_GLOB = 500, 200
 TOO_MANY_GLOBS = f"keep_layers: at most {MAX_GLOBS} globs of {MAX_GLOB} characters. Write one for several layers, such as blocks.*.mlp.*"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...int8.kernels import autotune, native
-from ...int8.kernels.ops import TRITON_MIN_CAPABILITY, triton_unavailable
+from ...int8.kernels.with_triton import TRITON_MIN_CAPABILITY, triton_unavailable
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 COMPILER_TIMEOUT = 60  # seconds

@@ -15,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from ...int8.echo import echo
 from ...int8.hadamard import check_group
-from ...int8.kernels import ops
+from ...int8.kernels.registry import BY_NAME
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears
@@ -88,7 +88,7 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     keep_layers glob that matches nothing; RuntimeError where ComfyUI has no native INT8.
     """
     require_native_int8()
-    if options.kernel == "triton" and (reason := ops.triton_unavailable(patcher.load_device)):
+    if options.kernel in BY_NAME and (reason := BY_NAME[options.kernel].refusal(patcher.load_device)):
         raise ValueError(f"INT8 Quantize Model: {reason}. Set kernel to auto.")
     model = patcher.model
     if native_layers(patcher):

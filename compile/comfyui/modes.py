@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...int8.echo import echo
 from ...int8.hadamard import group_size
-from ...int8.options import Int8Options
+from ...int8.options import KERNELS, Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.report import ProgressCallback, no_progress
 from ..modes.compile import Compile, CompileConfig
@@ -120,7 +120,7 @@ class PatcherInt8Config:
 
     keep_layers: tuple[str, ...] = ()
     min_sqnr_db: float = 0.0
-    kernel: Literal["auto", "triton", "comfy_kitchen", "torch"] = "auto"
+    kernel: Literal[KERNELS] = "auto"  # type: ignore[valid-type]
     max_mb: float = 0.0
     chosen: tuple[tuple[str, MODE_METHODS], ...] | None = None
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import comfy_kitchen_gemm, tables, torch_mm
+from . import tables, torch_mm
 from .native import cache_folder
+from .registry import KERNELS
 from .tuning import Choices, NotNow, bucket, wall_seconds
 
 logger = logging.getLogger(__name__)
@@ -76,13 +77,10 @@ def shape_key(q: torch.Tensor, qweight: torch.Tensor, out_dtype: torch.dtype) ->
 
 def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None = TRIED) -> dict[str, Callable]:
     """{name: int8_gemm} of what can run these operands, the one predicted fastest first. tried: how many tiles, None for all."""
-    from . import triton_kernels
-
-    configs = triton_kernels.candidates(q, qweight)[:tried]
-    found: dict[str, Callable] = {str(config): functools.partial(triton_kernels.int8_gemm, config=config) for config in configs}
-    found["torch._int_mm"] = triton_kernels.int_mm
-    if q.is_cuda and not is_captured(q) and not comfy_kitchen_gemm.why_not(q.device):
-        found["comfy_kitchen"] = comfy_kitchen_gemm.int8_gemm
+    found: dict[str, Callable] = {}
+    for kernel in KERNELS:
+        if kernel.in_cuda_graphs or not is_captured(q):
+            found |= kernel.candidates(q, qweight, tried)
     return found
 
 

@@ -6,10 +6,12 @@ public: it is used only where it is there and agrees with torch._int_mm.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from . import torch_mm
+from .kernel import Kernel
 
 POINTER_ALIGNMENT = 16  # bytes
 # M, K, N of the check. The first is a multiple of all that CUTLASS aligns to: it says that it has computed it, or is not used.
@@ -89,3 +91,11 @@ def _multiply(q, s, qweight, weight_scale, bias, out_dtype, fp32: bool) -> torch
 
 def _dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.is_contiguous() and t.data_ptr() % POINTER_ALIGNMENT == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None) -> dict[str, Callable]:
+    return {"comfy_kitchen": int8_gemm} if q.is_cuda and not why_not(q.device) else {}
+
+
+# Who chooses it has ComfyUI's own layers multiply: see compile/comfyui/int8_layer.py.
+KERNEL = Kernel("comfy_kitchen", __name__, ("cuda",), package="comfy_kitchen", is_option=True, candidates=candidates, in_cuda_graphs=False)

@@ -10,6 +10,7 @@ import threading
 import torch
 
 from . import native, reference
+from .kernel import Kernel
 
 BLOCK_BYTES = 64 << 20  # of int32; measured: less makes oneDNN reorder the weight more often, more costs pages
 QUANT_BLOCK_BYTES = 8 << 20
@@ -76,3 +77,6 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
         else:
             y[i:i + rows] = reference.epilogue(block, s[i:i + rows], weight_scale, bias, out_dtype)
     return y
+
+
+KERNEL = Kernel("cpu", __name__, ("cpu",), serves=lambda name, device: device.type == "cpu")

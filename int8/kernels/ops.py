@@ -6,67 +6,25 @@ nor export breaks on them. ``Library.define`` costs 3.5 us a call where ``custom
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
+from types import ModuleType
 
 import torch
 
-from . import autotune, cpu, reference, torch_mm
-
-logger = logging.getLogger(__name__)
+from . import autotune, reference
+from .registry import KERNELS
+from .with_triton import triton_unavailable
 
 NAMESPACE = "int8_compile"
-# Triton compiles INT8 tl.dot to tensor cores from Ampere on; Turing has only torch._int_mm.
-TRITON_MIN_CAPABILITY = (8, 0)
 # int8_gemm takes the type of its result by name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
 @functools.cache
-def triton_unavailable(device: torch.device) -> str:
-    """Why the Triton kernels cannot run on this device; empty where they can."""
-    if device.type != "cuda":
-        return f"the triton kernel needs a CUDA device, and this model runs on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "the triton kernel needs Triton, which is not installed (Windows: pip install triton-windows)"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < TRITON_MIN_CAPABILITY:
-        return f"the triton kernel needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
-    return triton_failure(device)
-
-
-def triton_failure(device: torch.device) -> str:
-    """Why Triton cannot launch a kernel here (it builds its launcher with a C compiler), with one warning; empty where it can."""
-    try:
-        from . import triton_kernels
-
-        triton_kernels.quant_rows(torch.zeros(1, 16, device=device))
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-        reason = ("the triton kernel needs Triton to run, and here it fails: install a C compiler (Linux: apt install gcc) or reinstall "
-                  f"Triton ({cause})")
-        logger.warning("INT8: %s. Until then torch._int_mm multiplies, which is slower.", reason)
-        return reason
-    return ""
-
-
-def implementation(kernel: str, device: torch.device):
-    """The module with quant_rows and int8_gemm that ``kernel`` (auto | triton | torch | reference) means on device."""
-    if kernel == "reference":
+def implementation(kernel: str, device: torch.device) -> ModuleType:
+    """The module with quant_rows and int8_gemm that ``kernel`` (auto, or a name in the registry) means on device."""
+    if kernel == reference.KERNEL.name:
         return reference
-    if device.type == "cpu":
-        return cpu
-    if kernel == "triton" or (kernel == "auto" and not triton_unavailable(device)):
-        return with_triton()
-    return torch_mm if device.type == "cuda" else reference
-
-
-@functools.cache
-def with_triton():
-    """Triton is optional. (An import statement costs a microsecond also of what is imported.)"""
-    from . import triton_kernels
-
-    return triton_kernels
+    return next(each for each in KERNELS if each.serves(kernel, device)).load()
 
 
 def _quant_rows(x, group, act, pre_quant_scale, kernel):

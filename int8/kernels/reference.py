@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ..hadamard import rotate
+from .kernel import Kernel
 
 ACTIVATIONS = ("none", "gelu_tanh", "swiglu")
 QMAX = 127.0
@@ -57,3 +58,6 @@ def epilogue(acc: torch.Tensor, s: torch.Tensor, weight_scale: torch.Tensor, bia
     if bias is not None:
         y += bias.float()
     return y.to(out_dtype)
+
+
+KERNEL = Kernel("reference", __name__, ("cpu", "cuda"), serves=lambda name, device: True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
+from .kernel import Kernel
 
 # cuBLASLt's INT8 path takes more than 16 rows, and K and N in multiples of 8.
 MIN_ROWS = 17
@@ -50,3 +51,6 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
         end = i + acc.shape[0]
         y[i:end] = reference.epilogue(acc, s[i:end], weight_scale, bias, out_dtype)
     return y
+
+
+KERNEL = Kernel("torch", __name__, ("cpu", "cuda"), is_option=True, serves=lambda name, device: device.type == "cuda")

@@ -6,16 +6,21 @@ import importlib.util
 import pytest
 import torch
 from int8_compile.int8.hadamard import hadamard, rotate
-from int8_compile.int8.kernels import cpu, native, ops, reference, torch_mm
+from int8_compile.int8.kernels import cpu, native, ops, reference, registry, with_triton
 
 from .conftest import CUDA, DEVICE, On
 
-IMPLEMENTATIONS = [On(cpu, torch.device("cpu")), On(torch_mm, torch.device("cpu"))]
-if CUDA:
-    IMPLEMENTATIONS.append(On(torch_mm))
-if importlib.util.find_spec("triton"):
-    from int8_compile.int8.kernels import triton_kernels
-    IMPLEMENTATIONS.append(On(triton_kernels))
+
+def implementations():
+    """On each device type of theirs that is here; Triton's on the CPU, in its interpreter, where there is no GPU."""
+    for kernel in registry.KERNELS:
+        if kernel is reference.KERNEL or (kernel.package and not importlib.util.find_spec(kernel.package)):
+            continue
+        if hasattr(module := kernel.load(), "quant_rows"):
+            yield from (On(module, torch.device(device)) for device in [d for d in kernel.devices if d == "cpu" or CUDA] or ["cpu"])
+
+
+IMPLEMENTATIONS = list(implementations())
 
 # (M, K, N, ConvRot group)
 SHAPES = [(1, 64, 64, 64), (5, 256, 33, 256), (70, 320, 100, 64), (3, 48, 16, 16), (129, 1000, 72, 0), (33, 768, 130, 256),
@@ -204,12 +209,12 @@ def test_where_triton_cannot_launch_the_reason_and_the_remedy_are_said(monkeypat
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     from int8_compile.int8.kernels import triton_kernels
 
-    assert ops.triton_failure(DEVICE) == "" and not caplog.text
+    assert with_triton.triton_failure(DEVICE) == "" and not caplog.text
 
     def broken(x):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
     monkeypatch.setattr(triton_kernels, "quant_rows", broken)
-    reason = ops.triton_failure(DEVICE)
+    reason = with_triton.triton_failure(DEVICE)
     assert "Failed to find C compiler" in reason and "apt install gcc" in reason and "more" not in reason
     assert "torch._int_mm multiplies" in caplog.text
 

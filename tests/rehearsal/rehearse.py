@@ -94,11 +94,11 @@ def every_kernel_multiplies_right(state):
 
 @step
 def layers_of_a_processor_are_as_before(state):
-    from int8_compile.int8.kernels import autotune, ops, reference, torch_mm, triton_gemm, triton_quant
+    from int8_compile.int8.kernels import autotune, ops, reference, torch_mm, triton_gemm, triton_quant, with_triton
 
     x, qweight, scale, bias, want = layer(20, 128, 32)
     close(ops.int8_linear(*(t.cpu() for t in (x, qweight, scale, bias))).to(CUDA), want)
-    assert ops.triton_unavailable(CPU) and ops.implementation("auto", CPU) is not torch_mm
+    assert with_triton.triton_unavailable(CPU) and ops.implementation("auto", CPU) is not torch_mm
     q, _ = reference.quant_rows(x.cpu())
     assert not autotune.is_captured(q) and "comfy_kitchen" not in autotune.candidates(q, qweight.cpu()) and triton_gemm.card(CPU)[1] is None
     got, _ = triton_quant.quant_rows(x.cpu(), 64)
@@ -211,11 +211,12 @@ def comfy_kitchen_is_a_candidate_where_it_agrees(state):
 
 @step
 def what_triton_cannot_do_is_said_and_multiplied_otherwise(state):
-    from int8_compile.int8.kernels import ops, torch_mm, triton_kernels
+    from int8_compile.int8.kernels import ops, torch_mm, triton_kernels, with_triton
 
     def fresh():
-        ops.triton_unavailable.cache_clear()
-        return ops.triton_unavailable(CUDA)
+        with_triton.triton_unavailable.cache_clear()
+        ops.implementation.cache_clear()
+        return with_triton.triton_unavailable(CUDA)
     if not has_triton():
         assert "compute capability 8.0 or later" in fresh() and ops.implementation("auto", CUDA) is torch_mm
         return
