@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from .artifact_layer import has_artifact_replacement
+
 CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 # A repeated activation or norm is not worth a region of its own.
 MIN_LINEARS = 2
@@ -21,7 +23,7 @@ def signature(module: torch.nn.Module) -> tuple:
 
 def _replacement(module: torch.nn.Module) -> str:
     """Rotation, kernel and parts of a layer of this pack (compile/comfyui/int8_layer.py), which its class does not tell."""
-    if not hasattr(module, "artifact_replacement"):
+    if not has_artifact_replacement(module):
         return ""
     try:
         return repr(module.artifact_replacement()[1])

@@ -19,13 +19,10 @@ try:
 except ImportError:
     TensorGuards = None
 
+from ...int8.artifact_layer import has_artifact_replacement, has_artifact_tensors
 from .call import layout
 from .values import Unsupported
 
-# A layer of this pack whose parameters are tensor subclasses gives, with these methods, its plain tensors by name (none while it computes
-# otherwise), and (class, arguments) that make a module with buffers of these names that computes the same. What it computes is known by
-# these and by the version of the pack, so its attributes and methods are not looked at.
-TENSORS, REPLACEMENT = "artifact_tensors", "artifact_replacement"
 TensorSpec = tuple[str, tuple[int, ...], str]  # dtype, shape, layout
 
 
@@ -35,7 +32,7 @@ def tensors_of(block: torch.nn.Module) -> list[tuple[str, Tensor]]:
     seen: set[int] = set()
     for prefix, module in block.named_modules():
         own = {**module._parameters, **module._buffers}
-        for name, tensor in (getattr(module, TENSORS)() if hasattr(module, TENSORS) else own).items():
+        for name, tensor in (module.artifact_tensors() if has_artifact_tensors(module) else own).items():
             if tensor is None or id(tensor) in seen:
                 continue
             if type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -56,8 +53,8 @@ def structure_of(block: torch.nn.Module) -> list:
 
 
 def _kind(module: torch.nn.Module) -> list:
-    if hasattr(module, REPLACEMENT):
-        kind, arguments = getattr(module, REPLACEMENT)()
+    if has_artifact_replacement(module):
+        kind, arguments = module.artifact_replacement()
         return [f"{kind.__qualname__}{arguments!r}", module.training]
     return [f"{type(module).__module__}.{type(module).__qualname__}", module.training]
 
@@ -75,8 +72,8 @@ class _Pickler(pickle.Pickler):
         return self._known[id(value)], isinstance(value, torch.nn.Parameter)
 
     def reducer_override(self, value):
-        if isinstance(value, torch.nn.Module) and hasattr(value, REPLACEMENT):
-            return getattr(value, REPLACEMENT)()
+        if isinstance(value, torch.nn.Module) and has_artifact_replacement(value):
+            return value.artifact_replacement()
         if isinstance(value, types.FunctionType) and "<lambda>" in value.__qualname__:
             for name, table in vars(sys.modules.get(value.__module__)).copy().items():
                 for key, item in dict(table).items() if isinstance(table, dict) else ():
@@ -94,8 +91,8 @@ def copy_skeleton(block: torch.nn.Module) -> torch.nn.Module:
     memo: dict = {id(t): torch.nn.Parameter(torch.empty(0), requires_grad=False) if isinstance(t, torch.nn.Parameter) else torch.empty(0)
                   for _, t in tensors_of(block)}
     for module in block.modules():
-        if hasattr(module, REPLACEMENT):
-            function, arguments = getattr(module, REPLACEMENT)()
+        if has_artifact_replacement(module):
+            function, arguments = module.artifact_replacement()
             memo[id(module)] = function(*arguments)
     return copy.deepcopy(block, memo)
 

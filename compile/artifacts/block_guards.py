@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block import TENSORS, TensorSpec
+from ...int8.artifact_layer import HasArtifactTensors, has_artifact_tensors
+from .block import TensorSpec
 from .call import layout
 from .code_names import identifiers
 from .describe import Describer, Names
@@ -38,7 +39,7 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
     describe = Describer(names, watch, {id(module): path for path, module in modules.items()}, lenient)
     result = []
     for path, module in modules.items():
-        if hasattr(module, TENSORS):
+        if has_artifact_tensors(module):
             continue
         state, read = module.__dict__, _read_by_torch(type(module))  # type: ignore[arg-type]
         for name in sorted(state):
@@ -63,7 +64,7 @@ def _read_by_torch(kind: Any) -> frozenset[str]:
 
 
 def module_classes(block: torch.nn.Module) -> list[type]:
-    return list(dict.fromkeys(type(m) for m in block.modules() if not hasattr(m, TENSORS)))
+    return list(dict.fromkeys(type(m) for m in block.modules() if not has_artifact_tensors(m)))
 
 
 def classes_of(kinds: list[type], names: Names, watch: Watch | None = None, lenient: bool = False) -> list[list]:
@@ -121,7 +122,7 @@ class BlockGuards:
 
     def _look(self, block: torch.nn.Module) -> None:
         self._watch = Watch()
-        states = [module.__dict__ for module in block.modules() if not hasattr(module, TENSORS)]
+        states = [module.__dict__ for module in block.modules() if not has_artifact_tensors(module)]
         self._layout = states, _layout(states)
         try:
             found = attributes_of(block, self._names, self._watch, without=self._without)
@@ -168,8 +169,8 @@ class Weights:
         self._spaces: list[dict] = []
         seen: dict[int, int] = {}
         for _, module in block.named_modules():
-            if hasattr(module, TENSORS):
-                space, tensors = weakref.ref(module), getattr(module, TENSORS)()
+            if has_artifact_tensors(module):
+                space, tensors = weakref.ref(module), module.artifact_tensors()
             else:
                 space, tensors = None, {**module._parameters, **module._buffers}
                 self._spaces += [module._parameters, module._buffers]
@@ -222,8 +223,8 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _shape_of, _dtype_of, _device_of = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
-def _of_layer(owner: weakref.ref, made: dict) -> dict:
+def _of_layer(owner: weakref.ref[HasArtifactTensors], made: dict) -> dict:
     if owner not in made:
         layer = owner()
-        made[owner] = {} if layer is None else getattr(layer, TENSORS)()
+        made[owner] = {} if layer is None else layer.artifact_tensors()
     return made[owner]

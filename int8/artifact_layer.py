@@ -1,0 +1,31 @@
+"""What artifacts ask of a layer of this pack whose parameters are tensor subclasses.
+
+What such a layer computes is known by these methods and by the version of the pack, so its attributes and methods are not looked at.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeGuard
+
+import torch
+
+
+class HasArtifactTensors(Protocol):
+    def artifact_tensors(self) -> Mapping[str, torch.Tensor | None]:
+        """Its plain tensors by name; none while it computes otherwise."""
+        ...
+
+
+class HasArtifactReplacement(HasArtifactTensors, Protocol):
+    def artifact_replacement(self) -> tuple[Callable[..., torch.nn.Module], tuple]:
+        """(class, arguments) that make a module with buffers of these names that computes the same. Raises AttributeError while its
+        weight is a float tensor."""
+        ...
+
+
+def has_artifact_tensors(module: object) -> TypeGuard[HasArtifactTensors]:
+    return hasattr(module, "artifact_tensors")
+
+
+def has_artifact_replacement(module: object) -> TypeGuard[HasArtifactReplacement]:
+    return hasattr(module, "artifact_replacement")
