@@ -4,6 +4,8 @@ from __future__ import annotations
 import contextlib
 import threading
 
+from .membership import asked_of_numbers
+
 
 class _Scope:
     """The settings of all calls under way: the first sets them, a later one raises the limit where it needs more, the last puts
@@ -42,7 +44,7 @@ def _patch(limit: int):
     config = torch._dynamo.config
     name, total = _limit_names(config)
     values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
-    with config.patch(**values), shape_config.patch(use_duck_shape=False):
+    with config.patch(**values), shape_config.patch(use_duck_shape=False), asked_of_numbers():
         yield
 
 
@@ -61,5 +63,5 @@ def recompile_limit() -> int:
 
 compile_settings = _Scope()
 compile_settings.__doc__ = """compile_settings(limit): a context in which a block class may be compiled limit times (0: torch's own
-limit), and in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
-compile again at the next one."""
+limit), in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
+compile again at the next one, and in which torch looks whether a number that varies is in a list."""

@@ -1,6 +1,7 @@
 """Integers among the arguments that only act as sizes: one graph and one artifact for all of them; what looks at one otherwise is right."""
 from __future__ import annotations
 
+import collections
 import enum
 import numbers
 import sys
@@ -356,3 +357,25 @@ def test_an_attribute_that_the_class_computes_is_none_of_them(tmp_path, keep):
     for _ in range(4):
         x = inputs()[0]
         assert difference(run(compiled, net, x), net(x)) < 1e-5
+
+
+class Guides(nets.Small):
+    """The parts of the batch by a list of numbers, as NAGuidance knows them."""
+
+    def forward(self, x, kinds, transformer_options=None):
+        h = self.body(x) + 0 * sum(kinds)
+        if not (1 in kinds and 0 in kinds):
+            return h
+        part = h.shape[0] // len(kinds)
+        rows = [h[part * place:part * (place + 1)] for place in (kinds.index(0), kinds.index(1))]
+        return torch.cat([rows[0] * 2, rows[1] * 3 + (7.0 in kinds) + 2 * (2 not in kinds), h[2 * part:]])
+
+
+@pytest.mark.parametrize("container", [list, tuple, collections.deque])
+def test_a_number_that_varies_is_found_in_what_holds_it(container):
+    net, compiled = nets.make(Guides), CompiledModule(COMPILED)
+    for kinds in ([1, 0], [0, 1], [0], [1], [1, 0], [0, 1], [1, 0, 2], [0, 2, 1], [0, 1, 7], [3, 4]):
+        x = inputs(batch=2 * len(kinds), tokens=12)[0]
+        want = net(x, container(kinds))
+        assert difference(run(compiled, net, x, container(kinds)), want) < 1e-5, kinds
+        assert compiled.report.last_calls["graph"] == 3, compiled.report.fallbacks
