@@ -65,11 +65,16 @@ class _Backend:
             self.refused = refused
             raise
         # What runs as Python between two graphs may ask for the layout, too.
-        self.by_layout = (self.by_layout or len(graph_break_reasons()) > self._breaks or Recording.of(self.traced).names_layout()
+        self.by_layout = (self.by_layout or self.has_breaks or Recording.of(self.traced).names_layout()
                           or depends_on_layout(graph, inputs, writes=_has_globals(graph)))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         return self._inner(graph, inputs, **options)
+
+    @property
+    def has_breaks(self) -> bool:
+        """Whether there may be more graphs than one in a call."""
+        return len(graph_break_reasons()) > self._breaks
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs

@@ -20,7 +20,7 @@ from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over
 from .artifacts.key import is_inference
-from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
+from .artifacts.runtime import MISSING, BlockInfo, Cache, CallAgain, RegionArtifacts
 from .block_calls import Slots
 from .errors import is_models_own
 from .events import Events, OnProgress
@@ -104,10 +104,11 @@ class CompiledModule:
                 if passthrough(error) or is_models_own(error):
                     self._events.notify()
                     raise
-                cause = f"{type(error).__name__}: {error}"
+                cause = error.failure if isinstance(error, CallAgain) else f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
-            self._fail(cause)
+            if cause:
+                self._fail(cause)
             return result
         finally:
             self._lock.release()
@@ -225,7 +226,12 @@ class CompiledModule:
         """MISSING where the block is to run eager."""
         if step.use_artifacts and not patched:
             artifacts = block.region.artifacts
-            result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
+            try:
+                result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
+            except Exception as error:
+                if step.passthrough(error) or is_models_own(error) or attention.has_failed() or not artifacts.give_up(error):
+                    raise
+                result = MISSING
             if result is not MISSING:
                 step.calls["artifact"] += 1
                 return result
@@ -262,7 +268,7 @@ class CompiledModule:
             step.calls["graph"] += 1
             return result
         except Exception as error:
-            if step.passthrough(error) or is_models_own(error) or attention.has_failed():
+            if isinstance(error, CallAgain) or step.passthrough(error) or is_models_own(error) or attention.has_failed():
                 raise
             cause = f"{type(error).__name__}: {error}"
             if compiled is not None and self._has_worked(block, step):
@@ -273,6 +279,8 @@ class CompiledModule:
             else:
                 step.failure = cause
                 step.blocks, step.use_artifacts = {}, False
+            if compiled is not None and compiled.may_have_run(error):
+                raise CallAgain(step.failure) from error
         return MISSING
 
     def _has_worked(self, block: Block, step: Step) -> bool:

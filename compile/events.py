@@ -71,12 +71,13 @@ class Events:
                                "it runs uncompiled wherever it would need another compile.")
 
     def on_artifact(self, event: str, name: str, detail: str) -> None:
-        """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, built, refused, not used."""
+        """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, ended (built or
+        not), built, refused, not used."""
         report = self.report
-        text = f"{name} {detail}" if event in ("loaded", "building", "built") else f"{name}: {detail}"
-        if event in ("built", "refused"):
-            report.building = [building for building in report.building if building.partition(" ")[0] != name]
-        if event == "loaded":
+        text = f"{name} {detail}" if event in ("loaded", "building", "ended", "built") else f"{name}: {detail}"
+        if event == "ended":
+            report.building = [building for building in report.building if building != text]
+        elif event == "loaded":
             report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
             report.artifacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps

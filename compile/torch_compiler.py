@@ -108,6 +108,12 @@ class Compiled:
         return (self.guards.environment in (None, os.environ) and (self.code is None or not self.code.mismatch())
                 and (self.classes is None or not self.classes.difference()))
 
+    def may_have_run(self, error: Exception) -> bool:
+        """Whether a call that ended in error may have computed something: it was not ended by the compiler, or that had a graph before."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        return self.backend is None or self.backend.has_breaks or not isinstance(error, TorchDynamoException)
+
     @property
     def takes_copies(self) -> bool:
         """Whether dense copies of its inputs do."""

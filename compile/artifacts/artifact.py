@@ -68,6 +68,7 @@ class Artifact:
 
     def __init__(self, entry: Entry, device: torch.device):
         body = entry.body
+        self.folder = entry.folder
         self.kind = body["kind"]
         self.structure = as_tuples(body["structure"])
         self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]

@@ -30,10 +30,10 @@ from .compilers import READABLE
 from .describe import Names
 from .entry import Damaged
 from .export import build
-from .job import dynamic_dims_of_rank
+from .job import dynamic_dims_of_rank, job_of
 from .option_reads import transformer_options_match
 from .records import classes_in
-from .runtime import MAX_SIGNATURES, job_of
+from .runtime import MAX_SIGNATURES
 from .source_guards import CodeFingerprint
 from .store import CacheError, CacheStore, default_key_file
 from .values import Unsupported

@@ -2,10 +2,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from .block import TensorSpec
+from .block import TensorSpec, dump_skeleton, tensor_spec, tensors_of
+from .block_guards import attributes_of
+from .call import Call, numbers_in
+from .describe import Names
+from .option_reads import transformer_options_for_trace
+from .values import Unsupported
 
 
 @dataclasses.dataclass
@@ -62,3 +69,21 @@ def dynamic_dims_of_rank(rank: int) -> range:
     """Which dims of a block's input may vary between calls: not the channels of [batch, channels] and [batch, tokens, channels], nor the
     rotation matrices of position embeddings [..., D/2, 2, 2]."""
     return range(rank - 1 if rank in (2, 3) else rank - 3 if rank > 5 else rank)
+
+
+def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic_dims: Callable[[Tensor], Sequence[int]],
+           config: dict, method: str = "forward", skeleton: Callable = dump_skeleton) -> BuildSpec:
+    """dynamic_dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
+    # A call makes dense copies of what has another layout.
+    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(tensor_spec, call.leaves)]
+    batch = next((shape[0] for index, (_, shape, _) in enumerate(leaves) if len(shape) > 1 and index not in call.sizes), 0)
+    batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch and index not in call.sizes
+                    ] if batch else []
+    tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
+    if not all(kind for *_, kind in tensors):
+        raise Unsupported("one of its weights is not contiguous")
+    attributes = attributes_of(block, Names(None), lenient=True, without=numbers_in(call.structure))
+    return BuildSpec(name, skeleton(block), attributes, tensors, call.structure, leaves,
+                     list(map(transformer_options_for_trace, call.options)), batch_leaves,
+                     [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method,
+                     call.sizes)

@@ -6,28 +6,27 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
 from .artifact import Artifact
 from .attention_override import OVERRIDE
-from .block import dump_skeleton, structure_of, tensor_spec, tensors_of
-from .block_guards import BlockGuards, ClassGuards, Weights, attributes_of, module_classes
+from .block import structure_of, tensor_spec, tensors_of
+from .block_guards import BlockGuards, ClassGuards, Weights, module_classes
 from .builder import Builder, BuildRequest
 from .call import Call, flatten, numbers_in, with_numbers, without_numbers
 from .describe import Names
 from .entry import Damaged
-from .job import BuildSpec, dynamic_dims_of_rank
-from .option_reads import transformer_options_for_trace, transformer_options_match
+from .job import dynamic_dims_of_rank, job_of
+from .option_reads import transformer_options_match
 from .records import classes_in
 from .source_guards import CodeFingerprint
 from .store import CacheStore
-from .values import Unsupported
+from .values import CallAgain, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +107,7 @@ class RegionArtifacts:
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
+        self._running: _Loaded | None = None  # whose artifact is being called
         self._refusal = ""
         self._said: set[str] = set()
         self._changed = threading.Event()  # set by the builder
@@ -168,13 +168,31 @@ class RegionArtifacts:
                     tensors = info.weights.get()
                     if tensors is None or loaded.artifact.writes_into(tensors, call.leaves):
                         return MISSING  # a LoRA that is added on the way, or weights elsewhere: another time
-                    return loaded.artifact(tensors, call.leaves, call.options)
+                    self._running = loaded
+                    result = loaded.artifact(tensors, call.leaves, call.options)
+                    self._running = None
+                    return result
             if self._numbers != numbers:
                 call = self._flatten(block, args, kwargs) or call
             self._request(block, call, other_batch)
         except Unsupported as error:
             self._refuse(str(error))
         return MISSING
+
+    def give_up(self, error: Exception) -> bool:
+        """After an error of run(): whether an artifact raised it, which is then used no more, in no process. Raises CallAgain where
+        it may have written into its inputs before."""
+        failed, self._running = self._running, None
+        if failed is None:
+            return False
+        for group in self._loaded.values():
+            group[:] = [loaded for loaded in group if loaded is not failed]
+        reason = f"its artifact does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        self._cache.store.set_aside(failed.artifact.folder, reason)
+        self._refuse(reason)
+        if failed.artifact.written:
+            raise CallAgain from error
+        return True
 
     def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
         """None for a call that cannot be described, which says nothing of others: some blocks are called in two ways."""
@@ -292,6 +310,7 @@ def _done(region: weakref.ref, entry: str, overridden: bool, reason: str):
     owner = region()
     if owner is None:
         return
+    owner._note("ended", owner._name, entry)
     if reason and overridden:
         owner._note("refused", owner._name, reason)
     elif reason:
@@ -299,21 +318,3 @@ def _done(region: weakref.ref, entry: str, overridden: bool, reason: str):
     else:
         owner._note("built", owner._name, entry)
         owner._changed.set()
-
-
-def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic_dims: Callable[[Tensor], Sequence[int]],
-           config: dict, method: str = "forward", skeleton: Callable = dump_skeleton) -> BuildSpec:
-    """dynamic_dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
-    # A call makes dense copies of what has another layout.
-    leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(tensor_spec, call.leaves)]
-    batch = next((shape[0] for index, (_, shape, _) in enumerate(leaves) if len(shape) > 1 and index not in call.sizes), 0)
-    batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch and index not in call.sizes
-                    ] if batch else []
-    tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
-    if not all(kind for *_, kind in tensors):
-        raise Unsupported("one of its weights is not contiguous")
-    attributes = attributes_of(block, Names(None), lenient=True, without=numbers_in(call.structure))
-    return BuildSpec(name, skeleton(block), attributes, tensors, call.structure, leaves,
-                     list(map(transformer_options_for_trace, call.options)), batch_leaves,
-                     [tuple(dynamic_dims(leaf)) for leaf in call.leaves], device.type, torch.get_num_threads(), config, method,
-                     call.sizes)

@@ -11,3 +11,12 @@ class Unsupported(Exception):
 def constant(value) -> tuple:
     """Equal only for what is the same: zeros, which compare equal, are texts, with their sign."""
     return type(value).__name__, str(value) if type(value) is float and value == 0.0 else value
+
+
+class CallAgain(RuntimeError):
+    """The model is to be called once more: a block that could not be finished compiled may have written into what it got. failure: why
+    compile is off then, empty where it is not."""
+
+    def __init__(self, failure: str = ""):
+        super().__init__(failure)
+        self.failure = failure

@@ -198,6 +198,30 @@ def test_a_kind_of_call_that_cannot_be_compiled_runs_eager_and_all_others_compil
     assert "no cosine here" in compiled.report.failure  # and then no more
 
 
+def test_what_a_block_has_written_before_it_could_not_be_finished_is_not_written_twice():
+    class Writes(Block):
+        def forward(self, x, transformer_options=None):
+            x += 1
+            torch._dynamo.graph_break()
+            return super().forward(x.cos())
+
+    class OfWrites(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.others = torch.nn.ModuleList([Writes() for _ in range(4)]), torch.nn.ModuleList()
+
+        def forward(self, x):
+            x = x.clone()
+            for block in self.blocks:
+                x = block(x)
+            return x
+    net, x = OfWrites(), torch.randn(3, 5, 64)
+    compiled = CompiledModule(CompileOptions(backend=_cannot_cosine))
+    for _ in range(3):
+        assert torch.equal(run(compiled, net, x), net(x))
+    assert "no cosine here" in compiled.report.failure
+
+
 def test_code_that_cannot_be_compiled_is_not_taken_for_the_code_that_was_before(monkeypatch):
     net, x = Net(), torch.randn(3, 5, 64)
     compiled = CompiledModule(CompileOptions(backend=_cannot_cosine))

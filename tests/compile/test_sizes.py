@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.artifacts import compilers, origins
+from int8_compile.compile.artifacts import artifact, compilers, origins
 from int8_compile.compile.artifacts.inputs import holds_for
 from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.engine import CompiledModule
@@ -379,3 +379,28 @@ def test_a_number_that_varies_is_found_in_what_holds_it(container):
         want = net(x, container(kinds))
         assert difference(run(compiled, net, x, container(kinds)), want) < 1e-5, kinds
         assert compiled.report.last_calls["graph"] == 3, compiled.report.fallbacks
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_artifact_that_does_not_run_is_set_aside_and_the_image_is_eagers(tmp_path, monkeypatch, writes):
+    class Block(nets.Small):
+        def forward(self, x, transformer_options=None):
+            return x.add_(self.body(x)) if writes else self.body(x)
+    monkeypatch.setattr(sys.modules[__name__], "Block", Block, raising=False)
+    Block.__qualname__ = "Block"
+    plain = artifact.LOADERS["export"]
+
+    def load(entry, device):
+        program = plain(entry, device)
+
+        def call(values):
+            program(values)
+            torch._assert(False, "expected size 2==1")
+        return call
+    monkeypatch.setitem(artifact.LOADERS, "export", load)
+    net, compiled = nets.make(Block), cached(tmp_path / "cache")
+    want = net(inputs()[0])
+    for _ in range(4):
+        got = compiled.run(net, lambda: net(inputs()[0]), filter_guards=True, passthrough=lambda error: False)
+        assert difference(got, want) < 1e-5 and not compiled.report.failure
+    assert any("its artifact does not run (AssertionError: expected size 2==1)" in text for text in compiled.report.fallbacks)
