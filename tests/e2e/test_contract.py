@@ -129,7 +129,7 @@ def test_where_comfyui_has_no_int8_the_node_says_what_to_update_and_the_next_pro
     said = errors_of(server, wan_prompt(model_nodes=[(node_id, server.defaults(node_id))]))
     assert said == (f"INT8 Quantize Model needs ComfyUI {NATIVE_INT8} or later (native INT8 support). "
                     "Update ComfyUI; the compile nodes work on this version too.\n")
-    latent(server, server.run(wan_prompt(steps=1, seed=11)))
+    latent(server, server.run(wan_prompt(steps=1, seed=hash(node_id) % 10**6)))
 
 
 def with_compiled_clip(prompt, node_id, inputs):
@@ -160,7 +160,8 @@ def test_any_folder_name_and_a_sibling_copy_work(serve, defaults, tmp_path):
     shutil.copytree(REPO, sibling, ignore=shutil.ignore_patterns(".git", ".nox", "tests", "benchmarks", "__pycache__"))
     with serve(pack_folder="ComfyUI INT8-compile v0.1", extra_packs={"int8_compile-main": sibling}) as server:
         log = server.log_text()
-        assert "IMPORT FAILED" not in log and "Error while calling comfy_entrypoint" not in log
+        # Core says so of its own extras without brackets.
+        assert "(IMPORT FAILED)" not in log and "Error while calling comfy_entrypoint" not in log
         assert log.count("the node id CompileModel is also registered by") == 1
         compiled = defaults("CompileModel", backend="aot_eager")
         eager = latent(server, server.run(wan_prompt()))
