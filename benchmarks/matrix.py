@@ -24,7 +24,8 @@ RESULT = REPO / "benchmarks" / "results" / "matrix.md"
 # What is run for a column: pytest's arguments.
 COLUMNS = {
     "contract": ["tests/e2e/test_contract.py"],
-    "main job": ["tests/e2e/test_sampling.py", "-k", "samples_the_same or default_cpu_attention or cpp_compiler"],
+    "compile": ["tests/e2e/test_sampling.py", "-k", "samples_the_same_compiled and not int8 or every_attention or cpp_compiler"],
+    "main job": ["tests/e2e/test_sampling.py", "-k", "almost_the_same_in_int8 or goes_on or unloading"],
     "LoRA": ["tests/nodes/test_quantize.py", "-k", "lora"],
     "INT8": ["tests/nodes/test_quantize.py", "tests/nodes/test_core_functions.py", "-k", "not lora"],
     "restart": ["tests/nodes/test_cache.py", "-k", "a_restart_compiles_nothing"],
@@ -79,13 +80,16 @@ def cell(report: str) -> str:
     """What a JUnit report says, in a few words."""
     cases = list(ElementTree.fromstring(report).iter("testcase"))
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    ran = len(cases) - skipped
+    skips = [skip.get("message") or "" for case in cases if (skip := case.find("skipped")) is not None]
+    ran = len(cases) - len(skips)
+    why = "; ".join(dict.fromkeys(filter(None, skips)))
     if bad:
         names = list(dict.fromkeys(name.partition("[")[0] for name in bad))
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return f"{len(bad)} of {ran} fail: {', '.join(names[:NAMED])}{more}"
-    return f"holds ({ran}" + (f", {skipped} skipped)" if skipped else ")") if ran else "not run: nothing to run"
+    if not ran:
+        return f"not run: {why or 'nothing to run'}"
+    return f"holds ({ran}" + (f", {len(skips)} skipped{why and ': '}{why})" if skips else ")")
 
 
 def comfyui_version(comfyui: Path) -> str:

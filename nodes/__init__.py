@@ -34,7 +34,10 @@ SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")
 
 
 class Int8CompileExtension(ComfyExtension):
+    _is_loaded = False
+
     async def on_load(self) -> None:
+        self._is_loaded = True
         from server import PromptServer
 
         import nodes  # ComfyUI's registry and server are complete only while packs load, not at import
@@ -53,6 +56,8 @@ class Int8CompileExtension(ComfyExtension):
             await _register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        if not self._is_loaded:  # ComfyUI 0.8.0 does not call on_load
+            await self.on_load()
         return NODES
 
 

@@ -55,6 +55,7 @@ class Use:
     since: str = ""
 
 
+# ComfyUI 0.8.0 does not know the last two, which are for INT8 weights and dynamic VRAM.
 _CAST = ("dtype", "device", "bias_dtype", "offloadable", "compute_dtype", "want_requant")
 USES = (
     # compile/comfyui/int8_layer.py: the Linear that INT8 layers derive from, and how it gets its weight.
@@ -92,7 +93,7 @@ USES = (
     Use("comfy.model_management.interrupt_current_processing", COMPILE, "0.38.1", 1),
     # compile/comfyui/offload.py: a block's weights, fetched before it is called.
     Use("comfy.ops.CastWeightBiasOp", OFFLOAD, "0.38.1"),
-    Use("comfy.ops.cast_bias_weight", OFFLOAD, "0.38.1", 1, _CAST),
+    Use("comfy.ops.cast_bias_weight", OFFLOAD, "0.38.1", 1, _CAST[:4]),
     Use("comfy.ops.uncast_bias_weight", OFFLOAD, "0.38.1", 4),
     # The same with dynamic VRAM, as comfy.model_prefetch does it.
     Use("comfy.ops.cast_modules_with_vbar", PREFETCH, "0.38.1", 5, since="0.33.0"),

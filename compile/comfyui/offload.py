@@ -10,6 +10,7 @@ of a block does. Nothing is copied from there.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable
 
@@ -91,7 +92,7 @@ def _fetched(layer, x: torch.Tensor):
             weight, bias = comfy.ops.resolve_cast_module_with_vbar(layer, dtype, x.device, bias_dtype, x.dtype, isinstance(layer, Int8Lora))
         else:
             weight, bias, held = comfy.ops.cast_bias_weight(layer, dtype=dtype, device=x.device, bias_dtype=bias_dtype, offloadable=True,
-                                                            compute_dtype=x.dtype, want_requant=isinstance(layer, Int8Lora))
+                                                            **_known(compute_dtype=x.dtype, want_requant=isinstance(layer, Int8Lora)))
             if held[0] is not None or hasattr(layer, "_v"):
                 # These lie in a buffer that the next layer's fetch writes over.
                 weight, bias = weight.clone(), None if bias is None else bias.clone()
@@ -109,6 +110,14 @@ def _fetched(layer, x: torch.Tensor):
         for name in _STATE:
             layer.__dict__.pop(name, None)
         layer.__dict__.update(state)
+
+
+def _known(**arguments) -> dict:
+    """Those of arguments that this ComfyUI's cast_bias_weight takes: 0.8.0's has neither INT8 weights nor dynamic VRAM to ask for."""
+    parameters = inspect.signature(comfy.ops.cast_bias_weight).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # another pack's wrapper
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _dtype_of(weight: torch.Tensor) -> torch.dtype:

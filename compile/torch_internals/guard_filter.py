@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ...pack import ROOT
+from .absent import ABSENT
 from .unguarded import Unguarded
 
 # What ComfyUI writes there for patches to read, anew for every block, step or prompt. Blocks themselves read it for nothing else
@@ -88,6 +90,7 @@ class GuardFilter:
         self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
+        entries = [dataclasses.replace(entry, has_value=False) if entry.value is ABSENT else entry for entry in entries]
         values = [entry.value for entry in entries if entry.has_value]
         self.classes.update(value if isinstance(value, type) else type(value) for value in values)
         if self.environment is None and (any(value is os.getenv or value is os.environ for value in values)

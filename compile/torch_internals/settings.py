@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import threading
 
+from .absent import absent_values
 from .membership import asked_of_numbers
 
 
@@ -44,7 +45,7 @@ def _patch(limit: int):
     config = torch._dynamo.config
     name, total = _limit_names(config)
     values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
-    with config.patch(**values), shape_config.patch(use_duck_shape=False), asked_of_numbers():
+    with config.patch(**values), shape_config.patch(use_duck_shape=False), asked_of_numbers(), absent_values():
         yield
 
 

@@ -84,6 +84,21 @@ def test_new_sizes_compile_nothing_new(graphs, first):
     assert graphs() == 2
 
 
+class Asks(Block):
+    def forward(self, x):
+        return super().forward(x) if hasattr(self, "taken") else -super().forward(x)
+
+
+def test_a_block_that_asks_for_an_attribute_that_it_lacks_is_compiled_and_follows_when_it_gets_one(graphs):
+    net, x = torch.nn.Sequential(Asks(), Asks()), torch.randn(3, 64)
+    compiled = CompiledModule(CompileOptions(backend="aot_eager"))
+    for has in (False, True):
+        for block in net if has else ():
+            block.taken = True
+        torch.testing.assert_close(run(compiled, net, x), net(x))
+        assert graphs() == 1 + has and not compiled.report.failure
+
+
 def test_two_models_of_one_class_keep_their_own_weights():
     compiled = CompiledModule(CompileOptions(backend="aot_eager"))
     a, b, x = Net(), Net(), torch.randn(3, 64)

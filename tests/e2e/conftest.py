@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+from older_comfyui import needs_for
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference
 
@@ -44,6 +45,7 @@ def server(serve):
 def defaults(server):
     """The contract's defaults of a node, as /object_info tells them: what the frontend fills in."""
     def defaults(node_id, **inputs):
+        needs_for(node_id)
         return node_id, {**server.defaults(node_id), **inputs}
     return defaults
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+from older_comfyui import needs_for
 
 from benchmarks.workflows import flux_prompt, reports, wan_prompt
 
@@ -9,6 +10,20 @@ from .conftest import difference, latent
 
 pytestmark = pytest.mark.e2e
 PROMPTS = {"flux": flux_prompt, "wan": wan_prompt}
+
+
+@pytest.mark.parametrize("family", PROMPTS)
+def test_a_model_samples_the_same_compiled(server, defaults, family):
+    needs_for(f"tiny_{family}")
+    prompt = PROMPTS[family]
+    eager = latent(server, server.run(prompt()))
+    for node_id, title in (("CompileModel", "Compile Model"), ("INT8LazyTorchCompile", "INT8 Lazy Torch Compile")):
+        compiled = latent(server, server.run(prompt(model_nodes=[defaults(node_id)])))
+        assert difference(compiled, eager) < 1e-3
+        assert f"{title}: compiled" in server.log_text()
+    assert "compile failed" not in server.log_text()
+    server.free()
+    assert difference(latent(server, server.run(prompt())), eager) == 0
 
 
 @pytest.mark.parametrize("family", PROMPTS)

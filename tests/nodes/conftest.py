@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from older_comfyui import needs_for
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ def inference():
 @pytest.fixture(scope="session")
 def load(comfy, models_dir):
     def load(name="tiny_flux"):
+        needs_for(name)
         return comfy.sd.load_diffusion_model(str(models_dir / "models" / "diffusion_models" / f"{name}.safetensors"))
     return load
 
@@ -103,7 +105,8 @@ def nodes(comfy):
         schema = cls.define_schema()
         defaults = {i.id: i.default for i in schema.inputs if i.id not in ("model", "after")}
 
-        def run(*model, _cls=cls, _defaults=defaults, **inputs):
+        def run(*model, _cls=cls, _defaults=defaults, _id=schema.node_id, **inputs):
+            needs_for(_id)
             return _cls.execute(**dict(zip(["model"], model)), **{**_defaults, **inputs})[0]
         setattr(Nodes, schema.node_id, staticmethod(run))
     return Nodes

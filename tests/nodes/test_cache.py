@@ -75,7 +75,7 @@ def artifacts(restart, built, load, nodes, sample):
     return make
 
 
-@pytest.mark.parametrize("name, int8", [("tiny_flux", False), ("tiny_flux", True), ("tiny_wan", True)])
+@pytest.mark.parametrize("name, int8", [("tiny_flux", False), ("tiny_flux", True), ("tiny_wan", False), ("tiny_wan", True)])
 def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artifacts, nodes, sample, name, int8):
     model = artifacts(name, int8)
     compiled = nodes.INT8LazyTorchCompile(model)

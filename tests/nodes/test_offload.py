@@ -72,3 +72,22 @@ def test_a_model_with_dynamic_vram_is_read_from_its_file_once(load, nodes, monke
     # The same layers, but the copy's own: what is loaded into one model must not show in the other (test_two_models.py).
     assert second.object_patches.keys() == quantized.object_patches.keys() != set()
     assert all(second.object_patches[name] is not layer for name, layer in quantized.object_patches.items())
+
+
+def test_a_cast_that_takes_fewer_arguments_fetches_them_too(comfy, flux, nodes, apply, graphs, monkeypatch):
+    """ComfyUI 0.8.0's knows neither compute_dtype nor want_requant."""
+    core_cast = comfy.ops.cast_bias_weight
+
+    def cast_bias_weight(s, input=None, dtype=None, device=None, bias_dtype=None, offloadable=False):
+        return core_cast(s, input, dtype, device, bias_dtype, offloadable)
+
+    from int8_compile.compile.comfyui import core
+    core.usable.cache_clear()
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast_bias_weight)
+    try:
+        compiled = nodes.CompileModel(flux, **CHEAP)
+        for share in (1e-6, 0.5):
+            assert difference(apply(compiled, share), apply(flux, share)) < 1e-3
+        assert core.usable(core.OFFLOAD) and graphs() <= 2
+    finally:
+        core.usable.cache_clear()
