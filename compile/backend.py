@@ -44,6 +44,7 @@ class _Backend:
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
+        self._has_made = False  # a graph
         self._breaks = len(graph_break_reasons())
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
@@ -69,12 +70,19 @@ class _Backend:
                           or depends_on_layout(graph, inputs, writes=_has_globals(graph)))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
-        return self._inner(graph, inputs, **options)
+        made = self._inner(graph, inputs, **options)
+        self._has_made = True
+        return made
 
     @property
     def has_breaks(self) -> bool:
         """Whether there may be more graphs than one in a call."""
         return len(graph_break_reasons()) > self._breaks
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether a call that the compiler ended may have run a graph before."""
+        return self._has_made and self.has_breaks
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs

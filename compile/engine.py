@@ -268,20 +268,20 @@ class CompiledModule:
             step.calls["graph"] += 1
             return result
         except Exception as error:
-            if isinstance(error, CallAgain) or step.passthrough(error) or is_models_own(error) or attention.has_failed():
-                raise
+            if step.passthrough(error) or is_models_own(error) or attention.has_failed() or (
+                    compiled is not None and compiled.may_have_run(error)):
+                raise  # the model is called again, see run()
             cause = f"{type(error).__name__}: {error}"
-            if compiled is not None and self._has_worked(block, step):
-                self._failed_kinds += 1
-                compiled.failed.add(kind_of_call(args, kwargs))
-                self._events.fall_back(f"{block.region.name} cannot be compiled as it is called now: it runs uncompiled where it is called "
-                                       f"so. {remedy(cause)}{first_lines(cause)}")
-            else:
-                step.failure = cause
-                step.blocks, step.use_artifacts = {}, False
-            if compiled is not None and compiled.may_have_run(error):
-                raise CallAgain(step.failure) from error
-        return MISSING
+        if compiled is None or not self._has_worked(block, step):
+            step.failure, step.blocks, step.use_artifacts = cause, {}, False
+            return MISSING
+        step.calls["eager"] += 1
+        result = module._call_impl(*args, **kwargs)  # raises what is the model's own
+        self._failed_kinds += 1
+        compiled.failed.add(kind_of_call(args, kwargs))
+        self._events.fall_back(f"{block.region.name} cannot be compiled as it is called now: it runs uncompiled where it is called so. "
+                               f"{remedy(cause)}{first_lines(cause)}")
+        return result
 
     def _has_worked(self, block: Block, step: Step) -> bool:
         """Whether a failure to compile says nothing of the model: other calls run compiled."""

@@ -112,7 +112,7 @@ class Compiled:
         """Whether a call that ended in error may have computed something: it was not ended by the compiler, or that had a graph before."""
         from torch._dynamo.exc import TorchDynamoException
 
-        return self.backend is None or self.backend.has_breaks or not isinstance(error, TorchDynamoException)
+        return self.backend is None or self.backend.may_have_run or not isinstance(error, TorchDynamoException)
 
     @property
     def takes_copies(self) -> bool:
