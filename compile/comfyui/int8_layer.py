@@ -215,7 +215,7 @@ def patch_linear_input_act():
                     return linear(x)
                 input_act = None
             # A layer's own forward is that of a bypass LoRA, which adds to what the layer makes of its input.
-            elif input_act in FUSED_ACTIVATIONS and not (args or kwargs) and "forward" not in vars(linear):
+            elif input_act in FUSED_ACTIVATIONS and not (args or kwargs) and "forward" not in linear.__dict__:  # torch 2.8 traces no vars()
                 return linear(x, act=input_act)
             if not asks_the_layer:
                 linear = _ByForward(linear)
