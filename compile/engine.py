@@ -20,7 +20,8 @@ from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over
 from .artifacts.key import is_inference
-from .artifacts.runtime import MISSING, BlockInfo, Cache, CallAgain, RegionArtifacts
+from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
+from .artifacts.values import CallAgain
 from .block_calls import Slots
 from .errors import is_models_own
 from .events import Events, OnProgress
@@ -33,7 +34,6 @@ from .torch_internals.block_tree import has_global_hooks
 from .torch_internals.guard_filter import has_patches, options_of
 
 logger = logging.getLogger(__name__)
-
 # Kinds of calls that could not be compiled, of a model that runs compiled; then compile is off for it.
 MOST_FAILURES = 8
 
@@ -104,7 +104,7 @@ class CompiledModule:
                 if passthrough(error) or is_models_own(error):
                     self._events.notify()
                     raise
-                cause = error.failure if isinstance(error, CallAgain) else f"{type(error).__name__}: {error}"
+                cause = "" if isinstance(error, CallAgain) else f"{type(error).__name__}: {error}"
             # Out of the except block: its traceback would keep the failed call's tensors alive.
             result = call()
             if cause:
@@ -252,27 +252,27 @@ class CompiledModule:
             if difference := step.beyond_guards(block, compiled, args, kwargs, inside):
                 self._events.fall_back(difference)
                 return MISSING
-            if overriding is not None:
-                if compiled.takes_override is None:
-                    step.calls["eager"] += 1
-                    compiled.takes_override, result = overriding.probe(lambda: module._call_impl(*args, **kwargs))
-                    return result
-                if not compiled.takes_override:
-                    options[OVERRIDE] = overriding.override
-                    return self._by_graph(step, block, module, args, kwargs, options, False, None)
-            before = dict(options) if overriding is not None else {}
-            result = call_compiled(compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
-            compiled.look(module)
-            if overriding is not None and not overriding.is_unchanged(before):
-                compiled.takes_override = False  # in another branch than it was probed in
-            step.calls["graph"] += 1
-            return result
+            if overriding is not None and compiled.takes_override is None:
+                step.calls["eager"] += 1
+                compiled.takes_override, result = overriding.probe(lambda: module._call_impl(*args, **kwargs))
+                return result
+            if overriding is None or compiled.takes_override:
+                before = dict(options) if overriding else {}
+                result = call_compiled(compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
+                compiled.look(module)
+                if overriding is not None and not overriding.is_unchanged(before):
+                    compiled.takes_override = False  # in another branch than it was probed in
+                step.calls["graph"] += 1
+                return result
         except Exception as error:
             if step.passthrough(error) or is_models_own(error) or attention.has_failed() or (
                     compiled is not None and compiled.may_have_run(error)):
                 raise  # the model is called again, see run()
             cause = f"{type(error).__name__}: {error}"
-        if compiled is None or not self._has_worked(block, step):
+        else:  # the override is traced with it, as any patch
+            options[OVERRIDE] = overriding.override
+            return self._by_graph(step, block, module, args, kwargs, options, False, None)
+        if compiled is None or not self._has_worked(block):
             step.failure, step.blocks, step.use_artifacts = cause, {}, False
             return MISSING
         step.calls["eager"] += 1
@@ -283,7 +283,7 @@ class CompiledModule:
                                f"{remedy(cause)}{first_lines(cause)}")
         return result
 
-    def _has_worked(self, block: Block, step: Step) -> bool:
+    def _has_worked(self, block: Block) -> bool:
         """Whether a failure to compile says nothing of the model: other calls run compiled."""
         return bool(self.report.compiled_from_step) and self._failed_kinds < MOST_FAILURES and not block.region.code.refusal()
 

@@ -16,7 +16,7 @@ from ..torch_internals import warmup
 from .call import LAYOUTS, Call, as_tuples, lies_as, rebuild_result
 from .describe import Names
 from .entry import Entry
-from .shape_expressions import Evaluate, parse_expression
+from .shape_expressions import Evaluate, SizeConditions, parse_expression
 
 FILES = {"aoti": "artifact.pt2", "aot": "artifact.aot"}
 RUNNERS = {device: f"AOTIModelContainerRunner{device.capitalize()}" for device in ("cpu", "cuda", "xpu")}
@@ -72,11 +72,7 @@ class Artifact:
         self.kind = body["kind"]
         self.structure = as_tuples(body["structure"])
         self._leaves = [(getattr(torch, dtype), shape, kind) for dtype, shape, kind in body["leaves"]]
-        self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
-        self._names = {name for name, _, _ in self._ranges}
-        self._guards = [parse_expression(text) for text in body["guards"]]
-        self._expressions = {size: parse_expression(size) for _, shape, _ in self._leaves for size in shape
-                             if isinstance(size, str) and size not in self._names}
+        self._conditions = SizeConditions(body)
         self.options = body["options"]
         self._writes = [{key: value for key, value in writes.items() if not isinstance(value, list)} for writes in body["writes"]]
         # Lists of sizes, new ones at each call.
@@ -97,29 +93,16 @@ class Artifact:
     def accepts(self, leaves: Sequence[Tensor]) -> bool:
         """Whether leaves, of this structure, are what was traced; their layout aside, see dense. What it writes into must not be seen
         through another of them."""
-        sizes: dict[str, int] = {}
-        late = []
+        shapes = []
         for leaf, (dtype, shape, _) in zip(leaves, self._leaves):
             if leaf.dtype is not dtype or leaf.device != self._device or leaf.dim() != len(shape) or type(leaf) is not Tensor:
                 return False
-            for size, expected in zip(leaf.shape, shape):
-                if type(expected) is int:
-                    if size != expected:
-                        return False
-                elif expected not in self._names:
-                    late.append((size, expected))
-                elif sizes.setdefault(expected, size) != size:
-                    return False
+            shapes.append(leaf.shape)
         if self.written:
             memory = [leaf.untyped_storage().data_ptr() for leaf in leaves]
             if any(memory[index] and memory.count(memory[index]) > 1 for index in self.written):
                 return False
-        try:
-            return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
-                    and all(self._expressions[expected](sizes) == size for size, expected in late)
-                    and all(guard(sizes) for guard in self._guards))
-        except ZeroDivisionError:  # a quotient that is 0 for these sizes
-            return False
+        return self._conditions.hold_for(shapes)
 
     def is_for_other_numbers(self, call: Call) -> bool:
         """Whether it was built for other integers than a call of its structure has."""

@@ -24,13 +24,14 @@ from .call import CELL, LAYOUTS, closures_in, numbers_in, rebuild, set_numbers
 from .closures import CellReads, code_at
 from .compilers import COMPILERS, READABLE, _readable
 from .describe import Names
-from .inputs import _inputs, _Seen, _Traced, holds_for, is_off_dropout
+from .inputs import _inputs, _Seen, _Traced, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
 from .recording import recording
 from .records import classes_in
 from .same_program import same_program
+from .shape_expressions import SizeConditions
 from .source_guards import sources_of
 from .values import Unsupported
 
@@ -136,7 +137,7 @@ def build(job: BuildSpec, folder: Path, tiers: Sequence[str] = ("aoti", "aot"), 
             continue
         body |= {"kind": tier, **_inputs(traced, job)}  # with what the compiler has asked of the sizes
         break
-    if not holds_for(body, job.shapes):  # of batch 1, which it is not for now
+    if job.any_batch and not SizeConditions(body).hold_for(job.shapes):  # of batch 1, which it is not for now
         return build(job.with_fixed_batch(), folder, tiers, decompositions)
     (folder / READABLE).write_text(_readable(job, body, program))
     return body
@@ -231,7 +232,7 @@ def _trace(job: BuildSpec) -> tuple[_Traced, dict]:
         if same_program(traced, _export(job, 1, any_batch=False), job):
             traced.least_batch = 1
             body = _inputs(traced, job)
-        if holds_for(body, job.shapes):
+        if SizeConditions(body).hold_for(job.shapes):
             return traced, body
     except Exception as error:  # the sizes of this call are still to be had
         logger.warning("%s: %s; building for batch %d only", job.name, error, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
 
 import torch
 
@@ -99,18 +98,6 @@ def _inputs(traced: _Traced, job: BuildSpec) -> dict:
         "writes": [{key: [type(value).__name__, *[text(_expression(size)) for size in value]] if isinstance(value, (list, tuple)) else value
                     for key, value in options.writes().items()} for options in traced.seen.options],
     }
-
-
-def holds_for(body: dict, shapes: Sequence[Sequence[int]]) -> bool:
-    """Whether leaves of these shapes are as the body of _inputs says."""
-    pairs = [pair for (_, expected, _), shape in zip(body["leaves"], shapes) for pair in zip(expected, shape)]
-    sizes = {name: size for name, size in pairs if name in body["ranges"]}
-    try:
-        return (all(low <= sizes[name] <= high for name, (low, high) in body["ranges"].items())
-                and all(parse_expression(str(expected))(sizes) == size for expected, size in pairs)
-                and all(parse_expression(guard)(sizes) for guard in body["guards"]))
-    except ZeroDivisionError:  # a quotient that is 0 for these sizes
-        return False
 
 
 def _is_size(output) -> bool:

@@ -107,7 +107,7 @@ class RegionArtifacts:
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
-        self._running: _Loaded | None = None  # whose artifact is being called
+        self._running: _Loaded | None = None  # whose artifact run() called last, if it did
         self._refusal = ""
         self._said: set[str] = set()
         self._changed = threading.Event()  # set by the builder
@@ -144,6 +144,7 @@ class RegionArtifacts:
         weights."""
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
+        self._running = None
         try:
             call = self._flatten(block, args, kwargs)
             if call is None:
@@ -169,9 +170,7 @@ class RegionArtifacts:
                     if tensors is None or loaded.artifact.writes_into(tensors, call.leaves):
                         return MISSING  # a LoRA that is added on the way, or weights elsewhere: another time
                     self._running = loaded
-                    result = loaded.artifact(tensors, call.leaves, call.options)
-                    self._running = None
-                    return result
+                    return loaded.artifact(tensors, call.leaves, call.options)
             if self._numbers != numbers:
                 call = self._flatten(block, args, kwargs) or call
             self._request(block, call, other_batch)
@@ -182,7 +181,7 @@ class RegionArtifacts:
     def give_up(self, error: Exception) -> bool:
         """After an error of run(): whether an artifact raised it, which is then used no more, in no process. Raises CallAgain where
         it may have written into its inputs before."""
-        failed, self._running = self._running, None
+        failed = self._running
         if failed is None:
             return False
         for group in self._loaded.values():

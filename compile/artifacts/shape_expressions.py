@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Evaluate = Callable[[Mapping[str, int]], Any]
@@ -40,3 +40,36 @@ def _evaluator(node: ast.expr) -> Evaluate:
             call, parts = FUNCTIONS[name], [_evaluator(arg) for arg in args]
             return lambda sizes: call(part(sizes) for part in parts)
     raise ValueError(f"a condition on sizes has {ast.unparse(node)[:100]!r}")
+
+
+class SizeConditions:
+    """What the sizes of a call's leaves must be: "leaves", "ranges" and "guards" of a manifest's body. Raises ValueError for texts that
+    parse_expression does not take."""
+
+    def __init__(self, body: Mapping):
+        self._shapes = [shape for _, shape, _ in body["leaves"]]
+        self._ranges = [(name, low, high) for name, (low, high) in body["ranges"].items()]
+        self._names = {name for name, _, _ in self._ranges}
+        self._guards = [parse_expression(text) for text in body["guards"]]
+        self._expressions = {size: parse_expression(size) for shape in self._shapes for size in shape
+                             if isinstance(size, str) and size not in self._names}
+
+    def hold_for(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Asked before each block: of as many dims as the leaves have."""
+        sizes: dict[str, int] = {}
+        late = []
+        for shape, expected_shape in zip(shapes, self._shapes):
+            for size, expected in zip(shape, expected_shape):
+                if type(expected) is int:
+                    if size != expected:
+                        return False
+                elif expected not in self._names:
+                    late.append((size, expected))
+                elif sizes.setdefault(expected, size) != size:
+                    return False
+        try:
+            return (all(low <= sizes.get(name, 0) <= high for name, low, high in self._ranges)
+                    and all(self._expressions[expected](sizes) == size for size, expected in late)
+                    and all(guard(sizes) for guard in self._guards))
+        except ZeroDivisionError:  # a quotient that is 0 for these sizes
+            return False

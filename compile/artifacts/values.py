@@ -14,9 +14,4 @@ def constant(value) -> tuple:
 
 
 class CallAgain(RuntimeError):
-    """The model is to be called once more: a block that could not be finished compiled may have written into what it got. failure: why
-    compile is off then, empty where it is not."""
-
-    def __init__(self, failure: str = ""):
-        super().__init__(failure)
-        self.failure = failure
+    """The model is to be called once more: an artifact that could not finish may have written into what it got."""

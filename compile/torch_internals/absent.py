@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from .replaced import replaced
 
 ABSENT = object()  # what a GuardFilter is then given for a value
 
 
-@contextlib.contextmanager
-def absent_values() -> Iterator[None]:
-    """A context in which the filter is given ABSENT. For the whole process: see compile_settings."""
+def absent_values() -> AbstractContextManager[None]:
+    """A context in which the filter is given ABSENT."""
     from torch._dynamo import guards  # compile machinery: at the first compile, not at import
 
-    builder = guards.GuardBuilder
     # What mended it has moved the function out of its class.
-    if hasattr(guards, "make_guard_filter_entry"):
-        yield
-        return
-    plain = builder.get
-    builder.get = _mended(plain)
-    try:
-        yield
-    finally:
-        builder.get = plain
+    return contextlib.nullcontext() if hasattr(guards, "make_guard_filter_entry") else replaced(guards.GuardBuilder, "get", _mended)
 
 
 def _mended(plain: Callable) -> Callable:

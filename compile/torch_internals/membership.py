@@ -8,24 +8,21 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from .replaced import replaced
 
 
-@contextlib.contextmanager
-def asked_of_numbers() -> Iterator[None]:
-    """A context in which such a number is compared, and the answer guarded. For the whole process: see compile_settings."""
+def asked_of_numbers() -> AbstractContextManager[None]:
+    """A context in which such a number is compared, and the answer guarded."""
     from torch._dynamo.variables import lists  # compile machinery: at the first compile, not at import
 
     plain = getattr(lists, "iter_contains", None)
     # What mended it has no such parameter any more.
     if plain is None or "check_tensor_identity" not in inspect.signature(plain).parameters:
-        yield
-        return
-    lists.iter_contains = _mended(plain)
-    try:
-        yield
-    finally:
-        lists.iter_contains = plain
+        return contextlib.nullcontext()
+    return replaced(lists, "iter_contains", _mended)
 
 
 def _mended(plain: Callable) -> Callable:

@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.artifacts import artifact, compilers, origins
-from int8_compile.compile.artifacts.inputs import holds_for
+from int8_compile.compile.artifacts import artifact, compilers, origins, runtime
 from int8_compile.compile.artifacts.recording import Recording
+from int8_compile.compile.artifacts.shape_expressions import SizeConditions
 from int8_compile.compile.engine import CompiledModule
 from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
 
@@ -156,7 +156,8 @@ def test_what_the_compiler_asks_of_a_size_is_asked_of_each_call(tmp_path, monkey
 
 def test_a_condition_on_sizes_that_divides_by_nothing_is_not_fulfilled():
     body = {"leaves": [["float32", ["d0", 4], "c"]], "ranges": {"d0": [2, 1 << 62]}, "guards": ["(8 % (d0 // 16)) != 0"]}
-    assert holds_for(body, [(48, 4)]) and not any(holds_for(body, [shape]) for shape in ((2, 4), (1, 4), (48, 5)))
+    conditions = SizeConditions(body)
+    assert conditions.hold_for([(48, 4)]) and not any(conditions.hold_for([shape]) for shape in ((2, 4), (1, 4), (48, 5)))
 
 
 def test_other_compilers_learn_no_sizes():
@@ -404,3 +405,32 @@ def test_an_artifact_that_does_not_run_is_set_aside_and_the_image_is_eagers(tmp_
         got = compiled.run(net, lambda: net(inputs()[0]), filter_guards=True, passthrough=lambda error: False)
         assert difference(got, want) < 1e-5 and not compiled.report.failure
     assert any("its artifact does not run (AssertionError: expected size 2==1)" in text for text in compiled.report.fallbacks)
+
+
+def test_an_artifact_is_not_blamed_for_what_another_call_did(tmp_path, monkeypatch):
+    plain, full = artifact.LOADERS["export"], []
+
+    def load(entry, device):
+        program = plain(entry, device)
+
+        def call(values):
+            torch._assert(not full, "out of memory")
+            return program(values)
+        return call
+    monkeypatch.setitem(artifact.LOADERS, "export", load)
+    net, compiled = nets.make(Plain), cached(tmp_path / "cache")
+    x = inputs()[0]
+
+    def again():
+        return compiled.run(net, lambda: net(x), filter_guards=True, passthrough=lambda error: "out of memory" in str(error))
+    for _ in range(2):
+        again()
+    assert compiled.report.last_calls["artifact"] == 3
+    full.append(True)
+    with pytest.raises(AssertionError, match="out of memory"):
+        again()
+    full.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "flatten", lambda *args: torch._assert(False, "another fault"))
+        assert difference(again(), net(x)) < 1e-5
+    assert "another fault" in compiled.report.failure and not refused(compiled)

@@ -125,7 +125,7 @@ def test_bad_input_of_quantize_is_explained_and_the_next_prompt_works(server, de
 @pytest.mark.parametrize("node_id", ["INT8QuantizeModel", "ApplyModes"])
 def test_where_comfyui_has_no_int8_the_node_says_what_to_update_and_the_next_prompt_works(server, node_id):
     if not is_older(NATIVE_INT8):
-        pytest.skip("this ComfyUI has native INT8")
+        pytest.skip(f"needs a ComfyUI before {NATIVE_INT8}, which has no native INT8")
     said = errors_of(server, wan_prompt(model_nodes=[(node_id, server.defaults(node_id))]))
     assert said == (f"INT8 Quantize Model needs ComfyUI {NATIVE_INT8} or later (native INT8 support). "
                     "Update ComfyUI; the compile nodes work on this version too.\n")
