@@ -103,7 +103,9 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
     with _sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext():
-        return _call_with_copies(compiled, module, args, kwargs, copies)
+        result = _call_with_copies(compiled, module, args, kwargs, copies)
+    compiled.look(module)
+    return result
 
 
 def _call_with_copies(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, copies: dict):

@@ -1,11 +1,11 @@
-"""Runs a call with its regions compiled: by an artifact of the compile cache where one fits, else by torch.compile in this process. Plain
-torch: works on any nn.Module.
+"""Runs a call with its regions compiled: by an artifact of the compile cache where one fits, else by torch.compile. Plain torch.
 
 What compiled code depends on is looked at (once a process, entry, step or call) or refused: the table is in ARCHITECTURE.md.
 """
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -20,18 +20,19 @@ from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over
 from .artifacts.key import is_inference
-from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
+from .artifacts.runtime import MISSING, BlockInfo, Cache
 from .artifacts.values import CallAgain
 from .block_calls import Slots
 from .errors import is_models_own
 from .events import Events, OnProgress
 from .options import CompileOptions
-from .regions import Region, RegionSet
+from .regions import RegionSet
 from .report import Changes, first_lines, remedy
 from .step import Block, RegionState, Step
 from .torch_compiler import CompileScope, RegionCode, own_methods
 from .torch_internals.block_tree import has_global_hooks
 from .torch_internals.guard_filter import has_patches, options_of
+from .verification.verification import Verification, VerificationOptions
 
 logger = logging.getLogger(__name__)
 # Kinds of calls that could not be compiled, of a model that runs compiled; then compile is off for it.
@@ -45,7 +46,8 @@ class CompiledModule:
     take turns: what was compiled belongs to what the blocks are made of.
     """
 
-    def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None):
+    def __init__(self, options: CompileOptions, device: torch.device | None = None, cache: Cache | None = None,
+                 verification: VerificationOptions | None = None):
         self._events = Events(options.title, options.background)
         self.report = self._events.report
         self._changes = Changes()
@@ -54,6 +56,7 @@ class CompiledModule:
         if refusal:
             self._events.fall_back(refusal)
         self._cuda_graphs = self.options.cuda_graphs
+        self._verification = Verification(self._device, verification, self._events) if verification else None
         self._cache = cache
         if self.options.artifact_refusal:
             self._cache = None
@@ -197,10 +200,10 @@ class CompiledModule:
         if step is None or step.thread != threading.get_ident():
             return module._call_impl(*args, **kwargs)
         if step.blocks is None:
-            self._begin(step)
+            self._begin(step, args, kwargs)
         block = step.blocks.get(id(module))
-        if block is None or self._regions.has_hooks(module):
-            if block is not None:
+        if block is None or block.region.wrong or self._regions.has_hooks(module):
+            if block is not None and not block.region.wrong:
                 self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
@@ -227,7 +230,8 @@ class CompiledModule:
         if step.use_artifacts and not patched:
             artifacts = block.region.artifacts
             try:
-                result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes)
+                result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes,
+                                       self._verification if overriding is None else None, block.region.distrust)
             except Exception as error:
                 if step.passthrough(error) or is_models_own(error) or attention.has_failed() or not artifacts.give_up(error):
                     raise
@@ -237,15 +241,15 @@ class CompiledModule:
                 return result
             if artifacts.eager_fallback:
                 return MISSING
-        return self._by_graph(step, block, module, args, kwargs, options, step.filter_guards and not patched, overriding)
+        return self._by_graph(step, block, module, args, kwargs, options, patched, overriding)
 
-    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, filter_guards: bool,
+    def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
                   overriding: Overriding | None):
         """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
         What the model has done before this block is not done again then. overriding: see there; the first time the block runs eager."""
         compiled = None
         try:
-            compiled = step.compiled_for(block, filter_guards, own_methods(module), options, self._events)
+            compiled = step.compiled_for(block, step.filter_guards and not patched, own_methods(module), options, self._events)
             if compiled is None or (compiled.failed and kind_of_call(args, kwargs) in compiled.failed):
                 return MISSING
             inside = closed_over((*args, *kwargs.values()))
@@ -258,8 +262,10 @@ class CompiledModule:
                 return result
             if overriding is None or compiled.takes_override:
                 before = dict(options) if overriding else {}
-                result = call_compiled(compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
-                compiled.look(module)
+                run = functools.partial(call_compiled, compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
+                verification = self._verification if not patched and overriding is None else None
+                result = run() if verification is None or not verification.is_due(compiled) else verification.call(
+                    compiled, "graph", block.region.name, module, args, kwargs, run, block.region.distrust)
                 if overriding is not None and not overriding.is_unchanged(before):
                     compiled.takes_override = False  # in another branch than it was probed in
                 step.calls["graph"] += 1
@@ -271,7 +277,7 @@ class CompiledModule:
             cause = f"{type(error).__name__}: {error}"
         else:  # the override is traced with it, as any patch
             options[OVERRIDE] = overriding.override
-            return self._by_graph(step, block, module, args, kwargs, options, False, None)
+            return self._by_graph(step, block, module, args, kwargs, options, True, None)
         if compiled is None or not self._has_worked(block):
             step.failure, step.blocks, step.use_artifacts = cause, {}, False
             return MISSING
@@ -287,13 +293,15 @@ class CompiledModule:
         """Whether a failure to compile says nothing of the model: other calls run compiled."""
         return bool(self.report.compiled_from_step) and self._failed_kinds < MOST_FAILURES and not block.region.code.refusal()
 
-    def _begin(self, step: Step) -> None:
-        """At the first block of a step, when every wrapper around the model has done what it does."""
+    def _begin(self, step: Step, args: tuple, kwargs: dict) -> None:
+        """At the first block of a step, when every wrapper around the model has done what it does. args, kwargs: of that block."""
         if not self._regions.is_current():
             self._find_regions()
         if not self._blocks:  # forgotten
             self._blocks = self._describe_blocks()
         step.blocks = self._blocks
+        if self._verification is not None:
+            self._verification.begin(self.report.steps, len(self._blocks), step.passthrough, args, kwargs)
         foreign, step.tensor_attributes = self._regions.look_inside()
         if foreign:
             step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
@@ -303,15 +311,7 @@ class CompiledModule:
             self._events.fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")
         if step.use_artifacts:
             for region in self._regions:
-                state = self._states[region.key]
-                if state.artifacts is None:
-                    state.artifacts = self._region_artifacts(region)
-                state.artifacts.begin()
-
-    def _region_artifacts(self, region: Region) -> RegionArtifacts:
-        options = self.options
-        return RegionArtifacts(self._cache, region.name, self._device, options.mark_sizes or options.dynamic is not False,
-                               options.torch_options(), options.background, self._events.on_artifact, self._states[region.key].numbers)
+                self._states[region.key].begin(self._cache, self._device, self.options, self._events)
 
     def _begins_compile(self):
         names = [self._states[region.key].code.name for region in self._regions]

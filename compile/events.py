@@ -58,6 +58,13 @@ class Events:
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
 
+    def checked(self, region: str, dtype: str, in_roundings: float) -> None:
+        """What was compiled of a region was compared with eager. in_roundings: the difference in roundings of dtype."""
+        known = self.report.checked.get(region)
+        if known is None or known[1] < in_roundings:
+            self.report.checked = {**self.report.checked, region: (dtype, in_roundings)}
+            self._notified = False
+
     def compiled(self, scope: CompileScope, codes: Iterable[tuple[str, RegionCode]], log: bool) -> None:
         """Something was compiled during scope. codes: of the regions, with their names. log: say it at later times too."""
         first = not self.report.graphs

@@ -41,7 +41,8 @@ class CompileReport:
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
-    since the first image (a resolution, a batch), and what was compiled for it; the last ones."""
+    since the first image (a resolution, a batch), and what was compiled for it; the last ones. checked: by region, the largest difference
+    from eager that was seen and accepted, in its dtype's own roundings, with the dtype."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -60,6 +61,7 @@ class CompileReport:
     calls: dict[str, int] = field(default_factory=dict)
     last_calls: dict[str, int] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    checked: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -106,6 +108,10 @@ class CompileReport:
         if self.artifacts:
             found = Counter(artifact.partition(" ")[0] for artifact in self.artifacts)
             lines.append("from the compile cache: " + ", ".join(f"{name}" + (f" ({n})" if n > 1 else "") for name, n in found.items()))
+        if self.checked:
+            dtype, most = max(self.checked.values(), key=lambda found: found[1])
+            classes = f"{len(self.checked)} class{'es' * (len(self.checked) != 1)}"
+            lines.append(f"checked against eager: {classes}, difference {most:.2g}x of {dtype}'s own rounding")
         lines += self.changes
         lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
                   for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]

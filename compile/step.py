@@ -8,8 +8,9 @@ import torch
 
 from .artifacts.attention_override import OVERRIDE, may_be_operation, takes_overrides
 from .artifacts.closures import kept_object
-from .artifacts.runtime import MISSING, BlockInfo, RegionArtifacts
+from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .events import Events
+from .options import CompileOptions
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode
 from .torch_internals.block_tree import attributes_of_tensors
 from .torch_internals.guard_filter import INNER_PATCHES, has_patches
@@ -34,6 +35,19 @@ class RegionState:
     code: RegionCode
     numbers: tuple[str, ...] = ()  # attributes of the blocks, integers that differ from one to another
     artifacts: RegionArtifacts | None = None
+    wrong: str = ""  # how what was compiled was seen to be wrong: the blocks run eager
+
+    def begin(self, cache: Cache, device: torch.device, options: CompileOptions, events: Events) -> None:
+        """At the start of a step that uses artifacts."""
+        if self.artifacts is None:
+            self.artifacts = RegionArtifacts(cache, self.name, device, options.mark_sizes or options.dynamic is not False,
+                                             options.torch_options(), options.background, events.on_artifact, self.numbers)
+        self.artifacts.begin()
+
+    def distrust(self, reason: str) -> None:
+        self.wrong = reason
+        if self.artifacts is not None:
+            self.artifacts.distrust(reason)
 
 
 @dataclass

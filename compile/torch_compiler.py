@@ -95,6 +95,7 @@ class Compiled:
     own_methods: OwnMethods = ()  # of the blocks that it is for
     takes_override: bool | None = None  # see Overriding.probe; None: nobody has looked
     failed: set = field(default_factory=set)  # kinds of calls that could not be compiled, see kind_of_call
+    seen_right: set = field(default_factory=set)  # see Verification
 
     def still_fits(self) -> bool:
         """fits(), which was true before, asked before each block: only values may have changed since."""
@@ -134,6 +135,7 @@ class Compiled:
         if self.backend is not None and self.backend.traced and self.described != (
                 counts := (len(self.backend.traced), len(self.guards.classes))):
             self.described = counts
+            self.seen_right.clear()  # there is another graph
             found = Recording.of(self.backend.traced)
             self.takes_override = self.takes_override and found.is_comfyuis()
             self.names = names = found.names()

@@ -22,6 +22,7 @@ from .call import Call, flatten, numbers_in, with_numbers, without_numbers
 from .describe import Names
 from .entry import Damaged
 from .job import dynamic_dims_of_rank, job_of
+from .loaded import Loaded, Verifier
 from .option_reads import transformer_options_match
 from .records import classes_in
 from .source_guards import CodeFingerprint
@@ -41,30 +42,6 @@ class Cache:
     store: CacheStore
     builder: Builder
     host: Callable[[], dict] = dict
-
-
-# Steps in which all that an artifact was made of is looked at before each block: whether the model patches between blocks what they run.
-# Later only the values that they read are.
-YOUNG = 2
-
-
-@dataclass
-class _Loaded:
-    artifact: Artifact
-    sources: CodeFingerprint
-    classes: ClassGuards
-    usable: bool = True
-    young: float = YOUNG
-
-    def change(self) -> str:
-        """What is not as the artifact was made of it, empty where all is."""
-        return self.sources.mismatch() or self.classes.difference()
-
-    def change_on_the_way(self) -> str:
-        """The same, asked before each block of a step."""
-        if not self.young and self.sources.values_unchanged() and self.classes.values_unchanged():
-            return ""
-        return self.change()
 
 
 class BlockInfo:
@@ -101,13 +78,13 @@ class RegionArtifacts:
         self._differs = False  # they are others in this step
         self._specs: list = []
         self._kinds: list[type] = []  # classes of the blocks' modules
-        self._loaded: dict[tuple, list[_Loaded]] = {}
+        self._loaded: dict[tuple, list[Loaded]] = {}
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
-        self._running: _Loaded | None = None  # whose artifact run() called last, if it did
+        self._running: Loaded | None = None  # whose artifact run() called last, if it did
         self._refusal = ""
         self._said: set[str] = set()
         self._changed = threading.Event()  # set by the builder
@@ -139,9 +116,10 @@ class RegionArtifacts:
                     if changed:
                         self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
 
-    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str]):
+    def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str],
+            verification: Verifier | None = None, distrust: Callable[[str], None] = logger.error):
         """The block's result by an artifact; MISSING where none fits this call. attributes: names of what Python code has put on
-        weights."""
+        weights. verification: looks at the call, and tells distrust."""
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
         self._running = None
@@ -170,7 +148,10 @@ class RegionArtifacts:
                     if tensors is None or loaded.artifact.writes_into(tensors, call.leaves):
                         return MISSING  # a LoRA that is added on the way, or weights elsewhere: another time
                     self._running = loaded
-                    return loaded.artifact(tensors, call.leaves, call.options)
+                    if verification is None or not verification.is_due(loaded):
+                        return loaded.artifact(tensors, call.leaves, call.options)
+                    run = functools.partial(loaded.artifact, tensors, call.leaves, call.options)
+                    return verification.call(loaded, "artifact", self._name, block, args, kwargs, run, distrust)
             if self._numbers != numbers:
                 call = self._flatten(block, args, kwargs) or call
             self._request(block, call, other_batch)
@@ -182,15 +163,22 @@ class RegionArtifacts:
         """After an error of run(): whether an artifact raised it, which is then used no more, in no process. Raises CallAgain where
         it may have written into its inputs before."""
         failed = self._running
+        reason = f"its artifact does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        if failed is None or not self.distrust(reason):
+            return False
+        self._refuse(reason)
+        if failed.artifact.written:
+            raise CallAgain from error
+        return True
+
+    def distrust(self, reason: str) -> bool:
+        """The artifact that run() called last, if it did, is used no more, in no process."""
+        failed, self._running = self._running, None
         if failed is None:
             return False
         for group in self._loaded.values():
             group[:] = [loaded for loaded in group if loaded is not failed]
-        reason = f"its artifact does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         self._cache.store.set_aside(failed.artifact.folder, reason)
-        self._refuse(reason)
-        if failed.artifact.written:
-            raise CallAgain from error
         return True
 
     def _flatten(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> Call | None:
@@ -216,7 +204,7 @@ class RegionArtifacts:
             self._load()
         info.weights = Weights(block, self._specs, self._device)
 
-    def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: _Loaded, call: Call) -> bool:
+    def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: Loaded, call: Call) -> bool:
         artifact = loaded.artifact
         if not all(map(transformer_options_match, call.options, artifact.options)):
             return False
@@ -255,7 +243,7 @@ class RegionArtifacts:
             store.touch(entry)
             classes = ClassGuards([*self._kinds, *classes_in(artifact.structure)], artifact.classes, artifact.names)
             self._numbers = tuple(dict.fromkeys((*self._numbers, *numbers_in(artifact.structure)))) if self._may_be_numbers else ()
-            self._loaded.setdefault(artifact.structure, []).append(_Loaded(artifact, sources, classes, not classes.difference()))
+            self._loaded.setdefault(artifact.structure, []).append(Loaded(artifact, sources, classes, not classes.difference()))
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call, other_batch: bool):

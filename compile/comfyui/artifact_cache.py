@@ -114,6 +114,16 @@ def _number(text: str) -> float | None:
         return None
 
 
+def setting(name: str, default):
+    """Of ComfyUI's default user; any JSON value."""
+    return _settings().get(name, default)
+
+
+def say_once(what: str, text: str) -> None:
+    if _is_first(what):
+        logger.warning("INT8 Compile: %s", text)
+
+
 def _settings() -> dict:
     """Of ComfyUI's default user; anybody may have written them."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"

@@ -31,6 +31,7 @@ from .int8_layer import patch_linear_input_act
 from .int8_model import keep_apart, pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
+from .verification import verification_options
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         if key not in states:
             add_functions()
             patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
-            states[key] = _State(CompiledModule(options, device, get_cache()))
+            states[key] = _State(CompiledModule(options, device, get_cache(), verification_options()))
     state = states[key]
     state.offloaded = state.offloaded or is_offloaded(model)
     try:

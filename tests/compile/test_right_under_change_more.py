@@ -100,7 +100,7 @@ def test_a_zero_of_the_other_sign_is_another_number(tmp_path, place, way):
 
 
 class Switched(nets.Small):
-    """Its class says how it works, as comfy_cast_weights of ComfyUI's layers: an offload sets it on one, and does not always take it away."""
+    """Its class says how it works, as comfy_cast_weights of ComfyUI's layers: an offload sets it on one, and may leave it there."""
 
     doubles = False
 

@@ -1,0 +1,46 @@
+"""Checks against eager in ComfyUI: whether they are on, and where a failed one is kept."""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import folder_paths
+
+from ..verification.verification import Failure, VerificationOptions
+from .artifact_cache import say_once, setting
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "INT8_COMPILE_VERIFY"
+SETTING = "INT8Compile.Verify"
+OFF, FIRST, ALWAYS = "off", "first", "always"
+MOST_REPORTS = 20  # files
+
+
+def verification_options() -> VerificationOptions | None:
+    """None where the checks are off."""
+    chosen = os.environ.get(VARIABLE) or setting(SETTING, FIRST)
+    if chosen not in (OFF, FIRST, ALWAYS):
+        say_once(SETTING, f"{VARIABLE} or the setting {SETTING} is none of {OFF}, {FIRST}, {ALWAYS}; using {FIRST}.")
+    return None if chosen == OFF else VerificationOptions(chosen == ALWAYS, _record)
+
+
+def _record(failure: Failure) -> str:
+    """Beside ComfyUI's log. No prompt, path or file name is in it."""
+    folder = Path(folder_paths.get_user_directory()) / "__int8_compile_checks"
+    path = folder / f"check-{time.time_ns()}.json"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for old in sorted(folder.glob("check-*.json"))[:-MOST_REPORTS + 1]:
+            old.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump({name: str(value) if value == math.inf else value for name, value in asdict(failure).items()}, file, indent=1)
+    except OSError as error:
+        logger.info("INT8 Compile: a failed check was not kept: %s", error)
+        return ""
+    return str(path)

@@ -1,0 +1,95 @@
+"""How far what was compiled is from eager, and how far it may be."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of the whole result's norm; float32: what another order of additions makes of it in a block. Half types: a unit in the last place.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}
+# Where layers round to INT8: a value that falls on the other side of a half moves by a whole step.
+_QUANTIZED = 2e-2
+_ROW = 8  # times as much in one row
+_UNKNOWN = 4  # times as much where a block cannot be computed more exactly
+
+
+@dataclass(frozen=True)
+class Difference:
+    """total: the norm of the difference over that of the expected. worst: the same of the row (along the last dimension) that is
+    farthest off, over the norm of an average row at least. Infinite where only one of them is finite, or shapes or dtypes differ."""
+
+    total: float
+    worst: float
+
+    def within(self, tolerance: float, allowed: Difference | None = None) -> bool:
+        """Whether it is at most tolerance; beyond it, twice allowed."""
+        total, worst = (2 * allowed.total, 2 * allowed.worst) if allowed else (0.0, 0.0)
+        return self.total <= tolerance + total and self.worst <= _ROW * tolerance + worst
+
+
+_NONE, _INFINITE = Difference(0.0, 0.0), Difference(float("inf"), float("inf"))
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor], same_dtype: bool = True) -> Difference:
+    """The largest of each tensor's. same_dtype: of another dtype it is another result."""
+    if len(found) != len(expected):
+        return _INFINITE
+    all_ = [_difference(*pair, same_dtype) for pair in zip(found, expected)]
+    return Difference(max((one.total for one in all_), default=0.0), max((one.worst for one in all_), default=0.0))
+
+
+def _difference(found: Tensor, expected: Tensor, same_dtype: bool) -> Difference:
+    if found is expected:
+        return _NONE
+    if found.shape != expected.shape or (same_dtype and found.dtype != expected.dtype):
+        return _INFINITE
+    if found.dtype == expected.dtype and torch.equal(found, expected):
+        return _NONE
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return _INFINITE
+    exact = torch.float64 if torch.float64 in (found.dtype, expected.dtype) else torch.float32
+    found, expected = (_real(tensor).to(exact) for tensor in (found, expected))
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return _INFINITE
+    if not finite.all():
+        found, expected = found.where(finite, 0.0), expected.where(finite, 0.0)
+    rows, of_rows = (torch.linalg.vector_norm(tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=1)
+                     for tensor in (found - expected, expected))
+    norm = torch.linalg.vector_norm(of_rows)
+    total = torch.linalg.vector_norm(rows) / norm
+    worst = (rows / of_rows.clamp_min(norm / len(of_rows) ** 0.5)).max()
+    return Difference(*(value if value == value else float("inf") for value in (total.item(), worst.item())))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def own_rounding(dtype: torch.dtype) -> float:
+    """Half a unit in the last place, of a number's size."""
+    return torch.finfo(dtype).eps / 2
+
+
+def coarsest(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The floating-point dtype with the fewest bits; None where there is none."""
+    return max((tensor.dtype for tensor in tensors if tensor.dtype in _TOLERANCES), key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def is_right(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype, quantized: bool,
+             compute_exactly: Callable[[], Sequence[Tensor] | None]) -> tuple[bool, Difference]:
+    """(whether found is as right as expected, which eager computed, their difference). dtype: what they were computed in.
+    compute_exactly: the same in more digits, asked where they differ by more than rounding explains at once; None: it cannot be. There
+    found may be twice as far from it as expected is."""
+    tolerance = max(_TOLERANCES[dtype], _QUANTIZED if quantized else 0.0)
+    apart = difference(found, expected)
+    if apart.within(tolerance):
+        return True, apart
+    if apart.total == float("inf"):
+        return False, apart
+    exact = compute_exactly()
+    if exact is None:
+        return apart.within(_UNKNOWN * tolerance), apart
+    return difference(found, exact, False).within(tolerance, difference(expected, exact, False)), apart

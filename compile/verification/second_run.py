@@ -1,0 +1,206 @@
+"""A block's call made a second time, eager, of which nothing is left: neither in its arguments nor in the block or a random generator."""
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import operator
+import random
+import types
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..artifacts import records
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+          uuid.UUID, enum.Enum, torch.dtype, torch.device, torch.Size, torch.nn.Module)
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class Unverifiable(Exception):
+    """Why a call is not made twice."""
+
+
+class CallCopy:
+    """args and kwargs with tensors and containers of its own. dtype: of what is floating-point among them, None: as it is. Memory that
+    tensors share is shared by the copies, and lies as it did; not with another dtype."""
+
+    def __init__(self, args: tuple, kwargs: dict, dtype: torch.dtype | None = None):
+        self._dtype = dtype
+        self._copies: dict[int, object] = {}
+        self._originals: list = []  # whose ids are in use
+        self._storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.args: tuple = self._copy(args)
+        self.kwargs: dict = self._copy(kwargs)
+
+    def _copy(self, value):
+        if isinstance(value, _PLAIN):
+            return value
+        if id(value) not in self._copies:
+            self._originals.append(value)
+            self._copies[id(value)] = self._made(value)
+        return self._copies[id(value)]
+
+    def _made(self, value):
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) is dict:
+            return {key: self._copy(item) for key, item in value.items()}
+        if type(value) in (list, tuple, set, deque):
+            return type(value)(map(self._copy, value))
+        if isinstance(value, tuple) and hasattr(value, "_make"):
+            return value._make(map(self._copy, value))
+        if records.is_record(value):
+            made = object.__new__(type(value))
+            for name, item in records.state(value).items():
+                object.__setattr__(made, name, self._copy(item))
+            return made
+        if isinstance(value, (dict, list)) or any(
+                isinstance(item, (Tensor, list, dict)) for item in getattr(value, "__dict__", {}).values()):
+            raise Unverifiable(f"an argument is a {type(value).__name__}")
+        return value
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
+            raise Unverifiable(f"an argument is a {type(tensor).__name__}")
+        if any("dynamo" not in name for name in tensor.__dict__):
+            raise Unverifiable("an argument is a tensor with attributes")
+        if self._dtype is not None:
+            return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._storages:
+            self._storages[storage.data_ptr()] = storage, storage.clone()
+        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            self._storages[storage.data_ptr()][1], tensor.storage_offset(), tensor.size(), tensor.stride())
+        made = made.neg() if tensor.is_neg() else made
+        return made.conj() if tensor.is_conj() else made
+
+
+    def write_back(self, result):
+        """Makes of the originals what a call has made of the copies. result: of that call; its with the originals in it."""
+        known = {id(self._copies[id(original)]): original for original in self._originals}
+
+        def original_of(value):
+            return known.get(id(value), value)
+        for storage, copied in self._storages.values():
+            storage.copy_(copied)
+        for original in self._originals:
+            copy = self._copies[id(original)]
+            if isinstance(original, dict):
+                items = {key: original_of(item) for key, item in copy.items()}
+                original.clear()
+                original.update(items)
+            elif isinstance(original, (list, deque)):
+                items = list(map(original_of, copy))
+                original.clear()
+                original.extend(items)
+            elif copy is not original and records.is_record(original):
+                for name, item in records.state(copy).items():
+                    object.__setattr__(original, name, original_of(item))
+        return tree_map_only(Tensor, original_of, result)
+
+
+def is_same(value, other) -> bool:
+    """Whether a copy is still what it is a copy of."""
+    if isinstance(value, Tensor):
+        return isinstance(other, Tensor) and torch.equal(value, other)
+    if isinstance(value, _PLAIN):
+        return value is other or (type(value) is type(other) and value == other)
+    if isinstance(value, (list, tuple, deque, dict)):
+        keys = not isinstance(value, dict) or list(value) == list(other)
+        items = (one.values() if isinstance(one, dict) else one for one in (value, other))
+        return len(value) == len(other) and keys and all(map(is_same, *items))
+    if records.is_record(value):
+        return is_same(records.state(value), records.state(other))
+    return value is other or value == other
+
+
+def tensors_in(value) -> list[Tensor]:
+    """To the end of containers, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list, dict)):
+        return [tensor for item in (value.values() if isinstance(value, dict) else value) for tensor in tensors_in(item)]
+    if not isinstance(value, _PLAIN) and records.is_record(value):
+        return tensors_in(records.state(value))
+    return []
+
+
+@dataclass
+class Trace:
+    """is_left: whether something had to be put back."""
+
+    is_left: bool = False
+
+
+@contextlib.contextmanager
+def nothing_left(module: torch.nn.Module, device: torch.device) -> Iterator[Trace]:
+    """What a call changes in the module (attributes, plain containers and buffers) and in the random generators is put back. Raises
+    Unverifiable where it has drawn random numbers."""
+    modules = list(module.modules())
+    spaces = [(space, dict(space)) for one in modules for space in (one.__dict__, one._parameters, one._buffers, one._modules)]
+    held = [(value, type(value)(value)) for _, before in spaces[::4] for value in before.values()
+            if type(value) in (list, dict, set, deque)]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    generators = [(get(), get, put) for get, put in _generators(device)]
+    drawn, trace = False, Trace()
+    try:
+        yield trace
+        drawn = any(_differs(before, get()) for before, get, _ in generators)
+    finally:
+        for state, _, put in generators:
+            put(state)
+        for container, before in (*spaces, *held):
+            if _holds_other(container, before):
+                trace.is_left = True
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                trace.is_left = True
+                buffer.copy_(before)
+    if drawn:
+        raise Unverifiable("it draws random numbers")
+
+
+def _holds_other(container, before) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, dict):
+        return any(container.get(key, before) is not value for key, value in before.items())
+    return container != before if isinstance(container, set) else any(map(operator.is_not, container, before))
+
+
+def _generators(device: torch.device) -> list[tuple[Callable, Callable]]:
+    """(what gives the state, what sets it) of each that a block on device may draw from."""
+    known = [(random.getstate, random.setstate), (torch.get_rng_state, torch.set_rng_state)]
+    own = getattr(torch, device.type, None)
+    if device.type == "mps":
+        known.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
+    elif device.type != "cpu" and hasattr(own, "get_rng_state"):
+        known.append((functools.partial(own.get_rng_state, device), functools.partial(own.set_rng_state, device=device)))
+    return known
+
+
+def _differs(before, after) -> bool:
+    return not torch.equal(before, after) if isinstance(before, Tensor) else before != after
+
+
+@contextlib.contextmanager
+def weights_in(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The block's plain weights in another dtype while it is entered."""
+    spaces = [(space, dict(space)) for one in module.modules() for space in (one._parameters, one._buffers)]
+    try:
+        for space, before in spaces:
+            space.update({name: tensor.detach().to(dtype) for name, tensor in before.items()
+                          if tensor is not None and type(tensor) in _TENSORS and tensor.is_floating_point()})
+        yield
+    finally:
+        for space, before in spaces:
+            space.update(before)

@@ -1,0 +1,195 @@
+"""Whether what was compiled gives on this machine what eager gives: seen at its first run, at every new size, and now and then.
+
+Before the compiled call the block is called eager with copies of its arguments, see second_run. Beyond what rounding explains (see
+difference) the block's region runs eager from then on, and eager's result is the one that is used.
+"""
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...int8.artifact_layer import has_artifact_tensors
+from ..artifacts.loaded import Seen
+from ..events import Events
+from .difference import Difference, coarsest, is_right, own_rounding
+from .second_run import CallCopy, Unverifiable, is_same, nothing_left, tensors_in, weights_in
+
+logger = logging.getLogger(__name__)
+
+AGAIN = 1000  # steps of a model, after which a block of each region is looked at again
+_LATER = 20  # steps without a look after one for which there was no memory
+_EXACTLY = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+@dataclass(frozen=True)
+class VerificationOptions:
+    """always: looks at every call of every block. record: keeps a failure for whoever hunts it; what it returns says where, empty where it
+    does not."""
+
+    always: bool = False
+    record: Callable[[Failure], str] = lambda failure: ""
+
+
+@dataclass
+class Failure:
+    """What was compiled was wrong. difference: of its result, relative; in_roundings: in roundings of dtype. inputs: dtypes and sizes."""
+
+    region: str
+    kind: str
+    dtype: str
+    difference: float
+    worst_row: float
+    in_roundings: float
+    quantized: bool
+    inputs: list[str]
+    device: str = ""
+    torch: str = torch.__version__
+    triton: str = ""
+    system: str = field(default_factory=platform.platform)
+
+
+class Verification:
+    """Of the regions of one model on one device. events: where what is seen is said."""
+
+    def __init__(self, device: torch.device, options: VerificationOptions, events: Events):
+        self._device = device
+        self._options = options
+        self._events = events
+        self._passthrough: Callable[[Exception], bool] = bool
+        self._situation: tuple = ()
+        self._turn = 0
+        self._skip = 0  # so many calls that are due are not looked at
+        self._not_before = 0
+        self._step = 0
+
+    def begin(self, step: int, blocks: int, passthrough: Callable[[Exception], bool], args: tuple, kwargs: dict) -> None:
+        """At the first block of a step, which is called with args and kwargs. passthrough: see CompiledModule.run."""
+        self._step, self._passthrough = step, passthrough
+        turn = step // AGAIN
+        if turn != self._turn:
+            self._turn, self._skip = turn, 7 * turn % blocks  # another block than the first
+        self._situation = turn, *[tuple(map(int.bit_length, value.shape)) for value in (*args, *kwargs.values())
+                                  if isinstance(value, torch.Tensor)]
+
+    def is_due(self, compiled: Seen) -> bool:
+        """Whether this call of it is to be looked at."""
+        if self._situation in compiled.seen_right and not self._options.always:
+            return False
+        if self._step < self._not_before:
+            return False
+        self._skip -= 1
+        return self._skip < 0
+
+    def call(self, compiled: Seen, kind: str, region: str, module: torch.nn.Module, args: tuple, kwargs: dict, run: Callable,
+             distrust: Callable[[str], Any]):
+        """run()'s result, that of the block's call by what was compiled; eager's where that is wrong, of which distrust is told."""
+        try:
+            look = _Look(module, args, kwargs, self._device, any(map(has_artifact_tensors, module.modules())))
+        except Exception as error:  # run() raises what is the model's own
+            if self._passthrough(error) and not is_out_of_memory(error):
+                raise
+            self._could_not(compiled, region, error)
+            return run()
+        result = run()
+        try:
+            right, apart = look.compare(result)
+        except Exception as error:
+            if self._passthrough(error) and not is_out_of_memory(error):
+                raise
+            self._could_not(compiled, region, error)
+            return result
+        in_roundings = apart.total / own_rounding(look.dtype)
+        name = str(look.dtype).removeprefix("torch.")
+        if right:
+            if len(compiled.seen_right) > 1000:
+                compiled.seen_right.clear()
+            compiled.seen_right.add(self._situation)
+            self._events.checked(region, name, in_roundings)
+            return result
+        inputs = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors_in((args, kwargs))]
+        failure = Failure(region, kind, name, apart.total, apart.worst, in_roundings, look.quantized, inputs[:64], _card(self._device),
+                          triton=_triton())
+        reason = (f"{region}: what was compiled computes something else than the model (difference {apart.total:.1e}, {in_roundings:.0f} "
+                  f"times {name}'s own rounding; torch {torch.__version__}, {failure.device}). The model's own result was used, and it "
+                  'runs uncompiled from now on. The option {"emulate_precision_casts": true} or another backend may help.')
+        distrust(reason)
+        self._events.fall_back(reason)
+        if where := self._options.record(failure):
+            logger.warning("Versions, sizes and figures of it, and nothing of your prompt, are in %s: please add that to a report.", where)
+        return look.as_eager()
+
+    def _could_not(self, compiled: Seen, region: str, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._not_before = self._step + _LATER
+            self._events.fall_back(f"There was no memory to check {region} against eager: tried again later.")
+            return
+        compiled.seen_right.add(self._situation)  # not to ask again
+        logger.info("%s is not checked against eager: %s", region, error)
+
+
+class _Look:
+    """One block's call, computed eager without a trace."""
+
+    def __init__(self, module: torch.nn.Module, args: tuple, kwargs: dict, device: torch.device, quantized: bool):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            raise Unverifiable("gradients are wanted")
+        self.quantized = quantized
+        self._module, self._device = module, device
+        self._given = args, kwargs
+        self._copy = CallCopy(args, kwargs)
+        with nothing_left(module, device) as trace:
+            self.expected = module._call_impl(*self._copy.args, **self._copy.kwargs)
+        self._outputs = tensors_in(self.expected)
+        dtype = coarsest(self._outputs)
+        if dtype is None:
+            raise Unverifiable("its result is not floating-point")
+        self.dtype = dtype
+        self._may_be_repeated = not trace.is_left and is_same(self._given, (self._copy.args, self._copy.kwargs))
+
+    def as_eager(self):
+        """Eager's result, after what it has written into the arguments."""
+        return self._copy.write_back(self.expected)
+
+    def compare(self, result) -> tuple[bool, Difference]:
+        """Of the compiled call's result, and of what it has written into its arguments."""
+        written, expected = tensors_in(self._given), tensors_in((self._copy.args, self._copy.kwargs))
+        return is_right([*tensors_in(result), *written], [*self._outputs, *expected], self.dtype, self.quantized, self._computed_exactly)
+
+    def _computed_exactly(self) -> list[torch.Tensor] | None:
+        dtype = _EXACTLY.get(self.dtype)
+        if not self._may_be_repeated or dtype is None or (dtype is torch.float64 and self._device.type == "mps"):
+            return None
+        try:
+            exact = CallCopy(*self._given, dtype=dtype)
+            with nothing_left(self._module, self._device), weights_in(self._module, dtype):
+                result = self._module._call_impl(*exact.args, **exact.kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # an attention or a layer that takes no such dtype
+        return [*tensors_in(result), *tensors_in((exact.args, exact.kwargs))]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, (RuntimeError, MemoryError)) and (
+        "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError)))
+
+
+def _card(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
