@@ -202,10 +202,11 @@ def _cache(*_) -> Cache | None:
     if _settings().get(OLD_FOLDER):
         logger.warning("INT8 Compile: the setting %s does not count any more, as every client could write it. Set %s instead.", OLD_FOLDER,
                        FOLDER_VARIABLE)
-    return Cache(store, Builder(store, ("compile.comfyui.artifact_cache", "prepare", (vars(comfy.cli_args.args),))), _host)
+    return Cache(store, Builder(store, ("compile.comfyui.artifact_cache", "prepare", (vars(comfy.cli_args.args),))), host)
 
 
-def _host() -> dict:
+def host() -> dict:
+    """ComfyUI's options that decide what layers compute, and how."""
     return {name: repr(sorted(map(str, value)) if isinstance(value, (set, list)) else value)
             for name, value in sorted(vars(comfy.cli_args.args).items()) if _NUMERICS_FLAGS.search(name)}
 
