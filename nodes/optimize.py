@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..compile.comfyui import decisions
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..compile.comfyui.optimize import GOALS, optimize
 from ..int8.echo import echo
@@ -29,6 +30,10 @@ class OptimizeModel(io.ComfyNode):
             outputs=[io.Model.Output(tooltip="The same model, optimized when it first samples.")],
             **SCHEMA,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> int:
+        return decisions.revision()  # a model that turned out slower is not sampled again as it is
 
     @classmethod
     def execute(cls, model, goal, background) -> io.NodeOutput:

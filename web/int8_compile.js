@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const EVENT = "int8_compile"; // compile/comfyui/node_status.py
-const WORKING = ["CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "ApplyModes"];
+const WORKING = ["OptimizeModel", "CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "ApplyModes"];
 const CHECK = "INT8CompileCheck";
 const CHECK_WIDTH = 520; // px that its table takes
 const SHOWING = ["ShowModes", CHECK]; // show their output text

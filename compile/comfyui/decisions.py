@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from ...int8.files.folders import make_folder, remove
 from ...int8.files.owners import CacheError
 from ...int8.files.signed import default_key_file, read_signed, signing_key, write_signed
 from ...int8.files.temporary import Watch
+from ...int8.quantize import eligible_linears
 from ...int8.report import ShapeDecision
 from ..artifacts.entry import digest
 from ..artifacts.key import machine, settings
@@ -39,16 +41,17 @@ VALUES, LAYERS = 16, 32
 
 @dataclass(frozen=True)
 class Decision:
-    """chosen: (layer, method), None: not decided. shapes: what was measured for it, as values of ShapeDecision. compiled: whether compiling
-    pays, None: not known. times: (size, seconds of a step as the model came in, with the layers as chosen, and compiled; 0 for not known),
-    of the last sizes. weights: bytes before and after. slower: all in all, so nothing is done."""
+    """chosen: (layer, method), None: not decided. shapes: what was measured for it, as values of ShapeDecision. compiled: whether
+    compiling pays, None: not known. times: (size, seconds of a step as the model came in, with the layers as chosen, and compiled; 0 for
+    not known), of the last sizes. weights: MB before and after. slower: seconds of a step without and with INT8 layers, where these made
+    it slower all in all: then none is chosen any more."""
 
     chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
     shapes: tuple[tuple[int, int, int, int, int, float, float, float], ...] = ()
     compiled: bool | None = None
     times: tuple[tuple[str, float, float, float], ...] = ()
     weights: tuple[float, float] = (0.0, 0.0)
-    slower: bool = False
+    slower: tuple[float, float] = (0.0, 0.0)
 
     def shape_decisions(self) -> list[ShapeDecision]:
         return [ShapeDecision(*values) for values in self.shapes]
@@ -56,6 +59,11 @@ class Decision:
     @property
     def is_int8(self) -> bool:
         return any(method != "float" for _, method in self.chosen or ())
+
+    def without_int8(self, before: float, now: float) -> Decision:
+        """What is decided once INT8 has turned out slower; whether compiling pays is open again."""
+        return replace(self, chosen=tuple((name, "float") for name, _ in self.chosen), compiled=None, times=(), slower=(before, now),
+                       shapes=tuple((*shape[:4], 0, *shape[5:]) for shape in self.shapes))  # type: ignore[arg-type,misc]
 
     def with_times(self, size: str, *seconds: float) -> Decision:
         others = tuple(entry for entry in self.times if entry[0] != size)
@@ -68,12 +76,12 @@ class Decision:
 def key_of(patcher, goal: str, names: list[str]) -> str:
     """Of a model (ModelPatcher), what is asked for, this card and what runs on it. names: its layers that may become INT8; what was
     measured of them counts for their weights only."""
-    model, device, own = patcher.model, patcher.load_device, set(names)
-    # Of the layers in names another clone may have put its own into the model.
+    model, device = patcher.model, patcher.load_device
+    own = set(eligible_linears(model.diffusion_model))  # another clone may have put its INT8 layers in their place
     structure = [(name, type(module).__qualname__) for name, module in model.named_modules() if name.removeprefix(PREFIX) not in own]
     tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.named_parameters()
                if name.removeprefix(PREFIX).rpartition(".")[0] not in own]
-    layers = {name: pristine_parameter(patcher, f"{PREFIX}{name}.weight").detach() for name in names}
+    layers = {name: pristine_parameter(patcher, f"{PREFIX}{name}.weight").detach() for name in sorted(own)}
     tensors += [(name, tuple(t.shape), str(t.dtype)) for name, t in layers.items()]
     dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
     values = [layers[name].flatten() for name in names[::max(1, len(names) // LAYERS)]]
@@ -83,12 +91,29 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
                    structure, tensors, str(dtype), weights])
 
 
+# What was decided in this process, the last used last.
+_KNOWN: OrderedDict[str, Decision] = OrderedDict()
+# How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
+_revision = 0
+
+
+def revision() -> int:
+    return _revision
+
+
+def changed() -> None:
+    global _revision
+    _revision += 1
+
+
 def folder() -> Path:
     return artifact_cache.folder() / "decisions"
 
 
 def read(key: str) -> Decision | None:
     """None where there is none that can be trusted."""
+    if key in _KNOWN:
+        return _KNOWN[key]
     try:
         path = folder() / f"{key}.json"
         if not artifact_cache.is_enabled() or not path.exists() or path.stat().st_size > MAX_BYTES:
@@ -100,7 +125,11 @@ def read(key: str) -> Decision | None:
 
 
 def write(key: str, decision: Decision) -> None:
-    """If that can be: without it the next start measures again."""
+    """On disk, if that can be: without it the next start measures again."""
+    _KNOWN[key] = decision
+    _KNOWN.move_to_end(key)
+    while len(_KNOWN) > MOST_FILES:
+        _KNOWN.popitem(last=False)
     if not artifact_cache.is_enabled():
         return
     try:
@@ -117,6 +146,7 @@ def write(key: str, decision: Decision) -> None:
 
 def clear() -> int:
     """Deletes all; how many."""
+    _KNOWN.clear()
     files = list(folder().glob("*.json"))
     for path in files:
         remove(path)

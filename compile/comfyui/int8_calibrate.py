@@ -6,8 +6,9 @@ import copy
 import logging
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import comfy.model_management
 import torch
@@ -225,9 +226,6 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
     names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
     arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
     few = sigmas[torch.linspace(0, len(sigmas) - 1, min(STEPS + 1, len(sigmas))).long()]
-    twin = copy.copy(guider)
-    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
-    twin.model_options = _bare_options(guider.model_options)
     device = guider.model_patcher.load_device
     try:
         with contextlib.ExitStack() as stack:
@@ -237,11 +235,11 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
             stack.enter_context(_without_run_callbacks(patchers))
             stack.enter_context(unrecorded(device))
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            twin.outer_sample(noise, latent_image, sampler, few, **arguments)
-        if any(key.startswith(COMPILE_KEY) for patcher in patchers for key in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})):
+            _twin(guider, {}).outer_sample(noise, latent_image, sampler, few, **arguments)
+        if timers := _wrappers_that_time(guider.model_options):
             with _without_run_callbacks(patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                twin.model_options["transformer_options"][TIMED] = True
-                twin.outer_sample(noise, latent_image, sampler, sigmas[:TIMED_STEPS + 1], **arguments)
+                timed = _twin(guider, {WrappersMP.APPLY_MODEL: timers}, {TIMED: True})
+                timed.outer_sample(noise, latent_image, sampler, sigmas[:TIMED_STEPS + 1], **arguments)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
@@ -250,6 +248,17 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
         return
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)
+
+
+def _twin(guider, wrappers: dict, transformer_options: Mapping = MappingProxyType({})):
+    """guider with conds and model_options of its own: bare ones, with these wrappers and transformer_options."""
+    twin = copy.copy(guider)
+    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
+    twin.model_options = _bare_options(guider.model_options)
+    options = twin.model_options["transformer_options"]
+    options.update(transformer_options)
+    options["wrappers"].update(wrappers)
+    return twin
 
 
 def _bare_options(model_options: dict) -> dict:
@@ -261,6 +270,12 @@ def _bare_options(model_options: dict) -> dict:
     if "context_handler" in options:
         options["context_handler"] = copy.copy(options["context_handler"])
     return options
+
+
+def _wrappers_that_time(model_options: dict) -> dict:
+    """Those of the compile nodes, which call the model as it is while it is calibrated."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return {key: group for key, group in wrappers.items() if key.startswith(COMPILE_KEY)}
 
 
 @contextlib.contextmanager

@@ -6,21 +6,18 @@ import logging
 from collections import Counter
 
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import torch
-import torch.nn.functional as F
 
 from ...int8.calibrate import LayerStats
-from ...int8.kernels import ops
-from ...int8.kernels.tuning import bucket
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan, choose_methods, fit_size, measure_layer
 from ...int8.precision import FLOAT
-from ...int8.quantize import quantize_weight
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.structure import equivalent_layers
 from ..check.linear_table import Row, time_in_turn
-from .int8_layer import PREFIX
+from .int8_layer import PREFIX, _connect_kernels, _int8_layer
 from .int8_model import pristine_parameter
 
 logger = logging.getLogger(__name__)
@@ -73,28 +70,30 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
 
 def _keep_slower(patcher, plans: list[LayerPlan], on_progress: ProgressCallback) -> None:
     """Leaves those layers float that are no faster as INT8, and those that were never called, of which nothing is known."""
+    _connect_kernels()
     dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     for number, plan in enumerate(plans):
         comfy.model_management.throw_exception_if_processing_interrupted()
         on_progress(None, f"timing {number}/{len(plans)}")
         if plan.tokens:
             n, k = plan.shape
-            plan.times = linear_times(patcher.load_device, dtype, bucket(plan.tokens), k, n, plan.method != "rowwise")
+            plan.times = linear_times(patcher.load_device, dtype, plan.tokens, k, n, "rowwise" if plan.method == "rowwise" else "convrot")
         if plan.method != FLOAT and not (plan.times and plan.times[1] < WORTH * plan.times[0]):
             plan.method, plan.pre_quant_scale, plan.reason = FLOAT, None, "no faster as INT8" if plan.times else "never called"
 
 
 @functools.lru_cache(1024)
-def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int, rotated: bool) -> tuple[float, ...]:
-    """Milliseconds of a Linear from k to n channels over rows tokens, in dtype and as INT8 by what this device chooses; empty where one of
-    the two cannot run, or INT8 computes something else."""
+def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int, method: str) -> tuple[float, ...]:
+    """Milliseconds of a layer from k to n channels over rows tokens, in dtype and as INT8, as ComfyUI calls them; empty where one of the
+    two cannot run, or INT8 computes something else."""
     generator = torch.Generator(device).manual_seed(0)  # of its own: samplers draw from torch's
-    weight = torch.randn(n, k, device=device, generator=generator) / k ** 0.5
+    weight = (torch.randn(n, k, device=device, generator=generator) / k ** 0.5).to(dtype)
     x = torch.randn(rows, k, device=device, generator=generator).to(dtype)
-    qweight, scale, group = quantize_weight(weight, rotated)
-    weight = weight.to(dtype)
+    linear = comfy.ops.disable_weight_init.Linear(k, n, bias=False, device=device, dtype=dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    int8 = _int8_layer(weight, None, LayerPlan("", method), "auto", device, device, dtype)
     row = Row("", rows, k, n)
-    time_in_turn({FLOAT: lambda: F.linear(x, weight), "int8": lambda: ops.int8_linear(x, qweight, scale, group=group)}, row, device,
+    time_in_turn({FLOAT: lambda: linear(x), "int8": lambda: int8(x)}, row, device,
                  comfy.model_management.throw_exception_if_processing_interrupted, SECONDS)
     if row.failed:
         logger.debug("INT8: %d rows from %d to %d channels were not timed: %s", rows, k, n, row.failed)

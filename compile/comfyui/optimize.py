@@ -68,8 +68,6 @@ def _candidates(patcher, goal: Goal) -> tuple[list[str], str]:
 
 def _chain(goal: Goal, decision: Decision, has_layers: bool, background: bool) -> list[dict[str, Any]]:
     """Modes for apply_to_patcher."""
-    if decision.slower:
-        return []
     chain: list[dict[str, Any]] = []
     if has_layers and (decision.chosen is None or decision.is_int8):
         config = {"min_sqnr_db": goal.min_sqnr_db, "faster_only": goal.faster_only,
@@ -104,6 +102,7 @@ class Optimizer:
         self._status = status
         self._reports = _Reports()
         self._gain: Gain | None = None
+        self._is_over = False  # nothing more is decided: the node is to run again
         self._notify()
 
     def __call__(self, report, doing: str = "", progress: tuple[int, int] | None = None) -> None:
@@ -122,36 +121,45 @@ class Optimizer:
         """Whether a step of that size is to run uncompiled: since compiling does not pay, or to find out whether it does."""
         if self.decision.compiled is not None:
             return not self.decision.compiled
-        return times.count(size, COMPILED) >= KEPT > times.count(size, EAGER)
+        return not self._is_over and times.count(size, COMPILED) >= KEPT > times.count(size, EAGER)
 
     def timed(self, times: CallTimes, size: str) -> None:
         """A step of that size has been timed."""
-        if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
-            eager, compiled = times.seconds(size, EAGER), times.seconds(size, COMPILED)
-            self._keep(compiled=compiled < eager)
-            logger.info("%s: compiling %s: %.4f s a step, %.4f s uncompiled", TITLE, "pays" if compiled < eager else "does not pay",
-                        compiled, eager)
-        gain = self._gain_of(times, size)
-        if gain is None:
+        if self._is_over:
             return
-        if self.decision.compiled is not None and not self.decision.times_of(size)[0]:
-            before = times.seconds(size, WITHOUT) or times.seconds(size, EAGER)
-            slower = self.decision.slower or (gain.is_slower and self.decision.is_int8 and min(gain.calls) >= 2)
-            self._keep(slower=slower)
-            self.decision = self.decision.with_times(size, before, times.seconds(size, EAGER), times.seconds(size, COMPILED))
-            decisions.write(self._key, self.decision)
-        if self._gain is None or self._gain.size != size or abs(gain.ratio / self._gain.ratio - 1) > NOISE / 2:
+        if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
+            self._decide(times, size)
+        gain = self._gain_of(times, size)
+        if gain is not None and (self._gain is None or self._gain.size != size or abs(gain.ratio / self._gain.ratio - 1) > NOISE / 2):
             self._gain = gain
             self._notify()
 
+    def _decide(self, times: CallTimes, size: str) -> None:
+        """Whether compiling pays, and INT8 all in all."""
+        without, eager, compiled = (times.seconds(size, kind) for kind in (WITHOUT, EAGER, COMPILED))
+        logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without or eager, eager, compiled)
+        now = min(eager, compiled)
+        if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:
+            self._is_over = True  # for this branch: its layers are INT8
+            self.decision = self.decision.without_int8(without, now)
+            decisions.changed()
+        else:
+            self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without or eager, eager, compiled)
+        self._gain = None
+        self._keep()
+        self._notify()
+
     def _gain_of(self, times: CallTimes, size: str) -> Gain | None:
-        """Of what runs now against the model as it came in."""
-        kind = EAGER if self.decision.compiled is False else COMPILED
+        """Of what runs now against the model as it came in; None where nothing is done to it, or one of the two is not known."""
+        decision = self.decision
+        if decision.compiled is False and not decision.is_int8:
+            return None
+        kind = EAGER if decision.compiled is False else COMPILED
         now, count = times.seconds(size, kind), times.count(size, kind)
         before, before_count = times.seconds(size, WITHOUT), times.count(size, WITHOUT)
-        if not before and self.decision.times_of(size)[0]:
-            before, before_count = self.decision.times_of(size)[0], KEPT  # of an earlier start
-        if not before and not self.decision.is_int8:
+        if not before and decision.times_of(size)[0]:
+            before, before_count = decision.times_of(size)[0], KEPT  # of an earlier start
+        if not before and not decision.is_int8:
             before, before_count = times.seconds(size, EAGER), times.count(size, EAGER)
         return Gain(size, before, now, (before_count, count)) if before and now else None
 

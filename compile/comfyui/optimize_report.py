@@ -31,25 +31,30 @@ class OptimizeReport:
 
     def status(self) -> str:
         """What the model is now, in a line."""
-        if self.decision.slower:
-            return f"{self.goal}: passed on as it came, since INT8 and compile made it slower"
+        decision = self.decision
+        if decision.compiled is False and not decision.is_int8:
+            return f"{self.goal}: passed on as it came, {self._why_no_int8()}since compiling does not pay"
+        if decision.compiled is False:
+            return f"{self.goal}: {self._int8()}uncompiled, since compiling does not pay"
         return f"{self.goal}: {self._int8()}{self._compiled()}"
 
     def _int8(self) -> str:
+        chosen = self.decision.chosen
+        if self.min_sqnr_db is not None and not self.reason and chosen is None:
+            return "measures at the first sampling which layers gain as INT8, "
+        count = sum(method != "float" for _, method in chosen or ())
+        return f"INT8 in {count} of {len(chosen)} layers, " if count else self._why_no_int8()
+
+    def _why_no_int8(self) -> str:
         if self.min_sqnr_db is None:
             return ""
-        chosen = self.decision.chosen
         if self.reason:
             return f"no INT8 ({self.reason}), "
-        if chosen is None:
-            return "measures at the first sampling which layers gain as INT8, "
-        count = sum(method != "float" for _, method in chosen)
-        return f"INT8 in {count} of {len(chosen)} layers, " if count else "INT8 pays for no layer, "
+        before, now = self.decision.slower
+        return f"no INT8 ({number(before)} -> {number(now)} s a step with it), " if now else "INT8 pays for no layer, "
 
     def _compiled(self) -> str:
         report = self.compile
-        if self.decision.compiled is False:
-            return "uncompiled, since compiling does not pay"
         if report is None or report.failure:
             return "uncompiled"
         if report.building and self.background:
@@ -80,6 +85,8 @@ class OptimizeReport:
 
     def _known_gain(self) -> Gain | None:
         """Of the last size that was measured."""
+        if self.decision.compiled is False and not self.decision.is_int8:
+            return None
         for size, without, eager, compiled in reversed(self.decision.times):
             if now := eager if self.decision.compiled is False else compiled:
                 return Gain(size, without, now)
@@ -88,7 +95,7 @@ class OptimizeReport:
     def _kept(self) -> list[str]:
         done = self.decision.compiled is not None
         if self.is_known:
-            return ["decided at an earlier start: nothing is measured again" if done else "layers decided at an earlier start"]
+            return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
         return ["decided, and kept for the next start"] if done else []
 
     def table(self) -> list[str]:
@@ -110,7 +117,8 @@ class OptimizeReport:
         gain, decision = self.gain or self._known_gain(), self.decision
         own = {"goal": self.goal, "min_sqnr_db": self.min_sqnr_db, "modes": list(self.modes), "known": self.is_known, "reason": self.reason,
                "int8_layers": sum(method != "float" for _, method in decision.chosen or ()), "layers": len(decision.chosen or ()),
-               "compiled": decision.compiled, "slower": decision.slower, "table": self.table(),
+               "compiled": decision.compiled, "table": self.table(),
+               "slower_with_int8": list(decision.slower) if decision.slower[1] else None,
                "shapes": [asdict(shape) for shape in decision.shape_decisions()],
                "times": [dict(zip(("size", "without", "eager", "compiled"), times)) for times in decision.times]}
         reports = [report.to_dict() for report in (self.quantize, self.compile) if report is not None]
