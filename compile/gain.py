@@ -13,6 +13,7 @@ WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
 KEPT = 3  # calls of a kind, the last ones: the middle one counts
 MOST_SIZES = 8
 MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
+SLOWER = "slower than without: bypass this node"
 NOISE = 0.03  # of a call's time: less is no difference
 
 
@@ -31,12 +32,18 @@ class Gain:
 
     @property
     def is_slower(self) -> bool:
-        return self.ratio < 1 - NOISE
+        """With two steps timed of each: one may have been disturbed."""
+        return self.ratio < 1 - NOISE and min(self.calls) >= 2
+
+    def differs_from(self, other: Gain | None) -> bool:
+        """Whether it is worth saying after other."""
+        return other is None or other.size != self.size or abs(self.ratio / other.ratio - 1) > NOISE / 2 or (
+            self.is_slower != other.is_slower)
 
     def text(self) -> str:
         times = f"{self.ratio:.2f}x: {number(self.without)} -> {number(self.now)} s a step"
         few = ", of one step each" if max(self.calls) == 1 else ""
-        return times + few
+        return times + few + (f" ({SLOWER})" if self.is_slower else "")
 
     def to_dict(self) -> dict:
         return {"ratio": round(self.ratio, 3), "seconds_without": self.without, "seconds": self.now, "size": self.size,

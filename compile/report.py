@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 
+from .gain import Gain
+
 # Part of the cause -> what the user can do about it.
 REMEDIES = (
     ("InvalidCxxCompiler", "No working C++ compiler was found: install one (Linux: apt install g++; Windows: Visual Studio Build "
@@ -41,7 +43,8 @@ class CompileReport:
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
-    since the first image (a resolution, a batch), and what was compiled for it; the last ones."""
+    since the first image (a resolution, a batch), and what was compiled for it; the last ones. gain: of a step, where one was timed
+    uncompiled too."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -60,6 +63,7 @@ class CompileReport:
     calls: dict[str, int] = field(default_factory=dict)
     last_calls: dict[str, int] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    gain: Gain | None = None
 
     def summary(self) -> str:
         """One line for the log."""
@@ -97,7 +101,7 @@ class CompileReport:
 
     def text(self) -> str:
         """All of it in words, a fact a line."""
-        lines = [self.status()]
+        lines = [*([self.gain.text()] if self.gain else []), self.status()]
         if self.regions:
             lines.append("blocks: " + ", ".join(f"{name} x{count}" for name, count in self.regions))
         if self.graphs:
@@ -114,7 +118,7 @@ class CompileReport:
         return "\n".join(lines + [text for text in self.fallbacks if text.startswith(NOT_KEPT)])
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "gain": self.gain and self.gain.to_dict()}
 
 
 def _count(count: int, what: str) -> str:

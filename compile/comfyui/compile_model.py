@@ -117,17 +117,25 @@ class LazyCompile:
             return result
         self.times.of_weights(situation["LoRA or strength"])
         if self.judge is not None and self.judge.runs_eager(self.times, size):
-            result, kind = executor(x, *args, **kwargs), EAGER
+            result = executor(x, *args, **kwargs)
+            self.times.end(begun, size, EAGER)
         else:
             report = _state_of(model, self.target, self.options, x.device).compiled.report
             before = report.graphs, len(report.artifacts)
             result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
                           not has_patches(transformer_options, INNER_PATCHES), self.on_progress, situation)
-            kind = self._what_ran(report, x.device) if before == (report.graphs, len(report.artifacts)) else ""
-        self.times.end(begun, size, kind)
+            self.times.end(begun, size, self._what_ran(report, x.device) if before == (report.graphs, len(report.artifacts)) else "")
+            self._gained(report, size)
         if self.judge is not None:
             self.judge.timed(self.times, size)
         return result
+
+    def _gained(self, report: CompileReport, size: str) -> None:
+        gain = self.times.gain(size)
+        if gain is not None and gain.differs_from(report.gain):
+            report.gain = gain
+            if self.on_progress is not None and self.judge is None:  # who judges says so
+                self.on_progress(report, "", None)
 
     def _what_ran(self, report: CompileReport, device: torch.device) -> str:
         """Empty where the last step says nothing of either."""

@@ -127,16 +127,21 @@ class Optimizer:
         """A step of that size has been timed."""
         if self._is_over:
             return
+        without = times.seconds(size, WITHOUT)
+        if without and not self.decision.times_of(size)[0]:  # is not measured again at the next start
+            self.decision = self.decision.with_times(size, without, 0.0, 0.0)
+            self._keep()
         if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
             self._decide(times, size)
         gain = self._gain_of(times, size)
-        if gain is not None and (self._gain is None or self._gain.size != size or abs(gain.ratio / self._gain.ratio - 1) > NOISE / 2):
+        if gain is not None and gain.differs_from(self._gain):
             self._gain = gain
             self._notify()
 
     def _decide(self, times: CallTimes, size: str) -> None:
         """Whether compiling pays, and INT8 all in all."""
         without, eager, compiled = (times.seconds(size, kind) for kind in (WITHOUT, EAGER, COMPILED))
+        without = without or self.decision.times_of(size)[0]
         logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without or eager, eager, compiled)
         now = min(eager, compiled)
         if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:

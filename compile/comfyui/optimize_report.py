@@ -9,7 +9,6 @@ from ..report import CompileReport
 from .decisions import Decision
 
 MOST_LINES = 6  # of the table
-SLOWER = "slower than without: bypass this node"
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ class OptimizeReport:
         return "uncompiled" if report.warnings() else "compiles at the first sampling"
 
     def warnings(self) -> list[str]:
-        slower = self.gain is not None and self.gain.is_slower
-        return [*([f"Optimize Model: {SLOWER}. {self.gain.text()}."] if slower else []),
-                *(text for report in (self.quantize, self.compile) if report is not None for text in report.warnings())]
+        return [text for report in (self.quantize, self.compile) if report is not None for text in report.warnings()]
 
     def text(self) -> str:
         """The gain, the state, what is kept; then the table, and what there is to warn of."""

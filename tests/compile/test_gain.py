@@ -61,9 +61,13 @@ def test_a_call_is_timed_as_long_as_it_takes():
 
 @pytest.mark.parametrize(("gain", "text", "slower"), [
     (Gain("s", 3.1, 2.18, (3, 3)), "1.42x: 3.1 -> 2.18 s a step", False),
-    (Gain("s", 1.0, 1.25, (3, 3)), "0.80x: 1 -> 1.25 s a step", True),
+    (Gain("s", 1.0, 1.25, (3, 3)), "0.80x: 1 -> 1.25 s a step (slower than without: bypass this node)", True),
     (Gain("s", 0.0131, 0.0132, (2, 3)), "0.99x: 0.0131 -> 0.0132 s a step", False),
     (Gain("s", 0.2, 0.1, (1, 1)), "2.00x: 0.2 -> 0.1 s a step, of one step each", False),
 ])
 def test_a_gain_in_words(gain, text, slower):
     assert gain.text() == text and gain.is_slower == slower
+
+
+def test_one_step_of_each_is_no_reason_to_call_it_slower():
+    assert not Gain("s", 1.0, 1.25, (1, 3)).is_slower

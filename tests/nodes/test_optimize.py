@@ -268,6 +268,37 @@ def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimiz
     model, node = optimize(flux, "smallest")
     sample(model)
     steps = Steps(optimizer_of(model), compiled=1.3, eager=1.4)
-    steps.times._add(SIZE, WITHOUT, 1.0)
+    for _ in range(2):
+        steps.times._add(SIZE, WITHOUT, 1.0)
     steps.run(2 * KEPT + 1)
-    assert node.details["int8_layers"] == 29 and any("slower than without: bypass this node" in text for text in node.report.warnings())
+    assert node.details["int8_layers"] == 29 and "(slower than without: bypass this node)" in node.report.text().splitlines()[0]
+
+
+def test_a_compile_node_says_what_it_gained_with_int8_over_the_model_as_it_came(flux, nodes, sample):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    model = nodes.CompileModel(nodes.INT8QuantizeModel(flux), backend="eager")
+    sample(model)
+    sample(model)
+    (report,) = reports(model)
+    gain = json.loads(json.dumps(report.to_dict()))["gain"]
+    assert gain["size"] == SIZE and gain["steps_timed"][0] == 2 and gain["ratio"] > 0
+    assert report.text().splitlines()[0].startswith(f"{gain['ratio']:.2f}x: ")
+
+
+def test_a_node_whose_steps_ran_compiled_only_says_no_gain(flux, nodes, sample):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    sample(model := nodes.CompileModel(flux, backend="eager"))
+    (report,) = reports(model)
+    assert report.gain is None and report.text().startswith("ready")
+
+
+def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, sample, optimize, times):
+    times(FASTER)
+    sample(optimize(flux)[0])
+    restart()
+    model, node = optimize(flux)
+    (known,) = node.details["times"]
+    assert known["without"] > 0 and known["compiled"] == 0 and node.details["compiled"] is None
+    assert Steps(optimizer_of(model), compiled=1e3, eager=2e3).run(2 * KEPT) and "with it" in node.report.status()
