@@ -99,6 +99,24 @@ class CompileReport:
         failed = [f"Compile failed; running uncompiled. {remedy(self.failure)}{first_lines(self.failure)}"] if self.failure else []
         return failed + [text for text in self.fallbacks if not text.startswith(NOT_KEPT)]
 
+    def short(self) -> list[str]:
+        """What anybody wants to know, a line each: the gain, the state, what is kept; and what is done without."""
+        return [*([self.gain.text()] if self.gain else []), self._state(), *self._kept(), *self.warnings()]
+
+    def _state(self) -> str:
+        eager, calls = self.last_calls.get("eager", 0), sum(self.last_calls.values())
+        if self.failure or not self.compiled_from_step or (calls and eager == calls):
+            return self.status()
+        in_part = f", {eager} of {calls} block calls uncompiled" if eager else ""
+        return f"compiled: {_count(sum(count for _, count in self.regions), 'block')}{in_part}"
+
+    def _kept(self) -> list[str]:
+        if self.artifacts and not self.graphs:
+            return ["from the compile cache: nothing was compiled"]
+        if self.building:
+            return ["being kept for the next start"]
+        return ["not kept for the next start"] if any(text.startswith(NOT_KEPT) for text in self.fallbacks) else []
+
     def text(self) -> str:
         """All of it in words, a fact a line."""
         lines = [*([self.gain.text()] if self.gain else []), self.status()]

@@ -82,13 +82,19 @@ class QuantizeReport:
     def warnings(self) -> list[str]:
         return [self.refusal] if self.refusal else []
 
+    def short(self) -> list[str]:
+        """What anybody wants to know, a line each."""
+        return [self.status(), *self._weights(), *self.warnings()]
+
+    def _weights(self) -> list[str]:
+        return [f"weights: {self.before:.1f} -> {self.after:.1f} MB"] if self.after and self.before != self.after else []
+
     def text(self) -> str:
         """A fact a line."""
         lines = [self.status()]
         if self.methods:
             lines.append("methods: " + ", ".join(f"{count} {method}" for method, count in self.methods.items()))
-        if self.after and self.before != self.after:
-            lines.append(f"weights: {self.before:.1f} -> {self.after:.1f} MB")
+        lines += self._weights()
         if self.worst:
             lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")
         lines += self.warnings()

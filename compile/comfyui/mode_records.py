@@ -66,6 +66,9 @@ class ModesReport:
     def status(self) -> str:
         return f"modes: {', '.join(self.modes)}" if self.modes else "no modes: the model is as it was loaded"
 
+    def short(self) -> list[str]:
+        return [self.status()]
+
     def text(self) -> str:
         return self.status()
 

@@ -65,6 +65,9 @@ class OptimizeReport:
     def warnings(self) -> list[str]:
         return [text for report in (self.quantize, self.compile) if report is not None for text in report.warnings()]
 
+    def short(self) -> list[str]:
+        return [*self._gained(), self.status(), *self._kept(), *self.warnings()]
+
     def text(self) -> str:
         """The gain, the state, what is kept; then the table, and what there is to warn of."""
         return "\n".join([*self._gained(), self.status(), *self._kept(), *self.table(), *self.warnings()])
