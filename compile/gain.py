@@ -10,7 +10,8 @@ import torch
 
 # What ran a call: the model as it came into the chain of nodes; with the chain's layers, uncompiled; compiled.
 WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
-KEPT = 3  # calls of a kind, the last ones: the middle one counts
+KEPT = 3  # calls of a kind that are enough
+MOST_KEPT = 9  # of the last ones the middle one counts
 MOST_SIZES = 8
 MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
 SLOWER = "slower than without: bypass this node"
@@ -93,7 +94,7 @@ class CallTimes:
     def _add(self, size: str, kind: str, seconds: float) -> None:
         kinds = self._seconds.pop(size, {})
         self._seconds[size] = kinds  # the last used is last
-        kinds.setdefault(kind, deque(maxlen=KEPT)).append(seconds)
+        kinds.setdefault(kind, deque(maxlen=MOST_KEPT)).append(seconds)
         while len(self._seconds) > MOST_SIZES:
             del self._seconds[next(iter(self._seconds))]
 

@@ -62,7 +62,6 @@ function show(node, text, details = "") {
     if (!text && !known) return;
     const before = known ? node.computeSize()[1] : 0;
     const widget = textWidget(node);
-    if (details === text) details = "";
     if (widget.value === text && widget.details === details) return;
     widget.value = text;
     widget.details = details;
@@ -75,7 +74,9 @@ function showStatus(node) {
     const work = doing.get(node);
     const seconds = work ? Math.floor((Date.now() - work.since) / 1000) : 0;
     if (work) return show(node, work.text + (seconds ? `, ${seconds} s` : ""));
-    show(node, node.int8CompileReport?.short ?? "", node.int8CompileReport?.text);
+    const { short = "", text = "" } = node.int8CompileReport ?? {};
+    const above = short.split("\n");
+    show(node, short, text.split("\n").filter((line) => !above.includes(line)).join("\n"));
 }
 
 // id: of the prompt, "5:3" for node 3 in subgraph 5.

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import COMPILED, EAGER, KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain
+from int8_compile.compile.gain import COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain
 
 CPU = torch.device("cpu")
 
@@ -17,9 +17,11 @@ def timed(times: CallTimes, kind: str, seconds: float, size: str = "64x64") -> N
 
 def test_a_gain_is_known_once_both_are_and_the_middle_of_the_last_counts():
     times = CallTimes()
-    for seconds in (9.0, 3.0, 1.0, 2.0):
+    for seconds in (9.0,) * MOST_KEPT + (1.0, 1.5, 2.0, 2.0, 3.0, 30.0):
         timed(times, EAGER, seconds)
-    assert times.gain("64x64") is None and times.count("64x64", EAGER) == KEPT
+    assert times.gain("64x64") is None and times.count("64x64", EAGER) == MOST_KEPT
+    for seconds in (2.0, 2.0, 2.0):
+        timed(times, EAGER, seconds)
     timed(times, COMPILED, 1.0)
     assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3)
     timed(times, WITHOUT, 4.0)
