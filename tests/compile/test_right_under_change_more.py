@@ -99,6 +99,41 @@ def test_a_zero_of_the_other_sign_is_another_number(tmp_path, place, way):
     ZERO[0] = 0.0
 
 
+class Switched(nets.Small):
+    """Its class says how it works, as comfy_cast_weights of ComfyUI's layers: an offload sets it on one, and does not always take it away."""
+
+    doubles = False
+
+    def forward(self, x, transformer_options=None):
+        h = self.body(x)
+        return h * 2 if self.doubles else h
+
+
+@pytest.mark.parametrize("way", ["kept", "compiled"])
+def test_an_attribute_put_back_as_its_class_has_it_changes_nothing(tmp_path, monkeypatch, way):
+    net, x = nets.make(Switched), inputs()[0]
+    compiled = cached(tmp_path / "cache") if way == "kept" else CompiledModule(COMPILED)
+
+    def right(kind):
+        for _ in range(2):
+            assert difference(run(compiled, net, x), net(x)) < 1e-4
+        return compiled.report.last_calls[kind]
+    kind = "artifact" if way == "kept" else "graph"
+    assert right(kind) == 3
+    net.blocks[0].doubles = True
+    right(kind)
+    kept = len(compiled.report.artifacts)
+    net.blocks[0].doubles = False
+    assert right(kind) == 3 and len(compiled.report.artifacts) == kept
+    # The class is what counts where the block has none of its own, and not where it has.
+    monkeypatch.setattr(Switched, "doubles", True)
+    right(kind)
+    del net.blocks[0].doubles
+    right(kind)
+    monkeypatch.undo()
+    assert right(kind) == 3
+
+
 class Between(torch.nn.Module):
     """Changes, from one step on, what its blocks read before each of them."""
 
