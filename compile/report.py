@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 
+from .gain import Gain
+
 # Part of the cause -> what the user can do about it.
 REMEDIES = (
     ("InvalidCxxCompiler", "No working C++ compiler was found: install one (Linux: apt install g++; Windows: Visual Studio Build "
@@ -41,8 +43,9 @@ class CompileReport:
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
-    since the first image (a resolution, a batch), and what was compiled for it; the last ones. checked: by region, the largest difference
-    from eager that was seen and accepted, in its dtype's own roundings, with the dtype."""
+    since the first image (a resolution, a batch), and what was compiled for it; the last ones. gain: of a step, where one was timed
+    uncompiled too. checked: by region, the largest difference from eager that was seen and accepted, in its dtype's own roundings, with
+    the dtype."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -61,6 +64,7 @@ class CompileReport:
     calls: dict[str, int] = field(default_factory=dict)
     last_calls: dict[str, int] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    gain: Gain | None = None
     checked: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def summary(self) -> str:
@@ -97,9 +101,27 @@ class CompileReport:
         failed = [f"Compile failed; running uncompiled. {remedy(self.failure)}{first_lines(self.failure)}"] if self.failure else []
         return failed + [text for text in self.fallbacks if not text.startswith(NOT_KEPT)]
 
+    def short(self) -> list[str]:
+        """What anybody wants to know, a line each: the gain, the state, what is kept; and what is done without."""
+        return [*([self.gain.text()] if self.gain else []), self._state(), *self._kept(), *self.warnings()]
+
+    def _state(self) -> str:
+        eager, calls = self.last_calls.get("eager", 0), sum(self.last_calls.values())
+        if self.failure or not self.compiled_from_step or (calls and eager == calls):
+            return self.status()
+        in_part = f", {eager} of {calls} block calls uncompiled" if eager else ""
+        return f"compiled: {_count(sum(count for _, count in self.regions), 'block')}{in_part}"
+
+    def _kept(self) -> list[str]:
+        if self.artifacts and not self.graphs:
+            return ["from the compile cache: nothing was compiled"]
+        if self.building:
+            return ["being kept for the next start"]
+        return ["not kept for the next start"] if any(text.startswith(NOT_KEPT) for text in self.fallbacks) else []
+
     def text(self) -> str:
         """All of it in words, a fact a line."""
-        lines = [self.status()]
+        lines = [*([self.gain.text()] if self.gain else []), self.status()]
         if self.regions:
             lines.append("blocks: " + ", ".join(f"{name} x{count}" for name, count in self.regions))
         if self.graphs:
@@ -120,7 +142,7 @@ class CompileReport:
         return "\n".join(lines + [text for text in self.fallbacks if text.startswith(NOT_KEPT)])
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "gain": self.gain and self.gain.to_dict()}
 
 
 def _count(count: int, what: str) -> str:

@@ -8,13 +8,42 @@ from dataclasses import asdict, dataclass, field
 from .plan import LayerPlan
 
 KEPT_BY_NAME = "by keep_layers"
+MOST_DB = 200.0  # of an output that is exact: JSON has no infinity
+
+
+@dataclass(frozen=True)
+class ShapeDecision:
+    """Layers from k to n channels over rows tokens. int8: how many of them are INT8. float_ms, int8_ms: milliseconds of one, 0 where it
+    was not timed. least_db: the least SQNR that was measured of one as INT8."""
+
+    k: int = 0
+    n: int = 0
+    rows: int = 0
+    layers: int = 0
+    int8: int = 0
+    float_ms: float = 0.0
+    int8_ms: float = 0.0
+    least_db: float = 0.0
+
+
+def shape_decisions(plans: Iterable[LayerPlan]) -> list[ShapeDecision]:
+    """Of the plans that were measured, those first that compute most."""
+    groups: dict[tuple, list[LayerPlan]] = {}
+    for plan in plans:
+        if plan.sqnr and plan.shape:
+            groups.setdefault((*plan.shape[::-1], plan.tokens, *(plan.times or (0.0, 0.0))), []).append(plan)
+    found = [ShapeDecision(k, n, rows, len(group), sum(plan.method != "float" for plan in group), float_ms, int8_ms,
+                           round(min(min(max(plan.sqnr.values()), MOST_DB) for plan in group), 1))
+             for (k, n, rows, float_ms, int8_ms), group in groups.items()]
+    return sorted(found, key=lambda shape: -shape.layers * shape.k * shape.n * shape.rows)
 
 
 @dataclass
 class QuantizeReport:
     """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first sampling. kept: why
     layers stay in high precision -> their names. before, after: MB (2**20 bytes) of the model's weights. worst: the least SQNR that was
-    measured, (dB, layer). refusal: why the model was left as it is."""
+    measured, (dB, layer). refusal: why the model was left as it is. shapes: what was decided of layers of one size, where any were
+    measured. chosen: (layer, method) of each, for whoever keeps it; in no history."""
 
     methods: dict[str, int] = field(default_factory=dict)
     native: int = 0
@@ -24,6 +53,8 @@ class QuantizeReport:
     after: float = 0.0
     worst: tuple[float, str] | None = None
     refusal: str = ""
+    shapes: list[ShapeDecision] = field(default_factory=list)
+    chosen: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, plans: Iterable[LayerPlan], before: int, after: int, kept: Iterable[str] = ()):
@@ -35,7 +66,8 @@ class QuantizeReport:
                 reasons.setdefault(plan.reason, []).append(plan.name)
         measured = [(plan.sqnr[plan.method], plan.name) for plan in plans if plan.method in plan.sqnr]
         return cls(dict(Counter(plan.method for plan in plans if plan.method != "float")), kept=reasons, before=before / 2**20,
-                   after=after / 2**20, worst=min(measured, default=None))
+                   after=after / 2**20, worst=min(measured, default=None), shapes=shape_decisions(plans),
+                   chosen=tuple((plan.name, plan.method) for plan in plans))
 
     def status(self) -> str:
         if self.refusal:
@@ -50,13 +82,19 @@ class QuantizeReport:
     def warnings(self) -> list[str]:
         return [self.refusal] if self.refusal else []
 
+    def short(self) -> list[str]:
+        """What anybody wants to know, a line each."""
+        return [self.status(), *self._weights(), *self.warnings()]
+
+    def _weights(self) -> list[str]:
+        return [f"weights: {self.before:.1f} -> {self.after:.1f} MB"] if self.after and self.before != self.after else []
+
     def text(self) -> str:
         """A fact a line."""
         lines = [self.status()]
         if self.methods:
             lines.append("methods: " + ", ".join(f"{count} {method}" for method, count in self.methods.items()))
-        if self.after and self.before != self.after:
-            lines.append(f"weights: {self.before:.1f} -> {self.after:.1f} MB")
+        lines += self._weights()
         if self.worst:
             lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")
         lines += self.warnings()
@@ -66,7 +104,7 @@ class QuantizeReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "chosen"}
 
 
 ProgressCallback = Callable[..., None]  # tell(report or None, what is under way, "" for the end)

@@ -20,17 +20,19 @@ from .compile_model import CompileModel
 from .edge import for_clients
 from .lazy_compile import INT8LazyTorchCompile
 from .modes import ApplyModes, ShowModes
+from .optimize import OptimizeModel
 from .quantize import INT8QuantizeModel
 
 logger = logging.getLogger(__name__)
 
 NODES: list[type[io.ComfyNode]] = list(map(for_clients, [
-    CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model, ApplyModes, ShowModes, SaveCompileCache,
-    LoadCompileCache, ClearCompileCache, INT8CompileCheck,
+    OptimizeModel, CompileModel, INT8LazyTorchCompile, INT8QuantizeModel, LoadINT8Model, SaveINT8Model, ApplyModes, ShowModes,
+    SaveCompileCache, LoadCompileCache, ClearCompileCache, INT8CompileCheck,
 ]))
 CATEGORY = "INT8 Compile"
 # Ids that packs in the field use as well; the one that loads last wins, silently.
 SHARED_IDS = ("CompileModel", "INT8LazyTorchCompile")
+COMPILING_IDS = (*SHARED_IDS, "OptimizeModel")
 
 
 class Int8CompileExtension(ComfyExtension):
@@ -76,7 +78,7 @@ def _warm_up(json_data: dict) -> dict:
     nodes = prompt.values() if isinstance(prompt, dict) else ()
     cache = get_cache()
     if ((cache is None or not cache.store.has())
-            and any(isinstance(node, dict) and node.get("class_type") in SHARED_IDS and not _is_background(node) for node in nodes)):
+            and any(isinstance(node, dict) and node.get("class_type") in COMPILING_IDS and not _is_background(node) for node in nodes)):
         warmup.start(comfy.model_management.get_torch_device().type)
     return json_data
 

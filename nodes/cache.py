@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from ..compile.artifacts import trusted_bundles
 from ..compile.artifacts.bundle import Bundle, load_bundle, read_bundle, save_bundle
 from ..compile.artifacts.store import CacheStore, default_key_file
-from ..compile.comfyui import artifact_cache, compile_model
+from ..compile.comfyui import artifact_cache, compile_model, decisions
 from ..int8.echo import echo
 from ..int8.files.folders import folder_size, is_reserved
 from ..int8.kernels.native import cache_folder
@@ -112,8 +112,8 @@ class ClearCompileCache(io.ComfyNode):
             node_id="ClearCompileCache",
             display_name="Clear Compile Cache",
             category="INT8 Compile",
-            description="Deletes all compiled code of models from disk and says what it leaves. Models that are loaded go on as they "
-                        "are; the next start compiles again.",
+            description="Deletes all compiled code of models from disk, and what Optimize Model has decided, and says what it leaves. "
+                        "Models that are loaded go on as they are; the next start compiles and decides again.",
             inputs=[],
             outputs=[io.String.Output(display_name="report", tooltip="What was deleted, and what stays.")],
             is_output_node=True,
@@ -130,6 +130,8 @@ class ClearCompileCache(io.ComfyNode):
         text = f"Deleted {count} compiled, {freed / 1e6:.1f} MB."
         if left := len(store.all()):
             text += f" {left} could not be deleted: check that ComfyUI may write in the compile cache's folder."
+        if forgotten := decisions.clear():
+            text += f" Also what Optimize Model had decided, of {forgotten} models."
         if bundles := artifact_cache.bundle_sizes():
             text += (f" {len(bundles)} bundles, {sum(bundles.values()) / 1e6:.1f} MB, stay: delete them by hand from the bundles folder of "
                      "the compile cache.")

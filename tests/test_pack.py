@@ -30,7 +30,8 @@ def test_node_ids_are_literals_that_comfyui_managers_scanner_reads():
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Schema":
                 found |= {k.value.value for k in node.keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)}
     assert found == {"CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model", "ApplyModes",
-                     "ShowModes", "SaveCompileCache", "LoadCompileCache", "ClearCompileCache", "INT8CompileCheck"}
+                     "ShowModes", "SaveCompileCache", "LoadCompileCache", "ClearCompileCache", "INT8CompileCheck",
+                     "OptimizeModel"}
 
 
 @pytest.mark.comfy

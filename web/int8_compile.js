@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const EVENT = "int8_compile"; // compile/comfyui/node_status.py
-const WORKING = ["CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "ApplyModes"];
+const WORKING = ["OptimizeModel", "CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "ApplyModes"];
 const CHECK = "INT8CompileCheck";
 const CHECK_WIDTH = 520; // px that its table takes
 const SHOWING = ["ShowModes", CHECK]; // show their output text
@@ -23,39 +23,60 @@ function textWidget(node) {
     element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
         overflow-wrap: anywhere; font: 12px/${LINE}px ${node.type === CHECK ? "monospace" : "sans-serif"}; color: var(--input-text);
         background: var(--comfy-input-bg); border-radius: 6px;`;
-    const lines = () => {
+    const body = element.appendChild(document.createElement("div"));
+    const more = element.appendChild(document.createElement("details"));
+    more.hidden = true;
+    more.innerHTML = `<summary style="cursor: pointer; opacity: 0.8">Details</summary><div></div>`;
+    const details = more.lastElementChild;
+    const lines = (text) => {
         const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
-        return element.textContent.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
+        return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
     };
-    const height = () => Math.min(lines(), MAX_LINES) * LINE + 10 + 2 * MARGIN;
+    const shown = (open) => lines(body.textContent) + (more.hidden ? 0 : 1 + (open ? lines(details.textContent) : 0));
+    const height = (open = more.open) => Math.min(shown(open), MAX_LINES) * LINE + 10 + 2 * MARGIN;
     const widget = node.addDOMWidget(WIDGET, "int8_compile_text", element, {
-        getValue: () => element.textContent,
-        setValue: (text) => { element.textContent = text; },
-        getMinHeight: height,
-        getMaxHeight: height,
+        getValue: () => body.textContent,
+        setValue: (text) => { body.textContent = text; },
+        getMinHeight: () => height(),
+        getMaxHeight: () => height(),
         margin: MARGIN,
         serialize: false,
     });
+    widget.setDetails = (text) => {
+        details.textContent = text;
+        more.hidden = !text;
+    };
+    more.addEventListener("toggle", () => grow(node, height(more.open) - height(!more.open)));
     widget.serialize = false; // neither in the saved workflow nor in the prompt: it is no input
     return widget;
 }
 
-function show(node, text) {
-    if (!text && !node.widgets?.some((widget) => widget.name === WIDGET)) return;
-    const before = node.computeSize()[1];
-    const widget = textWidget(node);
-    if (widget.value === text) return;
-    widget.value = text;
-    // The room that the user gave to the node beyond its contents stays.
-    const needed = node.computeSize()[1];
-    node.setSize([node.size[0], Math.max(needed, node.size[1] + needed - before)]);
+// The room that the user gave to the node beyond its contents stays.
+function grow(node, growth) {
+    node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] + growth)]);
     app.canvas?.setDirty(true, true);
+}
+
+function show(node, text, details = "") {
+    const known = node.widgets?.some((widget) => widget.name === WIDGET);
+    if (!text && !known) return;
+    const before = known ? node.computeSize()[1] : 0;
+    const widget = textWidget(node);
+    if (widget.value === text && widget.details === details) return;
+    widget.value = text;
+    widget.details = details;
+    widget.setDetails(details);
+    // A node that is loaded has the size that it had with its text.
+    grow(node, known ? node.computeSize()[1] - before : 0);
 }
 
 function showStatus(node) {
     const work = doing.get(node);
     const seconds = work ? Math.floor((Date.now() - work.since) / 1000) : 0;
-    show(node, work ? work.text + (seconds ? `, ${seconds} s` : "") : node.int8CompileText ?? "");
+    if (work) return show(node, work.text + (seconds ? `, ${seconds} s` : ""));
+    const { short = "", text = "" } = node.int8CompileReport ?? {};
+    const above = short.split("\n");
+    show(node, short, text.split("\n").filter((line) => !above.includes(line)).join("\n"));
 }
 
 // id: of the prompt, "5:3" for node 3 in subgraph 5.
@@ -77,7 +98,7 @@ function* workingNodes(graph, prefix = "") {
 function receive(id, entry) {
     const node = findNode(id);
     if (!node || !entry) return;
-    node.int8CompileText = entry.text;
+    node.int8CompileReport = entry;
     if (!entry.doing) doing.delete(node);
     else if (doing.get(node)?.text !== entry.doing) doing.set(node, { text: entry.doing, since: Date.now() });
     showStatus(node);
@@ -95,7 +116,7 @@ const reportOf = (output) => output?.[EVENT]?.[0]?.[0];
 
 // After a reload: each node's report of its last run in this workflow, which the history has.
 async function restore() {
-    const missing = new Map([...workingNodes(app.rootGraph ?? app.graph)].filter(([, node]) => node.int8CompileText === undefined));
+    const missing = new Map([...workingNodes(app.rootGraph ?? app.graph)].filter(([, node]) => node.int8CompileReport === undefined));
     if (!missing.size) return;
     const response = await api.fetchApi(`/history?max_items=${HISTORY}`);
     if (!response.ok) return;
@@ -105,8 +126,8 @@ async function restore() {
         if (prompt[3]?.extra_pnginfo?.workflow?.id !== workflow) continue;
         for (const [id, node] of missing) {
             const entry = reportOf(outputs[id]);
-            if (!entry || node.int8CompileText !== undefined) continue;
-            node.int8CompileText = entry.text;
+            if (!entry || node.int8CompileReport !== undefined) continue;
+            node.int8CompileReport = entry;
             showStatus(node);
         }
     }

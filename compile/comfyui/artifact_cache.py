@@ -114,16 +114,6 @@ def _number(text: str) -> float | None:
         return None
 
 
-def setting(name: str, default):
-    """Of ComfyUI's default user; any JSON value."""
-    return _settings().get(name, default)
-
-
-def say_once(what: str, text: str) -> None:
-    if _is_first(what):
-        logger.warning("INT8 Compile: %s", text)
-
-
 def _settings() -> dict:
     """Of ComfyUI's default user; anybody may have written them."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
@@ -212,10 +202,11 @@ def _cache(*_) -> Cache | None:
     if _settings().get(OLD_FOLDER):
         logger.warning("INT8 Compile: the setting %s does not count any more, as every client could write it. Set %s instead.", OLD_FOLDER,
                        FOLDER_VARIABLE)
-    return Cache(store, Builder(store, ("compile.comfyui.artifact_cache", "prepare", (vars(comfy.cli_args.args),))), _host)
+    return Cache(store, Builder(store, ("compile.comfyui.artifact_cache", "prepare", (vars(comfy.cli_args.args),))), host)
 
 
-def _host() -> dict:
+def host() -> dict:
+    """ComfyUI's options that decide what layers compute, and how."""
     return {name: repr(sorted(map(str, value)) if isinstance(value, (set, list)) else value)
             for name, value in sorted(vars(comfy.cli_args.args).items()) if _NUMERICS_FLAGS.search(name)}
 

@@ -10,6 +10,7 @@ import threading
 import uuid
 import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import comfy.model_management
 import comfy.utils
@@ -19,14 +20,16 @@ from comfy.patcher_extension import WrappersMP
 from ...int8.structure import repeated_blocks
 from ..engine import CompiledModule
 from ..events import OnProgress
+from ..gain import COMPILED, EAGER, WITHOUT, CallTimes
 from ..options import CompileOptions
+from ..report import CompileReport
 from ..torch_internals import warmup
 from ..torch_internals.guard_filter import INNER_PATCHES, has_patches
 from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
 from .attention import add_functions
-from .int8_calibrate import CALIBRATING
+from .int8_calibrate import CALIBRATING, COMPILE_KEY, TIMED
 from .int8_layer import patch_linear_input_act
 from .int8_model import keep_apart, pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
@@ -35,7 +38,6 @@ from .verification import verification_options
 
 logger = logging.getLogger(__name__)
 
-COMPILE_KEY = "int8_compile"
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
@@ -58,14 +60,7 @@ class _State:
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
          filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None):
     """call() with what is repeated in root compiled."""
-    with _LOCK:
-        states = _COMPILED.setdefault(model, {})
-        key = (target, options, device)
-        if key not in states:
-            add_functions()
-            patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
-            states[key] = _State(CompiledModule(options, device, get_cache(), verification_options()))
-    state = states[key]
+    state = _state_of(model, target, options, device)
     state.offloaded = state.offloaded or is_offloaded(model)
     try:
         with without_comfy_compiler(device, state.compiled.report):
@@ -77,25 +72,86 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
         raise comfy.model_management.InterruptProcessingException from None
 
 
+def _state_of(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device) -> _State:
+    with _LOCK:
+        states = _COMPILED.setdefault(model, {})
+        key = (target, options, device)
+        if key not in states:
+            add_functions()
+            patch_linear_input_act()  # as the builder's process does; later, with the first INT8 layers, it would make compiled code stale
+            states[key] = _State(CompiledModule(options, device, get_cache(), verification_options()))
+    return states[key]
+
+
+class Judge(Protocol):
+    """Decides whether what was compiled is used, by the times of steps; see optimize.Optimizer."""
+
+    def runs_eager(self, times: CallTimes, size: str) -> bool: ...
+
+    def timed(self, times: CallTimes, size: str) -> None: ...
+
+
 class LazyCompile:
     """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
     called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
-    on_progress: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled."""
+    on_progress: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled. judge: asked before each
+    step, None: every step runs compiled."""
 
-    def __init__(self, target: str, options: CompileOptions, on_progress: OnProgress | None = None):
+    def __init__(self, target: str, options: CompileOptions, on_progress: OnProgress | None = None, judge: Judge | None = None):
         self.target = target
         self.options = options
         self.on_progress = on_progress
+        self.judge = judge
+        self.times = CallTimes()
 
     def __call__(self, executor, x, *args, **kwargs):
         model = executor.class_obj
         root = comfy.utils.get_attr(model, self.target) if self.target else model.diffusion_model
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+        situation = _situation(model, x, *args[1:3], **kwargs)
+        size = _size(situation)
+        begun = self.times.begin(x.device)
         if CALIBRATING in transformer_options:
-            return executor(x, *args, **kwargs)
-        return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
-                    not has_patches(transformer_options, INNER_PATCHES), self.on_progress, _situation(model, x, *args[1:3], **kwargs))
+            result = executor(x, *args, **kwargs)
+            self.times.end(begun, size, WITHOUT if TIMED in transformer_options else "")
+            return result
+        self.times.of_weights(situation["LoRA or strength"])
+        if self.judge is not None and self.judge.runs_eager(self.times, size):
+            result = executor(x, *args, **kwargs)
+            self.times.end(begun, size, EAGER)
+        else:
+            report = _state_of(model, self.target, self.options, x.device).compiled.report
+            before = report.graphs, len(report.artifacts)
+            result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
+                          not has_patches(transformer_options, INNER_PATCHES), self.on_progress, situation)
+            self.times.end(begun, size, self._what_ran(report, x.device) if before == (report.graphs, len(report.artifacts)) else "")
+            self._gained(report, size)
+        if self.judge is not None:
+            self.judge.timed(self.times, size)
+        return result
+
+    def _gained(self, report: CompileReport, size: str) -> None:
+        gain = self.times.gain(size)
+        if gain is not None and gain.differs_from(report.gain):
+            report.gain = gain
+            if self.on_progress is not None and self.judge is None:  # who judges says so
+                self.on_progress(report, "", None)
+
+    def _what_ran(self, report: CompileReport, device: torch.device) -> str:
+        """Empty where the last step says nothing of either."""
+        if report.failure:
+            return EAGER
+        eager, calls = report.last_calls.get("eager", 0), sum(report.last_calls.values())
+        if not calls or (report.building and self.options.background and device.type == "cpu"):
+            return ""  # the builder computes on the same cores; what is not urgent waits, see Builder.sampling
+        return EAGER if eager == calls else COMPILED
+
+
+def _size(situation: dict) -> str:
+    """In words: what of a situation a step's time depends on."""
+    latent, batch, prompt = (situation[name] for name in ("size of the latent", "batch", "prompt length"))
+    return f"latent {'x'.join(map(str, latent))}, batch {batch}" + (f", prompt length {prompt}" if prompt else "")
 
 
 class CompiledMethod:
@@ -148,9 +204,10 @@ def check_target(patcher, target: str) -> torch.nn.Module:
     return module
 
 
-def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None) -> None:
+def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None, judge: Judge | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
-    are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled."""
+    are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled.
+    judge: see LazyCompile."""
     if not comfy_core.usable(comfy_core.COMPILE):
         return
     _warm_up(patcher, target, options)
@@ -158,7 +215,7 @@ def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnPr
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
             patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{COMPILE_KEY}.{target}", LazyCompile(target, options, on_progress))
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{COMPILE_KEY}.{target}", LazyCompile(target, options, on_progress, judge))
 
 
 def add_method_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None) -> None:

@@ -6,33 +6,37 @@ import copy
 import logging
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 
 from ...int8.calibrate import LayerStats, collect
 from ...int8.options import Int8Options
-from ...int8.plan import LayerPlan, choose_methods, fit_size, measure_layer
+from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
-from ...int8.structure import equivalent_layers
 from . import core as comfy_core
 from .int8_layer import PREFIX, require_native_int8
 from .int8_lora import Int8Lora
-from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, pristine_parameter, put_int8_layers
+from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
+from .int8_plan import plan_model
 from .recording import unrecorded
 
 logger = logging.getLogger(__name__)
 
 QUANTIZE_KEY = "int8_quantize"
+# Begins the keys of the wrappers that compile; see compile_model.py.
+COMPILE_KEY = "int8_compile"
 # In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
 CALIBRATING = "int8_calibrating"
+# With it, in a run that nothing looks at: its steps are timed, as what the model takes in high precision.
+TIMED = "int8_timed"
+TIMED_STEPS = 2
 # Sigmas that are evaluated for a calibration, spread over the schedule.
 STEPS = 3
 # What of a guider's model_options a calibration runs with: what the model computes (patches, attention), not what watches or changes its
@@ -222,9 +226,6 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
     names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
     arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
     few = sigmas[torch.linspace(0, len(sigmas) - 1, min(STEPS + 1, len(sigmas))).long()]
-    twin = copy.copy(guider)
-    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
-    twin.model_options = _bare_options(guider.model_options)
     device = guider.model_patcher.load_device
     try:
         with contextlib.ExitStack() as stack:
@@ -234,7 +235,11 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
             stack.enter_context(_without_run_callbacks(patchers))
             stack.enter_context(unrecorded(device))
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            twin.outer_sample(noise, latent_image, sampler, few, **arguments)
+            _twin(guider, {}).outer_sample(noise, latent_image, sampler, few, **arguments)
+        if timers := _wrappers_that_time(guider.model_options):
+            with _without_run_callbacks(patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                timed = _twin(guider, {WrappersMP.APPLY_MODEL: timers}, {TIMED: True})
+                timed.outer_sample(noise, latent_image, sampler, sigmas[:TIMED_STEPS + 1], **arguments)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
@@ -243,6 +248,17 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
         return
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)
+
+
+def _twin(guider, wrappers: dict, transformer_options: Mapping = MappingProxyType({})):
+    """guider with conds and model_options of its own: bare ones, with these wrappers and transformer_options."""
+    twin = copy.copy(guider)
+    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
+    twin.model_options = _bare_options(guider.model_options)
+    options = twin.model_options["transformer_options"]
+    options.update(transformer_options)
+    options["wrappers"].update(wrappers)
+    return twin
 
 
 def _bare_options(model_options: dict) -> dict:
@@ -256,6 +272,12 @@ def _bare_options(model_options: dict) -> dict:
     return options
 
 
+def _wrappers_that_time(model_options: dict) -> dict:
+    """Those of the compile nodes, which call the model as it is while it is calibrated."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return {key: group for key, group in wrappers.items() if key.startswith(COMPILE_KEY)}
+
+
 @contextlib.contextmanager
 def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
     callbacks = [(patcher, patcher.callbacks) for patcher in patchers]
@@ -266,51 +288,3 @@ def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
     finally:
         for patcher, calls in callbacks:
             patcher.callbacks = calls
-
-
-def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Options, on_progress: ProgressCallback = no_progress,
-               known: dict[str, LayerPlan] | None = None) -> list[LayerPlan]:
-    """A plan for each named layer of patcher from what it was fed; a layer at a time on the patcher's device. Changes nothing: this is
-    the dry run as well. known: layers that are measured already; it gets those that are measured now, for an interrupted search."""
-    known = {} if known is None else known
-    progress = comfy.utils.ProgressBar(len(names))
-    result: list[LayerPlan] = []
-    for group in equivalent_layers(patcher.model.diffusion_model, names):
-        measured: list[LayerPlan] = []
-        for name in group:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            on_progress(None, f"measuring {len(result) + len(measured)}/{len(names)}")
-            if name in stats:
-                if name not in known:
-                    weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
-                    try:
-                        known[name] = measure_layer(name, weight, stats[name], options)
-                    except ValueError as error:
-                        raise ValueError(f"INT8 Quantize Model: layer '{name}': {error}. Check the checkpoint file.") from error
-                measured.append(known[name])
-            else:  # not used with these inputs (ControlNet branches, unused embedders)
-                result.append(LayerPlan(name, "rowwise" if options.method == "rowwise" else "convrot", reason="never called"))
-            progress.update(1)
-        if measured:
-            choose_methods(measured, options)
-            result += measured
-    if options.max_mb:
-        _fit_size(patcher, result, options)
-    measured = [(plan.sqnr[plan.method], plan.name) for plan in result if plan.method in plan.sqnr]
-    if measured:
-        logger.info("INT8: %s measured %d layers: %s; least SQNR %.1f dB (%s)", options.method, len(measured),
-                    ", ".join(f"{count} {method}" for method, count in Counter(p.method for p in result).items()), *min(measured))
-    for plan in result:
-        logger.debug("INT8: %s", plan)
-    return result
-
-
-def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
-    weights = {plan.name: pristine_parameter(patcher, f"{PREFIX}{plan.name}.weight") for plan in plans}
-    saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
-    size = patcher.model_size()
-    try:
-        fit_size(plans, saved, size - int(options.max_mb * 2**20), equivalent_layers(patcher.model.diffusion_model, weights))
-    except ValueError as error:
-        raise ValueError(f"INT8 Quantize Model: {error} to get from {size / 2**20:.1f} to max_mb = {options.max_mb:g}. Raise max_mb, lower "
-                         "min_sqnr_db, or keep fewer layers.") from None

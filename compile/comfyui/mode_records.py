@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import folder_paths
@@ -64,6 +66,9 @@ class ModesReport:
     def status(self) -> str:
         return f"modes: {', '.join(self.modes)}" if self.modes else "no modes: the model is as it was loaded"
 
+    def short(self) -> list[str]:
+        return [self.status()]
+
     def text(self) -> str:
         return self.status()
 
@@ -74,14 +79,15 @@ class ModesReport:
         return {"modes": list(self.modes)}
 
 
-def apply_to_patcher(patcher, modes, on_progress: ProgressCallback = no_progress):
+def apply_to_patcher(patcher, modes, on_progress: ProgressCallback = no_progress, compile_kwargs: Mapping[str, Any] = MappingProxyType({})):
     """apply_modes on a MODEL from any loader: its record is that of its file. on_progress: called with a ModesReport, and with what int8
-    and compile report, when the model first samples too."""
+    and compile report, when the model first samples too. compile_kwargs: see PatcherCompile.convert."""
     patcher = recorded(patcher)
     wanted = parse_modes(modes, PATCHER_MODES)
     names = (*PATCHER_MODES.host.get_state(patcher).names, *(mode.name for mode, _ in wanted))
     on_progress(ModesReport(names))
-    kwargs = [{"on_progress": on_progress} if isinstance(mode, (PatcherInt8, PatcherCompile)) else {} for mode, _ in wanted]
+    kwargs = [{"on_progress": on_progress} if isinstance(mode, PatcherInt8) else
+              {"on_progress": on_progress, **compile_kwargs} if isinstance(mode, PatcherCompile) else {} for mode, _ in wanted]
     return apply_modes(patcher, wanted, kwargs, registry=PATCHER_MODES)
 
 

@@ -115,20 +115,21 @@ class PatcherConvRot(ConvRot):
 
 @dataclass(frozen=True)
 class PatcherInt8Config:
-    """keep_layers, min_sqnr_db, kernel, max_mb: see Int8Options. chosen: what was measured, (layer, method); None: not yet, or nothing to
-    measure. Where it is given nothing is measured again."""
+    """keep_layers, min_sqnr_db, kernel, max_mb, faster_only: see Int8Options. chosen: what was measured, (layer, method); None: not yet,
+    or nothing to measure. Where it is given nothing is measured again."""
 
     keep_layers: tuple[str, ...] = ()
     min_sqnr_db: float = 0.0
     kernel: Literal[KERNELS] = "auto"  # type: ignore[valid-type]
     max_mb: float = 0.0
+    faster_only: bool = False
     chosen: tuple[tuple[str, MODE_METHODS], ...] | None = None
 
     def __post_init__(self):
         self.to_options("convrot")  # its ValueErrors
 
     def to_options(self, method: str) -> Int8Options:
-        return Int8Options(method, self.keep_layers, self.min_sqnr_db, self.kernel, self.max_mb)
+        return Int8Options(method, self.keep_layers, self.min_sqnr_db, self.kernel, self.max_mb, self.faster_only)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _chosen_plans(patcher, config: PatcherInt8Config) -> list[LayerPlan]:
         if method == "smoothquant":
             raise ModeConfigError(f"int8: chosen has smoothquant for '{echo(name)}', whose factors are in no record. Set chosen to null to "
                                   "measure again.")
-    return [LayerPlan(name, method) for name, method in config.chosen]
+    return [LayerPlan(name, method, reason="" if method != "float" else "as chosen before") for name, method in config.chosen]
 
 
 def _layers(patcher) -> dict[str, tuple[int, bool]]:
@@ -260,15 +261,15 @@ class PatcherCompile(Compile):
 
     config_class = PatcherCompileConfig
 
-    def convert(self, model, config, on_progress=None, **_):
-        """on_progress: see CompiledModule.run."""
-        options = config.to_options(TITLE)
+    def convert(self, model, config, on_progress=None, title=TITLE, judge=None, **_):
+        """on_progress: see CompiledModule.run. title: of the node, for its messages. judge: see LazyCompile."""
+        options = config.to_options(title)
         check_target(model, config.target)
         try:
-            model = non_dynamic_clone(model, TITLE)
+            model = non_dynamic_clone(model, title)
         except RuntimeError as error:
             logger.warning("%s Compiling with dynamic VRAM: expect graph breaks.", error)
         if on_progress is not None:
-            on_progress(CompileReport(TITLE))
-        add_compile(model, config.target, options, on_progress)
+            on_progress(CompileReport(title))
+        add_compile(model, config.target, options, on_progress, judge)
         return model, {}

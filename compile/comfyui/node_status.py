@@ -26,6 +26,8 @@ class Report(Protocol):
 
     def status(self) -> str: ...
 
+    def short(self) -> list[str]: ...
+
     def text(self) -> str: ...
 
     def warnings(self) -> list[str]: ...
@@ -54,7 +56,7 @@ class NodeStatus:
         self._sent = "", 0.0
         self._has_progress = False
         # Its keys stay, for it may be written to a client while it changes.
-        self._entry = {"node": self._node, "status": "", "text": "", "warnings": [], "details": {}}
+        self._entry = {"node": self._node, "status": "", "short": "", "text": "", "warnings": [], "details": {}}
         if report is not None:
             self(report)
 
@@ -70,7 +72,9 @@ class NodeStatus:
         if report is not None:
             self._reports[type(report)] = report
             reports = list(self._reports.values())
-            self._entry.update(for_client({"status": "; ".join(r.status() for r in reports), "text": "\n".join(r.text() for r in reports),
+            self._entry.update(for_client({"status": "; ".join(r.status() for r in reports),
+                                           "short": "\n".join(line for r in reports for line in r.short()),
+                                           "text": "\n".join(r.text() for r in reports),
                                            "warnings": [text for r in reports for text in r.warnings()],
                                            "details": {key: value for r in reports for key, value in r.to_dict().items()}}))
         self._show_progress(progress)

@@ -12,21 +12,19 @@ from pathlib import Path
 import folder_paths
 
 from ..verification.verification import Failure, VerificationOptions
-from .artifact_cache import say_once, setting
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "INT8_COMPILE_VERIFY"
-SETTING = "INT8Compile.Verify"
 OFF, FIRST, ALWAYS = "off", "first", "always"
 MOST_REPORTS = 20  # files
 
 
 def verification_options() -> VerificationOptions | None:
     """None where the checks are off."""
-    chosen = os.environ.get(VARIABLE) or setting(SETTING, FIRST)
+    chosen = os.environ.get(VARIABLE, FIRST)
     if chosen not in (OFF, FIRST, ALWAYS):
-        say_once(SETTING, f"{VARIABLE} or the setting {SETTING} is none of {OFF}, {FIRST}, {ALWAYS}; using {FIRST}.")
+        logger.warning("INT8 Compile: INT8_COMPILE_VERIFY is none of %s, %s, %s; using %s.", OFF, FIRST, ALWAYS, FIRST)
     return None if chosen == OFF else VerificationOptions(chosen == ALWAYS, _record)
 
 

@@ -21,6 +21,8 @@ MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 QUANTIZE = [("method", ["auto", "rowwise", "convrot", "smoothquant"], "auto"), ("keep_layers", "STRING", ""), ("min_sqnr_db", "FLOAT", 0.0),
             ("kernel", ["auto", "triton", "comfy_kitchen", "torch"], "auto")]
 CONTRACT = {
+    "OptimizeModel": ("Optimize Model", [
+        ("model", "MODEL", None), ("goal", ["fastest", "balanced", "smallest", "exact"], "balanced"), ("background", "BOOLEAN", True)]),
     "CompileModel": ("Compile Model", [
         ("model", None, None), ("is_patcher", "BOOLEAN", True), ("object_to_patch", "STRING", "diffusion_model"),
         ("memory_format", ["preserve_format", "contiguous_format", "channels_last", "channels_last_3d"], "preserve_format"),

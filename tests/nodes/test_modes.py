@@ -211,7 +211,7 @@ def test_compile_is_read_off_what_compiles_and_is_not_saved(comfy, load, nodes, 
     (["int4"], "There is no mode 'int4'. Did you mean int8? The modes are: compile, convrot, export, int8, smoothquant. "
                "A mode of another pack is there once that pack is loaded."),
     ([{"name": "int8", "config": {"kernels": "torch"}}],
-     'int8: unknown key "kernels". Did you mean kernel? The keys are: keep_layers, min_sqnr_db, kernel, max_mb, chosen.'),
+     'int8: unknown key "kernels". Did you mean kernel? The keys are: keep_layers, min_sqnr_db, kernel, max_mb, faster_only, chosen.'),
     ([{"name": "int8", "config": {"kernel": "cutlass"}}],
      'int8: \'kernel\' takes "auto" or "triton" or "comfy_kitchen" or "torch", not "cutlass".'),
     ([{"name": "int8", "config": {"min_sqnr_db": 200}}], "int8: min_sqnr_db is a ratio in dB from 0 (off) to 100, not 200."),

@@ -189,7 +189,7 @@ def test_node_inputs_over_the_api(count, watched):
     server = watched.server
     nodes = {name: server.object_info(name)["input"] for name in (
         "CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "SaveINT8Model", "ApplyModes", "ShowModes",
-        "SaveCompileCache", "LoadCompileCache", "ClearCompileCache")}
+        "SaveCompileCache", "LoadCompileCache", "ClearCompileCache", "OptimizeModel")}
     warm = flux_prompt(model_nodes=[("INT8QuantizeModel", {**server.defaults("INT8QuantizeModel"), "method": "rowwise"}),
                                     ("CompileModel", {**server.defaults("CompileModel"), "options": '{"epilogue_fusion": true}'})])
     ready = {**{name: warm[name] for name in ("unet", "model_1", "model_2")},

@@ -101,6 +101,14 @@ class Comfy:
         """What a node shows."""
         return self.evaluate(f"app.graph.nodes.find(n => n.type === '{node_type}')?.widgets?.find(w => w.name === 'shown')?.value ?? ''")
 
+    def details(self, node_type: str) -> str:
+        """What a node has behind its disclosure."""
+        return self.evaluate(f"app.graph.nodes.find(n => n.type === '{node_type}')?.widgets?.find(w => w.name === 'shown')?.details ?? ''")
+
+    def open_details(self, node_type: str, is_open: bool):
+        self.evaluate(f"app.graph.nodes.find(n => n.type === '{node_type}').widgets.find(w => w.name === 'shown').element"
+                      f".querySelector('details').open = {json.dumps(is_open)}")
+
     def seen(self, node_type: str) -> bool:
         """Whether that is on the screen."""
         return self.evaluate(f"""(() => {{

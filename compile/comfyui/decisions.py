@@ -1,0 +1,157 @@
+"""What was measured and decided for a model on this machine, kept so that the next start decides nothing.
+
+A file of this user for each model, goal and machine, signed: what cannot be read, or is of somebody else, is as good as none.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...int8.files.folders import make_folder, remove
+from ...int8.files.owners import CacheError
+from ...int8.files.signed import default_key_file, read_signed, signing_key, write_signed
+from ...int8.files.temporary import Watch
+from ...int8.quantize import eligible_linears
+from ...int8.report import ShapeDecision
+from ..artifacts.entry import digest
+from ..artifacts.key import machine, settings
+from ..gain import MOST_SIZES
+from ..modes.config import dump_config, parse_config
+from ..modes.errors import ModeConfigError
+from . import artifact_cache
+from . import core as comfy_core
+from .int8_layer import PREFIX
+from .int8_model import pristine_parameter
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+MOST_FILES = 256
+MAX_BYTES = 1 << 20  # of a file; one of a model with 1000 layers has a tenth of it
+# Values of a layer's weight, and layers, that tell a model's weights from those of another of the same structure.
+VALUES, LAYERS = 16, 32
+
+
+@dataclass(frozen=True)
+class Decision:
+    """chosen: (layer, method), None: not decided. shapes: what was measured for it, as values of ShapeDecision. compiled: whether
+    compiling pays, None: not known. times: (size, seconds of a step as the model came in, with the layers as chosen, and compiled; 0 for
+    not known), of the last sizes. weights: MB before and after. slower: seconds of a step without and with INT8 layers, where these made
+    it slower all in all: then none is chosen any more."""
+
+    chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
+    shapes: tuple[tuple[int, int, int, int, int, float, float, float], ...] = ()
+    compiled: bool | None = None
+    times: tuple[tuple[str, float, float, float], ...] = ()
+    weights: tuple[float, float] = (0.0, 0.0)
+    slower: tuple[float, float] = (0.0, 0.0)
+
+    def shape_decisions(self) -> list[ShapeDecision]:
+        return [ShapeDecision(*values) for values in self.shapes]
+
+    @property
+    def is_int8(self) -> bool:
+        return any(method != "float" for _, method in self.chosen or ())
+
+    def without_int8(self, before: float, now: float) -> Decision:
+        """What is decided once INT8 has turned out slower; whether compiling pays is open again."""
+        return replace(self, chosen=tuple((name, "float") for name, _ in self.chosen), compiled=None, times=(), slower=(before, now),
+                       shapes=tuple((*shape[:4], 0, *shape[5:]) for shape in self.shapes))  # type: ignore[arg-type,misc]
+
+    def with_times(self, size: str, *seconds: float) -> Decision:
+        others = tuple(entry for entry in self.times if entry[0] != size)
+        return replace(self, times=(*others, (size, *seconds))[-MOST_SIZES:])  # type: ignore[arg-type]
+
+    def times_of(self, size: str) -> tuple[float, float, float]:
+        return next((entry[1:] for entry in self.times if entry[0] == size), (0.0, 0.0, 0.0))
+
+
+def key_of(patcher, goal: str, names: list[str]) -> str:
+    """Of a model (ModelPatcher), what is asked for, this card and what runs on it. names: its layers that may become INT8; what was
+    measured of them counts for their weights only."""
+    model, device = patcher.model, patcher.load_device
+    own = set(eligible_linears(model.diffusion_model))  # another clone may have put its INT8 layers in their place
+    structure = [(name, type(module).__qualname__) for name, module in model.named_modules() if name.removeprefix(PREFIX) not in own]
+    tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.named_parameters()
+               if name.removeprefix(PREFIX).rpartition(".")[0] not in own]
+    layers = {name: pristine_parameter(patcher, f"{PREFIX}{name}.weight").detach() for name in sorted(own)}
+    tensors += [(name, tuple(t.shape), str(t.dtype)) for name, t in layers.items()]
+    dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
+    values = [layers[name].flatten() for name in names[::max(1, len(names) // LAYERS)]]
+    values = [weight[::max(1, weight.numel() // VALUES)].float().cpu() for weight in values]
+    weights = hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest() if values else ""
+    return digest([VERSION, goal, machine(device.type, device.index), settings(), comfy_core.comfyui_version(), artifact_cache.host(),
+                   structure, tensors, str(dtype), weights])
+
+
+# What was decided in this process, the last used last.
+_KNOWN: OrderedDict[str, Decision] = OrderedDict()
+# How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
+_revision = 0
+
+
+def revision() -> int:
+    return _revision
+
+
+def changed() -> None:
+    global _revision
+    _revision += 1
+
+
+def folder() -> Path:
+    return artifact_cache.folder() / "decisions"
+
+
+def read(key: str) -> Decision | None:
+    """None where there is none that can be trusted."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    try:
+        path = folder() / f"{key}.json"
+        if not artifact_cache.is_enabled() or not path.exists() or path.stat().st_size > MAX_BYTES:
+            return None
+        return parse_config(Decision, json.loads(read_signed(path, _key())), "decision")
+    except (CacheError, OSError, ValueError, RecursionError, ModeConfigError) as error:
+        logger.info("INT8 Compile: what was decided for this model is decided anew: %s", error)
+        return None
+
+
+def write(key: str, decision: Decision) -> None:
+    """On disk, if that can be: without it the next start measures again."""
+    _KNOWN[key] = decision
+    _KNOWN.move_to_end(key)
+    while len(_KNOWN) > MOST_FILES:
+        _KNOWN.popitem(last=False)
+    if not artifact_cache.is_enabled():
+        return
+    try:
+        artifact_cache.require_apart(folder())
+        make_folder(folder())
+        Watch().sweep(folder().iterdir())
+        files = sorted(folder().glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for path in files[:max(0, len(files) + 1 - MOST_FILES)]:
+            remove(path)
+        write_signed(folder() / f"{key}.json", json.dumps(dump_config(decision)).encode(), _key())
+    except (CacheError, OSError, ValueError) as error:
+        logger.info("INT8 Compile: what was decided for this model is not kept: %s", error)
+
+
+def clear() -> int:
+    """Deletes all; how many."""
+    _KNOWN.clear()
+    files = list(folder().glob("*.json"))
+    for path in files:
+        remove(path)
+    return len(files)
+
+
+def _key() -> bytes:
+    return signing_key(default_key_file(), folder())

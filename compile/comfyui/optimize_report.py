@@ -1,0 +1,133 @@
+"""What Optimize Model says: what it gained, what it did, and each decision with its numbers."""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ...int8.report import QuantizeReport, ShapeDecision
+from ..gain import Gain, number
+from ..report import CompileReport
+from .decisions import Decision
+
+MOST_LINES = 6  # of the table
+
+
+@dataclass(frozen=True)
+class OptimizeReport:
+    """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
+    be INT8. background: whether steps run uncompiled meanwhile. modes: of the model, in order. quantize, compile: what these modes
+    reported last. gain: of the last steps."""
+
+    goal: str
+    min_sqnr_db: float | None
+    decision: Decision
+    is_known: bool = False
+    reason: str = ""
+    background: bool = True
+    modes: tuple[str, ...] = ()
+    quantize: QuantizeReport | None = None
+    compile: CompileReport | None = None
+    gain: Gain | None = None
+
+    def status(self) -> str:
+        """What the model is now, in a line."""
+        decision = self.decision
+        if decision.compiled is False and not decision.is_int8:
+            return f"{self.goal}: passed on as it came, {self._why_no_int8()}since compiling does not pay"
+        if decision.compiled is False:
+            return f"{self.goal}: {self._int8()}uncompiled, since compiling does not pay"
+        return f"{self.goal}: {self._int8()}{self._compiled()}"
+
+    def _int8(self) -> str:
+        chosen = self.decision.chosen
+        if self.min_sqnr_db is not None and not self.reason and chosen is None:
+            return "measures at the first sampling which layers gain as INT8, "
+        count = sum(method != "float" for _, method in chosen or ())
+        return f"INT8 in {count} of {len(chosen)} layers, " if count else self._why_no_int8()
+
+    def _why_no_int8(self) -> str:
+        if self.min_sqnr_db is None:
+            return ""
+        if self.reason:
+            return f"no INT8 ({self.reason}), "
+        before, now = self.decision.slower
+        return f"no INT8 ({number(before)} -> {number(now)} s a step with it), " if now else "INT8 pays for no layer, "
+
+    def _compiled(self) -> str:
+        report = self.compile
+        if report is None or report.failure:
+            return "uncompiled"
+        if report.building and self.background:
+            return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")
+        if report.compiled_from_step:
+            return "compiled"
+        return "uncompiled" if report.warnings() else "compiles at the first sampling"
+
+    def warnings(self) -> list[str]:
+        return [text for report in (self.quantize, self.compile) if report is not None for text in report.warnings()]
+
+    def short(self) -> list[str]:
+        return [*self._gained(), self.status(), *self._kept(), *self.warnings()]
+
+    def text(self) -> str:
+        """The gain, the state, what is kept; then the table, and what there is to warn of."""
+        return "\n".join([*self._gained(), self.status(), *self._kept(), *self.table(), *self.warnings()])
+
+    def _gained(self) -> list[str]:
+        parts = []
+        if self.gain is not None:
+            parts.append(self.gain.text())
+        elif known := self._known_gain():
+            parts.append(f"{known.text()} when it was measured ({known.size})")
+        before, after = self.decision.weights
+        if self.decision.is_int8 and before:
+            parts.append(f"{before:.0f} -> {after:.0f} MB")
+        return ["; ".join(parts)] if parts else []
+
+    def _known_gain(self) -> Gain | None:
+        """Of the last size that was measured."""
+        if self.decision.compiled is False and not self.decision.is_int8:
+            return None
+        for size, without, eager, compiled in reversed(self.decision.times):
+            if now := eager if self.decision.compiled is False else compiled:
+                return Gain(size, without, now)
+        return None
+
+    def _kept(self) -> list[str]:
+        done = self.decision.compiled is not None
+        if self.is_known:
+            return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
+        return ["decided, and kept for the next start"] if done else []
+
+    def table(self) -> list[str]:
+        """A line for layers of one size, the most costly first, then one for compiling; MOST_LINES at most."""
+        shapes = self.decision.shape_decisions()
+        room = MOST_LINES - 1
+        shown = shapes if len(shapes) <= room else shapes[:room - 1]
+        lines = [_line(shape) for shape in shown]
+        if more := shapes[len(shown):]:
+            lines.append(f"{len(more)} more sizes: INT8 in {sum(s.int8 for s in more)} of {sum(s.layers for s in more)} layers")
+        if self.decision.times and self.decision.compiled is not None:
+            _, _, eager, compiled = self.decision.times[-1]
+            if eager and compiled:
+                lines.append(f"compile: {'yes' if self.decision.compiled else 'no'}, {number(eager)} -> {number(compiled)} s a step")
+        return lines
+
+    def to_dict(self) -> dict:
+        """With what the modes reported."""
+        gain, decision = self.gain or self._known_gain(), self.decision
+        own = {"goal": self.goal, "min_sqnr_db": self.min_sqnr_db, "modes": list(self.modes), "known": self.is_known, "reason": self.reason,
+               "int8_layers": sum(method != "float" for _, method in decision.chosen or ()), "layers": len(decision.chosen or ()),
+               "compiled": decision.compiled, "table": self.table(),
+               "slower_with_int8": list(decision.slower) if decision.slower[1] else None,
+               "shapes": [asdict(shape) for shape in decision.shape_decisions()],
+               "times": [dict(zip(("size", "without", "eager", "compiled"), times)) for times in decision.times]}
+        reports = [report.to_dict() for report in (self.quantize, self.compile) if report is not None]
+        return {"optimize": own, "gain": gain and gain.to_dict(), **{key: value for report in reports for key, value in report.items()
+                                                                     if key != "gain"}}
+
+
+def _line(shape: ShapeDecision) -> str:
+    """'38 layers 3072 -> 9216, 4608 rows: INT8, 0.51 -> 0.32 ms, 38.1 dB'"""
+    what = "INT8" if shape.int8 == shape.layers else f"{shape.int8} INT8" if shape.int8 else "as they were"
+    times = f", {shape.float_ms:.3g} -> {shape.int8_ms:.3g} ms" if shape.float_ms else ""
+    return f"{shape.layers} layers {shape.k} -> {shape.n}, {shape.rows} rows: {what}{times}, {shape.least_db:.1f} dB"

@@ -1,0 +1,121 @@
+"""What a model gains: how long its calls take, by what ran them."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+# What ran a call: the model as it came into the chain of nodes; with the chain's layers, uncompiled; compiled.
+WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
+KEPT = 3  # calls of a kind that are enough
+MOST_KEPT = 9  # of the last ones the middle one counts
+MOST_SIZES = 8
+MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
+SLOWER = "slower than without: bypass this node"
+NOISE = 0.03  # of a call's time: less is no difference
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Seconds of a call of the model, without the nodes and now. size: of what it was called with. calls: how many were timed, of each."""
+
+    size: str
+    without: float
+    now: float
+    calls: tuple[int, int] = (0, 0)
+
+    @property
+    def ratio(self) -> float:
+        return self.without / self.now
+
+    @property
+    def is_slower(self) -> bool:
+        """With two steps timed of each: one may have been disturbed."""
+        return self.ratio < 1 - NOISE and min(self.calls) >= 2
+
+    def differs_from(self, other: Gain | None) -> bool:
+        """Whether it is worth saying after other."""
+        return other is None or other.size != self.size or abs(self.ratio / other.ratio - 1) > NOISE / 2 or (
+            self.is_slower != other.is_slower)
+
+    def text(self) -> str:
+        times = f"{self.ratio:.2f}x: {number(self.without)} -> {number(self.now)} s a step"
+        few = ", of one step each" if max(self.calls) == 1 else ""
+        return times + few + (f" ({SLOWER})" if self.is_slower else "")
+
+    def to_dict(self) -> dict:
+        return {"ratio": round(self.ratio, 3), "seconds_without": self.without, "seconds": self.now, "size": self.size,
+                "steps_timed": list(self.calls)}
+
+
+def number(seconds: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{seconds:.3g}" if 1e-4 < seconds < 1000 else f"{seconds:.0f}" if seconds >= 1000 else f"{seconds:.5f}"
+
+
+class CallTimes:
+    """Seconds of the last calls of each kind, by size. On CUDA by the device's own clock, read when the device has come so far: nothing
+    waits for it."""
+
+    def __init__(self):
+        self._seconds: dict[str, dict[str, deque[float]]] = {}
+        self._pending: deque[tuple] = deque()
+        self._weights: object = None
+
+    def begin(self, device: torch.device):
+        """What end takes."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        self._read()
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(torch.cuda.current_stream(device))
+        return start, device
+
+    def end(self, begun, size: str, kind: str) -> None:
+        """kind: empty for a call that says nothing: something was compiled in it."""
+        if isinstance(begun, float):
+            if kind:
+                self._add(size, kind, time.perf_counter() - begun)
+        elif kind and len(self._pending) < MAX_PENDING:
+            start, device = begun
+            end = torch.cuda.Event(enable_timing=True)
+            end.record(torch.cuda.current_stream(device))
+            self._pending.append((start, end, size, kind))
+            self._read()
+
+    def _read(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            start, end, size, kind = self._pending.popleft()
+            self._add(size, kind, start.elapsed_time(end) / 1e3)
+
+    def _add(self, size: str, kind: str, seconds: float) -> None:
+        kinds = self._seconds.pop(size, {})
+        self._seconds[size] = kinds  # the last used is last
+        kinds.setdefault(kind, deque(maxlen=MOST_KEPT)).append(seconds)
+        while len(self._seconds) > MOST_SIZES:
+            del self._seconds[next(iter(self._seconds))]
+
+    def of_weights(self, identity: object) -> None:
+        """Forgets what was timed with other weights (a LoRA that is added while a layer runs takes its time), but not WITHOUT."""
+        if identity != self._weights:
+            self._weights = identity
+            self._seconds = {size: {WITHOUT: kinds[WITHOUT]} for size, kinds in self._seconds.items() if WITHOUT in kinds}
+            self._pending = deque(call for call in self._pending if call[3] == WITHOUT)
+
+    def count(self, size: str, kind: str) -> int:
+        return len(self._seconds.get(size, {}).get(kind, ()))
+
+    def seconds(self, size: str, kind: str) -> float:
+        """The middle of those that are kept; 0 where there is none."""
+        kept = self._seconds.get(size, {}).get(kind)
+        return statistics.median_low(kept) if kept else 0.0
+
+    def gain(self, size: str) -> Gain | None:
+        """None while one of the two is not known."""
+        before = WITHOUT if self.count(size, WITHOUT) else EAGER
+        if not self.count(size, before) or not self.count(size, COMPILED):
+            return None
+        return Gain(size, self.seconds(size, before), self.seconds(size, COMPILED), (self.count(size, before), self.count(size, COMPILED)))

@@ -1,0 +1,75 @@
+"""How long steps take, by what ran them, and what is said of it."""
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from int8_compile.compile.gain import COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain
+
+CPU = torch.device("cpu")
+
+
+def timed(times: CallTimes, kind: str, seconds: float, size: str = "64x64") -> None:
+    begun = times.begin(CPU)
+    times.end(begun - seconds, size, kind)
+
+
+def test_a_gain_is_known_once_both_are_and_the_middle_of_the_last_counts():
+    times = CallTimes()
+    for seconds in (9.0,) * MOST_KEPT + (1.0, 1.5, 2.0, 2.0, 3.0, 30.0):
+        timed(times, EAGER, seconds)
+    assert times.gain("64x64") is None and times.count("64x64", EAGER) == MOST_KEPT
+    for seconds in (2.0, 2.0, 2.0):
+        timed(times, EAGER, seconds)
+    timed(times, COMPILED, 1.0)
+    assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3)
+    timed(times, WITHOUT, 4.0)
+    assert times.gain("64x64").ratio == pytest.approx(4.0, rel=1e-3)
+    assert times.gain("128x128") is None
+
+
+def test_a_call_that_compiled_something_says_nothing():
+    times = CallTimes()
+    timed(times, "", 9.0)
+    assert not any(times.count("64x64", kind) for kind in (WITHOUT, EAGER, COMPILED))
+
+
+def test_other_weights_begin_anew_but_for_the_model_as_it_came():
+    times = CallTimes()
+    times.of_weights(1)
+    for kind in (WITHOUT, EAGER, COMPILED):
+        timed(times, kind, 1.0)
+    times.of_weights(1)
+    assert times.count("64x64", EAGER) == 1
+    times.of_weights(2)
+    assert [times.count("64x64", kind) for kind in (WITHOUT, EAGER, COMPILED)] == [1, 0, 0]
+
+
+def test_only_the_last_sizes_are_kept():
+    times = CallTimes()
+    for number in range(MOST_SIZES + 3):
+        timed(times, EAGER, 1.0, str(number))
+    assert [number for number in range(MOST_SIZES + 3) if times.count(str(number), EAGER)] == list(range(3, MOST_SIZES + 3))
+
+
+def test_a_call_is_timed_as_long_as_it_takes():
+    times = CallTimes()
+    begun = times.begin(CPU)
+    time.sleep(0.05)
+    times.end(begun, "s", EAGER)
+    assert 0.05 <= times.seconds("s", EAGER) < 0.5
+
+
+@pytest.mark.parametrize(("gain", "text", "slower"), [
+    (Gain("s", 3.1, 2.18, (3, 3)), "1.42x: 3.1 -> 2.18 s a step", False),
+    (Gain("s", 1.0, 1.25, (3, 3)), "0.80x: 1 -> 1.25 s a step (slower than without: bypass this node)", True),
+    (Gain("s", 0.0131, 0.0132, (2, 3)), "0.99x: 0.0131 -> 0.0132 s a step", False),
+    (Gain("s", 0.2, 0.1, (1, 1)), "2.00x: 0.2 -> 0.1 s a step, of one step each", False),
+])
+def test_a_gain_in_words(gain, text, slower):
+    assert gain.text() == text and gain.is_slower == slower
+
+
+def test_one_step_of_each_is_no_reason_to_call_it_slower():
+    assert not Gain("s", 1.0, 1.25, (1, 3)).is_slower

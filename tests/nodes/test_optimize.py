@@ -1,0 +1,304 @@
+"""Optimize Model: measured once, kept, and never worse than the model as it came."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from int8_compile.compile.gain import COMPILED, EAGER, KEPT, WITHOUT, CallTimes
+
+from .conftest import difference
+
+pytestmark = pytest.mark.comfy
+# Not timed: what is chosen must not depend on how busy the machine is.
+FASTER, SLOWER = (lambda *_: (1.0, 0.5)), (lambda *_: (0.5, 1.0))
+SIZE = "latent 16x16, batch 1, prompt length 20"
+
+
+class Node:
+    """In the place of NodeStatus: the last report."""
+
+    def __call__(self, report, doing="", progress=None):
+        self.report = report
+
+    @property
+    def details(self) -> dict:
+        return json.loads(json.dumps(self.report.to_dict()))["optimize"]
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    """Decisions are kept, in folders of the test's own. Gives the folder."""
+    from int8_compile.compile.comfyui import decisions
+
+    monkeypatch.setenv("INT8_COMPILE_CACHE", "1")
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path / "key" / "cache.key"))
+    decisions._KNOWN.clear()
+    yield tmp_path / "cache" / "decisions"
+    decisions._KNOWN.clear()
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """times(FASTER): what a layer measures in float and as INT8."""
+    from int8_compile.compile.comfyui import int8_plan
+    return lambda measured: monkeypatch.setattr(int8_plan, "linear_times", measured)
+
+
+@pytest.fixture
+def optimize(monkeypatch):
+    """optimize(model, goal) -> (model, Node), with a compiler that takes no time."""
+    from int8_compile.compile.comfyui import optimize as module
+
+    compiled = module._chain
+    monkeypatch.setattr(module, "_chain", lambda *args: [
+        {**mode, "config": {**mode["config"], "backend": "eager"}} if mode["name"] == "compile" else mode for mode in compiled(*args)])
+
+    def optimize(model, goal="balanced"):
+        node = Node()
+        return module.optimize(model, goal, False, node), node
+    return optimize
+
+
+def restart():
+    """What another process knows: what is on disk."""
+    from int8_compile.compile.comfyui import decisions
+    decisions._KNOWN.clear()
+
+
+def names(model) -> list:
+    from int8_compile.compile.comfyui.mode_records import describe
+    return [mode if isinstance(mode, str) else mode["name"] for mode in json.loads(describe(model).splitlines()[0])]
+
+
+def test_layers_are_decided_at_the_first_sampling_and_the_next_start_decides_nothing(load, sample, optimize, times, monkeypatch, kept):
+    from int8_compile.compile.comfyui import int8_calibrate
+    from int8_compile.compile.comfyui.mode_records import describe
+
+    times(FASTER)
+    model = load()
+    eager = sample(model)
+    first, node = optimize(model)
+    assert "measures at the first sampling" in node.report.status() and not first.object_patches
+    image = sample(first)
+    assert 1e-6 < difference(image, eager) < 0.05 and torch.equal(sample(model), eager)
+    assert node.details["int8_layers"] == node.details["layers"] == 29 and not node.details["known"]
+    assert len(node.report.table()) <= 6 and "29 of 29 layers" in node.report.status()
+    assert all(shape["float_ms"] == 1.0 and shape["least_db"] > 30 for shape in node.details["shapes"])
+    assert [path.stat().st_mode & 0o077 for path in kept.iterdir()] == [0]
+
+    restart()
+    monkeypatch.setattr(int8_calibrate, "collect", None)  # another look would fail
+    again, node = optimize(load())
+    assert node.details["known"] and node.details["int8_layers"] == 29 and len(again.object_patches) == 29
+    assert torch.equal(sample(again), image)
+    assert describe(again).splitlines()[0] == describe(first).splitlines()[0]
+
+
+def test_the_chain_that_is_shown_can_be_given_to_apply_modes(flux, nodes, sample, optimize, times):
+    from int8_compile.compile.comfyui.mode_records import describe
+
+    times(FASTER)
+    first, _ = optimize(flux)
+    image = sample(first)
+    assert names(first) == ["convrot", "int8", "compile"]
+    assert torch.equal(sample(nodes.ApplyModes(flux, modes=describe(first).splitlines()[0])), image)
+
+
+def test_layers_that_are_no_faster_as_int8_stay_as_they_are(flux, sample, optimize, times):
+    times(SLOWER)
+    eager = sample(flux)
+    model, node = optimize(flux)
+    assert difference(sample(model), eager) < 1e-3
+    assert node.details["int8_layers"] == 0 and "INT8 pays for no layer" in node.report.status()
+    assert all("as they were" in line for line in node.report.table()[:2])
+    assert names(optimize(flux)[0]) == ["compile"]
+
+
+def test_smallest_takes_int8_wherever_it_is_exact_enough(flux, sample, optimize, times):
+    times(SLOWER)
+    model, node = optimize(flux, "smallest")
+    sample(model)
+    assert node.details["int8_layers"] == 29 and model.model_size() < 0.5 * flux.model_size()
+    assert " MB" in node.report.text().splitlines()[0]
+
+
+def test_a_layer_below_the_goals_quality_stays_as_it_is(flux, sample, optimize, times):
+    """One channel of a block's input a thousand times larger: nothing else is left of its INT8."""
+    times(FASTER)
+    block = flux.model.diffusion_model.double_blocks[0]
+    block.img_mlp[0].weight[:, 5] *= 1e-4
+    block.img_mod.lin.bias.reshape(6, -1)[4, 5] += 1e4
+    model, node = optimize(flux, "smallest")
+    sample(model)
+    assert node.details["int8_layers"] < 29
+    assert "diffusion_model.double_blocks.0.img_mlp.0" not in model.object_patches
+
+
+def test_exact_compiles_only(flux, sample, optimize):
+    eager = sample(flux)
+    model, node = optimize(flux, "exact")
+    assert difference(sample(model), eager) < 1e-3 and names(model) == ["compile"] and "INT8" not in node.report.text()
+
+
+def test_a_model_that_is_int8_already_is_compiled_only(flux, nodes, optimize):
+    model, node = optimize(nodes.INT8QuantizeModel(flux, method="rowwise"))
+    assert names(model) == ["int8", "compile"] and "INT8 already" in node.report.status()
+
+
+def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(flux, nodes, sample):
+    eager = sample(flux)
+    with pytest.raises(ValueError, match="Optimize Model: this model is compiled already"):
+        nodes.OptimizeModel(nodes.CompileModel(flux, backend="aot_eager"))
+    with pytest.raises(ValueError, match=r"unknown goal 'best'\. Choose one of: fastest, balanced, smallest, exact"):
+        nodes.OptimizeModel(flux, goal="best")
+    with pytest.raises(ValueError, match="background is true or false"):
+        nodes.OptimizeModel(flux, background="yes")
+    assert not flux.object_patches and not flux.wrappers and torch.equal(sample(flux), eager)
+
+
+def test_another_checkpoint_of_the_same_structure_decides_anew(load, sample, optimize, times):
+    times(FASTER)
+    sample(optimize(load())[0])
+    other = load()
+    other.model.diffusion_model.double_blocks[0].img_mlp[0].weight.mul_(1.5)
+    assert not optimize(other)[1].details["known"] and optimize(load())[1].details["known"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"true", b"null")), lambda path: path.rename(path.with_name("b.json")),
+    lambda path: path.chmod(0o666), lambda path: path.write_bytes(bytes(2 << 20))])
+def test_a_file_that_is_damaged_or_that_others_can_write_is_as_good_as_none(comfy, kept, damage):
+    from int8_compile.compile.comfyui import decisions
+
+    decision = decisions.Decision(chosen=(("a", "convrot"), ("b", "float")), compiled=True, times=(("64x64", 3.0, 2.0, 1.0),))
+    decisions.write("a", decision)
+    restart()
+    assert decisions.read("a") == decision
+    restart()
+    damage(kept / "a.json")
+    assert decisions.read("a") is None and decisions.read("b") is None
+    decisions.write("a", decision)
+    restart()
+    assert decisions.read("a") == decision
+
+
+def test_files_are_bounded_and_cleared_with_the_compile_cache(kept, nodes, monkeypatch):
+    from int8_compile.compile.comfyui import decisions
+
+    monkeypatch.setattr(decisions, "MOST_FILES", 3)
+    for number in range(5):
+        decisions.write(f"{number:016x}", decisions.Decision(compiled=True))
+    assert len(list(kept.glob("*.json"))) == 3 and len(decisions._KNOWN) == 3
+    assert "3 models" in nodes.ClearCompileCache() and not list(kept.glob("*.json"))
+
+
+def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, kept, monkeypatch):
+    monkeypatch.setenv("INT8_COMPILE_CACHE", "0")
+    times(FASTER)
+    sample(optimize(flux)[0])
+    assert not kept.exists() and optimize(flux)[1].details["known"], "for as long as this process runs"
+
+
+class Steps:
+    """A judge's view of a model: steps of chosen times."""
+
+    def __init__(self, optimizer, **seconds):
+        self.optimizer = optimizer
+        self.seconds = seconds
+        self.times = CallTimes()
+
+    def run(self, count: int) -> list[bool]:
+        """Whether each ran eager."""
+        eager = []
+        for _ in range(count):
+            eager.append(self.optimizer.runs_eager(self.times, SIZE))
+            kind = EAGER if eager[-1] else COMPILED
+            self.times._add(SIZE, kind, self.seconds[kind])
+            self.optimizer.timed(self.times, SIZE)
+        return eager
+
+
+def optimizer_of(model):
+    (judge,) = (wrapper.judge for group in model.wrappers["apply_model"].values() for wrapper in group)
+    return judge
+
+
+def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux, optimize):
+    model, node = optimize(flux, "exact")
+    steps = Steps(optimizer_of(model), compiled=0.5, eager=1.0)
+    assert steps.run(20) == [False] * KEPT + [True] * KEPT + [False] * 14
+    assert node.report.text().startswith("2.00x: 1 -> 0.5 s a step") and node.details["compiled"] is True
+    restart()
+    again, node = optimize(flux, "exact")
+    assert Steps(optimizer_of(again), compiled=0.5, eager=1.0).run(6) == [False] * 6
+    assert node.report.text().startswith("2.00x: 1 -> 0.5 s a step")
+
+
+def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optimize):
+    model, node = optimize(flux, "exact")
+    assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * 6
+    assert "passed on as it came" in node.report.status() and "compile: no, 1 -> 1.1 s a step" in node.report.text()
+    restart()
+    again, node = optimize(flux, "exact")
+    assert not again.wrappers and not again.object_patches and names(again) == []
+    assert node.details["known"] and "passed on as it came" in node.report.status()
+
+
+def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt(flux, sample, optimize, times, nodes):
+    from int8_compile.compile.comfyui import decisions
+    from int8_compile.nodes.optimize import OptimizeModel
+
+    times(FASTER)
+    model, node = optimize(flux)
+    sample(model)
+    before = OptimizeModel.fingerprint_inputs()
+    steps = Steps(optimizer_of(model), compiled=1.3, eager=1.4)
+    steps.times._add(SIZE, WITHOUT, 1.0)
+    steps.run(2 * KEPT)
+    assert OptimizeModel.fingerprint_inputs() != before, "the node runs again"
+    assert "no INT8 (1 -> 1.3 s a step with it)" in node.report.status() and decisions.revision()
+    again, node = optimize(flux)
+    assert names(again) == ["compile"] and not again.object_patches and node.details["compiled"] is None
+
+
+def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimize):
+    model, node = optimize(flux, "smallest")
+    sample(model)
+    steps = Steps(optimizer_of(model), compiled=1.3, eager=1.4)
+    for _ in range(2):
+        steps.times._add(SIZE, WITHOUT, 1.0)
+    steps.run(2 * KEPT + 1)
+    assert node.details["int8_layers"] == 29 and "(slower than without: bypass this node)" in node.report.text().splitlines()[0]
+
+
+def test_a_compile_node_says_what_it_gained_with_int8_over_the_model_as_it_came(flux, nodes, sample):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    model = nodes.CompileModel(nodes.INT8QuantizeModel(flux), backend="eager")
+    sample(model)
+    sample(model)
+    (report,) = reports(model)
+    gain = json.loads(json.dumps(report.to_dict()))["gain"]
+    assert gain["size"] == SIZE and gain["steps_timed"][0] == 2 and gain["ratio"] > 0
+    assert report.text().splitlines()[0].startswith(f"{gain['ratio']:.2f}x: ")
+
+
+def test_a_node_whose_steps_ran_compiled_only_says_no_gain(flux, nodes, sample):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    sample(model := nodes.CompileModel(flux, backend="eager"))
+    (report,) = reports(model)
+    assert report.gain is None and report.text().startswith("ready")
+
+
+def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, sample, optimize, times):
+    times(FASTER)
+    sample(optimize(flux)[0])
+    restart()
+    model, node = optimize(flux)
+    (known,) = node.details["times"]
+    assert known["without"] > 0 and known["compiled"] == 0 and node.details["compiled"] is None
+    assert Steps(optimizer_of(model), compiled=1e3, eager=2e3).run(2 * KEPT) and "with it" in node.report.status()
