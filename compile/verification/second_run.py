@@ -37,32 +37,33 @@ class CallCopy:
         self._originals: list = []  # whose ids are in use
         self._storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.args: tuple = self._copy(args)
-        self.kwargs: dict = self._copy(kwargs)
+        self.kwargs: dict = {name: self._copy(value) for name, value in kwargs.items()}
 
-    def _copy(self, value):
+    def _copy(self, value, is_option: bool = False):
+        """is_option: it is in a dict, where ComfyUI and packs keep objects of theirs (wrappers), which a block hands on."""
         if isinstance(value, _PLAIN):
             return value
         if id(value) not in self._copies:
             self._originals.append(value)
-            self._copies[id(value)] = self._made(value)
+            self._copies[id(value)] = self._made(value, is_option)
         return self._copies[id(value)]
 
-    def _made(self, value):
+    def _made(self, value, is_option: bool):
         if isinstance(value, Tensor):
             return self._tensor(value)
         if type(value) is dict:
-            return {key: self._copy(item) for key, item in value.items()}
+            return {key: self._copy(item, True) for key, item in value.items()}
         if type(value) in (list, tuple, set, deque):
-            return type(value)(map(self._copy, value))
+            return type(value)(self._copy(item, is_option) for item in value)
         if isinstance(value, tuple) and hasattr(value, "_make"):
-            return value._make(map(self._copy, value))
-        if records.is_record(value):
+            return value._make(self._copy(item, is_option) for item in value)
+        if records.is_record(value) and not is_option:
             made = object.__new__(type(value))
             for name, item in records.state(value).items():
                 object.__setattr__(made, name, self._copy(item))
             return made
-        if isinstance(value, (dict, list)) or any(
-                isinstance(item, (Tensor, list, dict)) for item in getattr(value, "__dict__", {}).values()):
+        if isinstance(value, (dict, list)) or (not is_option and any(
+                isinstance(item, (Tensor, list, dict)) for item in getattr(value, "__dict__", {}).values())):
             raise Unverifiable(f"an argument is a {type(value).__name__}")
         return value
 
@@ -108,17 +109,19 @@ class CallCopy:
 
 def is_same(value, other) -> bool:
     """Whether a copy is still what it is a copy of."""
+    if value is other:
+        return True
     if isinstance(value, Tensor):
         return isinstance(other, Tensor) and torch.equal(value, other)
     if isinstance(value, _PLAIN):
-        return value is other or (type(value) is type(other) and value == other)
+        return type(value) is type(other) and value == other
     if isinstance(value, (list, tuple, deque, dict)):
         keys = not isinstance(value, dict) or list(value) == list(other)
         items = (one.values() if isinstance(one, dict) else one for one in (value, other))
         return len(value) == len(other) and keys and all(map(is_same, *items))
     if records.is_record(value):
         return is_same(records.state(value), records.state(other))
-    return value is other or value == other
+    return value == other
 
 
 def tensors_in(value) -> list[Tensor]:
