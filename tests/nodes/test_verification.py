@@ -1,0 +1,62 @@
+"""The check against eager on real models, as a sampler calls them."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .conftest import difference
+from .test_compile import CHEAP
+
+pytestmark = pytest.mark.comfy
+CLASSES = {"DoubleStreamBlock", "SingleStreamBlock"}
+
+
+def report_of(patcher):
+    from int8_compile.compile.comfyui import compile_model
+    state, = compile_model._COMPILED[patcher.model].values()
+    return state.compiled.report
+
+
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path, monkeypatch):
+    import folder_paths
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+def test_every_class_of_a_real_model_is_checked_and_right(load, nodes, sample, quantized):
+    model = load("tiny_flux")
+    model = nodes.INT8QuantizeModel(model, method="convrot") if quantized else model
+    compiled = nodes.CompileModel(model, **CHEAP)
+    assert difference(sample(compiled), sample(model)) < 1e-3
+    report = report_of(compiled)
+    assert set(report.checked) == CLASSES and not report.warnings()
+    assert "checked against eager: 2 classes" in report.text() and report.last_calls["eager"] == 0
+
+
+def test_a_wrong_graph_gives_eagers_image_and_a_file_without_the_prompt(load, nodes, sample, user_folder, monkeypatch):
+    from int8_compile.compile import arguments, engine
+    real = arguments.call_compiled
+    monkeypatch.setattr(engine, "call_compiled", lambda *args, **kwargs: _scaled(real(*args, **kwargs)))
+    model = load("tiny_flux")
+    want = sample(model)
+    compiled = nodes.CompileModel(model, **CHEAP)
+    assert difference(sample(compiled), want) == 0.0
+    assert len(report_of(compiled).warnings()) == 2 and str(user_folder) not in report_of(compiled).text()
+    found = [json.loads(path.read_text()) for path in sorted(user_folder.glob("__int8_compile_checks/check-*.json"))]
+    assert {failure["region"] for failure in found} == CLASSES
+    assert all(failure["dtype"] == "float32" and failure["inputs"] and str(user_folder) not in str(failure) for failure in found)
+
+
+def _scaled(result):
+    return tuple(one * 1.01 for one in result) if isinstance(result, tuple) else result * 1.01
+
+
+@pytest.mark.parametrize(("value", "is_checked"), [("off", False), ("first", True), ("sometimes", True)])
+def test_the_environment_turns_it_off(load, nodes, sample, monkeypatch, value, is_checked):
+    monkeypatch.setenv("INT8_COMPILE_VERIFY", value)
+    compiled = nodes.CompileModel(load("tiny_flux"), **CHEAP)
+    sample(compiled)
+    assert bool(report_of(compiled).checked) == is_checked
