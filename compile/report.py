@@ -45,7 +45,7 @@ class CompileReport:
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
     since the first image (a resolution, a batch), and what was compiled for it; the last ones. gain: of a step, where one was timed
     uncompiled too. checked: by region, the largest difference from eager that was seen and accepted, in its dtype's own roundings, with
-    the dtype."""
+    the dtype. checks: calls of blocks that were compared so."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -66,6 +66,7 @@ class CompileReport:
     changes: list[str] = field(default_factory=list)
     gain: Gain | None = None
     checked: dict[str, tuple[str, float]] = field(default_factory=dict)
+    checks: int = 0
 
     def summary(self) -> str:
         """One line for the log."""

@@ -122,10 +122,10 @@ class LazyCompile:
             self.times.end(begun, size, EAGER)
         else:
             report = _state_of(model, self.target, self.options, x.device).compiled.report
-            before = report.graphs, len(report.artifacts)
+            before = _extra_work(report)
             result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
                           not has_patches(transformer_options, INNER_PATCHES), self.on_progress, situation)
-            self.times.end(begun, size, self._what_ran(report, x.device) if before == (report.graphs, len(report.artifacts)) else "")
+            self.times.end(begun, size, self._what_ran(report, x.device) if before == _extra_work(report) else "")
             self._gained(report, size)
         if self.judge is not None:
             self.judge.timed(self.times, size)
@@ -146,6 +146,11 @@ class LazyCompile:
         if not calls or (report.building and self.options.background and device.type == "cpu"):
             return ""  # the builder computes on the same cores; what is not urgent waits, see Builder.sampling
         return EAGER if eager == calls else COMPILED
+
+
+def _extra_work(report: CompileReport) -> tuple[int, ...]:
+    """What a step that did more than compute has changed: it compiled, loaded, or checked something."""
+    return report.graphs, len(report.artifacts), report.checks
 
 
 def _size(situation: dict) -> str:

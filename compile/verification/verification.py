@@ -88,6 +88,7 @@ class Verification:
     def call(self, compiled: Seen, kind: str, region: str, module: torch.nn.Module, args: tuple, kwargs: dict, run: Callable,
              distrust: Callable[[str], Any]):
         """run()'s result, that of the block's call by what was compiled; eager's where that is wrong, of which distrust is told."""
+        self._events.report.checks += 1
         try:
             look = _Look(module, args, kwargs, self._device, any(map(has_artifact_tensors, module.modules())))
         except Exception as error:  # run() raises what is the model's own

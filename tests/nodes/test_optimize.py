@@ -302,3 +302,15 @@ def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, s
     (known,) = node.details["times"]
     assert known["without"] > 0 and known["compiled"] == 0 and node.details["compiled"] is None
     assert Steps(optimizer_of(model), compiled=1e3, eager=2e3).run(2 * KEPT) and "with it" in node.report.status()
+
+
+def test_a_step_that_is_also_checked_against_eager_is_not_timed(flux, nodes, sample):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    sample(model := nodes.CompileModel(flux, backend="eager"))
+    (report,) = reports(model)
+    before = report.graphs, report.checks
+    sample(model, height=64)
+    (wrapper,) = (wrapper for group in model.wrappers["apply_model"].values() for wrapper in group)
+    assert report.graphs == before[0] and report.checks > before[1] > 0
+    assert wrapper.times.count(SIZE.replace("16x16", "64x16"), COMPILED) == 1, "of two steps the first was checked"
