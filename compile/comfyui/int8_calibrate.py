@@ -227,6 +227,7 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
     arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
     few = sigmas[torch.linspace(0, len(sigmas) - 1, min(STEPS + 1, len(sigmas))).long()]
     device = guider.model_patcher.load_device
+    forked = [device] if device.type == "cuda" else []
     try:
         with contextlib.ExitStack() as stack:
             stats = [stack.enter_context(wrapper.collect(patcher)) for wrapper, patcher in waiting]
@@ -234,10 +235,10 @@ def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], n
                 wrapper.on_progress(None, f"looking at {len(few) - 1} steps in high precision")
             stack.enter_context(_without_run_callbacks(patchers))
             stack.enter_context(unrecorded(device))
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            stack.enter_context(torch.random.fork_rng(forked))
             _twin(guider, {}).outer_sample(noise, latent_image, sampler, few, **arguments)
         if timers := _wrappers_that_time(guider.model_options):
-            with _without_run_callbacks(patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with _without_run_callbacks(patchers), unrecorded(device), torch.random.fork_rng(forked):
                 timed = _twin(guider, {WrappersMP.APPLY_MODEL: timers}, {TIMED: True})
                 timed.outer_sample(noise, latent_image, sampler, sigmas[:TIMED_STEPS + 1], **arguments)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):

@@ -336,6 +336,18 @@ def a_key_of_the_cache_names_the_card(state):
 
 
 @step
+def steps_are_timed_by_the_cards_clock(state):
+    from int8_compile.compile.gain import COMPILED, EAGER, CallTimes
+
+    for device in (CUDA, CPU):
+        times = CallTimes()
+        for kind in (EAGER, COMPILED, ""):
+            times.end(times.begin(device), "a size", kind)
+        times.begin(device)
+        assert times.count("a size", EAGER) == times.count("a size", COMPILED) == 1 and times.gain("a size").calls == (1, 1)
+
+
+@step
 def the_builder_waits_for_the_cards_memory(state):
     from int8_compile.compile.artifacts import builder
 
