@@ -59,16 +59,16 @@ def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple
     return config.patch(dynamic_sources=",".join(filter(None, (config.dynamic_sources, *found))))
 
 
-def _tensors(value) -> Iterator[Tensor]:
+def tensors_in(value) -> Iterator[Tensor]:
     """To the end of containers, transformer_options and objects that only keep values."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif records.is_record(value):
         for item in records.state(value).values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -88,7 +88,7 @@ def _dense_copies(module: torch.nn.Module, values: tuple, inside: list) -> dict[
         return {}
     if not torch.is_inference_mode_enabled() and any(value.is_inference() for value in loose):
         return {}
-    memory = [found for tensor in _tensors((*values, *inside)) if (found := _memory(tensor))]
+    memory = [found for tensor in tensors_in((*values, *inside)) if (found := _memory(tensor))]
     own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
     if len(set(memory)) < len(memory) or not own.isdisjoint(map(_memory, loose)):
         return {}

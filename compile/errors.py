@@ -1,4 +1,4 @@
-"""Whose fault an error in a compiled call is."""
+"""Whose fault an error in a compiled call is, and of which kind."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,3 +22,9 @@ def is_models_own(error: Exception) -> bool:
     if code.co_filename.startswith(_LAYERS):
         return True
     return not code.co_filename.startswith(_NOT_THE_MODELS) and "torchinductor" not in code.co_filename
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a device or of the host's allocator, by torch's classes and texts."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

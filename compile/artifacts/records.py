@@ -46,10 +46,14 @@ def make(module: str, name: str, values: dict) -> object:
     kind = _class_at(module, name)
     if kind is None:
         raise Unsupported(f"an argument is a {name}, which a new process does not have")
-    made: object = object.__new__(kind)
+    return filled(object.__new__(kind), values)
+
+
+def filled(record, values: dict) -> object:
+    """record, with these attributes; a frozen dataclass too."""
     for key, value in values.items():
-        object.__setattr__(made, key, value)
-    return made
+        object.__setattr__(record, key, value)
+    return record
 
 
 def classes_in(structure) -> list[type]:

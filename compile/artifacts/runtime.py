@@ -120,9 +120,9 @@ class RegionArtifacts:
             verification: Verifier | None = None, distrust: Callable[[str], None] = logger.error):
         """The block's result by an artifact; MISSING where none fits this call. attributes: names of what Python code has put on
         weights. verification: looks at the call, and tells distrust."""
+        self._running = None
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
-        self._running = None
         try:
             call = self._flatten(block, args, kwargs)
             if call is None:

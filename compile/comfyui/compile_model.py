@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...int8.structure import repeated_blocks
 from ..engine import CompiledModule
+from ..errors import is_out_of_memory
 from ..events import OnProgress
 from ..gain import COMPILED, EAGER, WITHOUT, CallTimes
 from ..options import CompileOptions
@@ -186,10 +187,8 @@ def _situation(model: torch.nn.Module, x: torch.Tensor, c_concat=None, c_crossat
 
 def _is_passthrough(error: Exception) -> bool:
     """Out of memory and interrupts are ComfyUI's to handle, not failures of compile."""
-    if isinstance(error, (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return is_out_of_memory(error) or isinstance(error, (
+        comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION))
 
 
 def check_target(patcher, target: str) -> torch.nn.Module:

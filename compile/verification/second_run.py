@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..artifacts import records
+from ..torch_internals.block_tree import attributes_of_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
           uuid.UUID, enum.Enum, torch.dtype, torch.device, torch.Size, torch.nn.Module)
@@ -58,10 +59,7 @@ class CallCopy:
         if isinstance(value, tuple) and hasattr(value, "_make"):
             return value._make(self._copy(item, is_option) for item in value)
         if records.is_record(value) and not is_option:
-            made = object.__new__(type(value))
-            for name, item in records.state(value).items():
-                object.__setattr__(made, name, self._copy(item))
-            return made
+            return records.filled(object.__new__(type(value)), {name: self._copy(item) for name, item in records.state(value).items()})
         if isinstance(value, (dict, list)) or (not is_option and any(
                 isinstance(item, (Tensor, list, dict)) for item in getattr(value, "__dict__", {}).values())):
             raise Unverifiable(f"an argument is a {type(value).__name__}")
@@ -70,7 +68,7 @@ class CallCopy:
     def _tensor(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
             raise Unverifiable(f"an argument is a {type(tensor).__name__}")
-        if any("dynamo" not in name for name in tensor.__dict__):
+        if attributes_of_tensors([tensor]):
             raise Unverifiable("an argument is a tensor with attributes")
         if self._dtype is not None:
             return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
@@ -81,7 +79,6 @@ class CallCopy:
             self._storages[storage.data_ptr()][1], tensor.storage_offset(), tensor.size(), tensor.stride())
         made = made.neg() if tensor.is_neg() else made
         return made.conj() if tensor.is_conj() else made
-
 
     def write_back(self, result):
         """Makes of the originals what a call has made of the copies. result: of that call; its with the originals in it."""
@@ -102,8 +99,7 @@ class CallCopy:
                 original.clear()
                 original.extend(items)
             elif copy is not original and records.is_record(original):
-                for name, item in records.state(copy).items():
-                    object.__setattr__(original, name, original_of(item))
+                records.filled(original, {name: original_of(item) for name, item in records.state(copy).items()})
         return tree_map_only(Tensor, original_of, result)
 
 
@@ -122,17 +118,6 @@ def is_same(value, other) -> bool:
     if records.is_record(value):
         return is_same(records.state(value), records.state(other))
     return value == other
-
-
-def tensors_in(value) -> list[Tensor]:
-    """To the end of containers, in their order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list, dict)):
-        return [tensor for item in (value.values() if isinstance(value, dict) else value) for tensor in tensors_in(item)]
-    if not isinstance(value, _PLAIN) and records.is_record(value):
-        return tensors_in(records.state(value))
-    return []
 
 
 @dataclass

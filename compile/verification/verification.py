@@ -6,18 +6,20 @@ difference) the block's region runs eager from then on, and eager's result is th
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...int8.artifact_layer import has_artifact_tensors
+from ..arguments import tensors_in
+from ..artifacts import key as cache_key
 from ..artifacts.loaded import Seen
+from ..errors import is_out_of_memory
 from ..events import Events
 from .difference import Difference, coarsest, is_right, own_rounding
-from .second_run import CallCopy, Unverifiable, is_same, nothing_left, tensors_in, weights_in
+from .second_run import CallCopy, Unverifiable, is_same, nothing_left, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class VerificationOptions:
 
 @dataclass
 class Failure:
-    """What was compiled was wrong. difference: of its result, relative; in_roundings: in roundings of dtype. inputs: dtypes and sizes."""
+    """What was compiled was wrong. difference: of its result, relative; in_roundings: in roundings of dtype. inputs: dtypes and sizes.
+    machine: versions and hardware."""
 
     region: str
     kind: str
@@ -47,10 +50,7 @@ class Failure:
     in_roundings: float
     quantized: bool
     inputs: list[str]
-    device: str = ""
-    torch: str = torch.__version__
-    triton: str = ""
-    system: str = field(default_factory=platform.platform)
+    machine: dict
 
 
 class Verification:
@@ -112,11 +112,13 @@ class Verification:
             compiled.seen_right.add(self._situation)
             self._events.checked(region, name, in_roundings)
             return result
+        machine = dict(cache_key.machine(self._device.type, self._device.index))
+        machine.pop("compiler", None)  # a path
+        card = machine.get("gpu") or machine["processor"]
         inputs = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors_in((args, kwargs))]
-        failure = Failure(region, kind, name, apart.total, apart.worst, in_roundings, look.quantized, inputs[:64], _card(self._device),
-                          triton=_triton())
+        failure = Failure(region, kind, name, apart.total, apart.worst, in_roundings, look.quantized, inputs[:64], machine)
         reason = (f"{region}: what was compiled computes something else than the model (difference {apart.total:.1e}, {in_roundings:.0f} "
-                  f"times {name}'s own rounding; torch {torch.__version__}, {failure.device}). The model's own result was used, and it "
+                  f"times {name}'s own rounding; torch {torch.__version__}, {card}). The model's own result was used, and it "
                   'runs uncompiled from now on. The option {"emulate_precision_casts": true} or another backend may help.')
         distrust(reason)
         self._events.fall_back(reason)
@@ -145,7 +147,7 @@ class _Look:
         self._copy = CallCopy(args, kwargs)
         with nothing_left(module, device) as trace:
             self.expected = module._call_impl(*self._copy.args, **self._copy.kwargs)
-        self._outputs = tensors_in(self.expected)
+        self._outputs = list(tensors_in(self.expected))
         dtype = coarsest(self._outputs)
         if dtype is None:
             raise Unverifiable("its result is not floating-point")
@@ -158,7 +160,7 @@ class _Look:
 
     def compare(self, result) -> tuple[bool, Difference]:
         """Of the compiled call's result, and of what it has written into its arguments."""
-        written, expected = tensors_in(self._given), tensors_in((self._copy.args, self._copy.kwargs))
+        written, expected = list(tensors_in(self._given)), list(tensors_in((self._copy.args, self._copy.kwargs)))
         return is_right([*tensors_in(result), *written], [*self._outputs, *expected], self.dtype, self.quantized, self._computed_exactly)
 
     def _computed_exactly(self) -> list[torch.Tensor] | None:
@@ -174,23 +176,3 @@ class _Look:
                 raise
             return None  # an attention or a layer that takes no such dtype
         return [*tensors_in(result), *tensors_in((exact.args, exact.kwargs))]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, (RuntimeError, MemoryError)) and (
-        "out of memory" in text or "can't allocate memory" in text or isinstance(error, MemoryError)))
-
-
-def _card(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
-
-
-def _triton() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
