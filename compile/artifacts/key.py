@@ -31,6 +31,11 @@ def machine(device_type: str, index: int | None) -> dict:
     return key
 
 
+def machine_without_paths(device: torch.device) -> dict:
+    """For somebody else to read."""
+    return {name: value for name, value in machine(device.type, device.index).items() if name != "compiler"}
+
+
 def settings() -> dict:
     """torch's settings of this process that generated code depends on."""
     return {"threads": torch.get_num_threads(), "default": str(torch.get_default_dtype()), "matmul": torch.get_float32_matmul_precision(),

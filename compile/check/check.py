@@ -10,7 +10,7 @@ import torch
 
 from ...int8.kernels import autotune
 from .block import BOTH, COMPILED, EAGER, measure_block
-from .facts import Fact, can_compile, device_name, machine_facts
+from .facts import Fact, can_compile, checked_fact, device_name, machine_facts
 from .linear_table import INT8, ROTATED, Row, Sizes, float_dtypes, measure
 
 # Times closer than this are called the same, and a gain below GAIN is none: other work on the machine moves them as much.
@@ -76,6 +76,7 @@ def check(device: torch.device, sizes: Sizes, facts: Iterable[Fact] = (), baseli
     if block:
         result.block = measure_block(device, block, baseline, lambda: tick(len(layers), total))
     tick(total, total)
+    result.facts.append(checked_fact())
     result.advice = advice(result, compiles)
     return result
 

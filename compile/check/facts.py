@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ...int8.kernels import autotune, native
+from ...int8.kernels import autotune, native, seen_right
 from ...int8.kernels.with_triton import TRITON_MIN_CAPABILITY, triton_unavailable
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -184,6 +184,18 @@ def kernel_fact(device: torch.device) -> Fact:
         return Fact("INT8 kernel", f"{'torch._int_mm' if device.type == 'cuda' else 'plain torch'}: {reason}")
     return Fact("INT8 kernel", f"our Triton tiles or torch._int_mm, whichever measures fastest for a layer's sizes; kept in "
                 f"{autotune.choices().path}, where models find what this check has measured")
+
+
+def checked_fact() -> Fact:
+    """Of the INT8 kernels that have run in this process."""
+    name = "kernels checked"
+    right, wrong = seen_right.looked_at()
+    if seen_right.disabled():
+        return Fact(name, "no: the checks are off")
+    if wrong:
+        return Fact(name, f"{right} shapes right, and wrong: {'; '.join(f'{kernel}: {what}' for kernel, what in wrong.items())}", WARNING,
+                    "These are left out. Please report them, and update the GPU's driver, torch and Triton.")
+    return Fact(name, f"{right} shapes, all right against the exact product")
 
 
 def can_compile(facts: Iterable[Fact]) -> bool:

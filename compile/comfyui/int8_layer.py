@@ -27,6 +27,7 @@ from ...int8.shared_input import SharedActivationQuant
 from . import core as comfy_core
 from .int8_lora import Int8Lora
 from .recording import outside_recording
+from .verification import watch_kernels
 
 try:
     from comfy import quant_ops
@@ -170,8 +171,9 @@ def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=No
 
 @functools.cache
 def _connect_kernels():
-    """Make the ops take core's tensors, and measure outside core's recordings of allocations."""
+    """Make the ops take core's tensors, measure outside core's recordings of allocations, and be looked at as users want it."""
     autotune.unrecorded = outside_recording
+    watch_kernels()
     quant_ops.register_layout_op(ops.linear.default, quant_ops.TensorWiseINT8Layout)(
         lambda _, args, kwargs: _linear_of_quantized(*args, **kwargs))
 

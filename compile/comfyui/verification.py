@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import folder_paths
+import torch
 
+from ...int8.kernels import seen_right
+from ..artifacts import key as cache_key
 from ..verification.verification import Failure, VerificationOptions
 
 logger = logging.getLogger(__name__)
@@ -28,8 +31,22 @@ def verification_options() -> VerificationOptions | None:
     return None if chosen == OFF else VerificationOptions(chosen == ALWAYS, _record)
 
 
+def watch_kernels() -> None:
+    """The INT8 kernels' own checks go by the same variable, and their failures are kept in the same place."""
+    def disabled() -> bool:
+        return os.environ.get(VARIABLE) == OFF
+
+    def record(kernel: str, device: torch.device, what: str) -> str:
+        return _keep({"kernel": kernel, "device": device.type, "difference": what, "machine": cache_key.machine_without_paths(device)})
+    seen_right.disabled, seen_right.record = disabled, record
+
+
 def _record(failure: Failure) -> str:
-    """Beside ComfyUI's log. No prompt, path or file name is in it."""
+    return _keep({name: str(value) if value == math.inf else value for name, value in asdict(failure).items()})
+
+
+def _keep(figures: dict) -> str:
+    """Beside ComfyUI's log; where. No prompt, path or file name is in it."""
     folder = Path(folder_paths.get_user_directory()) / "__int8_compile_checks"
     path = folder / f"check-{time.time_ns()}.json"
     try:
@@ -37,7 +54,7 @@ def _record(failure: Failure) -> str:
         for old in sorted(folder.glob("check-*.json"))[:-MOST_REPORTS + 1]:
             old.unlink(missing_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump({name: str(value) if value == math.inf else value for name, value in asdict(failure).items()}, file, indent=1)
+            json.dump(figures, file, indent=1)
     except OSError as error:
         logger.info("INT8 Compile: a failed check was not kept: %s", error)
         return ""

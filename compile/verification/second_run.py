@@ -1,16 +1,12 @@
-"""A block's call made a second time, eager, of which nothing is left: neither in its arguments nor in the block or a random generator."""
+"""A block's call made a second time, eager, with arguments of its own; see state for what else it may change."""
 from __future__ import annotations
 
 import contextlib
 import enum
-import functools
-import operator
-import random
 import types
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,7 +17,7 @@ from ..torch_internals.block_tree import attributes_of_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
           uuid.UUID, enum.Enum, torch.dtype, torch.device, torch.Size, torch.nn.Module)
-_TENSORS = (Tensor, torch.nn.Parameter)
+TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class Unverifiable(Exception):
@@ -66,7 +62,7 @@ class CallCopy:
         return value
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
+        if type(tensor) not in TENSORS or tensor.layout is not torch.strided:
             raise Unverifiable(f"an argument is a {type(tensor).__name__}")
         if attributes_of_tensors([tensor]):
             raise Unverifiable("an argument is a tensor with attributes")
@@ -120,66 +116,6 @@ def is_same(value, other) -> bool:
     return value == other
 
 
-@dataclass
-class Trace:
-    """is_left: whether something had to be put back."""
-
-    is_left: bool = False
-
-
-@contextlib.contextmanager
-def nothing_left(module: torch.nn.Module, device: torch.device) -> Iterator[Trace]:
-    """What a call changes in the module (attributes, plain containers and buffers) and in the random generators is put back. Raises
-    Unverifiable where it has drawn random numbers."""
-    modules = list(module.modules())
-    spaces = [(space, dict(space)) for one in modules for space in (one.__dict__, one._parameters, one._buffers, one._modules)]
-    held = [(value, type(value)(value)) for _, before in spaces[::4] for value in before.values()
-            if type(value) in (list, dict, set, deque)]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    generators = [(get(), get, put) for get, put in _generators(device)]
-    drawn, trace = False, Trace()
-    try:
-        yield trace
-        drawn = any(_differs(before, get()) for before, get, _ in generators)
-    finally:
-        for state, _, put in generators:
-            put(state)
-        for container, before in (*spaces, *held):
-            if _holds_other(container, before):
-                trace.is_left = True
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                trace.is_left = True
-                buffer.copy_(before)
-    if drawn:
-        raise Unverifiable("it draws random numbers")
-
-
-def _holds_other(container, before) -> bool:
-    if len(container) != len(before):
-        return True
-    if isinstance(container, dict):
-        return any(container.get(key, before) is not value for key, value in before.items())
-    return container != before if isinstance(container, set) else any(map(operator.is_not, container, before))
-
-
-def _generators(device: torch.device) -> list[tuple[Callable, Callable]]:
-    """(what gives the state, what sets it) of each that a block on device may draw from."""
-    known = [(random.getstate, random.setstate), (torch.get_rng_state, torch.set_rng_state)]
-    own = getattr(torch, device.type, None)
-    if device.type == "mps":
-        known.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
-    elif device.type != "cpu" and hasattr(own, "get_rng_state"):
-        known.append((functools.partial(own.get_rng_state, device), functools.partial(own.set_rng_state, device=device)))
-    return known
-
-
-def _differs(before, after) -> bool:
-    return not torch.equal(before, after) if isinstance(before, Tensor) else before != after
-
-
 @contextlib.contextmanager
 def weights_in(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The block's plain weights in another dtype while it is entered."""
@@ -187,7 +123,7 @@ def weights_in(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for space, before in spaces:
             space.update({name: tensor.detach().to(dtype) for name, tensor in before.items()
-                          if tensor is not None and type(tensor) in _TENSORS and tensor.is_floating_point()})
+                          if tensor is not None and type(tensor) in TENSORS and tensor.is_floating_point()})
         yield
     finally:
         for space, before in spaces:

@@ -19,7 +19,8 @@ from ..artifacts.loaded import Seen
 from ..errors import is_out_of_memory
 from ..events import Events
 from .difference import Difference, coarsest, is_right, own_rounding
-from .second_run import CallCopy, Unverifiable, is_same, nothing_left, weights_in
+from .second_run import CallCopy, Unverifiable, is_same, weights_in
+from .state import nothing_left
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,7 @@ class Verification:
             compiled.seen_right.add(self._situation)
             self._events.checked(region, name, in_roundings)
             return result
-        machine = dict(cache_key.machine(self._device.type, self._device.index))
-        machine.pop("compiler", None)  # a path
+        machine = cache_key.machine_without_paths(self._device)
         card = machine.get("gpu") or machine["processor"]
         inputs = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors_in((args, kwargs))]
         failure = Failure(region, kind, name, apart.total, apart.worst, in_roundings, look.quantized, inputs[:64], machine)

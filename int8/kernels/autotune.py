@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import tables, torch_mm
+from . import reference, seen_right, tables, torch_mm
 from .native import cache_folder
 from .registry import KERNELS
 from .tuning import Choices, NotNow, bucket, wall_seconds
@@ -81,7 +81,8 @@ def candidates(q: torch.Tensor, qweight: torch.Tensor, tried: int | None = TRIED
     for kernel in KERNELS:
         if kernel.in_cuda_graphs or not is_captured(q):
             found |= kernel.candidates(q, qweight, tried)
-    return found
+    right = {name: call for name, call in found.items() if not seen_right.is_wrong(q.device, name)}
+    return right or {reference.KERNEL.name: reference.int8_gemm}
 
 
 def is_captured(q: torch.Tensor) -> bool:
@@ -222,26 +223,46 @@ waiting = Waiting()
 
 
 def _launched(device: torch.device, name: str, found: dict[str, Callable], arguments: tuple) -> tuple[Callable, torch.Tensor]:
-    """(the first candidate that can be launched, its result): the one named, else one after another as predicted. So what this driver or
-    this Triton cannot run is found out here, and a user's layer runs all the same."""
+    """(the first candidate that can be launched and is right, its result): the one named, else one after another as predicted. So what
+    this driver or this Triton cannot run is found out here, and a user's layer runs all the same."""
     from . import triton_kernels
 
-    for candidate in dict.fromkeys((found[name], *found.values())):
+    product = seen_right.Product(arguments)
+    for each, candidate in {name: found[name], **found, torch_mm.KERNEL.name: torch_mm.int8_gemm}.items():
+        if seen_right.is_wrong(device, each):
+            continue
         try:
-            return candidate, candidate(*arguments)
+            y = candidate(*arguments)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             config = getattr(candidate, "keywords", {}).get("config")
-            if config is not None:
+            if config is None:
+                logger.debug("INT8: %s cannot run %s: %s", each, list(arguments[0].shape), error)
+            else:
                 triton_kernels.is_broken(device, config, error)
-    return torch_mm.int8_gemm, torch_mm.int8_gemm(*arguments)
+            continue
+        if not seen_right.fault(each, arguments[0], functools.partial(product.error, y)):
+            return candidate, y
+    return reference.int8_gemm, reference.int8_gemm(*arguments)
 
 
 def choose(choices: Choices, key: str, found: dict[str, Callable], arguments: tuple,
            seconds: Callable[[Callable], float] | None = None, budget: float | None = None) -> str:
-    """The name of the fastest of found for arguments of int8_gemm, as choices know it, else measured with seconds(call)."""
+    """The name of the fastest of found for arguments of int8_gemm, as choices know it, else measured with seconds(call). What is wrong is
+    out."""
     calls = {name: functools.partial(candidate, *arguments) for name, candidate in found.items()}
+    product = seen_right.Product(arguments)
+
+    def once_looked_at(name: str, call: Callable):
+        y = call()
+        if name not in looked_at:
+            if what := seen_right.fault(name, arguments[0], lambda: product.error(y)):
+                raise seen_right.WrongResult(what)
+            looked_at.add(name)
+        return y
+    looked_at: set[str] = set()
+    calls = {name: functools.partial(once_looked_at, name, call) for name, call in calls.items()}
     return choices.choose(key, calls, seconds or timer(arguments[0].device), budget)
 
 

@@ -6,11 +6,12 @@ nor export breaks on them. ``Library.define`` costs 3.5 us a call where ``custom
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
-from . import autotune, reference
+from . import autotune, reference, seen_right, torch_mm
 from .registry import KERNELS
 from .with_triton import triton_unavailable
 
@@ -27,10 +28,16 @@ def implementation(kernel: str, device: torch.device) -> ModuleType:
     return next(each for each in KERNELS if each.serves(kernel, device)).load()
 
 
+def _functions(operation: str, kernel: str, device: torch.device) -> dict[str, Callable]:
+    """{name: function} of what can do an operation on device: what kernel means, then torch's."""
+    modules = {each.__name__.rpartition(".")[2]: each for each in (implementation(kernel, device), torch_mm)}
+    return {name: getattr(module, operation) for name, module in modules.items()}
+
+
 def _quant_rows(x, group, act, pre_quant_scale, kernel):
     if pre_quant_scale is not None and pre_quant_scale.numel() != (k := x.shape[1] // 2 if act == "swiglu" else x.shape[1]):
         raise ValueError(f"a pre_quant_scale of {pre_quant_scale.numel()} for {k} channels")
-    return implementation(kernel, x.device).quant_rows(x, group, act, pre_quant_scale)
+    return seen_right.quant_rows(kernel, functools.partial(_functions, "quant_rows", kernel, x.device), x, group, act, pre_quant_scale)
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
@@ -42,7 +49,8 @@ def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
     out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and not triton_unavailable(q.device):
         return autotune.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
-    return implementation(kernel, q.device).int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
+    found = functools.partial(_functions, "int8_gemm", kernel, q.device)
+    return seen_right.int8_gemm(kernel, found, q, s, qweight, weight_scale, bias, out_dtype)
 
 
 def float_linear(x, weight, bias, act, pre_quant_scale, kernel=""):

@@ -32,12 +32,22 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     x [M, K] float ([M, 2K] for swiglu) -> q [M, K] int8 in -127..127, s [M] fp32, with rotate(act(x) * pre_quant_scale) ~ q * s[:, None].
     group: ConvRot group, 0 for none. pre_quant_scale: [K] or None (SmoothQuant, arXiv 2211.10438; ModelOpt's name for 1/smooth).
     """
-    x = activation(x.float(), act)
-    if pre_quant_scale is not None:
-        x = x * pre_quant_scale.float()
-    x = rotate(x, group)
-    s = (x.abs().amax(dim=-1) / QMAX).clamp_min(MIN_QUANT_SCALE)
+    x = prepared(x.float(), group, act, pre_quant_scale)
+    s = row_scale(x)
     return torch.round(x / s[:, None]).to(torch.int8), s
+
+
+def prepared(x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None) -> torch.Tensor:
+    """What quant_rows quantizes: x after activation, smoothing and rotation, [M, K] in x's dtype."""
+    x = activation(x, act)
+    if pre_quant_scale is not None:
+        x = x * pre_quant_scale.to(x.dtype)
+    return rotate(x, group)
+
+
+def row_scale(x: torch.Tensor) -> torch.Tensor:
+    """s [M] of prepared rows [M, K]."""
+    return (x.abs().amax(dim=-1) / QMAX).clamp_min(MIN_QUANT_SCALE)
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,

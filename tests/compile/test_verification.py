@@ -1,10 +1,12 @@
 """What was compiled is compared with eager where it runs; what is wrong is not used, and said."""
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.verification import verification
 from int8_compile.compile.verification.difference import Difference, difference, is_right
-from int8_compile.compile.verification.second_run import CallCopy, Unverifiable, nothing_left
+from int8_compile.compile.verification.second_run import CallCopy, Unverifiable
+from int8_compile.compile.verification.state import nothing_left
 from int8_compile.compile.verification.verification import VerificationOptions
 from test_right_under_change import KEPT, Here, exported, inference, inputs, run  # noqa: F401
 
@@ -162,6 +165,108 @@ def test_a_look_leaves_no_trace(kind, wrong):
         for block, other in zip(net.blocks, twin.blocks):
             assert getattr(block, "calls", 0) == getattr(other, "calls", 0)
     assert bool(looked.failures) == wrong
+
+
+class Held:
+    def __init__(self):
+        self.count = 0
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+def _write(block):
+    block.written.add_(1)
+    return block.written
+
+
+def _of_parameter(block):
+    block.weight_state.add_(1)
+    return block.weight_state
+
+
+def _of_list(block):
+    block.tensors[0].mul_(2).add_(1)
+    return block.tensors[0]
+
+
+def _of_object(block):
+    block.held.count += 1
+    return block.held.count
+
+
+def _of_slots(block):
+    block.slotted.count += 1
+    return block.slotted.count
+
+
+def _of_nested(block):
+    block.nested["a"][0]["b"] += 1
+    return block.nested["a"][0]["b"]
+
+
+def _of_array(block):
+    block.array += 1
+    return float(block.array[0])
+
+
+STATES = (_write, _of_parameter, _of_list, _of_object, _of_slots, _of_nested, _of_array)
+
+
+class Stateful(nets.Small):
+    change = staticmethod(_write)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.written, self.tensors, self.held, self.slotted = torch.zeros(1), [torch.zeros(2)[:1]], Held(), Slotted()
+        self.weight_state = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.nested, self.array = {"a": ({"b": 0},)}, np.zeros(3)
+
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * (1 + 0.01 * self.change(self))
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_what_a_block_holds_is_as_after_one_call(change, monkeypatch):
+    monkeypatch.setattr(Stateful, "change", staticmethod(change))
+    device, (x, *_) = torch.device("cpu"), inputs()
+    block, twin = nets.make(Stateful).blocks[0], nets.make(Stateful).blocks[0]
+    for _ in range(2):
+        with torch.inference_mode():
+            with nothing_left(block, device) as trace:
+                expected = block(x)
+            assert trace.is_left
+            assert torch.equal(expected, block(x)) and torch.equal(expected, twin(x))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.Generator().manual_seed(3), lambda: random.Random(3), lambda: np.random.default_rng(3),
+                                  lambda: np.random.RandomState(3), lambda: np.random])
+def test_random_generators_of_a_block_are_put_back(make):
+    class Draws(nets.Small):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.generator = make()
+
+        def forward(self, x, transformer_options=None):
+            if isinstance(self.generator, torch.Generator):
+                return self.body(x) + torch.randn(x.shape, generator=self.generator)
+            return self.body(x) * self.generator.random()
+    np.random.seed(5)
+    block, (x, *_) = nets.make(Draws).blocks[0], inputs()
+    with pytest.raises(Unverifiable, match="random"), nothing_left(block, torch.device("cpu")):
+        first = block(x)
+    assert torch.equal(block(x), first) and not torch.equal(block(x), first)
+
+
+def test_a_block_with_an_iterator_is_not_called_twice():
+    block = nets.make(nets.Plain).blocks[0]
+    block.turns = itertools.count()
+    with pytest.raises(Unverifiable, match="iterator"), nothing_left(block, torch.device("cpu")):
+        raise AssertionError("called")
 
 
 def test_random_numbers_are_drawn_once_and_not_compared():
