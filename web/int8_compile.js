@@ -207,6 +207,9 @@ app.registerExtension({
           category: ["INT8 Compile", "Compile cache", "Enabled"] },
         { id: "INT8Compile.Cache.SizeLimit", name: "Size limit (GB)", type: "number", defaultValue: 5, attrs: { min: 0.1, max: 1000 },
           category: ["INT8 Compile", "Compile cache", "SizeLimit"], tooltip: "What was not used for longest is deleted first." },
+        { id: "INT8Compile.Verify", name: "Check against the uncompiled model", type: "combo", defaultValue: "first",
+          options: ["first", "always", "off"], category: ["INT8 Compile", "Checks", "Verify"],
+          tooltip: "first: at the first run, at each new size and now and then; always: every block at every step, slow. For models compiled from now on." },
     ],
     setup() {
         api.addEventListener(EVENT, ({ detail }) => receive(detail.node, detail));

@@ -6,7 +6,6 @@ can write, say whether anything is kept and how much.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
@@ -17,13 +16,13 @@ import comfy.cli_args
 import folder_paths
 import torch
 
-from ...int8.echo import echo
 from ...int8.files.folders import make_folder
 from ...int8.files.user_folder import is_kept
 from ..artifacts.builder import Builder
 from ..artifacts.bundle import sweep
 from ..artifacts.runtime import Cache
 from ..artifacts.store import DEFAULT_LIMIT, GIB, CacheError, CacheStore, default_key_file
+from .user_settings import is_first, settings
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ ENABLED_VARIABLE, LIMIT_VARIABLE, FOLDER_VARIABLE = "INT8_COMPILE_CACHE", "INT8_
 OLD_FOLDER = "INT8Compile.Cache.Folder"  # a setting of versions before 0.2
 # GB. The first as in web/int8_compile.js.
 SETTING_RANGE, VARIABLE_RANGE = (0.1, 1000.0), (0.0, 1e6)
-MAX_SETTINGS = 4 << 20  # bytes of ComfyUI's settings file
 # Of the size limit, for what Save Compile Cache writes: saving must not push out what is compiled.
 BUNDLES_SHARE = 0.5
 # ComfyUI's options that decide what its layers compute; ports and folders do not.
@@ -87,9 +85,9 @@ def is_enabled() -> bool:
     chosen = os.environ.get(ENABLED_VARIABLE)
     if chosen:
         return chosen not in ("0", "false", "off")
-    value = _settings().get(ENABLED, True)
+    value = settings().get(ENABLED, True)
     if type(value) is not bool:
-        if _is_first(ENABLED):
+        if is_first(ENABLED):
             logger.warning("INT8 Compile: %s is neither true nor false; using true.", ENABLED)
         return True
     return value
@@ -99,10 +97,10 @@ def size_limit() -> int:
     """Bytes, of all that is compiled and all bundles."""
     chosen = os.environ.get(LIMIT_VARIABLE)
     name, value, (least, most) = (LIMIT_VARIABLE, _number(chosen), VARIABLE_RANGE) if chosen else (
-        LIMIT, _settings().get(LIMIT, DEFAULT_LIMIT / GIB), SETTING_RANGE)
+        LIMIT, settings().get(LIMIT, DEFAULT_LIMIT / GIB), SETTING_RANGE)
     if type(value) in (int, float) and least <= value <= most and value:
         return int(value * GIB)
-    if _is_first(name):
+    if is_first(name):
         logger.warning("INT8 Compile: %s is not a number of GB; using %d.", name, DEFAULT_LIMIT // GIB)
     return DEFAULT_LIMIT
 
@@ -112,34 +110,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _settings() -> dict:
-    """Of ComfyUI's default user; anybody may have written them."""
-    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
-    try:
-        if path.stat().st_size > MAX_SETTINGS:
-            raise ValueError(f"more than {MAX_SETTINGS} bytes")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object")
-        return settings
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
-        if _is_first("settings"):
-            logger.warning("INT8 Compile: ComfyUI's settings cannot be read (%s): the defaults are used.", echo(str(error)))
-    return {}
-
-
-_said: set[str] = set()
-
-
-def _is_first(what: str) -> bool:
-    """Whether nothing was said of it: settings are read at every prompt."""
-    is_first = what not in _said
-    _said.add(what)
-    return is_first
 
 
 def bundles() -> Path:
@@ -199,7 +169,7 @@ def _cache(*_) -> Cache | None:
         logger.warning("INT8 Compile: %s: nothing is kept for the next start.", error)
         return None
     sweep(folder() / "bundles")
-    if _settings().get(OLD_FOLDER):
+    if settings().get(OLD_FOLDER):
         logger.warning("INT8 Compile: the setting %s does not count any more, as every client could write it. Set %s instead.", OLD_FOLDER,
                        FOLDER_VARIABLE)
     return Cache(store, Builder(store, ("compile.comfyui.artifact_cache", "prepare", (vars(comfy.cli_args.args),))), host)

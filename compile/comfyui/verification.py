@@ -15,26 +15,35 @@ import torch
 from ...int8.kernels import seen_right
 from ..artifacts import key as cache_key
 from ..verification.verification import Failure, VerificationOptions
+from .user_settings import is_first, settings
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "INT8_COMPILE_VERIFY"
+# The environment comes before the setting.
+VARIABLE, SETTING = "INT8_COMPILE_VERIFY", "INT8Compile.Verify"
 OFF, FIRST, ALWAYS = "off", "first", "always"
 MOST_REPORTS = 20  # files
 
 
+def _chosen() -> str:
+    name, value = (VARIABLE, os.environ[VARIABLE]) if os.environ.get(VARIABLE) else (SETTING, settings().get(SETTING, FIRST))
+    if value in (OFF, FIRST, ALWAYS):
+        return value
+    if is_first(name):
+        logger.warning("INT8 Compile: %s is none of %s, %s, %s; using %s.", name, OFF, FIRST, ALWAYS, FIRST)
+    return FIRST
+
+
 def verification_options() -> VerificationOptions | None:
     """None where the checks are off."""
-    chosen = os.environ.get(VARIABLE, FIRST)
-    if chosen not in (OFF, FIRST, ALWAYS):
-        logger.warning("INT8 Compile: INT8_COMPILE_VERIFY is none of %s, %s, %s; using %s.", OFF, FIRST, ALWAYS, FIRST)
+    chosen = _chosen()
     return None if chosen == OFF else VerificationOptions(chosen == ALWAYS, _record)
 
 
 def watch_kernels() -> None:
-    """The INT8 kernels' own checks go by the same variable, and their failures are kept in the same place."""
+    """The INT8 kernels' own checks go by the same choice, and their failures are kept in the same place."""
     def disabled() -> bool:
-        return os.environ.get(VARIABLE) == OFF
+        return _chosen() == OFF
 
     def record(kernel: str, device: torch.device, what: str) -> str:
         return _keep({"kernel": kernel, "device": device.type, "difference": what, "machine": cache_key.machine_without_paths(device)})

@@ -18,7 +18,8 @@ _UNKNOWN = 4  # times as much where a block cannot be computed more exactly
 @dataclass(frozen=True)
 class Difference:
     """total: the norm of the difference over that of the expected. worst: the same of the row (along the last dimension) that is
-    farthest off, over the norm of an average row at least. Infinite where only one of them is finite, or shapes or dtypes differ."""
+    farthest off, over the norm of an average row at least. Infinite where shapes or dtypes differ, or it is not finite where the expected
+    is; what is finite where the expected is not (a half type that overflows between two operations) is no difference."""
 
     total: float
     worst: float
@@ -29,6 +30,7 @@ class Difference:
         return self.total <= tolerance + total and self.worst <= _ROW * tolerance + worst
 
 
+_LARGEST = 1e30  # of finite results
 _NONE, _INFINITE = Difference(0.0, 0.0), Difference(float("inf"), float("inf"))
 
 
@@ -52,16 +54,19 @@ def _difference(found: Tensor, expected: Tensor, same_dtype: bool) -> Difference
     exact = torch.float64 if torch.float64 in (found.dtype, expected.dtype) else torch.float32
     found, expected = (_real(tensor).to(exact) for tensor in (found, expected))
     finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()):
+    if not found.isfinite()[finite].all():
         return _INFINITE
     if not finite.all():
         found, expected = found.where(finite, 0.0), expected.where(finite, 0.0)
+    # Squares of large numbers are beyond the dtype, those of small ones below it; where all is zero the difference is merely large.
+    largest = expected.abs().amax().clamp_min(torch.finfo(exact).tiny) if expected.numel() else 1.0
+    found, expected = found / largest, expected / largest
     rows, of_rows = (torch.linalg.vector_norm(tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=1)
                      for tensor in (found - expected, expected))
-    norm = torch.linalg.vector_norm(of_rows)
+    norm = torch.linalg.vector_norm(of_rows).clamp_min(torch.finfo(exact).eps)
     total = torch.linalg.vector_norm(rows) / norm
     worst = (rows / of_rows.clamp_min(norm / len(of_rows) ** 0.5)).max()
-    return Difference(*(value if value == value else float("inf") for value in (total.item(), worst.item())))
+    return Difference(*(min(value, _LARGEST) if value == value else _LARGEST for value in (total.item(), worst.item())))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What was compiled is compared with eager where it runs; what is wrong is not used, and said."""
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
@@ -377,9 +378,10 @@ def test_differences_of_special_values():
     hole[0, 0] = float("nan")
     other[1, 1] = float("inf")
     assert difference([hole], [hole.clone()]) == Difference(0.0, 0.0) and difference([x], [x.clone()]).total == 0
-    assert difference([hole], [x]).total == difference([x], [other]).total == difference([x], []).total == float("inf")
+    assert difference([hole], [x]).total == difference([other], [x]).total == difference([x], []).total == float("inf")
+    assert difference([x], [other]) == Difference(0.0, 0.0)  # eager's overflow alone
     assert difference([torch.zeros(2, 2)], [torch.zeros(2, 2)]).total == 0
-    assert difference([torch.ones(2)], [torch.zeros(2)]).total == float("inf")
+    assert 1e20 < difference([torch.ones(2)], [torch.zeros(2)]).total < float("inf")
     assert difference([torch.tensor([1, 2])], [torch.tensor([1, 3])]).total == float("inf")
     assert difference([torch.empty(0, 4)], [torch.empty(0, 4)]).total == 0
     one, more = (torch.view_as_complex(torch.full((3, 2), value)) for value in (1.0, 1.5))
@@ -403,3 +405,29 @@ def test_copies_lie_as_the_originals_and_share_what_they_share():
     for value in (marked, holder, torch.randn(3, 3).to_sparse()):
         with pytest.raises(Unverifiable):
             CallCopy((value,), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_at_the_ends_of_a_dtype_are_compared(dtype):
+    big = 1e30 if dtype is not torch.float16 else 6e4
+    for scale in (0.0, torch.finfo(dtype).tiny, big):
+        one = (torch.rand(2, 5, 8) * scale).to(dtype)
+        assert is_right([one], [one.clone()], dtype, False, lambda: None)[0]
+        assert is_right([one * (1 + torch.finfo(dtype).eps)], [one], dtype, False, lambda: None)[0]
+        if scale:
+            assert not is_right([one * 0.7], [one], dtype, False, functools.partial(list, [one.double()]))[0]
+
+
+def test_an_overflow_of_eager_alone_is_no_fault_and_one_of_compiled_code_is():
+    expected = torch.randn(2, 5, 8, dtype=torch.float16)
+    found = expected.clone()
+    expected[0, 0, 0] = torch.inf
+    assert is_right([found], [expected], torch.float16, False, lambda: None)[0]
+    assert not is_right([expected], [found], torch.float16, False, lambda: None)[0]
+
+
+def test_where_eager_underflows_to_zero_the_exact_result_decides():
+    exact = torch.full((2, 5, 8), 1e-9)
+    zero, near = torch.zeros(2, 5, 8, dtype=torch.float16), torch.full((2, 5, 8), 6e-8).half()
+    assert not is_right([near], [zero], torch.float16, False, lambda: [zero.float()])[0]
+    assert is_right([exact.half()], [zero], torch.float16, False, lambda: [exact])[0]

@@ -60,3 +60,37 @@ def test_the_environment_turns_it_off(load, nodes, sample, monkeypatch, value, i
     compiled = nodes.CompileModel(load("tiny_flux"), **CHEAP)
     sample(compiled)
     assert bool(report_of(compiled).checked) == is_checked
+
+
+@pytest.mark.parametrize(("value", "is_checked"), [("off", False), ("first", True), (["off"], True), (None, True), (False, True)])
+def test_the_setting_turns_it_off_and_nothing_else_does(load, nodes, sample, user_folder, monkeypatch, caplog, value, is_checked):
+    from int8_compile.compile.comfyui import user_settings
+
+    monkeypatch.delenv("INT8_COMPILE_VERIFY", raising=False)
+    monkeypatch.setattr(user_settings, "_said", set())
+    (user_folder / "default").mkdir(exist_ok=True)
+    (user_folder / "default" / "comfy.settings.json").write_text(json.dumps({"INT8Compile.Verify": value}))
+    compiled = nodes.CompileModel(load("tiny_flux"), **CHEAP)
+    sample(compiled)
+    assert bool(report_of(compiled).checked) == is_checked
+    assert caplog.text.count("INT8Compile.Verify is none of off, first, always; using first") == (value not in ("off", "first"))
+
+
+def test_a_kernel_that_is_wrong_here_is_not_in_the_image(load, nodes, sample, user_folder, monkeypatch):
+    """What the INT8 model gives with the next kernel, whose last bits are others (a value then may round to another step), and a file
+    with figures."""
+    from int8_compile.int8.kernels import cpu, seen_right
+
+    model = load("tiny_flux")
+    want = sample(nodes.INT8QuantizeModel(model))
+    right = cpu.int8_gemm
+    for name in ("_RIGHT", "_WRONG"):
+        monkeypatch.setattr(seen_right, name, {})
+    monkeypatch.setattr(cpu, "int8_gemm", lambda *args: right(*args) * 1.5)
+    assert difference(sample(nodes.INT8QuantizeModel(model)), want) < 2e-2
+    (found,) = [json.loads(path.read_text()) for path in user_folder.glob("__int8_compile_checks/check-*.json")]
+    monkeypatch.setattr(seen_right, "_RIGHT", {})
+    monkeypatch.setattr(seen_right, "_WRONG", {})
+    monkeypatch.setenv("INT8_COMPILE_VERIFY", "off")
+    assert difference(sample(nodes.INT8QuantizeModel(model)), want) > 0.1
+    assert found["kernel"] == "cpu" and found["machine"]["torch"] and str(user_folder) not in str(found)

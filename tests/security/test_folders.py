@@ -23,7 +23,7 @@ pytestmark = pytest.mark.comfy
 def cache(comfy, tmp_path, monkeypatch):
     """compile.comfy_cache of a ComfyUI that lies in tmp_path."""
     import folder_paths
-    from int8_compile.compile.comfyui import artifact_cache
+    from int8_compile.compile.comfyui import artifact_cache, user_settings
 
     for name in ("input", "output", "temp", "user"):
         (tmp_path / name).mkdir()
@@ -33,7 +33,7 @@ def cache(comfy, tmp_path, monkeypatch):
     for name in ("INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_DIR", "INT8_COMPILE_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("INT8_COMPILE_CACHE_KEY_FILE", str(tmp_path / "key" / "cache.key"))
-    artifact_cache._said.clear()
+    user_settings._said.clear()
     artifact_cache._cache.cache_clear()
     yield artifact_cache
     artifact_cache._cache.cache_clear()

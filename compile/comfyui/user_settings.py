@@ -1,0 +1,42 @@
+"""What the user has set in ComfyUI's settings dialog. Every client of its HTTP API can write there."""
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import folder_paths
+
+from ...int8.echo import echo
+
+logger = logging.getLogger(__name__)
+
+MAX_SETTINGS = 4 << 20  # bytes of ComfyUI's settings file
+
+
+def settings() -> dict:
+    """Of ComfyUI's default user; anybody may have written them."""
+    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    try:
+        if path.stat().st_size > MAX_SETTINGS:
+            raise ValueError(f"more than {MAX_SETTINGS} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as error:
+        if is_first("settings"):
+            logger.warning("INT8 Compile: ComfyUI's settings cannot be read (%s): the defaults are used.", echo(str(error)))
+    return {}
+
+
+_said: set[str] = set()
+
+
+def is_first(what: str) -> bool:
+    """Whether nothing was said of it: settings are read at every prompt."""
+    is_first = what not in _said
+    _said.add(what)
+    return is_first
