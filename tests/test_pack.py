@@ -119,7 +119,8 @@ def test_every_example_workflow_has_a_picture_and_is_for_the_template_browser(pa
     assert (path.parent / "api" / f"{path.stem.lower().replace(' ', '_')}.json").exists(), "see tests/web/test_examples.py"
 
 
-PAGES = ["README.md", "SECURITY.md", "benchmarks/README.md", *sorted(f"web/docs/{path.name}" for path in (REPO / "web/docs").glob("*.md"))]
+PAGES = ["README.md", "SECURITY.md", "benchmarks/README.md",
+         *sorted(f"{folder}/{path.name}" for folder in ("docs", "web/docs") for path in (REPO / folder).glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,3 +141,7 @@ def test_links_lead_somewhere(page):
             headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines()
                         if line.startswith("#")}
             assert target.partition("#")[2] in headings, f"{page}: {target}"
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((REPO / "README.md").read_text().splitlines()) <= 200

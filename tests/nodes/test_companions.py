@@ -1,4 +1,4 @@
-"""What other nodes do around the blocks goes on working: README's answers on ControlNet, step caches and TeaCache."""
+"""What other nodes do around the blocks goes on working: docs/questions.md's answers on ControlNet, step caches and TeaCache."""
 from __future__ import annotations
 
 import logging
