@@ -1,9 +1,9 @@
-"""The pack's main job on this machine: eager, compiled and INT8 + compiled, side by side.
+"""The pack's main job on this machine: eager, compiled, INT8 + compiled, with background, and at the next start, side by side.
 
-Starts a real ComfyUI server, queues a real workflow over HTTP, prints a table and writes pictures and demo.json. Without ComfyUI it
-runs the same engine on a small diffusion transformer of this repository (embedded.py). Exits 1 if any part failed.
+Starts a real ComfyUI server with its default flags, queues a real workflow over HTTP, prints a table and writes pictures and demo.json.
+Without ComfyUI it runs the same engine on a small diffusion transformer of this repository (embedded.py). Exits 1 if any part failed.
 
-    python benchmarks/demo.py [--out demo_output] [--comfyui PATH] [--embedded] [--steps N]
+    python benchmarks/demo.py [--out demo_output] [--comfyui PATH] [--embedded] [--steps N] [--warm]
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -34,15 +35,19 @@ from benchmarks.workflows import flux_prompt  # noqa: E402
 
 SIZE = 512  # pixels
 TOKENS = (SIZE // 16) ** 2 + 77  # of the picture and of the prompt
-SAME_SEED = 1
+SAME_SEED, SECOND_SEED, LOADING_SEED = 1, 5, 6
 WARM_SEEDS = (2, 3, 4)  # the fastest counts: other programs can only slow a run down
 BUSY = 1.25  # a load average a core that the demo does not reach on its own
 NODES = {
     "eager": (),
     "compiled": ("CompileModel",),
-    "int8_compiled": ("INT8QuantizeModel", "INT8LazyTorchCompile"),
+    **dict.fromkeys(("int8_compiled", "int8_background", "int8_next"), ("INT8QuantizeModel", "INT8LazyTorchCompile")),
 }
 CHOSEN = {"INT8QuantizeModel": {"method": "convrot"}}
+BACKGROUND = ("int8_background", "int8_next")  # a user leaves it on
+NO_CACHE = {"INT8_COMPILE_CACHE": "0"}  # what the compile cache builds would share the cores with what is timed
+BUILD_TIMEOUT = 600
+START = time.monotonic()
 FACTS = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -50,41 +55,74 @@ print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "devic
 """
 
 
-def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict) -> list[Variant]:
-    """The three variants through a ComfyUI server; pictures and server.log in out."""
+def say(what: str) -> None:
+    print(f"[{time.monotonic() - START:4.0f} s] {what}", flush=True)
+
+
+def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict, warm: bool) -> list[Variant]:
+    """The variants through three ComfyUI servers, one after the other; pictures and the servers' logs in out."""
     python = find_python(comfyui)
+    say("making a small Flux ...")
     models = make_models(comfyui, cache_dir(), python=python)
     device = "cuda" if facts["cuda_device"] else "cpu"
-    # What the compile cache builds in the background would share the cores with what is timed.
-    with ComfyServer(comfyui, out / "comfyui", models=models, device=device, python=python,
-                     env={"INT8_COMPILE_CACHE": "0"}) as server:
-        facts["comfyui"] = server.comfyui_version
-        try:
-            variants = [Variant(name) for name in TITLES]
-            for variant in variants:
-                name = variant.name
-                print(f"{TITLES[name]} ..." + (" compiling takes a minute or two on a CPU" if NODES[name] else ""), flush=True)
-                variant.first_image_seconds = _run(server, variant, SAME_SEED, out, steps)
-            # In turn, so that other work on the machine meets all alike. Of a warm prompt only the sampler runs.
-            for seed in WARM_SEEDS:
-                for variant in variants:
-                    seconds = None if variant.error else _run(server, variant, seed, out, steps)
-                    if seconds is not None:
-                        variant.seconds_per_step = min(seconds / steps, variant.seconds_per_step or float("inf"))
-            for variant in variants:
-                variant.weights_mb = _weights_mb(server.log_text(), variant.name == "int8_compiled")
-        finally:
-            shutil.copy(server.log_path, out / "server.log")
-    _differences(variants, out, "bfloat16" if device == "cuda" else "float32")
-    return variants
+    compilers = {} if warm else {"TORCHINDUCTOR_CACHE_DIR": str(out / "compilers_cache")}
+    for stale in (out / "compilers_cache", out / "comfyui" / "user" / "__int8_compile"):
+        shutil.rmtree(stale, ignore_errors=True)
+    variants = {name: Variant(name) for name in TITLES}
+
+    def serve(names: tuple[str, ...], env: dict) -> None:
+        say("starting ComfyUI ...")
+        with ComfyServer(comfyui, out / "comfyui", models=models, device=device, python=python, env={**compilers, **env}) as server:
+            facts["comfyui"] = server.comfyui_version
+            try:
+                _measure(server, [variants[name] for name in names], out, steps)
+            finally:
+                shutil.copy(server.log_path, out / f"server_{names[0]}.log")
+    serve(("eager", "compiled", "int8_compiled"), NO_CACHE)
+    serve(("int8_background",), {})
+    serve(("int8_next",), {})
+    _differences(list(variants.values()), out, "bfloat16" if device == "cuda" else "float32")
+    return list(variants.values())
+
+
+def _measure(server: ComfyServer, variants: list[Variant], out: Path, steps: int) -> None:
+    # The checkpoint, the text encoder and the VAE are read before anything is timed.
+    _run(server, Variant("eager"), LOADING_SEED, out, 1)
+    for variant in variants:
+        waits = variant.name in ("compiled", "int8_compiled")
+        say(f"{TITLES[variant.name]}: the first image" + (" waits for the compiler, up to a minute on a CPU ..." if waits else " ..."))
+        variant.first_image_seconds = _run(server, variant, SAME_SEED, out, steps)
+        variant.second_image_seconds = None if variant.error else _run(server, variant, SECOND_SEED, out, steps)
+    if "int8_background" in [variant.name for variant in variants]:
+        say("another process compiles; meanwhile images would run uncompiled ...")
+        _wait_for_builder(server)
+    say("timing steps ...")
+    # In turn, so that other work on the machine meets all alike. Of a warm prompt only the sampler runs.
+    for seed in WARM_SEEDS:
+        for variant in variants:
+            seconds = None if variant.error else _run(server, variant, seed, out, steps)
+            if seconds is not None:
+                variant.seconds_per_step = min(seconds / steps, variant.seconds_per_step or float("inf"))
+    for variant in variants:
+        variant.weights_mb = _weights_mb(server.log_text(), variant.name.startswith("int8"))
+
+
+def _wait_for_builder(server: ComfyServer) -> None:
+    end = time.monotonic() + BUILD_TIMEOUT
+    while server.log_text().count(": building: ") > server.log_text().count(": built: ") and time.monotonic() < end:
+        if "not kept in the compile cache" in server.log_text():
+            return
+        time.sleep(0.5)
 
 
 def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int) -> float | None:
     """The seconds of a prompt; what it made is copied to out. None where it failed: variant.error says why."""
-    name, first = variant.name, seed == SAME_SEED
+    name, with_image = variant.name, seed not in WARM_SEEDS
     nodes = [(node, {**server.defaults(node), **CHOSEN.get(node, {})}) for node in NODES[name]]
+    if name in BACKGROUND:
+        nodes[-1][1]["background"] = True
     # Decoding a picture takes as long as sampling here; the steps are timed without it.
-    prompt = flux_prompt(seed=seed, image=first, width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
+    prompt = flux_prompt(seed=seed, image=with_image, width=SIZE, height=SIZE, steps=steps, model_nodes=nodes, prefix=name)
     before = len(server.log_text())
     try:
         result = server.run(prompt)
@@ -92,19 +130,21 @@ def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int
         variant.error = str(error)
         return None
     if result.status != "success":
-        _failed(variant, result, out)
+        _failed(variant, result, server, out)
         return None
     failures = [line for line in server.log_text()[before:].splitlines() if "compile failed" in line]
     variant.error = failures[0] if failures else ""
-    if first or seed == WARM_SEEDS[0]:
-        for path in result.files(server):
-            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{'same' if first else 'warm'}.latent"))
+    kind = {SAME_SEED: "same", WARM_SEEDS[0]: "warm"}.get(seed)
+    for path in result.files(server) if kind else ():
+        if path.suffix == ".latent" or kind == "same":
+            shutil.copy(path, out / (f"{name}.png" if path.suffix == ".png" else f"{name}_{kind}.latent"))
     return result.seconds
 
 
-def _failed(variant: Variant, result: RunResult, out: Path) -> None:
+def _failed(variant: Variant, result: RunResult, server: ComfyServer, out: Path) -> None:
     what = f"{result.error['node_type']}: {result.error['exception_message'].strip()}" if result.error else result.status
-    variant.error = f"{what}\nThe traceback is in {out / 'server.log'}."
+    shutil.copy(server.log_path, out / "failed.log")
+    variant.error = f"{what}\nThe traceback is in {out / 'failed.log'}."
 
 
 def _weights_mb(log: str, int8: bool) -> float | None:
@@ -124,12 +164,13 @@ def _differences(variants: list[Variant], out: Path, dtype: str) -> None:
             variant.error = "no latent to compare with eager's"
 
 
-def checked(comfyui: Path, out: Path) -> dict | None:
+def checked(comfyui: Path, out: Path, warm: bool) -> dict | None:
     """What INT8 Compile Check measures and advises for a block of this model's width and tokens: check.py's JSON; None where it fails."""
-    print("check.py ... two compiles more", flush=True)
+    say("check.py: what a block of these sizes gains, two compiles more ...")
     sizes = ["--width", str(HIDDEN), "--tokens", str(TOKENS)]
     command = [find_python(comfyui), str(ROOT / "check.py"), *sizes, "--json", str(out / "check.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COMFYUI_PATH": str(comfyui)})
+    compilers = {} if warm else {"TORCHINDUCTOR_CACHE_DIR": str(out / "compilers_cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **compilers, "COMFYUI_PATH": str(comfyui)})
     if done.returncode:
         print(f"check.py failed:\n{done.stderr}", flush=True)
         return None
@@ -142,10 +183,11 @@ def main() -> int:
     parser.add_argument("--comfyui", type=Path)
     parser.add_argument("--embedded", action="store_true", help="do not use ComfyUI")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm", action="store_true", help="with the compilers' caches of earlier runs, which a first start does not have")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob("*.png"), *out.glob("*.latent"), out / "demo.json"):
+    for stale in (*out.glob("*.png"), *out.glob("*.latent"), *out.glob("*.log"), out / "demo.json"):
         stale.unlink(missing_ok=True)
 
     comfyui = None if arguments.embedded else arguments.comfyui or find_comfyui()
@@ -157,8 +199,8 @@ def main() -> int:
     facts = {"mode": "comfyui" if comfyui else "embedded", "date": datetime.date.today().isoformat(), "torch": seen["torch"],
              "device": seen["device"] or cpu_name(), "cuda_device": seen["device"]}
     if comfyui:
-        variants = with_comfyui(comfyui, out, arguments.steps, facts)
-        check = checked(comfyui, out)
+        variants = with_comfyui(comfyui, out, arguments.steps, facts, arguments.warm)
+        check = checked(comfyui, out, arguments.warm)
     else:
         check = None
         print("No ComfyUI: running the embedded model. Set COMFYUI_PATH to the folder of ComfyUI's main.py for the real thing.", flush=True)
@@ -168,7 +210,8 @@ def main() -> int:
     comparison(variants, out)
     write_json(out / "demo.json", variants, **facts, check=check and {"advice": check["advice"], "block": check["block"]["ratios"]})
     host = f"ComfyUI {facts['comfyui']}, Flux of 5 blocks, {SIZE}x{SIZE}" if comfyui else "embedded diffusion transformer, 6 blocks"
-    print(f"\n{host}; torch {facts['torch']} on {facts['device']}\n\n{table(variants)}\n\nPictures and demo.json: {out}")
+    print(f"\n{host}; torch {facts['torch']} on {facts['device']}\n\n{table(variants)}\n\n"
+          f"The pictures side by side: {out / 'comparison.png'}; the numbers: {out / 'demo.json'}; {time.monotonic() - START:.0f} s in all")
     if check:
         print(f"\n{beside_check(variants, check['block']['ratios'])}\n{check['advice']}")
     if not facts["cuda_device"] and facts["load"] and facts["load"] > BUSY * os.cpu_count():

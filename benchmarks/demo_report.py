@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-TITLES = {"eager": "eager", "compiled": "compiled", "int8_compiled": "INT8 + compiled"}
+TITLES = {"eager": "eager", "compiled": "compiled", "int8_compiled": "INT8 + compiled", "int8_background": "the same, background",
+          "int8_next": "the same, next start"}
 # Relative difference from eager of the same seed. INT8 that does not differ at all has not run.
 INT8_LIMITS = (1e-6, 0.05)
 COMPILED_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}  # fused kernels round to bfloat16 less often than eager's
@@ -17,12 +18,13 @@ GAP = 8
 
 @dataclass
 class Variant:
-    """One way of running the model. difference: from eager, same seed (the worst of the seeds). error: why it did not run, or not as
-    it should; empty if all went well."""
+    """One way of running the model. The images' seconds are of whole prompts, with the files read before. difference: from eager, same
+    seed (the worst of the seeds). error: why it did not run, or not as it should; empty if all went well."""
 
     name: str
     seconds_per_step: float | None = None
     first_image_seconds: float | None = None
+    second_image_seconds: float | None = None
     weights_mb: float | None = None
     difference: float | None = None
     limits: tuple[float, float] | None = None
@@ -45,15 +47,16 @@ class Variant:
 
 def limits(name: str, dtype: str) -> tuple[float, float] | None:
     """The differences from eager that a variant may have when the model computes in dtype (float32 or bfloat16)."""
-    return {"eager": None, "compiled": (0.0, COMPILED_LIMIT[dtype]), "int8_compiled": INT8_LIMITS}[name]
+    return {"eager": None, "compiled": (0.0, COMPILED_LIMIT[dtype])}.get(name, INT8_LIMITS)
 
 
 def table(variants: Sequence[Variant]) -> str:
     """The results as text; below it, what failed."""
-    rows = [("", "seconds a step", "speed", "first image s", "weights MB", "difference", "verdict")]
+    rows = [("", "first image s", "second s", "seconds a step", "speed", "weights MB", "difference", "verdict")]
     for v in variants:
-        rows.append((TITLES[v.name], _number(v.seconds_per_step, ".4f"), _speed(variants[0], v),
-                     _number(v.first_image_seconds, ".1f"), _number(v.weights_mb, ".1f"), _number(v.difference, ".1e"), v.verdict()))
+        rows.append((TITLES[v.name], _number(v.first_image_seconds, ".1f"), _number(v.second_image_seconds, ".1f"),
+                     _number(v.seconds_per_step, ".4f"), _speed(variants[0], v), _number(v.weights_mb, ".1f"), _number(v.difference, ".1e"),
+                     v.verdict()))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
@@ -66,7 +69,7 @@ def beside_check(variants: Sequence[Variant], expected: dict[str, float]) -> str
     """The variants' speeds beside those that INT8 Compile Check measured for one block (times as fast as eager, by a variant's title)."""
     eager, *others = variants
     return "\n".join(f"{TITLES[v.name]}: {_speed(eager, v)} a step; check.py's block {_number(expected.get(TITLES[v.name]), '.2f', 'x')}"
-                     for v in others)
+                     for v in others if TITLES[v.name] in expected)
 
 
 def _speed(base: Variant, v: Variant) -> str:

@@ -64,12 +64,13 @@ def test_comfyui_lists_them_as_templates(server):
 
 
 def test_the_demo_runs_and_judges_itself(tmp_path):
-    run = subprocess.run([sys.executable, str(REPO / "benchmarks" / "demo.py"), "--out", str(tmp_path), "--steps", "2",
+    run = subprocess.run([sys.executable, str(REPO / "benchmarks" / "demo.py"), "--out", str(tmp_path), "--steps", "2", "--warm",
                           "--comfyui", str(find_comfyui())], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["mode"] == "comfyui" and result["passed"]
-    assert [v["name"] for v in result["variants"]] == ["eager", "compiled", "int8_compiled"]
+    assert [v["name"] for v in result["variants"]] == ["eager", "compiled", "int8_compiled", "int8_background", "int8_next"]
+    assert all(v["first_image_seconds"] and v["second_image_seconds"] for v in result["variants"])
     assert all((tmp_path / f"{v['name']}.png").exists() for v in result["variants"])
     assert (tmp_path / "comparison.png").exists() and "PASS" in run.stdout
     # The check of a block of the same sizes is set beside it.
