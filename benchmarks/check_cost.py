@@ -40,7 +40,7 @@ class BuildHere:
         order.done("")
 
     @contextlib.contextmanager
-    def sampling(self):
+    def sampling(self, device):
         yield
 
 

@@ -56,7 +56,7 @@ class CompiledModule:
         if refusal:
             self._events.fall_back(refusal)
         self._cuda_graphs = self.options.cuda_graphs
-        self._verification = Verification(self._device, verification, self._events) if verification else None
+        self._verification = None if verification is None else Verification(self._device, verification, self._events, options)
         self._cache = cache
         if self.options.artifact_refusal:
             self._cache = None
@@ -170,7 +170,7 @@ class CompiledModule:
             if foreign := slots.fill(self._regions.blocks, self.call_block, around_block):
                 step.calls["eager"] += foreign
                 self._events.fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled them.")
-            with self._cache.builder.sampling() if self._cache else contextlib.nullcontext():
+            with self._cache.builder.sampling(self._device) if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
             slots.put_back()

@@ -49,6 +49,10 @@ class CompileOptions:
     log: bool = False
     title: str = "Compile Model"
 
+    @property
+    def compiles_each_size(self) -> bool:
+        return self.dynamic is False and not self.mark_sizes
+
     def __post_init__(self):
         """Raises ValueError, and RuntimeError for an optional backend whose package is absent: wherever the values come from (a node, a
         linked input, the settings of a mode, a file), none of them reaches torch unchecked."""

@@ -15,6 +15,7 @@ import pickle
 import queue
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ from .store import CacheError, CacheStore
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 3.0
+SHARE = 0.2  # of a step's time, which the other process gets after it where sampling takes all cores
 SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, the other process is taken to hang
 BUILD_SECONDS = 1800  # for one artifact
 INDUCTOR_LIMIT = 1 << 30  # bytes of inductor's own cache
@@ -107,6 +109,8 @@ class Builder:
         self._closed = False
         self._lock = threading.Lock()
         self._busy = 0
+        self._builds_urgent = False
+        self._full_since: float | None = None  # a step takes all cores
         self._last = 0.0
         atexit.register(self._close)
 
@@ -130,16 +134,23 @@ class Builder:
             time.sleep(0.1)
 
     @contextlib.contextmanager
-    def sampling(self):
-        """While something samples: what is not urgent waits."""
+    def sampling(self, device: torch.device):
+        """While something samples on device: what is not urgent waits. Where that takes all cores, what is urgent would never be built
+        while images follow one another: it gets its share between two steps."""
         with self._lock:
             self._busy += 1
+        start = time.monotonic()
+        if takes_all := device.type == "cpu" and torch.get_num_threads() >= _cores():
+            self._full_since = start
         try:
             yield
         finally:
             with self._lock:
                 self._busy -= 1
                 self._last = time.monotonic()
+            self._full_since = None
+            if takes_all and self._builds_urgent:
+                time.sleep(SHARE * (self._last - start))
 
     def stop(self) -> None:
         """Ends the process; what it was building is lost."""
@@ -167,8 +178,10 @@ class Builder:
             if (not order.urgent and not self._is_idle()) or not _has_memory(order.job.device):
                 self._put_back(order)
                 continue
+            self._builds_urgent = order.urgent
             try:
                 if not self._build(order):
+                    self._builds_urgent = False
                     self._put_back(order)
                     continue
                 reason = ""
@@ -189,6 +202,7 @@ class Builder:
             try:
                 order.done(reason)
             finally:
+                self._builds_urgent = False
                 with self._lock:
                     self._unfinished -= 1
 
@@ -214,7 +228,7 @@ class Builder:
             self.stop()
             running = self._running = self._start()
         running.orders.put(pickle.dumps((order.job, str(folder))))
-        while not (frame := running.frames.get(timeout=SILENT_SECONDS)):
+        while not (frame := self._frame(running)):
             if frame is None:
                 raise EOFError
             if time.monotonic() - start > BUILD_SECONDS:
@@ -226,6 +240,15 @@ class Builder:
             raise _Refused("other code runs here than in a new process (another pack's patch?)")
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
+    def _frame(self, running: _Running) -> bytes | None:
+        """What the other process has sent. Raises queue.Empty where it gives no sign of life, unless a long step takes all cores."""
+        while True:
+            try:
+                return running.frames.get(timeout=SILENT_SECONDS)
+            except queue.Empty:
+                if self._full_since is None or time.monotonic() - self._full_since < SILENT_SECONDS / 2:
+                    raise
+
     def _start(self) -> _Running:
         if self._closed:
             raise EOFError
@@ -235,16 +258,28 @@ class Builder:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
                            "TORCHINDUCTOR_CACHE_DIR": str(inductor), "TRITON_CACHE_DIR": str(inductor / "triton"),
                            **dict.fromkeys(worker.TEMPORARY, str(inductor))}
-            flags = {"creationflags": subprocess.BELOW_NORMAL_PRIORITY_CLASS} if os.name == "nt" else {"start_new_session": True}
             errors = scope.enter_context(tempfile.TemporaryFile(dir=folder))
             process = subprocess.Popen(worker.command(PACKAGE, ROOT, folder), env=environment, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, stderr=errors, **flags)
+                                       stdout=subprocess.PIPE, stderr=errors, **_apart())
             orders: queue.SimpleQueue = queue.SimpleQueue()
             frames: queue.SimpleQueue = queue.SimpleQueue()
             for target, stream, items in ((_collect, process.stdout, frames), (_send, process.stdin, orders)):
                 threading.Thread(target=target, args=(stream, items), name="int8-compile builder's pipe", daemon=True).start()
             orders.put(pickle.dumps(self._setup))
             return _Running(process, orders, frames, errors, scope.pop_all())
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _apart() -> dict:
+    """How the other process is started: as a group, to end with its compilers, and not with a terminal's Ctrl+C. Not as a session, where
+    Python can do without: Linux shares the cores out evenly among sessions (autogroup), whatever the priorities of their processes."""
+    if os.name == "nt":
+        return {"creationflags": subprocess.BELOW_NORMAL_PRIORITY_CLASS}
+    return {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
 def inductor_folder(otherwise: Path) -> Path:

@@ -103,6 +103,9 @@ def _give_way() -> None:
         os.nice(19)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if hasattr(os, "getsid") and os.getsid(0) == os.getpid():  # a session of its own: see builder
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text("19")
 
 
 class _Output:

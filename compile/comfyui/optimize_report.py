@@ -54,7 +54,7 @@ class OptimizeReport:
 
     def _compiled(self) -> str:
         report = self.compile
-        if report is None or report.failure:
+        if report is None or report.status().startswith("running uncompiled"):
             return "uncompiled"
         if report.building and self.background:
             return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")

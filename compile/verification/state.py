@@ -9,7 +9,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .second_run import TENSORS, Unverifiable
 MOST = 20_000
 _SEQUENCES = (list, deque)
 _CONSTANTS = (type(None), str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType)
+_DECIDING = {f"aten::{name}" for name in ("topk", "argmax", "argmin", "sort", "argsort", "searchsorted", "bucketize", "kthvalue")}
 # Objects from there are no block's state: other threads may change them meanwhile.
 _OF_OTHERS = {"torch", "triton", "numpy", "comfy_kitchen", "comfy_aimdo", PACKAGE.partition(".")[0], *sys.stdlib_module_names}
 _OF_COMFYUI, _OF_ITS_BLOCKS = "comfy.", "comfy.ldm."
@@ -30,9 +31,12 @@ _OF_COMFYUI, _OF_ITS_BLOCKS = "comfy.", "comfy.ldm."
 
 @dataclass
 class Trace:
-    """is_left: whether something had to be put back."""
+    """is_left: whether something had to be put back. dtypes: of what operations gave. decides: whether one of them chose (a top-k), where
+    the last bit of a near tie changes whole rows."""
 
     is_left: bool = False
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    decides: bool = False
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def nothing_left(module: torch.nn.Module, device: torch.device) -> Iterator[Trac
     generators = [(get(), get, put) for get, put in [*_generators(device), *state.generators]]
     drawn = False
     try:
-        with _Writes(state.storages) as writes:
+        with _Writes(state.storages, trace) as writes:
             yield trace
         drawn = any(_differs(before, get()) for before, get, _ in generators)
     finally:
@@ -132,11 +136,12 @@ class _State:
 
 
 class _Writes(TorchDispatchMode):
-    """Keeps what is in some storages before an operation writes into them. storages: their addresses."""
+    """Keeps what is in some storages before an operation writes into them, and says in trace what ran. storages: their addresses."""
 
-    def __init__(self, storages: set[int]):
+    def __init__(self, storages: set[int], trace: Trace):
         super().__init__()
         self._storages = storages
+        self._trace = trace
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
@@ -149,7 +154,11 @@ class _Writes(TorchDispatchMode):
                     for tensor in given if isinstance(given, (list, tuple)) else [given]:
                         if type(tensor) in TENSORS:
                             self._keep(tensor.untyped_storage())
-        return function(*args, **kwargs)
+        self._trace.decides |= schema is not None and schema.name in _DECIDING
+        result = function(*args, **kwargs)
+        results = result if isinstance(result, (list, tuple)) else [result]
+        self._trace.dtypes.update(one.dtype for one in results if isinstance(one, Tensor))
+        return result
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
         address = storage.data_ptr()

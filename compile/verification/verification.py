@@ -18,6 +18,7 @@ from ..artifacts import key as cache_key
 from ..artifacts.loaded import Seen
 from ..errors import is_out_of_memory
 from ..events import Events
+from ..options import CompileOptions
 from .difference import Difference, coarsest, is_right, own_rounding
 from .second_run import CallCopy, Unverifiable, is_same, weights_in
 from .state import nothing_left
@@ -57,7 +58,8 @@ class Failure:
 class Verification:
     """Of the regions of one model on one device. events: where what is seen is said."""
 
-    def __init__(self, device: torch.device, options: VerificationOptions, events: Events):
+    def __init__(self, device: torch.device, options: VerificationOptions, events: Events, compile_options: CompileOptions):
+        self._each_size = compile_options.compiles_each_size
         self._device = device
         self._options = options
         self._events = events
@@ -74,8 +76,8 @@ class Verification:
         turn = step // AGAIN
         if turn != self._turn:
             self._turn, self._skip = turn, 7 * turn % blocks  # another block than the first
-        self._situation = turn, *[tuple(map(int.bit_length, value.shape)) for value in (*args, *kwargs.values())
-                                  if isinstance(value, torch.Tensor)]
+        sizes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        self._situation = turn, *(sizes if self._each_size else [tuple(map(int.bit_length, shape)) for shape in sizes])
 
     def is_due(self, compiled: Seen) -> bool:
         """Whether this call of it is to be looked at."""
@@ -83,6 +85,8 @@ class Verification:
             return False
         if self._step < self._not_before:
             return False
+        if self._options.always or self._situation[1:] not in compiled.seen_right:
+            return True
         self._skip -= 1
         return self._skip < 0
 
@@ -110,7 +114,7 @@ class Verification:
         if right:
             if len(compiled.seen_right) > 1000:
                 compiled.seen_right.clear()
-            compiled.seen_right.add(self._situation)
+            compiled.seen_right.update((self._situation, self._situation[1:]))
             self._events.checked(region, name, in_roundings)
             return result
         machine = cache_key.machine_without_paths(self._device)
@@ -131,7 +135,7 @@ class Verification:
             self._not_before = self._step + _LATER
             self._events.fall_back(f"There was no memory to check {region} against eager: tried again later.")
             return
-        compiled.seen_right.add(self._situation)  # not to ask again
+        compiled.seen_right.update((self._situation, self._situation[1:]))  # not to ask again
         logger.info("%s is not checked against eager: %s", region, error)
 
 
@@ -148,9 +152,10 @@ class _Look:
         with nothing_left(module, device) as trace:
             self.expected = module._call_impl(*self._copy.args, **self._copy.kwargs)
         self._outputs = list(tensors_in(self.expected))
-        dtype = coarsest(self._outputs)
+        dtype = coarsest({*trace.dtypes, *(tensor.dtype for tensor in self._outputs)})
         if dtype is None:
             raise Unverifiable("its result is not floating-point")
+        self._decides = trace.decides
         self.dtype = dtype
         self._may_be_repeated = not trace.is_left and is_same(self._given, (self._copy.args, self._copy.kwargs))
 
@@ -161,7 +166,8 @@ class _Look:
     def compare(self, result) -> tuple[bool, Difference]:
         """Of the compiled call's result, and of what it has written into its arguments."""
         written, expected = list(tensors_in(self._given)), list(tensors_in((self._copy.args, self._copy.kwargs)))
-        return is_right([*tensors_in(result), *written], [*self._outputs, *expected], self.dtype, self.quantized, self._computed_exactly)
+        return is_right([*tensors_in(result), *written], [*self._outputs, *expected], self.dtype, self.quantized, self._computed_exactly,
+                        self._decides)
 
     def _computed_exactly(self) -> list[torch.Tensor] | None:
         dtype = _EXACTLY.get(self.dtype)
@@ -172,7 +178,7 @@ class _Look:
             with nothing_left(self._module, self._device), weights_in(self._module, dtype):
                 result = self._module._call_impl(*exact.args, **exact.kwargs)
         except Exception as error:
-            if is_out_of_memory(error):
+            if not isinstance(error, (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)):
                 raise
-            return None  # an attention or a layer that takes no such dtype
+            return None  # no memory for it, or an attention or a layer that takes no such dtype
         return [*tensors_in(result), *tensors_in((exact.args, exact.kwargs))]

@@ -64,7 +64,7 @@ class Here:
             logging.disable(logging.NOTSET)
 
     @contextlib.contextmanager
-    def sampling(self):
+    def sampling(self, device):
         yield
 
 

@@ -431,3 +431,82 @@ def test_where_eager_underflows_to_zero_the_exact_result_decides():
     zero, near = torch.zeros(2, 5, 8, dtype=torch.float16), torch.full((2, 5, 8), 6e-8).half()
     assert not is_right([near], [zero], torch.float16, False, lambda: [zero.float()])[0]
     assert is_right([exact.half()], [zero], torch.float16, False, lambda: [exact])[0]
+
+
+def test_one_huge_row_hides_no_other():
+    expected = torch.randn(1, 64, 32)
+    expected[0, 5] *= 1e4
+    found = expected.clone()
+    found[0, 9] *= -1
+    assert not is_right([found], [expected], torch.bfloat16, False, lambda: [expected])[0]
+    assert is_right([expected * 1.001], [expected], torch.bfloat16, False, lambda: None)[0]
+
+
+def test_an_infinity_is_one_of_the_same_sign():
+    expected = torch.randn(2, 8)
+    expected[0, 0] = torch.inf
+    for value, right in ((torch.inf, True), (-torch.inf, False), (torch.nan, False)):
+        found = expected.clone()
+        found[0, 0] = value
+        assert is_right([found], [expected], torch.float32, False, lambda: None)[0] == right
+
+
+class Experts(nets.Small):
+    """One of two, by a value that is nearly a tie."""
+
+    def forward(self, x, transformer_options=None):
+        x = self.body(x)
+        return x * (1 + torch.stack([x[..., 0], x[..., 0]], -1).topk(1).indices)
+
+
+class Halves(nets.Small):
+    """fp32 outside, computed in bfloat16."""
+
+    def forward(self, x, transformer_options=None):
+        return x + self.body(x).bfloat16().float()
+
+
+def test_near_ties_and_what_a_block_rounds_inside_are_no_fault():
+    def other_expert(x, args):
+        x = x.clone()
+        x[0, 0] *= 2
+        return x
+    for kind, change in ((Experts, other_expert), (Halves, lambda x, args: x * 1.002)):
+        net, looked = nets.make(kind), Looked(change)
+        looked(net, inputs(2, 60)[0])
+        assert not looked.failures, kind
+        looked = Looked(MUTATIONS["other rows"])
+        looked(nets.make(kind), inputs(2, 60)[0])
+        assert looked.failures
+
+
+def test_where_each_size_is_compiled_each_is_looked_at():
+    def change(x, args):
+        return x * 1.1 if x.shape[1] == 100 else x
+    net, looked = nets.make(nets.Plain), Looked(change)
+    looked.compiled = CompiledModule(CompileOptions(backend=Backend(change), dynamic=False),
+                                     verification=VerificationOptions(record=looked._record))
+    for tokens in (70, 100, 70):
+        x = inputs(2, tokens)[0]
+        assert torch.equal(looked(net, x), net(x))
+    assert looked.failures
+
+
+def test_without_memory_for_the_exact_result_what_is_far_off_is_not_used(monkeypatch):
+    net, looked = nets.make(nets.Plain), Looked(MUTATIONS["scaled"])
+
+    def short(*args):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(verification, "weights_in", short)
+    for _ in range(3):
+        assert torch.equal(looked(net, inputs()[0]), net(inputs()[0]))
+    assert looked.failures
+
+
+def test_a_new_size_is_looked_at_at_once_in_the_turn_of_another_block(monkeypatch):
+    monkeypatch.setattr(verification, "AGAIN", 1)
+    net, looked = nets.make(nets.Plain, 5), Looked(lambda x, args: x * 1.1 if x.shape[1] > 100 else x)
+    for _ in range(3):
+        looked(net, inputs(2, 10)[0])
+    x = inputs(2, 200)[0]
+    assert torch.equal(looked(net, x), net(x)) and looked.failures

@@ -4,15 +4,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from pathlib import Path
 
 import pytest
+import torch
 from int8_compile.compile.artifacts import builder as builder_module
 from int8_compile.compile.artifacts import worker
 from int8_compile.compile.artifacts.builder import Builder, BuildRequest
@@ -171,7 +174,7 @@ def test_an_order_that_another_server_is_building_does_not_block_the_others(buil
         for name in ("second", "third"):
             told.order(name)
         assert told.wait("third", 10) == told.wait("second", 10) == "" and "locked" not in told.reasons
-    with builder.sampling():
+    with builder.sampling(torch.device("cpu")):
         told.order("late", urgent=False)
         told.order("fourth")
         assert told.wait("fourth", 10) == "" == told.wait("locked", 10) and "late" not in told.reasons
@@ -198,3 +201,48 @@ def test_a_full_disk_is_the_reason_that_is_given(builder, monkeypatch):
     told = Told(builder)
     told.order("entry")
     assert "No space left on device" in told.wait("entry", 10)
+
+
+def test_where_sampling_takes_all_cores_what_is_urgent_gets_a_share(builder, store, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def build(order, folder):
+        begun.set()
+        assert go.wait(10)
+        return made(order, folder)
+    slept, cores = [], builder_module._cores()
+    monkeypatch.setattr(builder, "_ask", build)
+    told = Told(builder)
+    told.order("urgent")
+    assert begun.wait(10)
+    with monkeypatch.context() as patched:
+        patched.setattr(builder_module.time, "sleep", slept.append)
+        patched.setattr(torch, "get_num_threads", lambda: cores)
+        for device in ("cpu", "cuda"):
+            with builder.sampling(torch.device(device)):
+                assert (builder._full_since is not None) == (device == "cpu")
+        patched.setattr(torch, "get_num_threads", lambda: cores - 1)
+        with builder.sampling(torch.device("cpu")):
+            assert builder._full_since is None
+    go.set()
+    assert told.wait("urgent", 10) == "" and len([seconds for seconds in slept if seconds < 0.1]) == 1
+    with monkeypatch.context() as patched:  # nothing is built any more
+        patched.setattr(builder_module.time, "sleep", lambda seconds: pytest.fail("waited for nothing"))
+        with builder.sampling(torch.device("cpu")):
+            pass
+
+
+def test_a_builder_that_a_long_step_keeps_from_running_is_not_taken_to_hang(builder, monkeypatch):
+    monkeypatch.setattr(builder_module, "SILENT_SECONDS", 0.2)
+    running = types.SimpleNamespace(frames=queue.SimpleQueue())
+    with pytest.raises(queue.Empty):
+        builder._frame(running)
+    builder._full_since = time.monotonic()
+    threading.Timer(0.7, running.frames.put, [b"alive"]).start()
+    assert builder._frame(running) == b"alive"
+
+
+def test_the_builder_is_no_session_of_its_own():
+    """Linux would share the cores out evenly among sessions, whatever the priorities of their processes."""
+    if os.name == "posix" and sys.version_info >= (3, 11):
+        assert builder_module._apart() == {"process_group": 0}
