@@ -142,14 +142,16 @@ class Optimizer:
         """Whether compiling pays, and INT8 all in all."""
         without, eager, compiled = (times.seconds(size, kind) for kind in (WITHOUT, EAGER, COMPILED))
         without = without or self.decision.times_of(size)[0]
-        logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without or eager, eager, compiled)
+        logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
         now = min(eager, compiled)
         if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:
             self._is_over = True  # for this branch: its layers are INT8
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
         else:
-            self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without or eager, eager, compiled)
+            # INT8's own uncompiled time says nothing of the model as it came.
+            without = without or (0.0 if self.decision.is_int8 else eager)
+            self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without, eager, compiled)
         self._gain = None
         self._keep()
         self._notify()
@@ -175,4 +177,5 @@ class Optimizer:
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports
         self._status(OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason,
-                                    self._background, reports.modes, reports.quantize, reports.compile, self._gain), doing, progress)
+                                    self._background, reports.modes, reports.quantize, reports.compile, self._gain, self._is_over),
+                     doing, progress)

@@ -15,7 +15,7 @@ MOST_LINES = 6  # of the table
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
     be INT8. background: whether steps run uncompiled meanwhile. modes: of the model, in order. quantize, compile: what these modes
-    reported last. gain: of the last steps."""
+    reported last. gain: of the last steps. from_next: what is decided now holds from the next prompt on."""
 
     goal: str
     min_sqnr_db: float | None
@@ -27,6 +27,7 @@ class OptimizeReport:
     quantize: QuantizeReport | None = None
     compile: CompileReport | None = None
     gain: Gain | None = None
+    from_next: bool = False
 
     def status(self) -> str:
         """What the model is now, in a line."""
@@ -50,7 +51,8 @@ class OptimizeReport:
         if self.reason:
             return f"no INT8 ({self.reason}), "
         before, now = self.decision.slower
-        return f"no INT8 ({number(before)} -> {number(now)} s a step with it), " if now else "INT8 pays for no layer, "
+        when = " from the next prompt on" if self.from_next else ""
+        return f"no INT8{when} ({number(before)} -> {number(now)} s a step with it), " if now else "INT8 pays for no layer, "
 
     def _compiled(self) -> str:
         report = self.compile
@@ -88,7 +90,7 @@ class OptimizeReport:
         if self.decision.compiled is False and not self.decision.is_int8:
             return None
         for size, without, eager, compiled in reversed(self.decision.times):
-            if now := eager if self.decision.compiled is False else compiled:
+            if (now := eager if self.decision.compiled is False else compiled) and without:
                 return Gain(size, without, now)
         return None
 

@@ -259,9 +259,20 @@ def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt
     steps.times._add(SIZE, WITHOUT, 1.0)
     steps.run(2 * KEPT)
     assert OptimizeModel.fingerprint_inputs() != before, "the node runs again"
-    assert "no INT8 (1 -> 1.3 s a step with it)" in node.report.status() and decisions.revision()
+    assert "no INT8 from the next prompt on (1 -> 1.3 s a step with it)" in node.report.status() and decisions.revision()
     again, node = optimize(flux)
+    assert "no INT8 (1 -> 1.3 s a step with it)" in node.report.status()
     assert names(again) == ["compile"] and not again.object_patches and node.details["compiled"] is None
+
+
+def test_a_size_that_was_never_timed_without_has_no_gain(flux, sample, optimize):
+    """INT8's own uncompiled time is not that of the model as it came."""
+    model, node = optimize(flux, "smallest")
+    sample(model)
+    steps = Steps(optimizer_of(model), compiled=0.14, eager=0.16)
+    steps.times._add("another size", WITHOUT, 0.1)
+    steps.run(2 * KEPT)
+    assert node.report.to_dict()["gain"] is None and node.report.decision.times[-1][1] == 0.0 and node.report.decision.compiled
 
 
 def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimize):
