@@ -110,7 +110,6 @@ class Builder:
         self._lock = threading.Lock()
         self._busy = 0
         self._builds_urgent = False
-        self._full_since: float | None = None  # a step takes all cores
         self._last = 0.0
         atexit.register(self._close)
 
@@ -140,16 +139,13 @@ class Builder:
         with self._lock:
             self._busy += 1
         start = time.monotonic()
-        if takes_all := device.type == "cpu" and torch.get_num_threads() >= _cores():
-            self._full_since = start
         try:
             yield
         finally:
             with self._lock:
                 self._busy -= 1
                 self._last = time.monotonic()
-            self._full_since = None
-            if takes_all and self._builds_urgent:
+            if self._builds_urgent and device.type == "cpu" and torch.get_num_threads() >= _cores():
                 time.sleep(SHARE * (self._last - start))
 
     def stop(self) -> None:
@@ -241,12 +237,12 @@ class Builder:
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
     def _frame(self, running: _Running) -> bytes | None:
-        """What the other process has sent. Raises queue.Empty where it gives no sign of life, unless a long step takes all cores."""
+        """What the other process has sent. Raises queue.Empty where it gives no sign of life, unless it waits for a core."""
         while True:
             try:
                 return running.frames.get(timeout=SILENT_SECONDS)
             except queue.Empty:
-                if self._full_since is None or time.monotonic() - self._full_since < SILENT_SECONDS / 2:
+                if not worker.waits_for_a_core(running.process.pid):
                     raise
 
     def _start(self) -> _Running:

@@ -205,8 +205,9 @@ def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, k
 class Steps:
     """A judge's view of a model: steps of chosen times."""
 
-    def __init__(self, optimizer, **seconds):
+    def __init__(self, optimizer, size=SIZE, **seconds):
         self.optimizer = optimizer
+        self.size = size
         self.seconds = seconds
         self.times = CallTimes()
 
@@ -214,10 +215,10 @@ class Steps:
         """Whether each ran eager."""
         eager = []
         for _ in range(count):
-            eager.append(self.optimizer.runs_eager(self.times, SIZE))
+            eager.append(self.optimizer.runs_eager(self.times, self.size))
             kind = EAGER if eager[-1] else COMPILED
-            self.times._add(SIZE, kind, self.seconds[kind])
-            self.optimizer.timed(self.times, SIZE)
+            self.times._add(self.size, kind, self.seconds[kind])
+            self.optimizer.timed(self.times, self.size)
         return eager
 
 
@@ -269,9 +270,7 @@ def test_a_size_that_was_never_timed_without_has_no_gain(flux, sample, optimize)
     """INT8's own uncompiled time is not that of the model as it came."""
     model, node = optimize(flux, "smallest")
     sample(model)
-    steps = Steps(optimizer_of(model), compiled=0.14, eager=0.16)
-    steps.times._add("another size", WITHOUT, 0.1)
-    steps.run(2 * KEPT)
+    Steps(optimizer_of(model), "another size", compiled=0.14, eager=0.16).run(2 * KEPT)
     assert node.report.to_dict()["gain"] is None and node.report.decision.times[-1][1] == 0.0 and node.report.decision.compiled
 
 
