@@ -289,6 +289,14 @@ class ComfyServer:
         """queue() and wait()."""
         return self.wait(self.queue(prompt), timeout)
 
+    def wait_for_builder(self, timeout: float):
+        """Until everything that the log says was begun is built; at once where nothing is built."""
+        end = time.monotonic() + timeout
+        while self.log_text().count(": building: ") > self.log_text().count(": built: "):
+            if time.monotonic() > end or "not kept in the compile cache" in self.log_text():
+                raise RuntimeError(f"the builder did not finish, see {self.log_path}")
+            time.sleep(0.5)
+
     def interrupt(self):
         """Interrupt the prompt that is running, if any."""
         self._post("/interrupt", {})

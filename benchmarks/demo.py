@@ -8,6 +8,7 @@ Without ComfyUI it runs the same engine on a small diffusion transformer of this
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -65,7 +66,7 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict, warm: bool) 
     say("making a small Flux ...")
     models = make_models(comfyui, cache_dir(), python=python)
     device = "cuda" if facts["cuda_device"] else "cpu"
-    compilers = {} if warm else {"TORCHINDUCTOR_CACHE_DIR": str(out / "compilers_cache")}
+    compilers = _compilers(out, warm)
     for stale in (out / "compilers_cache", out / "comfyui" / "user" / "__int8_compile"):
         shutil.rmtree(stale, ignore_errors=True)
     variants = {name: Variant(name) for name in TITLES}
@@ -85,6 +86,11 @@ def with_comfyui(comfyui: Path, out: Path, steps: int, facts: dict, warm: bool) 
     return list(variants.values())
 
 
+def _compilers(out: Path, warm: bool) -> dict[str, str]:
+    """The environment of whatever compiles."""
+    return {} if warm else {"TORCHINDUCTOR_CACHE_DIR": str(out / "compilers_cache")}
+
+
 def _measure(server: ComfyServer, variants: list[Variant], out: Path, steps: int) -> None:
     # The checkpoint, the text encoder and the VAE are read before anything is timed.
     _run(server, Variant("eager"), LOADING_SEED, out, 1)
@@ -95,7 +101,8 @@ def _measure(server: ComfyServer, variants: list[Variant], out: Path, steps: int
         variant.second_image_seconds = None if variant.error else _run(server, variant, SECOND_SEED, out, steps)
     if "int8_background" in [variant.name for variant in variants]:
         say("another process compiles; meanwhile images would run uncompiled ...")
-        _wait_for_builder(server)
+        with contextlib.suppress(RuntimeError):  # the table shows it
+            server.wait_for_builder(BUILD_TIMEOUT)
     say("timing steps ...")
     # In turn, so that other work on the machine meets all alike. Of a warm prompt only the sampler runs.
     for seed in WARM_SEEDS:
@@ -105,14 +112,6 @@ def _measure(server: ComfyServer, variants: list[Variant], out: Path, steps: int
                 variant.seconds_per_step = min(seconds / steps, variant.seconds_per_step or float("inf"))
     for variant in variants:
         variant.weights_mb = _weights_mb(server.log_text(), variant.name.startswith("int8"))
-
-
-def _wait_for_builder(server: ComfyServer) -> None:
-    end = time.monotonic() + BUILD_TIMEOUT
-    while server.log_text().count(": building: ") > server.log_text().count(": built: ") and time.monotonic() < end:
-        if "not kept in the compile cache" in server.log_text():
-            return
-        time.sleep(0.5)
 
 
 def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int) -> float | None:
@@ -169,8 +168,8 @@ def checked(comfyui: Path, out: Path, warm: bool) -> dict | None:
     say("check.py: what a block of these sizes gains, two compiles more ...")
     sizes = ["--width", str(HIDDEN), "--tokens", str(TOKENS)]
     command = [find_python(comfyui), str(ROOT / "check.py"), *sizes, "--json", str(out / "check.json")]
-    compilers = {} if warm else {"TORCHINDUCTOR_CACHE_DIR": str(out / "compilers_cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **compilers, "COMFYUI_PATH": str(comfyui)})
+    environment = {**os.environ, **_compilers(out, warm), "COMFYUI_PATH": str(comfyui)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(f"check.py failed:\n{done.stderr}", flush=True)
         return None

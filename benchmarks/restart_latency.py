@@ -74,7 +74,7 @@ class Bench:
                 with self.server(Path(folder)) as server:
                     found[start], latent = self.image(server, nodes)
                     found[f"{start}, second image"], _ = self.image(server, nodes, seed=2)
-                    wait_for_builder(server)
+                    server.wait_for_builder(BUILD_TIMEOUT)
         if starts > 1:
             with tempfile.TemporaryDirectory() as folder:
                 with self.server(Path(folder)) as server:
@@ -130,15 +130,6 @@ def keep_builder_pinned(server: ComfyServer):
             for child in psutil.Process(server.process.pid).children(recursive=True):
                 child.cpu_affinity([os.cpu_count() - 1])
         time.sleep(0.1)
-
-
-def wait_for_builder(server):
-    """Until everything that was begun is built; at once where nothing is built."""
-    end = time.monotonic() + BUILD_TIMEOUT
-    while server.log_text().count(": building: ") > server.log_text().count(": built: "):
-        if time.monotonic() > end or "not kept in the compile cache" in server.log_text():
-            raise RuntimeError(f"the builder did not finish, see {server.log_path}")
-        time.sleep(0.5)
 
 
 def main() -> None:

@@ -37,6 +37,6 @@ _said: set[str] = set()
 
 def is_first(what: str) -> bool:
     """Whether nothing was said of it: settings are read at every prompt."""
-    is_first = what not in _said
+    first = what not in _said
     _said.add(what)
-    return is_first
+    return first

@@ -37,7 +37,7 @@ def _functions(operation: str, kernel: str, device: torch.device) -> dict[str, C
 def _quant_rows(x, group, act, pre_quant_scale, kernel):
     if pre_quant_scale is not None and pre_quant_scale.numel() != (k := x.shape[1] // 2 if act == "swiglu" else x.shape[1]):
         raise ValueError(f"a pre_quant_scale of {pre_quant_scale.numel()} for {k} channels")
-    return seen_right.quant_rows(kernel, functools.partial(_functions, "quant_rows", kernel, x.device), x, group, act, pre_quant_scale)
+    return seen_right.quant_rows(kernel, _functions, x, group, act, pre_quant_scale)
 
 
 def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
@@ -49,8 +49,7 @@ def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
     out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and not triton_unavailable(q.device):
         return autotune.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
-    found = functools.partial(_functions, "int8_gemm", kernel, q.device)
-    return seen_right.int8_gemm(kernel, found, q, s, qweight, weight_scale, bias, out_dtype)
+    return seen_right.int8_gemm(kernel, _functions, q, s, qweight, weight_scale, bias, out_dtype)
 
 
 def float_linear(x, weight, bias, act, pre_quant_scale, kernel=""):

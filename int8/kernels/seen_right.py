@@ -26,6 +26,8 @@ RELATIVE = 2.0 ** -24  # of one rounding in fp32
 SCALE_TOLERANCE, STEP_TOLERANCE = 1e-4, 0.02
 LARGEST_SCALE = 1e34  # beyond it fp32 may overflow in between
 
+# (operation, kernel asked for, device) -> {name: what can do it}, in the order in which they are tried.
+Functions = Callable[[str, str, torch.device], Mapping[str, Callable]]
 disabled: Callable[[], bool] = bool
 # Keeps what was wrong for whoever mends it: (kernel, device, what). What it returns says where, empty where it does not.
 record: Callable[[str, torch.device, str], str] | None = None
@@ -49,27 +51,27 @@ def looked_at() -> tuple[int, dict[str, str]]:
     return len(_RIGHT), {f"{kernel} on {device}": what for (device, kernel), what in _WRONG.items()}
 
 
-def quant_rows(kernel: str, found: Callable[[], Mapping[str, Callable]], x: torch.Tensor, group: int, act: str,
+def quant_rows(kernel: str, functions: Functions, x: torch.Tensor, group: int, act: str,
                pre_quant_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See reference.quant_rows. kernel: what was asked for. found: {name: what can do it}, in the order in which they are tried."""
+    """See reference.quant_rows. kernel: what was asked for."""
     key = "quant_rows", kernel, x.device, x.dtype, bucket(x.shape[0]), x.shape[1], group, act, pre_quant_scale is None
     right = _RIGHT.get(key)
     if right is not None:
         return right(x, group, act, pre_quant_scale)
     arguments = x, group, act, pre_quant_scale
-    return _first(key, x, found(), arguments, lambda result: rows_error(*arguments, *result), reference.quant_rows)
+    return _first(key, x, functions("quant_rows", kernel, x.device), arguments, lambda result: rows_error(*arguments, *result), reference.quant_rows)
 
 
-def int8_gemm(kernel: str, found: Callable[[], Mapping[str, Callable]], q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor,
+def int8_gemm(kernel: str, functions: Functions, q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor,
               weight_scale: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """See reference.int8_gemm. kernel, found: as of quant_rows."""
+    """See reference.int8_gemm. kernel: what was asked for."""
     key = ("int8_gemm", kernel, q.device, out_dtype, bucket(q.shape[0]), q.shape[1], qweight.shape[0], weight_scale.numel(),
            None if bias is None else bias.dtype)
     right = _RIGHT.get(key)
     if right is not None:
         return right(q, s, qweight, weight_scale, bias, out_dtype)
     arguments = q, s, qweight, weight_scale, bias, out_dtype
-    return _first(key, q, found(), arguments, Product(arguments).error, reference.int8_gemm)
+    return _first(key, q, functions("int8_gemm", kernel, q.device), arguments, Product(arguments).error, reference.int8_gemm)
 
 
 def _first(key: tuple, x: torch.Tensor, found: Mapping[str, Callable], arguments: tuple, error: Callable[..., str], last: Callable):

@@ -232,7 +232,7 @@ def test_where_sampling_takes_all_cores_what_is_urgent_gets_a_share(builder, sto
             pass
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has an idle class")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for its idle class")
 def test_a_builder_that_waits_for_a_core_is_not_taken_to_hang(builder, monkeypatch):
     monkeypatch.setattr(builder_module, "SILENT_SECONDS", 0.2)
     for code, hangs in (("import time; time.sleep(60)", True), ("while True: pass", False)):
