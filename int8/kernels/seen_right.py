@@ -59,7 +59,8 @@ def quant_rows(kernel: str, functions: Functions, x: torch.Tensor, group: int, a
     if right is not None:
         return right(x, group, act, pre_quant_scale)
     arguments = x, group, act, pre_quant_scale
-    return _first(key, x, functions("quant_rows", kernel, x.device), arguments, lambda result: rows_error(*arguments, *result), reference.quant_rows)
+    found = functions("quant_rows", kernel, x.device)
+    return _first(key, x, found, arguments, lambda result: rows_error(*arguments, *result), reference.quant_rows)
 
 
 def int8_gemm(kernel: str, functions: Functions, q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor,
