@@ -5,7 +5,7 @@ import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from int8_compile.int8.kernels import ops, reference
+from int8_compile.int8.kernels import ops, reference, seen_right
 
 
 class Attention(torch.nn.Module):
@@ -41,6 +41,7 @@ def quantizations(monkeypatch):
                 return real(kernel, device).quant_rows(x, *args)
         return Watched
     monkeypatch.setattr(ops, "implementation", watched)
+    monkeypatch.setattr(seen_right, "_RIGHT", {})  # what other tests have run
     return seen
 
 

@@ -164,12 +164,12 @@ def test_bundles(count, within, tmp_path):
 @pytest.mark.comfy
 def test_settings(count, within, comfy, tmp_path, monkeypatch, caplog):
     import folder_paths
-    from int8_compile.compile.comfyui import artifact_cache
+    from int8_compile.compile.comfyui import artifact_cache, user_settings
 
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     for name in ("INT8_COMPILE_CACHE", "INT8_COMPILE_CACHE_DIR", "INT8_COMPILE_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    artifact_cache._said.clear()
+    monkeypatch.setattr(user_settings, "_said", set())
     (tmp_path / "default").mkdir()
     path = tmp_path / "default" / "comfy.settings.json"
 
