@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import runpy
 import sys
@@ -15,6 +16,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on CPU tensors; must be set before they are imported
+
+# pytest 9.2 listens to loggers that do not propagate: torch then writes out every graph and guard, which takes as long as the tests.
+logging.getLogger("torch.__trace").propagate = True
 
 os.environ.setdefault("INT8_COMPILE_CACHE", "0")  # tests of the compile cache turn it on, with folders of their own
 
