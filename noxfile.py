@@ -49,8 +49,10 @@ RELEASES = ("torch==2.8.*", "torch==2.11.*", "torch==2.13.*", "torch==2.14.*", "
             "comfy-kitchen==0.2.40", "triton==3.4.*", "triton==3.6.*", "triton==3.8.*")
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
-# torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only.
-RUN_PYTEST = "import sys; sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())"
+# torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only. It has the
+# lowest priority, as the pack's builders have, which two busy test processes would starve.
+RUN_PYTEST = ("import os, sys; getattr(os, 'SCHED_IDLE', None) and os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); "
+              "sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())")
 
 
 @nox.session(venv_backend="virtualenv")  # for its pip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from .report import NOT_KEPT, CompileReport
 from .torch_compiler import CompileScope, RegionCode
+from .verification.quantization import QuantizationError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,15 @@ class Events:
         if known is None or known[1] < in_roundings:
             self.report.checked = {**self.report.checked, region: (dtype, in_roundings)}
             self._notified = False
+
+    def quantization(self, region: str, found: QuantizationError) -> None:
+        """A block of a region was computed with its float weights."""
+        report = self.report
+        report.int8 = {**report.int8, region: (round(found.sqnr, 1), *found.least_layer())}
+        far = [f"INT8 costs {name} in {region} more than was planned: {db:.1f} dB, not {planned:.1f}. Keep it in high precision "
+               "(keep_layers), or quantize again with this prompt." for name, db, planned in found.far_below_plan()]
+        report.notes += [text for text in far if text not in report.notes][:3]
+        self._notified = False
 
     def compiled(self, scope: CompileScope, codes: Iterable[tuple[str, RegionCode]], log: bool) -> None:
         """Something was compiled during scope. codes: of the regions, with their names. log: say it at later times too."""

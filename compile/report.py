@@ -45,7 +45,8 @@ class CompileReport:
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
     since the first image (a resolution, a batch), and what was compiled for it; the last ones. gain: of a step, where one was timed
     uncompiled too. checked: by region, the largest difference from eager that was seen and accepted, in its dtype's own roundings, with
-    the dtype. checks: calls of blocks that were compared so."""
+    the dtype. checks: calls of blocks that were compared so. int8: by region, (dB of a block's results as INT8 against float, dB of its
+    least layer's, that layer's name)."""
 
     title: str
     regions: list[tuple[str, int]] = field(default_factory=list)
@@ -67,6 +68,7 @@ class CompileReport:
     gain: Gain | None = None
     checked: dict[str, tuple[str, float]] = field(default_factory=dict)
     checks: int = 0
+    int8: dict[str, tuple[float, float, str]] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -135,6 +137,9 @@ class CompileReport:
             dtype, most = max(self.checked.values(), key=lambda found: found[1])
             classes = f"{len(self.checked)} class{'es' * (len(self.checked) != 1)}"
             lines.append(f"checked against eager: {classes}, difference {most:.2g}x of {dtype}'s own rounding")
+        if self.int8:
+            region, (db, layer_db, layer) = min(self.int8.items(), key=lambda found: found[1])
+            lines.append(f"INT8 against float: {db:.1f} dB ({region}); least layer: {layer_db:.1f} dB ({layer})")
         lines += self.changes
         lines += [f"compiled again: {text}" + (f" ({n} times)" if n > 1 else "")
                   for text, n in Counter(map(_recompile_sentence, self.recompiles)).items()]

@@ -1,4 +1,4 @@
-"""What artifacts ask of a layer of this pack whose parameters are tensor subclasses.
+"""What artifacts and checks ask of a layer of this pack whose parameters are tensor subclasses.
 
 What such a layer computes is known by these methods and by the version of the pack, so its attributes and methods are not looked at.
 """
@@ -21,6 +21,23 @@ class HasArtifactReplacement(HasArtifactTensors, Protocol):
         """(class, arguments) that make a module with buffers of these names that computes the same. Raises AttributeError while its
         weight is a float tensor."""
         ...
+
+
+class HasFloatWeight(Protocol):
+    """planned_sqnr: dB of its output that were measured when its quantization was chosen, 0 where none were."""
+
+    planned_sqnr: float
+    bias: torch.Tensor | None
+
+    def float_weight(self, device: torch.device) -> torch.Tensor | None:
+        """The weight [N, K] that it was quantized from, fp32, on device; None where that is gone, or it has changed since (a LoRA)."""
+        ...
+
+    def forward(self, input: torch.Tensor, act: str = "none") -> torch.Tensor: ...
+
+
+def has_float_weight(module: object) -> TypeGuard[HasFloatWeight]:
+    return hasattr(module, "float_weight")
 
 
 def has_artifact_tensors(module: object) -> TypeGuard[HasArtifactTensors]:

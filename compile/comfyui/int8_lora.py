@@ -46,8 +46,11 @@ class Int8Lora:
     """What ComfyUI asks of a layer to patch its weight. Mixed into its mixed-precision Linear; weight: QuantizedTensor in
     TensorWiseINT8Layout, stored as rotate(W / pre_quant_scale).
 
-    source: gives the float weight [N, K] that the layer was made from, or None where it is gone.
+    source: gives the float weight [N, K] that the layer was made from, or None where it is gone. planned_sqnr: see
+    artifact_layer.HasFloatWeight.
     """
+
+    planned_sqnr = 0.0
 
     source: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
     # Dynamic VRAM seeds its stochastic rounding with string_to_seed(seed_key). Of "" that is 0: round to nearest.
@@ -78,6 +81,14 @@ class Int8Lora:
         if return_weight:
             return quantized
         self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+
+    def float_weight(self, device: torch.device) -> torch.Tensor | None:
+        """See artifact_layer.HasFloatWeight."""
+        source, weight = self.source(), self._parameters["weight"]
+        if source is None or self.weight_function or self.bias_function or not isinstance(weight, QuantizedTensor):
+            return None
+        original = source.to(device, torch.float32, copy=True)
+        return original if self._is_quantized_from(weight.to(device), original) else None
 
     @contextlib.contextmanager
     def lora_in_weight(self, device: torch.device):

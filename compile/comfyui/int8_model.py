@@ -130,6 +130,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
             layer.source = _weight_of(patcher.get_model_object(PREFIX + plan.name))
+            layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
         patches[PREFIX + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes

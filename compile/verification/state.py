@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...int8.artifact_layer import has_artifact_tensors
 from ...pack import PACKAGE
 from .second_run import TENSORS, Unverifiable
 
@@ -102,7 +103,7 @@ class _State:
     def _in_object(self, value) -> list:
         where = type(value).__module__
         if isinstance(value, torch.nn.Module):
-            is_state = id(value) in self._own
+            is_state = id(value) in self._own and not has_artifact_tensors(value)  # the pack's own note for good what they find out
         else:
             is_state = (where.partition(".")[0] not in _OF_OTHERS
                         and (not where.startswith(_OF_COMFYUI) or where.startswith(_OF_ITS_BLOCKS)))

@@ -20,6 +20,7 @@ from ..errors import is_out_of_memory
 from ..events import Events
 from ..options import CompileOptions
 from .difference import Difference, coarsest, is_right, own_rounding
+from .quantization import QuantizationError, quantization_error
 from .second_run import CallCopy, Unverifiable, is_same, weights_in
 from .state import nothing_left
 
@@ -66,6 +67,7 @@ class Verification:
         self._passthrough: Callable[[Exception], bool] = bool
         self._situation: tuple = ()
         self._turn = 0
+        self._measured: dict[str, int] = {}  # {region: turn}
         self._skip = 0  # so many calls that are due are not looked at
         self._not_before = 0
         self._step = 0
@@ -101,6 +103,8 @@ class Verification:
                 raise
             self._could_not(compiled, region, error)
             return run()
+        if look.quantized:
+            self._compare_with_float(region, look)
         result = run()
         try:
             right, apart = look.compare(result)
@@ -130,6 +134,21 @@ class Verification:
             logger.warning("Versions, sizes and figures of it, and nothing of your prompt, are in %s: please add that to a report.", where)
         return look.as_eager()
 
+    def _compare_with_float(self, region: str, look: _Look) -> None:
+        """Once a turn: what INT8 costs the block, said in the report."""
+        if self._turn == self._measured.get(region):
+            return
+        self._measured[region] = self._turn
+        try:
+            found = look.quantization_error()
+        except Exception as error:
+            if self._passthrough(error) and not is_out_of_memory(error):
+                raise
+            logger.info("INT8 is not compared with float in %s: %s", region, error)
+        else:
+            if found is not None:
+                self._events.quantization(region, found)
+
     def _could_not(self, compiled: Seen, region: str, error: Exception) -> None:
         if is_out_of_memory(error):
             self._not_before = self._step + _LATER
@@ -158,6 +177,10 @@ class _Look:
         self._decides = trace.decides
         self.dtype = dtype
         self._may_be_repeated = not trace.is_left and is_same(self._given, (self._copy.args, self._copy.kwargs))
+
+    def quantization_error(self) -> QuantizationError | None:
+        """Of the block's INT8 layers, before the call itself has written into its arguments; None where there are no float weights."""
+        return quantization_error(self._module, *self._given, self._outputs, self._device)
 
     def as_eager(self):
         """Eager's result, after what it has written into the arguments."""

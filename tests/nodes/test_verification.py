@@ -1,9 +1,11 @@
 """The check against eager on real models, as a sampler calls them."""
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+import torch
 
 from .conftest import difference
 from .test_compile import CHEAP
@@ -94,3 +96,47 @@ def test_a_kernel_that_is_wrong_here_is_not_in_the_image(load, nodes, sample, us
     monkeypatch.setenv("INT8_COMPILE_VERIFY", "off")
     assert difference(sample(nodes.INT8QuantizeModel(model)), want) > 0.1
     assert found["kernel"] == "cpu" and found["machine"]["torch"] and str(user_folder) not in str(found)
+
+
+@pytest.mark.parametrize("method", ["rowwise", "convrot", "auto"])
+def test_the_report_says_what_int8_costs_a_block_against_float(load, nodes, sample, method):
+    model = load("tiny_flux")
+    block = model.model.diffusion_model.double_blocks[0]
+    quantized = nodes.INT8QuantizeModel(model, method=method)
+    sample(quantized)  # auto decides here
+    calls, results = [], []  # the block writes into its arguments
+    hooks = [block.register_forward_pre_hook(lambda _, args, kwargs: calls.append(copy.deepcopy((args, kwargs))), with_kwargs=True),
+             block.register_forward_hook(lambda _, args, result: results.append(copy.deepcopy(result)))]
+    want = sample(quantized)
+    for hook in hooks:
+        hook.remove()
+    compiled = nodes.CompileModel(quantized, **CHEAP)
+    assert difference(sample(compiled), want) < 1e-3
+    report = report_of(compiled)
+    assert set(report.int8) == CLASSES and "INT8 against float: " in report.text() and not report.notes
+    assert json.dumps(report.to_dict(), allow_nan=False)
+    sample(model)  # loads the float layers
+    args, kwargs = calls[0]
+    with torch.no_grad():
+        exact = block(*args, **kwargs)
+    least = min(10 * torch.log10(one.square().sum() / (one - other).square().sum()).item() for one, other in zip(exact, results[0]))
+    assert report.int8["DoubleStreamBlock"][0] == pytest.approx(least, abs=0.1)
+    assert 15 < report.int8["DoubleStreamBlock"][1] < 60
+
+
+def test_a_layer_that_loses_more_than_was_planned_is_named(load, nodes, sample):
+    quantized = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
+    layers = {name: layer for name, layer in quantized.object_patches.items() if hasattr(layer, "planned_sqnr")}
+    spoilt = next(name for name in layers if name.endswith("double_blocks.0.img_mlp.0"))
+    layers[spoilt].planned_sqnr = 90.0
+    compiled = nodes.CompileModel(quantized, **CHEAP)
+    sample(compiled)
+    (note,) = report_of(compiled).notes
+    assert note.startswith("INT8 costs img_mlp.0 in DoubleStreamBlock more than was planned: ") and note in report_of(compiled).text()
+
+
+def test_a_lora_and_a_file_that_was_int8_have_no_float_to_compare_with(load, nodes, sample, lora):
+    quantized = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
+    compiled = nodes.CompileModel(lora(quantized), **CHEAP)
+    sample(compiled)
+    assert not report_of(compiled).warnings() and "txt_mlp" not in str(report_of(compiled).notes)
