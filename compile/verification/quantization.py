@@ -20,8 +20,8 @@ FAR_BELOW = 6.0  # dB: four times the noise power that was planned
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """Of one block on its true input. sqnr: dB of its result that lost most as INT8 against float. layers: {name: dB of that layer's output on the
-    input that it has in float}, of the INT8 layers that it called. planned: {name: dB measured when it was quantized}."""
+    """Of one block on its true input. sqnr: dB of its result that lost most as INT8 against float. layers: {name: dB of that layer's output
+    on the input that it has in float}, of the INT8 layers that it called. planned: {name: dB measured when it was quantized}."""
 
     sqnr: float
     layers: dict[str, float]
