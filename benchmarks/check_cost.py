@@ -1,5 +1,6 @@
 """What it costs to look whether compiled code is still right, on Flux's own structure (19 double and 38 single blocks, narrow):
-microseconds a step and a block call. Needs ComfyUI.
+microseconds a step and a block call; and what the checks against eager cost: block calls in the first image, a step later with them as a
+ratio to one without, in pairs. Needs ComfyUI.
 
     python benchmarks/check_cost.py [--json FILE]
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -65,6 +67,19 @@ def microseconds(call) -> float:
     return statistics.median(times) * 1e6
 
 
+def ratio(call, other) -> float:
+    """The median of ROUNDS pairs of times, call's over other's, which of them comes first changing."""
+    found = []
+    for number in range(ROUNDS):
+        seconds = {}
+        for each in (call, other) if number % 2 else (other, call):
+            start = time.perf_counter()
+            each()
+            seconds[each] = time.perf_counter() - start
+        found.append(seconds[call] / seconds[other])
+    return statistics.median(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -79,6 +94,7 @@ def main() -> None:
     from int8_compile.compile.artifacts.store import CacheStore
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
+    from int8_compile.compile.verification.verification import VerificationOptions
 
     programs = []
 
@@ -117,9 +133,16 @@ def main() -> None:
         (loaded,) = known.region.artifacts._loaded[next(iter(known.region.artifacts._loaded))]
         result["call_us"] = {"values": microseconds(loaded.change_on_the_way), "attributes": microseconds(guards.is_unchanged),
                              "weights": microseconds(known.info.weights.get), "hooks": microseconds(lambda: regions.has_hooks(block))}
+        checked = CompiledModule(here.options, verification=VerificationOptions())
+        for _ in range(4):
+            step(checked)
+        assert set(checked.report.checked) == {"DoubleStreamBlock", "SingleStreamBlock"} and not checked.report.warnings(), checked.report
+        result["checks"] = {"block calls more in the first image": checked.report.checks,
+                            "a later step, ratio": ratio(functools.partial(step, checked), functools.partial(step, here)),
+                            "the same twice without, ratio": ratio(functools.partial(step, here), lambda: step(here))}
         result["modules"] = sum(1 for _ in net.modules())
-    for name in ("step_us", "call_us"):
-        sys.stdout.write("\n".join([f"{name}:", *(f"  {what:32} {value:8.1f}" for what, value in result[name].items())]) + "\n")
+    for name in ("step_us", "call_us", "checks"):
+        sys.stdout.write("\n".join([f"{name}:", *(f"  {what:36} {value:8.4g}" for what, value in result[name].items())]) + "\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
