@@ -3,12 +3,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 NAME = "int8_compile"
 # What ComfyUI calls it here: a path for a pack in custom_nodes.
 PACKAGE = __name__.rpartition(".")[0]
 ROOT = Path(__file__).absolute().parent
+
+
+@functools.cache
+def version() -> str:
+    """As the registry has it: of pyproject.toml; empty where that is gone."""
+    try:
+        found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 @functools.cache

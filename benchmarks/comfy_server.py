@@ -190,7 +190,7 @@ class ComfyServer:
         while time.monotonic() < deadline:
             self._check_alive()
             try:
-                self._get("/system_stats")
+                self.get("/system_stats")
                 return
             except OSError:  # nobody listens yet
                 time.sleep(0.2)
@@ -213,9 +213,9 @@ class ComfyServer:
 
     @property
     def comfyui_version(self) -> str:
-        return self._get("/system_stats")["system"]["comfyui_version"]
+        return self.get("/system_stats")["system"]["comfyui_version"]
 
-    def _get(self, path: str):
+    def get(self, path: str):
         with _opener.open(self.url + path, timeout=60) as response:
             return json.load(response)
 
@@ -229,8 +229,8 @@ class ComfyServer:
     def object_info(self, node_id: str | None = None) -> dict:
         """Every node's schema by id, or one node's schema; KeyError when the server has no such node."""
         if node_id is None:
-            return self._get("/object_info")
-        return self._get(f"/object_info/{node_id}")[node_id]
+            return self.get("/object_info")
+        return self.get(f"/object_info/{node_id}")[node_id]
 
     def defaults(self, node_id: str) -> dict:
         """The default of every required input of a node that has one: what the frontend fills in."""
@@ -257,7 +257,7 @@ class ComfyServer:
 
     def history(self, prompt_id: str) -> dict | None:
         """The finished prompt's history entry, or None while it is queued or running."""
-        return self._get(f"/history/{prompt_id}").get(prompt_id)
+        return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def wait(self, prompt_id: str, timeout: float = 600) -> RunResult:
         """Wait for a queued prompt; TimeoutError after timeout seconds, RuntimeError if the server dies."""

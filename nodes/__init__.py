@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..compile.comfyui import core as comfy_core
+from ..compile.comfyui import server_status
 from ..compile.comfyui.artifact_cache import get_cache
 from ..compile.torch_internals import warmup
 from ..int8.files.temporary import sweep_below
@@ -53,6 +54,7 @@ class Int8CompileExtension(ComfyExtension):
                 _report_id_clashes({k: v for k, v in others.items() if getattr(v, "CATEGORY", None) != CATEGORY})
             PromptServer.instance.app.on_startup.append(look_again)
             PromptServer.instance.add_on_prompt_handler(_warm_up)
+            server_status.add_route(PromptServer.instance)
             autotune.waiting.busy = lambda: PromptServer.instance.prompt_queue.get_tasks_remaining() > 0
             sweep_below(Path(folder_paths.get_output_directory()))  # Save INT8 Model writes anywhere in it
             await _register_replacements()

@@ -88,7 +88,7 @@ def rehearse(archive: Path, python: str) -> None:
         os.environ["COMFYUI_PYTHON"] = str(alone)
         env = {"PYTHONPATH": os.pathsep.join((str(base / "site"), str(image)))}
         with ComfyServer(base / "ComfyUI", base / "run", env=env, extra_args=["--front-end-root", str(page)]) as server:
-            nodes = server._get("/object_info")
+            nodes = server.get("/object_info")
             print(f"The server started: {len(nodes)} nodes, INT8LazyTorchCompile {'INT8LazyTorchCompile' in nodes}.")
 
 

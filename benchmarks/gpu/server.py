@@ -141,14 +141,14 @@ class Suite:
 
     def memory(self, reset: bool = False, pause: bool = False) -> dict:
         """pause: nobody asks for it from now on, until this is called again."""
-        return self.server._get(f"/gpu_probe?{'reset=1&' * reset}{'pause=1' * pause}")
+        return self.server.get(f"/gpu_probe?{'reset=1&' * reset}{'pause=1' * pause}")
 
     def start_profile(self) -> None:
-        self.server._get("/gpu_profile?start=1")
+        self.server.get("/gpu_profile?start=1")
 
     def profile(self) -> dict:
         """Since start_profile; see probe."""
-        return self.server._get("/gpu_profile")
+        return self.server.get("/gpu_profile")
 
     def log(self) -> str:
         return self.server.log_text()

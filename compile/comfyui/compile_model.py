@@ -266,6 +266,12 @@ def reports(patcher) -> list:
             if (target, options) == (w.target, w.options)]
 
 
+def all_reports() -> list[tuple[str, CompileReport]]:
+    """(class of the model, report) of all that is compiled in this process."""
+    with _LOCK:
+        return [(type(model).__name__, state.compiled.report) for model, states in list(_COMPILED.items()) for state in states.values()]
+
+
 def non_dynamic_clone(patcher, title: str):
     """A clone without dynamic VRAM, whose weights are plain tensors that compiled code can read. The checkpoint is read once for a
     model: later clones share that copy, with the object patches (INT8 layers) and LoRA of the patcher that they are made of.

@@ -70,7 +70,7 @@ def watch(page):
 
 def history(page) -> list:
     """Of the prompts that have ended, oldest first."""
-    return sorted(page.server._get("/history").values(), key=lambda entry: entry["prompt"][0])
+    return sorted(page.server.get("/history").values(), key=lambda entry: entry["prompt"][0])
 
 
 def run(page):
