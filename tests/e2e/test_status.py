@@ -17,7 +17,8 @@ def test_the_status_says_what_is_compiled_and_nothing_of_a_prompt(serve):
         before = server.get("/int8_compile/status")
         assert before["models"] == [] and before["machine"]["torch"] and before["version"].count(".") == 2
         node = "CompileModel", {**server.defaults("CompileModel"), "backend": "eager"}
-        assert server.run(flux_prompt(text="a secret meeting", lora=("tiny_flux_a.safetensors", 1.0), model_nodes=[node])).status == "success"
+        prompt = flux_prompt(text="a secret meeting", lora=("tiny_flux_a.safetensors", 1.0), model_nodes=[node])
+        assert server.run(prompt).status == "success"
         found = server.get("/int8_compile/status")
     (model,) = found["models"]
     assert (model["model"], model["node"], model["state"][:5]) == ("Flux", "Compile Model", "ready") and model["steps"] > 0
