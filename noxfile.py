@@ -64,7 +64,8 @@ def demo(session: nox.Session):
 
 @nox.session(venv_backend="virtualenv")
 def tests(session: nox.Session):
-    """All tests, in two processes side by side; further arguments go to both of them: nox -s tests -- -k cache"""
+    """All tests, in two processes side by side; further arguments go to both of them: nox -s tests -- -k cache. Of tests with several
+    parameters each value runs, in combinations that change daily; every combination: nox -s tests -- --all"""
     python, env = environment(session)
     tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
     install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)

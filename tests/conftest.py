@@ -22,6 +22,8 @@ logging.getLogger("torch.__trace").propagate = True
 
 os.environ.setdefault("INT8_COMPILE_CACHE", "0")  # tests of the compile cache turn it on, with folders of their own
 
+import shares  # noqa: E402
+
 from benchmarks.comfy_server import find_comfyui  # noqa: E402
 
 COMFYUI = find_comfyui()
@@ -39,7 +41,16 @@ def _load_pack() -> None:
 _load_pack()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every combination of parameters, not each value of each once")
+
+
+def pytest_collection_modifyitems(config, items):
+    named = config.option.keyword or any("::" in argument for argument in config.args)
+    if not (config.option.all or named):
+        run = shares.of_today(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in run])
+        items[:] = [item for item in items if item in run]
     for item in items:
         for marker in ("comfy", "e2e"):
             if item.get_closest_marker(marker) and COMFYUI is None:

@@ -1,0 +1,24 @@
+"""What runs of large matrices, where not all does."""
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from shares import share
+
+MATRIX = [{"kind": f"kind {kind}", "size": str(size), "way": way} for kind, size, way in itertools.product(range(7), range(5), "ab")]
+
+
+@pytest.mark.parametrize("seed", ["2026-11-27", "2026-11-28"])
+def test_each_value_of_each_parameter_runs(seed):
+    chosen = [MATRIX[number] for number in share(MATRIX, seed)]
+    assert {pair for case in chosen for pair in case.items()} == {pair for case in MATRIX for pair in case.items()}
+    assert len(chosen) <= 10 and share(MATRIX, seed) == share(MATRIX, seed)
+
+
+def test_another_day_has_other_combinations():
+    assert set.union(*(share(MATRIX, str(day)) for day in range(60))) == set(range(len(MATRIX)))
+
+
+def test_cases_with_one_parameter_all_run():
+    assert share([{"only": str(number)} for number in range(9)], "any") == set(range(9)) and share([], "any") == set()
