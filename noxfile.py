@@ -1,4 +1,4 @@
-"""Set-up and runs for people: `nox -s demo`, `nox -s tests`, `nox -s quick`, `nox -s fuzz`, `nox -s lint`.
+"""Set-up and runs for people: `nox -s demo`, `nox -s bench`, `nox -s tests`, `nox -s quick`, `nox -s fuzz`, `nox -s lint`.
 
 Needs Python 3.10 or later, pip and nox; everything else is installed here. Environment variables:
 COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
@@ -53,6 +53,7 @@ COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clon
 # lowest priority, as the pack's builders have, which two busy test processes would starve.
 RUN_PYTEST = ("import os, sys; getattr(os, 'SCHED_IDLE', None) and os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); "
               "sys.path.append(sys.argv.pop(1)); import pytest; sys.exit(pytest.main())")
+RUN_SCRIPT = "import runpy, sys; sys.path.append(sys.argv.pop(1)); sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @nox.session(venv_backend="virtualenv")  # for its pip
@@ -60,6 +61,15 @@ def demo(session: nox.Session):
     """Eager, compiled and INT8 + compiled, side by side: pictures, times and differences in demo_output."""
     python, env = environment(session)
     session.run(python, "benchmarks/demo.py", *session.posargs, env=env, external=True)
+
+
+@nox.session(venv_backend="virtualenv")  # for its pip
+def bench(session: nox.Session):
+    """A checkpoint or workflow of yours: eager, each INT8 method, compiled or not; speed beside quality. Arguments: nox -s bench -- -h"""
+    python, env = environment(session)
+    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
+    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    session.run(python, "-c", RUN_SCRIPT, str(tools), "benchmarks/bench.py", *session.posargs, env=env, external=True)
 
 
 @nox.session(venv_backend="virtualenv")

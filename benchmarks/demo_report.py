@@ -82,20 +82,26 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def comparison(variants: Sequence[Variant], out: Path) -> None:
     """comparison.png: the variants' pictures (<name>.png in out) side by side, captioned. None where no variant made one."""
+    sheet([(out / f"{v.name}.png", f"{TITLES[v.name]}\n{_number(v.seconds_per_step, '.4f')} s/step, {_number(v.weights_mb, '.1f')} MB")
+           for v in variants], out / "comparison.png", len(variants))
+
+
+def sheet(pictures: Sequence[tuple[Path, str]], path: Path, columns: int) -> None:
+    """Writes the pictures that there are, (file, caption of two lines) each, as one into path; nothing where there are none."""
     from PIL import Image, ImageDraw
 
-    shown = [v for v in variants if (out / f"{v.name}.png").exists()]
+    shown = [(Image.open(file).convert("RGB"), caption) for file, caption in pictures if file.exists()]
     if not shown:
         return
-    images = [Image.open(out / f"{v.name}.png").convert("RGB") for v in shown]
-    width, height = max(i.width for i in images), max(i.height for i in images)
-    sheet = Image.new("RGB", (len(images) * (width + GAP) - GAP, height + CAPTION_HEIGHT), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, (v, image) in enumerate(zip(shown, images)):
-        sheet.paste(image, (n * (width + GAP), CAPTION_HEIGHT))
-        caption = f"{TITLES[v.name]}\n{_number(v.seconds_per_step, '.4f')} s/step, {_number(v.weights_mb, '.1f')} MB"
-        draw.multiline_text((n * (width + GAP) + 4, 6), caption, fill="black", spacing=6)
-    sheet.save(out / "comparison.png")
+    columns = min(columns, len(shown))
+    width, height = max(image.width for image, _ in shown) + GAP, max(image.height for image, _ in shown) + CAPTION_HEIGHT + GAP
+    whole = Image.new("RGB", (columns * width - GAP, -(-len(shown) // columns) * height - GAP), "white")
+    draw = ImageDraw.Draw(whole)
+    for number, (image, caption) in enumerate(shown):
+        left, top = number % columns * width, number // columns * height
+        whole.paste(image, (left, top + CAPTION_HEIGHT))
+        draw.multiline_text((left + 4, top + 6), caption, fill="black", spacing=6)
+    whole.save(path)
 
 
 def write_json(path: Path, variants: Sequence[Variant], **facts) -> None:
