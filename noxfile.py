@@ -75,7 +75,7 @@ def bench(session: nox.Session):
 @nox.session(venv_backend="virtualenv")
 def tests(session: nox.Session):
     """All tests, in two processes side by side; further arguments go to both of them: nox -s tests -- -k cache. Of tests with several
-    parameters each value runs, in combinations that change daily; every combination: nox -s tests -- --all"""
+    parameters each value runs, in combinations that change daily, and what takes longest rotates; all: nox -s tests -- --all"""
     python, env = environment(session)
     tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
     install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)

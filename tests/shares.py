@@ -1,10 +1,13 @@
-"""Which cases of a test with several parameters run where not all do: each value of each parameter, in combinations that change daily."""
+"""What runs where not every combination does: of tests with several parameters each value of each, and each test that is marked rotating
+every third day."""
 from __future__ import annotations
 
 import datetime
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+
+DAYS = 3
 
 
 def share(cases: Sequence[dict[str, str]], seed: str) -> set[int]:
@@ -22,15 +25,21 @@ def share(cases: Sequence[dict[str, str]], seed: str) -> set[int]:
     return chosen
 
 
-def of_today(items: Sequence) -> set:
-    """Those of pytest's items that run today. What drives a server runs whole."""
+def is_turn(number: int, day: datetime.date) -> bool:
+    """Whether the test of a number is one of day's: each is in any DAYS days."""
+    return (number + day.toordinal()) % DAYS == 0
+
+
+def of_day(items: Sequence, day: datetime.date) -> set:
+    """Those of pytest's items that run on day. What drives a server runs whole."""
+    rotating = [item for item in items if item.get_closest_marker("rotating")]
+    left_out = {item for number, item in enumerate(rotating) if not is_turn(number, day)}
     groups = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("e2e"):
+        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("e2e", "rotating"))):
             groups[item.nodeid.partition("[")[0]].append(item)
-    left_out = set()
     for name, group in groups.items():
         cases = [dict(zip(item.callspec.params, map(str, item.callspec._idlist))) for item in group]
-        chosen = share(cases, f"{datetime.date.today()} {name}")
+        chosen = share(cases, f"{day} {name}")
         left_out.update(item for number, item in enumerate(group) if number not in chosen)
     return set(items) - left_out

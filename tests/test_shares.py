@@ -1,10 +1,11 @@
 """What runs of large matrices, where not all does."""
 from __future__ import annotations
 
+import datetime
 import itertools
 
 import pytest
-from shares import share
+from shares import DAYS, is_turn, share
 
 MATRIX = [{"kind": f"kind {kind}", "size": str(size), "way": way} for kind, size, way in itertools.product(range(7), range(5), "ab")]
 
@@ -22,3 +23,10 @@ def test_another_day_has_other_combinations():
 
 def test_cases_with_one_parameter_all_run():
     assert share([{"only": str(number)} for number in range(9)], "any") == set(range(9)) and share([], "any") == set()
+
+
+def test_what_rotates_runs_once_in_three_days():
+    start = datetime.date(2026, 12, 30)
+    days = [start + datetime.timedelta(days=number) for number in range(DAYS)]
+    assert all(sum(is_turn(number, day) for day in days) == 1 for number in range(20))
+    assert all(6 <= sum(is_turn(number, day) for number in range(20)) <= 7 for day in days)

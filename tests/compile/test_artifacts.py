@@ -185,6 +185,7 @@ def test_what_no_other_process_can_be_told_stays_eager_with_one_warning(tmp_path
     assert "cannot be described to another process" in caplog.text and "Set background to false" in caplog.text
 
 
+@pytest.mark.rotating
 def test_a_killed_builder_leaves_eager_and_one_warning_and_the_next_start_builds(tmp_path, key_file, caplog):
     cache, net, x = open_cache(tmp_path, key_file), make(), inputs()
     compiled = CompiledModule(BACKGROUND, cache=cache)

@@ -52,6 +52,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("aoti_cache", [True, False])
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_cached_method_equals_the_method(folder, name, aoti_cache):
@@ -308,6 +309,7 @@ def test_torchs_settings_are_in_the_key(change, back):
     assert group() == before
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("change", ["width", "dtype", "attribute", "training", "function", "global", "method"])
 def test_a_changed_module_or_code_is_never_served_stale(folder, change, monkeypatch):
     """Everything that a trace saw; the artifact of before is there all the time."""
@@ -334,6 +336,7 @@ def test_a_changed_module_or_code_is_never_served_stale(folder, change, monkeypa
     assert len(artifacts(folder)) >= before
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("damage", ["artifact", "manifest"])
 def test_a_damaged_artifact_is_set_aside_and_built_again(tmp_path, damage, caplog):
     module, x = make(), torch.randn(2, 10, 32)

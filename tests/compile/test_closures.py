@@ -62,6 +62,7 @@ def test_a_number_that_it_reads_counts(tmp_path):
     assert compiled.report.last_calls["artifact"] == 4 and len(compiled.report.artifacts) == 4
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("way", [KEPT, TRACED])
 @pytest.mark.parametrize("what", ["its code", "a function that it calls", "an option", "its default", "its constant"])
 def test_what_it_is_made_of_may_change(tmp_path, monkeypatch, what, way):

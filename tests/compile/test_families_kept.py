@@ -16,6 +16,7 @@ from benchmarks.tiny_models import fill
 pytestmark = pytest.mark.comfy
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ["Ideogram 4", "MiniMax H3", "Flux2", "Chroma", "SD3", "LTXV", "SD1.5"])
 def test_a_family_is_kept_and_right(comfy, tmp_path, name):
     family = SMALL[name]

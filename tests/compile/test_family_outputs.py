@@ -41,6 +41,7 @@ def as_on_a_gpu(monkeypatch):
         yield
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", SMALL)
 def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
     family, graphs, differences = SMALL[name], [], []
@@ -59,6 +60,7 @@ def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
         assert_one_graph_per_region(name, compiled.report, graphs)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ["Flux", "Wan", "Z-Image", "SDXL"])
 def test_inductor_computes_what_eager_computes(comfy, name):
     family = SMALL[name]

@@ -167,6 +167,7 @@ def test_other_compilers_learn_no_sizes():
     assert torch.compiler.config.dynamic_sources == before
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", [AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts, LooksUp, Branches, Default])
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_looks_at_an_integer_otherwise_is_right_for_each(tmp_path, kind, keep):

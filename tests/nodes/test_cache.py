@@ -75,6 +75,7 @@ def artifacts(restart, built, load, nodes, sample):
     return make
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name, int8", [("tiny_flux", False), ("tiny_flux", True), ("tiny_wan", False), ("tiny_wan", True)])
 def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artifacts, nodes, sample, name, int8):
     model = artifacts(name, int8)
@@ -120,6 +121,7 @@ def test_offloaded_weights_are_fetched_for_artifacts(artifacts, nodes, lora, app
     assert report(compiled).graphs == 0 and report(compiled).artifacts
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("method", ["CLIP", "VAE"])
 def test_text_encoders_and_vaes_keep_artifacts_too(comfy, restart, nodes, models_dir, method):
     if method == "CLIP":

@@ -197,6 +197,7 @@ def test_a_folder_that_others_can_write_to_is_refused(cache, store, run):
         run("LoadCompileCache", bundle="int8_compile_00001_.zip", trust=digest)
 
 
+@pytest.mark.rotating
 def test_of_a_model_only_what_it_runs_is_saved(store, run, nodes, flux, sample):
     from int8_compile.compile.artifacts.bundle import read_bundle
     from int8_compile.compile.comfyui import artifact_cache, compile_model

@@ -54,6 +54,7 @@ def test_the_trained_model_draws_the_digit_that_it_is_asked_for(model, draw, cla
     assert rate >= 0.9
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("method", ["rowwise", "convrot", "smoothquant", "auto"])
 def test_digits_are_recognised_as_often_in_int8(model, draw, classifier, nodes, method):
     eager = draw(model)

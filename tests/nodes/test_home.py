@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.comfy_server import find_comfyui
 
-pytestmark = [pytest.mark.comfy, pytest.mark.skipif(
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating, pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0 or shutil.which("setpriv") is None,
     reason="needs root and setpriv, to start a program with a user id that nobody knows")]
 NOBODY = 54321

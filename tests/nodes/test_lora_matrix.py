@@ -79,6 +79,7 @@ def load_fp32(comfy, models_dir):
     return load_fp32
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("method", ["rowwise", "convrot"])
 @pytest.mark.parametrize("family", ["tiny_flux", "tiny_wan"])

@@ -62,6 +62,7 @@ def compiled():
     return CompiledModule(CompileOptions(backend="eager", mark_sizes=True))
 
 
+@pytest.mark.rotating
 def test_patches_that_a_wrapper_inside_puts_into_the_options_are_run_and_gone_with_it(unet, compiled):
     model, options = unet.build(), {}
     forward = model.forward
@@ -97,6 +98,7 @@ def test_an_attention_of_another_pack_may_read_what_comfyui_has_read_before(unet
     assert not compiled.report.failure
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("guard_filter", [True, False])
 def test_wrappers_inside_a_model_that_is_compiled_whole_come_and_go(flux, sample, guard_filter):
     from comfy.patcher_extension import WrappersMP
