@@ -43,7 +43,7 @@ _load_pack()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="every combination of parameters, not each value of each once; and all that rotates")
+    parser.addoption("--all", action="store_true", help="every combination of parameters, and all that rotates")
 
 
 def pytest_collection_modifyitems(config, items):
