@@ -215,12 +215,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="seconds an image", ylabel="PSNR against eager, dB")
     shown = [row for row in rows[1:] if row.later and row.psnr is not None]
-    for row in shown:
-        axes.scatter(row.later, row.psnr, marker="o" if row.compiled else "s")
-        axes.annotate(row.title, (row.later, row.psnr), textcoords="offset points", xytext=(6, 4))
     if rows[0].later:
-        axes.axvline(rows[0].later, linestyle="--", color="grey")
-        axes.annotate("eager", (rows[0].later, 1), xycoords=("data", "axes fraction"), textcoords="offset points", xytext=(4, -12))
+        axes.axvline(rows[0].later, linestyle="--", color="grey", label=rows[0].title)
+    for row in shown:
+        axes.scatter(row.later, row.psnr, marker="o" if row.compiled else "s", label=row.title)
+    figure.legend(loc="outside right upper")
     axes.margins(0.2)
     figure.savefig(path, dpi=120)
 
