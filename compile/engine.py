@@ -301,7 +301,7 @@ class CompiledModule:
             self._blocks = self._describe_blocks()
         step.blocks = self._blocks
         if self._verification is not None:
-            self._verification.begin(self.report.steps, len(self._blocks), step.passthrough, args, kwargs)
+            self._verification.begin(self.report.steps, len(self._blocks), step.passthrough, args, kwargs, self._changes.weights)
         foreign, step.tensor_attributes = self._regions.look_inside()
         if foreign:
             step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}

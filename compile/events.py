@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from .report import NOT_KEPT, CompileReport
 from .torch_compiler import CompileScope, RegionCode
@@ -10,6 +10,7 @@ from .verification.quantization import QuantizationError
 
 logger = logging.getLogger(__name__)
 
+_COSTS, _MOST_FAR = "INT8 costs", 3
 # (report, what is under way, how much of it is done; "" and None for nothing)
 OnProgress = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
@@ -66,14 +67,16 @@ class Events:
             self.report.checked = {**self.report.checked, region: (dtype, in_roundings)}
             self._notified = False
 
-    def quantization(self, region: str, found: QuantizationError) -> None:
-        """A block of a region was computed with its float weights."""
+    def quantization(self, found: Mapping[str, QuantizationError]) -> None:
+        """What INT8 costs a block of each region with the weights that the model has now; empty: not known."""
         report = self.report
-        report.int8 = {**report.int8, region: (round(found.sqnr, 1), *found.least_layer())}
-        far = [f"INT8 costs {name} in {region} more than was planned: {db:.1f} dB, not {planned:.1f}. Keep it in high precision "
-               "(keep_layers), or quantize again with this prompt." for name, db, planned in found.far_below_plan()]
-        report.notes += [text for text in far if text not in report.notes][:3]
-        self._notified = False
+        if found or report.int8:
+            report.int8 = {region: (round(error.sqnr, 1), *error.least_layer()) for region, error in found.items()}
+            far = [f"{_COSTS} {name} in {region} more than was planned: {db:.1f} dB, not {planned:.1f}. Keep it in high precision "
+                   "(keep_layers), or quantize again with this prompt."
+                   for region, error in found.items() for name, db, planned in error.far_below_plan()]
+            report.notes = [text for text in report.notes if not text.startswith(_COSTS)] + far[:_MOST_FAR]
+            self._notified = False
 
     def compiled(self, scope: CompileScope, codes: Iterable[tuple[str, RegionCode]], log: bool) -> None:
         """Something was compiled during scope. codes: of the regions, with their names. log: say it at later times too."""

@@ -86,6 +86,7 @@ class RegionSet(Sequence):
     def look_inside(self) -> tuple[set[int], frozenset[str]]:
         """At the start of a step: (ids of the blocks in which another pack has compiled a module, names of attributes of weights)."""
         interior = self._interior or Interior(self.blocks)
+        interior.drop_own_forwards()
         if interior.has_hooks():
             self._hooks = {}  # where they are may be a dict that was not there before
         compiled = {id(block) for block in self.blocks if Interior([block]).is_compiled()} if interior.is_compiled() else set()

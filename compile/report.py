@@ -31,6 +31,7 @@ CAUSES = (
     (r"(\S+)\.size\(\)\[(\d+)\]", r"\1 has another size in dimension \2 than before"),
     (r"expected type of '(.+)' to be", r"\1 is of another type than before"),
 )
+WEIGHTS = "LoRA or strength"  # in a situation: the identity of the model's weights
 # How a fallback begins that costs nothing now: the next start compiles again.
 NOT_KEPT = "not kept in the compile cache"
 
@@ -165,6 +166,11 @@ class Changes:
         self._last: Mapping[str, Hashable] = {}
         self._pending: list[str] = []  # new, and not yet said: what is compiled for it comes at its first call
         self._before = (0, 0)
+
+    @property
+    def weights(self) -> Hashable:
+        """Another object where the model's weights are others than in the last call; None where nobody says."""
+        return self._last.get(WEIGHTS)
 
     def begin(self, situation: Mapping[str, Hashable], report: CompileReport) -> None:
         """Before a call of the model. situation: what may be new for it; numbers and sizes are named."""

@@ -1,12 +1,19 @@
 """One quantization of x for q, k and v where nothing is compiled (graph_pass.py does the same in graphs)."""
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 
 import torch
+from torch.nn.modules import module as torch_module
 
+from ..pack import PACKAGE
 from .kernels import ops
+
+# Whose code does not change x between two siblings: ComfyUI's.
+TRUSTED = "comfy."
+_BETWEEN = "torch.", f"{PACKAGE}."
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
@@ -15,7 +22,8 @@ class SharedActivationQuant:
     """The rows that the last of some sibling layers quantized; held no longer than their input lives.
 
     Under inference mode a tensor does not count its changes, so that two siblings get the same values is not taken for granted: the
-    first time that a layer meets its sibling's input it quantizes too, and shares from then on only if both came out equal.
+    first time that a layer meets its sibling's input it quantizes too, and shares from then on only if both came out equal. Where another
+    pack's code calls the layers, or hooks stand around them, x may change in one prompt and not in another: nothing is shared.
     """
 
     def __init__(self):
@@ -27,6 +35,10 @@ class SharedActivationQuant:
     def quant_rows(self, layer: torch.nn.Module, x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None,
                    kernel: str) -> Rows:
         """ops.quant_rows of x [..., K] as rows [M, K]. layer: who asks; it keeps whether it shares, in its attribute shares_input."""
+        hooks = (layer._forward_pre_hooks, layer._forward_hooks, torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+        if any(hooks) or not _caller().startswith(TRUSTED):
+            self._last = None
+            return ops.quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
         version = None if x.is_inference() else x._version
         key = (version, group, act, pre_quant_scale is None, kernel)
         last = self._last
@@ -44,6 +56,14 @@ class SharedActivationQuant:
         last = self._last
         if last is not None and last[0] is reference:
             self._last = None
+
+
+def _caller() -> str:
+    """The module of the function that has called a layer."""
+    frame = sys._getframe(2)
+    while frame is not None and (name := frame.f_globals.get("__name__") or "").startswith(_BETWEEN):
+        frame = frame.f_back
+    return name if frame is not None else ""
 
 
 def share_inputs(layers: Iterable[tuple[str, torch.nn.Module, tuple]]) -> None:

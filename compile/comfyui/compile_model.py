@@ -23,7 +23,7 @@ from ..errors import is_out_of_memory
 from ..events import OnProgress
 from ..gain import COMPILED, EAGER, WITHOUT, CallTimes
 from ..options import CompileOptions
-from ..report import CompileReport
+from ..report import WEIGHTS, CompileReport
 from ..torch_internals import warmup
 from ..torch_internals.guard_filter import INNER_PATCHES, has_patches
 from ..torch_internals.interrupt import Interrupted
@@ -117,7 +117,7 @@ class LazyCompile:
             result = executor(x, *args, **kwargs)
             self.times.end(begun, size, WITHOUT if TIMED in transformer_options else "")
             return result
-        self.times.of_weights(situation["LoRA or strength"])
+        self.times.of_weights(situation[WEIGHTS])
         if self.judge is not None and self.judge.runs_eager(self.times, size):
             result = executor(x, *args, **kwargs)
             self.times.end(begun, size, EAGER)
@@ -182,7 +182,7 @@ def _situation(model: torch.nn.Module, x: torch.Tensor, c_concat=None, c_crossat
     """What users change from image to image, of a call of BaseModel.apply_model."""
     prompt: tuple[int, ...] = getattr(c_crossattn, "shape", ())
     return {"size of the latent": tuple(x.shape[2:]), "batch": x.shape[0], "prompt length": prompt[1] if len(prompt) > 2 else None,
-            "LoRA or strength": getattr(model, "current_weight_patches_uuid", None)}
+            WEIGHTS: getattr(model, "current_weight_patches_uuid", None)}
 
 
 def _is_passthrough(error: Exception) -> bool:

@@ -67,19 +67,31 @@ class Verification:
         self._passthrough: Callable[[Exception], bool] = bool
         self._situation: tuple = ()
         self._turn = 0
-        self._measured: dict[str, int] = {}  # {region: turn}
+        self._weights: object = None
+        self._has_int8 = False
+        self._costs: dict[object, dict[str, QuantizationError]] = {}  # by weights and region
+        self._measured: set[tuple] = set()  # (turn, region) that were compared with float
         self._skip = 0  # so many calls that are due are not looked at
         self._not_before = 0
         self._step = 0
 
-    def begin(self, step: int, blocks: int, passthrough: Callable[[Exception], bool], args: tuple, kwargs: dict) -> None:
-        """At the first block of a step, which is called with args and kwargs. passthrough: see CompiledModule.run."""
+    def begin(self, step: int, blocks: int, passthrough: Callable[[Exception], bool], args: tuple, kwargs: dict,
+              weights: object = None) -> None:
+        """At the first block of a step, which is called with args and kwargs. passthrough: see CompiledModule.run. weights: another object
+        where the model's are others."""
         self._step, self._passthrough = step, passthrough
+        if weights != self._weights:  # INT8 costs others something else
+            self._weights = weights
+            self._measured.clear()
+            if len(self._costs) > 100:
+                self._costs.clear()
+            self._events.quantization(self._costs.get(weights, {}))
         turn = step // AGAIN
         if turn != self._turn:
             self._turn, self._skip = turn, 7 * turn % blocks  # another block than the first
         sizes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        self._situation = turn, *(sizes if self._each_size else [tuple(map(int.bit_length, shape)) for shape in sizes])
+        sizes = sizes if self._each_size else [tuple(map(int.bit_length, shape)) for shape in sizes]
+        self._situation = turn, weights if self._has_int8 else None, *sizes
 
     def is_due(self, compiled: Seen) -> bool:
         """Whether this call of it is to be looked at."""
@@ -103,8 +115,7 @@ class Verification:
                 raise
             self._could_not(compiled, region, error)
             return run()
-        if look.quantized:
-            self._compare_with_float(region, look)
+        done = not look.quantized or self._compare_with_float(region, look)
         result = run()
         try:
             right, apart = look.compare(result)
@@ -118,7 +129,8 @@ class Verification:
         if right:
             if len(compiled.seen_right) > 1000:
                 compiled.seen_right.clear()
-            compiled.seen_right.update((self._situation, self._situation[1:]))
+            if done:
+                compiled.seen_right.update((self._situation, self._situation[1:]))
             self._events.checked(region, name, in_roundings)
             return result
         machine = cache_key.machine_without_paths(self._device)
@@ -134,20 +146,29 @@ class Verification:
             logger.warning("Versions, sizes and figures of it, and nothing of your prompt, are in %s: please add that to a report.", where)
         return look.as_eager()
 
-    def _compare_with_float(self, region: str, look: _Look) -> None:
-        """Once a turn: what INT8 costs the block, said in the report."""
-        if self._turn == self._measured.get(region):
-            return
-        self._measured[region] = self._turn
+    def _compare_with_float(self, region: str, look: _Look) -> bool:
+        """Once for the same weights in a turn: what INT8 costs the block, said in the report. False: there was no memory for it."""
+        if not self._has_int8:
+            self._has_int8 = True
+            self._situation = self._situation[0], self._weights, *self._situation[2:]
+        if (self._turn, region) in self._measured:
+            return True
         try:
             found = look.quantization_error()
         except Exception as error:
-            if self._passthrough(error) and not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                self._not_before = self._step + _LATER
+                return False
+            if self._passthrough(error):
                 raise
             logger.info("INT8 is not compared with float in %s: %s", region, error)
         else:
             if found is not None:
-                self._events.quantization(region, found)
+                costs = self._costs.setdefault(self._weights, {})
+                costs[region] = found
+                self._events.quantization(costs)
+        self._measured.add((self._turn, region))
+        return True
 
     def _could_not(self, compiled: Seen, region: str, error: Exception) -> None:
         if is_out_of_memory(error):

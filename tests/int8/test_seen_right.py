@@ -224,3 +224,13 @@ def test_a_stored_choice_that_is_wrong_here_is_not_used(monkeypatch):
     monkeypatch.setattr(torch_mm, "int8_gemm", last_row_is_zero)
     taken, y = autotune._launched(torch.device("cpu"), "stored", found, arguments)
     assert taken is reference.int8_gemm and torch.equal(y, right_gemm(*arguments))
+
+
+@pytest.mark.parametrize("k", [64, 1536, 4096])
+def test_a_kernel_may_compute_float64_in_fp32(k):
+    """As they all do; the check against eager asks for float64 when it wants to know better."""
+    for seed in range(5):
+        x = torch.randn(256, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        _, _, w, ws, bias, _ = operands(1, k, seed=seed)
+        assert ops.int8_linear(x, w, ws, bias.double(), group=16).dtype is torch.float64
+    assert not seen_right.looked_at()[1]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ def attention(model):
 
 
 @pytest.fixture
-def quantized(wan, nodes, comfy):
+def quantized(wan, nodes, comfy, monkeypatch):
+    from int8_compile.int8 import shared_input
+    monkeypatch.setattr(shared_input, "TRUSTED", "")  # these tests call the layers, as ComfyUI's code does
     model = nodes.INT8QuantizeModel(wan, method="convrot")
     comfy.model_management.load_models_gpu([model])
     yield model
@@ -83,3 +86,45 @@ def test_the_rows_go_with_their_input(quantized):
     del x
     gc.collect()
     assert parent.q.shared_input._last is None
+
+
+def halved(module, args):
+    args[0].mul_(0.5)
+
+
+def foreign(forward):
+    """A pack's attention, which adds to its input between q and the rest."""
+    def attention(self, x, freqs, *args, **kwargs):
+        self.q(x)
+        x += 0.5
+        return forward(self, x, freqs, *args, **kwargs)
+    return attention
+
+
+@pytest.mark.parametrize("kind", ["hook", "method", "class"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_another_pack_changes_between_siblings_counts_whatever_ran_before(load, nodes, sample, comfy, monkeypatch, kind, compile):
+    def patched(model, patch):
+        with monkeypatch.context() as changes:
+            attentions = [block.self_attn for block in model.model.diffusion_model.blocks]
+            if kind == "hook":
+                hooks = [patch.get_model_object(f"diffusion_model.blocks.{i}.self_attn.k").register_forward_pre_hook(halved)
+                         for i in range(len(attentions))]
+            elif kind == "method":
+                for attention in attentions:
+                    changes.setattr(attention, "forward", types.MethodType(foreign(type(attention).forward), attention), raising=False)
+            else:
+                changes.setattr(type(attentions[0]), "forward", foreign(type(attentions[0]).forward))
+            result = sample(patch)
+            for hook in hooks if kind == "hook" else ():
+                hook.remove()
+        return result
+    images = []
+    for plain_first in (True, False):
+        model = load("tiny_wan")
+        quantized = nodes.INT8QuantizeModel(model, method="rowwise")
+        plain = sample(quantized) if plain_first else None
+        chosen = nodes.CompileModel(quantized, backend="eager") if compile else quantized
+        images.append((plain, patched(model, chosen)))
+    (plain, after), (_, alone) = images
+    assert torch.equal(after, alone) and not torch.equal(plain, alone)

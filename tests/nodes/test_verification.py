@@ -140,3 +140,64 @@ def test_a_lora_and_a_file_that_was_int8_have_no_float_to_compare_with(load, nod
     compiled = nodes.CompileModel(lora(quantized), **CHEAP)
     sample(compiled)
     assert not report_of(compiled).warnings() and "txt_mlp" not in str(report_of(compiled).notes)
+
+
+def test_what_int8_costs_is_said_of_the_model_that_runs_now(load, nodes, sample):
+    model = load("tiny_flux")
+    rowwise, convrot = (nodes.INT8QuantizeModel(model, method=method) for method in ("rowwise", "convrot"))
+    kept = nodes.INT8QuantizeModel(model, method="rowwise", keep_layers="*mlp*")
+    found = []
+    for quantized in (rowwise, convrot, kept, rowwise, convrot):
+        compiled = nodes.CompileModel(quantized, **CHEAP)
+        sample(compiled)
+        found.append(report_of(compiled).int8)
+    assert found[0] == found[3] and found[1] == found[4] and len({str(each) for each in found}) == 3
+    assert "mlp" not in found[2]["DoubleStreamBlock"][2]
+    plain = nodes.CompileModel(model, **CHEAP)
+    sample(plain)
+    assert not report_of(plain).int8 and "INT8 against float" not in report_of(plain).text()
+
+
+@pytest.mark.parametrize("failure", ["interrupt", "memory"])
+def test_a_comparison_with_float_that_is_cut_off_is_made_later_and_leaves_nothing(load, nodes, sample, comfy, monkeypatch, failure):
+    import comfy.model_management
+    from int8_compile.compile.verification import quantization, verification
+
+    kind = comfy.model_management.InterruptProcessingException if failure == "interrupt" else torch.OutOfMemoryError
+    monkeypatch.setattr(verification, "_LATER", 1)
+    quantized = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
+    want = sample(quantized)
+    compiled = nodes.CompileModel(quantized, **CHEAP)
+    calls = []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise kind("out of memory")
+        return 40.0
+    with monkeypatch.context() as changes:
+        changes.setattr(quantization, "sqnr_db", fails_once)
+        if failure == "interrupt":
+            with pytest.raises(kind):
+                sample(compiled)
+        else:
+            assert difference(sample(compiled), want) < 1e-3
+    assert not any("forward" in vars(layer) for layer in quantized.object_patches.values())
+    assert difference(sample(compiled), want) < 1e-3 and set(report_of(compiled).int8) == CLASSES
+
+
+def test_after_a_bypass_lora_is_gone_the_model_runs_compiled_as_before(load, nodes, sample, comfy, models_dir):
+    import comfy.sd
+    import comfy.utils
+
+    model = load("tiny_flux")
+    compiled = nodes.CompileModel(model, **CHEAP)
+    want = sample(compiled)
+    graphs = report_of(compiled).graphs
+    weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / "tiny_flux_a.safetensors"))
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(compiled, None, weights, 0.6, 0.0)
+    assert difference(sample(bypassed), want) > 1e-3
+    assert torch.equal(sample(compiled), want) and report_of(compiled).last_calls["eager"] == 0
+    assert not any("forward" in vars(module) for block in model.model.diffusion_model.double_blocks for module in block.modules())
+    sample(compiled)
+    assert report_of(compiled).graphs <= 2 * graphs  # with the LoRA, and without it

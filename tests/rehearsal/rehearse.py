@@ -109,6 +109,7 @@ def layers_of_a_processor_are_as_before(state):
 
 @step
 def nothing_is_measured_while_a_graph_is_captured(state):
+    from int8_compile.int8 import shared_input
     from int8_compile.int8.kernels import autotune, ops
     from int8_compile.int8.shared_input import share_inputs
 
@@ -118,6 +119,7 @@ def nothing_is_measured_while_a_graph_is_captured(state):
         close(ops.int8_linear(x, qweight, scale, bias), want)
         assert state.calls.get("_sleep") == before.get("_sleep")
         siblings = [torch.nn.Module(), torch.nn.Module()]
+        shared_input.TRUSTED = ""
         for module in siblings:
             module.shared_input, module.shares_input = None, None
         share_inputs([("a.q", siblings[0], ()), ("a.k", siblings[1], ())])
