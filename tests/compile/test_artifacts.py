@@ -77,6 +77,7 @@ def difference(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.rotating
 def test_background_runs_eager_until_it_is_built_and_compiled_from_the_next_step(tmp_path, key_file):
     cache, net = open_cache(tmp_path, key_file), make()
     compiled = CompiledModule(BACKGROUND, cache=cache)
@@ -224,6 +225,7 @@ def test_what_makes_no_artifacts_says_so(built, options, reason):
     assert reason in compiled.report.fallbacks[0] and compiled._cache is None
 
 
+@pytest.mark.rotating
 def test_int8_layers_and_their_rotation(tmp_path, key_file):
     """The plain twin of a quantized layer, whose ops run inside the artifact."""
     from int8_compile.int8.plain_layer import ArtifactLinear

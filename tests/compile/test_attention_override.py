@@ -134,6 +134,7 @@ class Pack:
         return function(q, k, v, *args, **kwargs) * factor
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", [Block, Heedful, Copies, Writes, OwnKeyword])
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_override_gets_what_eager_gives_it_and_comes_and_goes(tmp_path, kind, keep):
@@ -212,6 +213,7 @@ def test_an_overrides_own_error_is_raised_and_the_next_call_is_compiled(tmp_path
     assert compiled.report.last_calls["eager"] == 0 and not compiled.report.failure
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("result", [
     lambda q: q, lambda q: q.double(), lambda q: q[:, :1], lambda q: q.unsqueeze(0),
     lambda q: q.transpose(0, 1).contiguous().transpose(0, 1)])
@@ -317,6 +319,7 @@ class HasGain:
         return function(q, k, v, *args, **kwargs) * factor
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", [TellsByState, TellsByItem, Asks, CopiesLater, Writes])
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_a_packs_block_tells_an_override_arrives(tmp_path, monkeypatch, kind, keep):
@@ -346,6 +349,7 @@ class Twice(Block):
         return plain(q, k, v, 4, transformer_options=options) + 2 * plain(q, k, v, 4, transformer_options=options)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("successor", [None, lambda function, q, *args, **kwargs: q * 7])
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_override_that_goes_is_gone(tmp_path, successor, keep):

@@ -131,6 +131,7 @@ def test_what_transformer_options_hold_is_not_what_the_function_keeps():
     assert compiled.report.last_calls["graph"] == 4 and compiled.report.graphs == 1 and not compiled.report.fallbacks
 
 
+@pytest.mark.rotating
 def test_the_builder_process_makes_the_function_again(tmp_path):
     """With the compiler and the packages of AOTInductor."""
     cache, net = open_cache(tmp_path / "cache", tmp_path / "key"), nets.make(nets.scaled_by_tensor)

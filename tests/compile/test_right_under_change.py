@@ -293,6 +293,7 @@ CASES = [(kind, change, way) for kind, changes in ALL.items() for change in chan
 UNSEEN = "training", "parameters' type", "a slice"  # no other result
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind, change, way", CASES, ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_a_change_shows_at_once_and_is_served_again_when_it_is_taken_back(folder, kind, change, way):
     net, x = nets.make(kind), inputs()

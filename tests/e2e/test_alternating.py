@@ -250,6 +250,7 @@ def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, 
         turns.verify()
 
 
+@pytest.mark.rotating
 def test_models_take_turns_with_the_attention_of_gpus_too(serve, models_dir):
     rng = random.Random(SEED)
     with serve(env={"INT8_COMPILE_CACHE": "0"}, extra_args=["--use-pytorch-cross-attention"]) as server:

@@ -76,11 +76,13 @@ def check(pair, made, merge, sample, first, second, method):
         assert torch.equal(sample(model), sample(clean))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(("first", "second"), itertools.product(KINDS, KINDS))
 def test_a_merge_is_that_of_the_float_models_in_every_order(pair, made, merge, sample, first, second):
     check(pair, made, merge["simple"], sample, first, second, "convrot")
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("node", ["all of the second", "subtract", "add", "blocks", "twice"])
 @pytest.mark.parametrize(("first", "second"), [("float", "float, INT8 clone loaded"), ("float, INT8 clone loaded", "INT8, sampled"),
                                                ("INT8, sampled", "INT8 with a LoRA, sampled")])

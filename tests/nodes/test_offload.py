@@ -9,6 +9,7 @@ from .test_compile import CHEAP
 pytestmark = pytest.mark.comfy
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
 def test_offloaded_weights_give_the_same_result_and_a_bounded_number_of_graphs(flux, nodes, lora, apply, graphs, quantized, with_lora):

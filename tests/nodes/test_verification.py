@@ -64,6 +64,7 @@ def test_the_environment_turns_it_off(load, nodes, sample, monkeypatch, value, i
     assert bool(report_of(compiled).checked) == is_checked
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(("value", "is_checked"), [("off", False), ("first", True), (["off"], True), (None, True), (False, True)])
 def test_the_setting_turns_it_off_and_nothing_else_does(load, nodes, sample, user_folder, monkeypatch, caplog, value, is_checked):
     from int8_compile.compile.comfyui import user_settings
@@ -98,6 +99,7 @@ def test_a_kernel_that_is_wrong_here_is_not_in_the_image(load, nodes, sample, us
     assert found["kernel"] == "cpu" and found["machine"]["torch"] and str(user_folder) not in str(found)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("method", ["rowwise", "convrot", "auto"])
 def test_the_report_says_what_int8_costs_a_block_against_float(load, nodes, sample, method):
     model = load("tiny_flux")
