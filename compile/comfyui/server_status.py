@@ -32,7 +32,10 @@ class _LastWarnings(logging.Handler):
         self.kept: deque[dict] = deque(maxlen=MOST_WARNINGS)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.kept.append({"time": int(record.created), "level": record.levelname.lower(), "text": record.getMessage()})
+        try:
+            self.kept.append({"time": int(record.created), "level": record.levelname.lower(), "text": record.getMessage()})
+        except Exception:  # as every handler: a message that cannot be put together stops nobody
+            self.handleError(record)
 
 
 _warnings = _LastWarnings()

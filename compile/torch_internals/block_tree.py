@@ -105,7 +105,8 @@ class Interior:
         another pack's: it goes, and nothing changes by that."""
         for state in (*self._states, *self._blocks):
             forward = state.get("forward")
-            if type(forward) is types.MethodType and vars(forward.__self__) is state and forward.__func__ is type(forward.__self__).forward:
+            if (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state
+                    and forward.__func__ is type(forward.__self__).forward):
                 del state["forward"]
 
     def is_compiled(self) -> bool:
