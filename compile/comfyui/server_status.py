@@ -47,6 +47,8 @@ def add_route(server) -> None:
     logger = logging.getLogger(PACKAGE)
     if _warnings not in logger.handlers:
         logger.addHandler(_warnings)
+    if any(getattr(route, "path", "") == ROUTE for route in server.routes):
+        return  # a sibling copy of the pack has it: aiohttp takes no second one
 
     @server.routes.get(ROUTE)
     async def get_status(request):
