@@ -1,5 +1,5 @@
 """What runs where not every combination does: of tests with several parameters each value of each, and each test that is marked rotating
-every third day."""
+every DAYS days."""
 from __future__ import annotations
 
 import datetime
@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-DAYS = 3
+DAYS = 5
 
 
 def share(cases: Sequence[dict[str, str]], seed: str) -> set[int]:
@@ -31,7 +31,7 @@ def is_turn(number: int, day: datetime.date) -> bool:
 
 
 def of_day(items: Sequence, day: datetime.date) -> set:
-    """Those of pytest's items that run on day. What drives a server runs whole."""
+    """Those of pytest's items that run on day. Of what drives a server every combination."""
     rotating = [item for item in items if item.get_closest_marker("rotating")]
     left_out = {item for number, item in enumerate(rotating) if not is_turn(number, day)}
     groups = defaultdict(list)

@@ -35,6 +35,7 @@ def test_a_function_made_anew_in_each_forward_is_compiled_once_for_all_lengths(a
     assert compiled.report.graphs == 1, compiled.report.recompiles
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("attention", [nets.prefixed, nets.scaled, nets.scaled_by_tensor, nets.nested, nets.normed])
 def test_it_is_kept_and_serves_every_block_step_and_length(tmp_path, attention):
     net, compiled = nets.make(attention), cached(tmp_path / "cache")
@@ -48,6 +49,7 @@ def test_it_is_kept_and_serves_every_block_step_and_length(tmp_path, attention):
     assert again.report.last_calls["artifact"] == 4
 
 
+@pytest.mark.rotating
 def test_a_number_that_the_function_does_not_read_is_no_part_of_what_is_kept(tmp_path):
     net, compiled = nets.make(nets.masked), cached(tmp_path / "cache")
     run(compiled, net, *inputs(4, 4))
@@ -55,6 +57,7 @@ def test_a_number_that_the_function_does_not_read_is_no_part_of_what_is_kept(tmp
     assert compiled.report.last_calls["artifact"] == 4 and len(compiled.report.artifacts) == 1, compiled.report.fallbacks
 
 
+@pytest.mark.rotating
 def test_a_number_that_it_reads_counts(tmp_path):
     net, compiled = nets.make(nets.numbered), cached(tmp_path / "cache")
     for _ in range(5):  # one is built a step

@@ -30,6 +30,7 @@ def test_a_family_is_kept_and_right(comfy, tmp_path, name):
         assert compiled.report.last_calls["artifact"] > 0 and compiled.report.last_calls["eager"] == 0, compiled.report.fallbacks
 
 
+@pytest.mark.rotating
 def test_the_levels_of_a_vae_are_no_blocks_and_what_is_in_them_is(comfy, tmp_path):
     """Stable Diffusion's VAE keeps its residual blocks in bare modules, which nobody calls."""
     from comfy.ldm.models.autoencoder import AutoencoderKL

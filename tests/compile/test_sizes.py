@@ -178,6 +178,7 @@ def test_what_looks_at_an_integer_otherwise_is_right_for_each(tmp_path, kind, ke
             assert difference(run(compiled, net, *call), want) < 1e-5, value
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", [AsksType, AsksTypeInTuple, AsksClass, Matches, Texts, Converts, LooksUp])
 def test_an_integer_that_is_more_than_a_size_is_kept_for_its_value_and_others_are_refused_by_name(tmp_path, kind):
     net, compiled = nets.make(kind), cached(tmp_path / "cache")
@@ -252,6 +253,7 @@ class Changes(nets.Small):
         return x + self.body(x) * self.index
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", [FirstIsOther, InText, Changes])
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_that_know_their_place_are_right(tmp_path, kind, keep):

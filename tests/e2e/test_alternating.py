@@ -225,6 +225,7 @@ def test_models_that_take_turns_make_their_own_images_and_stay_compiled(serve, a
         turns.verify()
 
 
+@pytest.mark.rotating
 def test_artifacts_and_builds_in_the_background_take_turns_with_all_else(serve, models_dir, tmp_path):
     rng = random.Random(SEED)
     environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(tmp_path / "cache"),

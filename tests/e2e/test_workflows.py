@@ -63,6 +63,7 @@ def test_comfyui_lists_them_as_templates(server):
     assert sorted(templates["int8-compile"]) == sorted(path.stem for path in EXAMPLES.glob("*.json"))
 
 
+@pytest.mark.rotating
 def test_the_demo_runs_and_judges_itself(tmp_path):
     run = subprocess.run([sys.executable, str(REPO / "benchmarks" / "demo.py"), "--out", str(tmp_path), "--steps", "2", "--warm",
                           "--comfyui", str(find_comfyui())], capture_output=True, text=True)

@@ -104,6 +104,7 @@ def test_object_to_patch_chooses_what_is_compiled(load, nodes, sample, path, reg
     assert report.regions == regions and report.graphs >= 1 and not report.failure
 
 
+@pytest.mark.rotating
 def test_blocks_only_off_compiles_the_model_as_one(flux, nodes, sample):
     from int8_compile.compile.comfyui.compile_model import reports
 
@@ -221,6 +222,7 @@ def controlnet(comfy):
     return comfy.controlnet.ControlNet(fill(model, 11).eval(), load_device=torch.device("cpu"))
 
 
+@pytest.mark.rotating
 def test_a_controlnet_compiles_on_a_copy_and_controls_the_same(controlnet, nodes, graphs):
     from comfy.model_management import load_models_gpu
     from int8_compile.compile.comfyui.compile_model import reports
@@ -297,6 +299,7 @@ def test_a_wrapper_that_meets_another_model_compiles_that_one(load, nodes, sampl
     assert reports(stranger)[0].graphs >= 1
 
 
+@pytest.mark.rotating
 def test_dual_model_guider_runs_each_model_with_its_own_weights(load, nodes, conds):
     """The real guider: with both models compiled, and with one, whose wrapper the guider then hands to the other."""
     from comfy_extras.nodes_custom_sampler import Guider_DualModel
@@ -325,6 +328,7 @@ def comfy_sampler():
     return comfy.samplers.sampler_object("euler")
 
 
+@pytest.mark.rotating
 def test_a_multigpu_clone_compiles_for_itself_and_samples_the_same(flux, nodes, sample):
     """ModelPatcher.deepclone_multigpu, on the one device of this machine: a fresh model with the wrappers of the first."""
     from int8_compile.compile.comfyui.compile_model import reports

@@ -83,6 +83,7 @@ def test_patches_that_a_wrapper_inside_puts_into_the_options_are_run_and_gone_wi
     assert torch.equal(run(compiled, unet, model), plain) and compiled.report.graphs == graphs and not compiled.report.failure
 
 
+@pytest.mark.rotating
 def test_an_attention_of_another_pack_may_read_what_comfyui_has_read_before(unet, compiled, monkeypatch):
     import comfy.ldm.modules.attention as core
 

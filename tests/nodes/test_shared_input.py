@@ -101,6 +101,7 @@ def foreign(forward):
     return attention
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("kind", ["hook", "method", "class"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_what_another_pack_changes_between_siblings_counts_whatever_ran_before(load, nodes, sample, comfy, monkeypatch, kind, compile):

@@ -144,6 +144,7 @@ def test_a_lora_and_a_file_that_was_int8_have_no_float_to_compare_with(load, nod
     assert not report_of(compiled).warnings() and "txt_mlp" not in str(report_of(compiled).notes)
 
 
+@pytest.mark.rotating
 def test_what_int8_costs_is_said_of_the_model_that_runs_now(load, nodes, sample):
     model = load("tiny_flux")
     rowwise, convrot = (nodes.INT8QuantizeModel(model, method=method) for method in ("rowwise", "convrot"))
@@ -160,6 +161,7 @@ def test_what_int8_costs_is_said_of_the_model_that_runs_now(load, nodes, sample)
     assert not report_of(plain).int8 and "INT8 against float" not in report_of(plain).text()
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("failure", ["interrupt", "memory"])
 def test_a_comparison_with_float_that_is_cut_off_is_made_later_and_leaves_nothing(load, nodes, sample, comfy, monkeypatch, failure):
     import comfy.model_management
