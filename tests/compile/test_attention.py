@@ -150,6 +150,7 @@ def test_its_result_is_of_the_shape_that_is_promised(skip_reshape, skip_output_r
     assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (got.shape, got.dtype, got.stride())
 
 
+@pytest.mark.rotating
 def test_what_is_no_operation_is_traced_as_it_is():
     net, module, x = Net(), compiled(), torch.randn(2, 10, 32)
     for _ in range(2):

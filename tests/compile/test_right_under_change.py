@@ -664,6 +664,7 @@ BETWEEN = {
 METHODS = ("a default", "compiled"),  # functions are looked at once a step there
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("change, way", [case for case in itertools.product(BETWEEN, ("kept", "compiled")) if case not in METHODS])
 def test_what_the_model_itself_changes_from_block_to_block_is_refused_or_right(tmp_path, change, way):
     torch.manual_seed(0)

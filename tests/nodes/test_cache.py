@@ -87,6 +87,7 @@ def test_a_restart_compiles_nothing_for_any_size_batch_or_prompt(artifacts, node
     assert len(found.artifacts) >= len(found.regions)
 
 
+@pytest.mark.rotating
 def test_batch_1_and_2_share_artifacts(artifacts, nodes, sample):
     model = artifacts("tiny_flux")
     compiled = nodes.CompileModel(model)
@@ -95,6 +96,7 @@ def test_batch_1_and_2_share_artifacts(artifacts, nodes, sample):
     assert report(compiled).graphs == 0
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("int8", [False, True])
 def test_loras_and_their_strength_change_what_artifacts_compute(artifacts, nodes, sample, lora, int8):
     model = artifacts("tiny_flux", int8)
@@ -185,6 +187,7 @@ def test_another_attention_is_another_program(artifacts, nodes, sample, monkeypa
     assert not report(compiled).artifacts
 
 
+@pytest.mark.rotating
 def test_turned_off_nothing_is_written(restart, cache_folder, flux, nodes, sample, monkeypatch, tmp_path):
     monkeypatch.setenv("INT8_COMPILE_CACHE", "0")
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "off"))

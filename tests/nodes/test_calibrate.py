@@ -57,6 +57,7 @@ def test_layers_below_min_sqnr_db_stay_in_high_precision(flux, nodes, sample):
     assert set(half.object_patches) == {f"diffusion_model.{p.name}" for p in plans(half) if p.name not in kept}
 
 
+@pytest.mark.rotating
 def test_calibration_compiles_nothing_and_methods_cost_no_graphs(flux, nodes, sample, graphs):
     """Equal blocks get equal methods, so they stay one program."""
     quantized = nodes.INT8QuantizeModel(flux)

@@ -23,6 +23,7 @@ def sample_steps(comfy):
     return sample_steps
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(("cache", "last"), [("EasyCacheNode", True), ("LazyCacheNode", False)], ids=["after compile", "before compile"])
 def test_comfyuis_step_caches_skip_the_same_steps(flux, nodes, sample_steps, caplog, cache, last):
     from comfy_extras import nodes_easycache

@@ -63,11 +63,13 @@ def play(flux, ways, sample, last, rounds, seed, first_time=lambda: None):
     return seen
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("seed", range(2))
 def test_lists_alternate_in_any_order_each_compiled_and_itself(load, nodes, ways, sample, seed):
     assert play(load(), ways, sample, {"backend": "aot_eager"}, 45, seed) == QUANTIZED.keys()
 
 
+@pytest.mark.rotating
 def test_compile_alone_behind_an_int8_list_of_the_same_session_compiles(load, nodes, ways, sample, restart):  # noqa: F811
     """With artifacts: they are of one structure each."""
     cache = restart()
