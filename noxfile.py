@@ -67,8 +67,7 @@ def demo(session: nox.Session):
 def bench(session: nox.Session):
     """A checkpoint or workflow of yours: eager, each INT8 method, compiled or not; speed beside quality. Arguments: nox -s bench -- -h"""
     python, env = environment(session)
-    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
-    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    tools = test_tools(session, python)
     session.run(python, "-c", RUN_SCRIPT, str(tools), "benchmarks/bench.py", *session.posargs, env=env, external=True)
 
 
@@ -77,8 +76,7 @@ def tests(session: nox.Session):
     """All tests, in two processes side by side; further arguments go to both of them: nox -s tests -- -k cache. Of tests with several
     parameters each value runs, in combinations that change daily, and what takes longest rotates; all: nox -s tests -- --all"""
     python, env = environment(session)
-    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
-    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    tools = test_tools(session, python)
     env["COMFY_CLI"] = str(comfy_cli(session))
     pytest = [python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests"]
     # Most of the time goes into Python and g++, which use one core; what the parts share (models, compilers' caches) is made to be shared.
@@ -100,8 +98,7 @@ def tests(session: nox.Session):
 def quick(session: nox.Session):
     """The tests that need no ComfyUI, no server and no compiler, in a minute or two; further arguments go to pytest."""
     python, env = environment(session)
-    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
-    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    tools = test_tools(session, python)
     session.run(python, "-c", RUN_PYTEST, str(tools), "-c", "tests/pytest.ini", "--rootdir=tests", *QUICK, "-m", "not comfy and not e2e",
                 *session.posargs, env=env, external=True)
 
@@ -111,8 +108,7 @@ def fuzz(session: nox.Session):
     """Generated inputs for everything that a prompt, a workflow, a file or a setting can say, with another seed each time:
     nox -s fuzz -- 1000000 [seed]. The default is 300000 inputs, a quarter of an hour."""
     python, env = environment(session)
-    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
-    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    tools = test_tools(session, python)
     count, seed = [*session.posargs, *("300000", str(random.randrange(10**6)))[len(session.posargs):]][:2]
     session.log(f"{count} inputs, seed {seed}")
     env = {**os.environ, **env, "INT8_COMPILE_FUZZ": count, "INT8_COMPILE_FUZZ_SEED": seed}
@@ -130,9 +126,8 @@ def matrix(session: nox.Session):
         if not comfyuis and "COMFYUI_PATH" not in env:
             session.error("Set INT8_COMPILE_MATRIX_COMFYUI to the folders of ComfyUIs.")
         comfyuis, pythons = comfyuis or [env["COMFYUI_PATH"]], pythons or [python]
-    for version, python in {version_of(python): python for python in pythons}.items():
-        tools = ROOT / ".nox" / f"test-tools-{version}"
-        install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    for python in {version_of(python): python for python in pythons}.values():
+        test_tools(session, python)
     session.run(sys.executable, "benchmarks/matrix.py", *(f"--comfyui={folder}" for folder in comfyuis),
                 *(f"--python={python}" for python in pythons), "--tools", str(ROOT / ".nox" / "test-tools-{version}"), *session.posargs,
                 external=True)
@@ -151,6 +146,13 @@ def lint(session: nox.Session):
     session.install("ruff", "mypy>=2,<3")
     session.run("ruff", "check", ".", *session.posargs)
     session.run("mypy")
+
+
+def test_tools(session: nox.Session, python: str) -> Path:
+    """The folder of the test tools for a Python's version, installed."""
+    tools = ROOT / ".nox" / f"test-tools-{version_of(python)}"
+    install(session, python, ["--target", str(tools), "--upgrade", *TEST_TOOLS], tools)
+    return tools
 
 
 def environment(session: nox.Session) -> tuple[str, dict]:

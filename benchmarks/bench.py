@@ -26,7 +26,7 @@ ROOT = Path(__file__).absolute().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.comfy_server import ComfyServer, PromptRejected, RunResult, find_comfyui, find_python  # noqa: E402
 from benchmarks.demo import BUILD_TIMEOUT, FACTS, say  # noqa: E402
-from benchmarks.demo_report import cpu_name, sheet  # noqa: E402
+from benchmarks.demo_report import cpu_name, number, sheet  # noqa: E402
 from benchmarks.workflows import reports  # noqa: E402
 
 METHODS = "rowwise", "convrot", "auto"
@@ -68,7 +68,7 @@ def of_model(options: argparse.Namespace) -> dict:
     if options.clip:
         loaders = "CLIPLoader", "DualCLIPLoader", "TripleCLIPLoader"
         several = len(options.clip) > 1
-        names = {f"clip_name{number if several else ''}": name for number, name in enumerate(options.clip, 1)}
+        names = {f"clip_name{index if several else ''}": name for index, name in enumerate(options.clip, 1)}
         kind = {} if len(options.clip) == 3 else {"type": options.clip_type}
         prompt = {"unet": node("UNETLoader", unet_name=options.model, weight_dtype="default"),
                   "clip": node(loaders[len(options.clip) - 1], **names, **kind), "vae": node("VAELoader", vae_name=options.vae)}
@@ -100,6 +100,8 @@ def without_nodes(prompt: dict, taken_out: Sequence[str] = TAKEN_OUT) -> dict:
 def with_nodes(prompt: dict, nodes: Sequence[tuple[str, dict]], schemas: dict) -> dict:
     """The prompt with a chain of nodes before everything that takes a MODEL and gives none (samplers, guiders, schedulers). schemas:
     ComfyUI's /object_info."""
+    if not nodes:
+        return prompt
     prompt = {name: {**node, "inputs": dict(node["inputs"])} for name, node in prompt.items()}
     ends: dict[tuple, str] = {}
     for node in list(prompt.values()):
@@ -108,7 +110,7 @@ def with_nodes(prompt: dict, nodes: Sequence[tuple[str, dict]], schemas: dict) -
             continue
         kinds = {key: kind[0] for group in schema.get("input", {}).values() if isinstance(group, dict) for key, kind in group.items()}
         for key, link in node["inputs"].items():
-            if kinds.get(key) != "MODEL" or not _is_link(link) or not nodes:
+            if kinds.get(key) != "MODEL" or not _is_link(link):
                 continue
             if tuple(link) not in ends:
                 last = link
@@ -149,7 +151,7 @@ def measure(server: ComfyServer, row: Row, prompt: dict, images: int, out: Path)
     if row.compiled:
         nodes.append(("INT8LazyTorchCompile", server.defaults("INT8LazyTorchCompile")))
     prompt = with_nodes(without_nodes(prompt), nodes, server.object_info())
-    results = [_run(server, with_seed(prompt, FIRST_SEED + number)) for number in range(1 + images)]
+    results = [_run(server, with_seed(prompt, FIRST_SEED + image)) for image in range(1 + images)]
     row.first, row.later = results[0].seconds, statistics.median(result.seconds for result in results[1:])
     for entry in reports(results[-1].outputs):
         details = entry["details"]
@@ -158,8 +160,8 @@ def measure(server: ComfyServer, row: Row, prompt: dict, images: int, out: Path)
             row.weights = f"{details['before']:.0f} -> {details['after']:.0f}"
         row.error = row.error or details.get("failure", "")
     pictures = [path for path in results[0].files(server) if path.suffix == ".png"]
-    for number, path in enumerate(pictures):
-        row.pictures.append(f"{row.file}{f'_{number}' * (number > 0)}.png")
+    for index, path in enumerate(pictures):
+        row.pictures.append(f"{row.file}{f'_{index}' * (index > 0)}.png")
         (out / row.pictures[-1]).write_bytes(path.read_bytes())
     if row.compiled:
         with contextlib.suppress(RuntimeError):
@@ -169,7 +171,7 @@ def measure(server: ComfyServer, row: Row, prompt: dict, images: int, out: Path)
 def _run(server: ComfyServer, prompt: dict) -> RunResult:
     result = server.run(prompt, timeout=3600)
     if result.status != "success":
-        raise RuntimeError(f"{result.error['node_type']}: {result.error['exception_message'].strip()}" if result.error else result.status)
+        raise RuntimeError(result.failure)
     return result
 
 
@@ -199,14 +201,10 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
         speed = rows[0].later / row.later if rows[0].later and row.later else None
-        cells = [_number(row.first, ".1f"), _number(row.later, ".2f"), _number(speed, ".2f", "x"), row.weights or "-",
-                 _number(row.psnr, ".1f"), _number(row.int8_db, ".1f")]
+        cells = [number(row.first, ".1f"), number(row.later, ".2f"), number(speed, ".2f", "x"), row.weights or "-",
+                 number(row.psnr, ".1f"), number(row.int8_db, ".1f")]
         yield f"| {row.title} | {' | '.join(cells)} |"
     yield from ("", *(f"{row.title} failed: {row.error}" for row in rows if row.error))
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -264,7 +262,7 @@ def main() -> int:
     (options.out / "bench.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
     (options.out / "bench.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     shown = [row for row in rows if row.pictures]
-    sheet([(options.out / row.pictures[0], f"{row.title}\n{_number(row.later, '.2f')} s, {_number(row.psnr, '.1f')} dB") for row in shown],
+    sheet([(options.out / row.pictures[0], f"{row.title}\n{number(row.later, '.2f')} s, {number(row.psnr, '.1f')} dB") for row in shown],
           options.out / "grid.png", columns=2 if not options.no_compile else 4)
     plot(rows, options.out / "bench.png")
     print(f"\n{heading}\n\n{text}\n\nThe table, the pictures (grid.png) and speed against quality (bench.png) are in {options.out}")

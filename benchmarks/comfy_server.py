@@ -87,6 +87,11 @@ class RunResult:
         ]
 
     @property
+    def failure(self) -> str:
+        """Of a prompt that did not succeed: the node and its message, or the status."""
+        return f"{self.error['node_type']}: {self.error['exception_message'].strip()}" if self.error else self.status
+
+    @property
     def cached_nodes(self) -> list[str]:
         """Ids of the nodes that ComfyUI did not run again, since it still had their outputs."""
         return [node for name, data in self.messages if name == "execution_cached" for node in data["nodes"]]

@@ -141,9 +141,8 @@ def _run(server: ComfyServer, variant: Variant, seed: int, out: Path, steps: int
 
 
 def _failed(variant: Variant, result: RunResult, server: ComfyServer, out: Path) -> None:
-    what = f"{result.error['node_type']}: {result.error['exception_message'].strip()}" if result.error else result.status
     shutil.copy(server.log_path, out / "failed.log")
-    variant.error = f"{what}\nThe traceback is in {out / 'failed.log'}."
+    variant.error = f"{result.failure}\nThe traceback is in {out / 'failed.log'}."
 
 
 def _weights_mb(log: str, int8: bool) -> float | None:

@@ -54,8 +54,8 @@ def table(variants: Sequence[Variant]) -> str:
     """The results as text; below it, what failed."""
     rows = [("", "first image s", "second s", "seconds a step", "speed", "weights MB", "difference", "verdict")]
     for v in variants:
-        rows.append((TITLES[v.name], _number(v.first_image_seconds, ".1f"), _number(v.second_image_seconds, ".1f"),
-                     _number(v.seconds_per_step, ".4f"), _speed(variants[0], v), _number(v.weights_mb, ".1f"), _number(v.difference, ".1e"),
+        rows.append((TITLES[v.name], number(v.first_image_seconds, ".1f"), number(v.second_image_seconds, ".1f"),
+                     number(v.seconds_per_step, ".4f"), _speed(variants[0], v), number(v.weights_mb, ".1f"), number(v.difference, ".1e"),
                      v.verdict()))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
@@ -68,21 +68,21 @@ def table(variants: Sequence[Variant]) -> str:
 def beside_check(variants: Sequence[Variant], expected: dict[str, float]) -> str:
     """The variants' speeds beside those that INT8 Compile Check measured for one block (times as fast as eager, by a variant's title)."""
     eager, *others = variants
-    return "\n".join(f"{TITLES[v.name]}: {_speed(eager, v)} a step; check.py's block {_number(expected.get(TITLES[v.name]), '.2f', 'x')}"
+    return "\n".join(f"{TITLES[v.name]}: {_speed(eager, v)} a step; check.py's block {number(expected.get(TITLES[v.name]), '.2f', 'x')}"
                      for v in others if TITLES[v.name] in expected)
 
 
 def _speed(base: Variant, v: Variant) -> str:
-    return _number(base.seconds_per_step / v.seconds_per_step if base.seconds_per_step and v.seconds_per_step else None, ".2f", "x")
+    return number(base.seconds_per_step / v.seconds_per_step if base.seconds_per_step and v.seconds_per_step else None, ".2f", "x")
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
+def number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def comparison(variants: Sequence[Variant], out: Path) -> None:
     """comparison.png: the variants' pictures (<name>.png in out) side by side, captioned. None where no variant made one."""
-    sheet([(out / f"{v.name}.png", f"{TITLES[v.name]}\n{_number(v.seconds_per_step, '.4f')} s/step, {_number(v.weights_mb, '.1f')} MB")
+    sheet([(out / f"{v.name}.png", f"{TITLES[v.name]}\n{number(v.seconds_per_step, '.4f')} s/step, {number(v.weights_mb, '.1f')} MB")
            for v in variants], out / "comparison.png", len(variants))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..int8.global_hooks import has_global_hooks
 from .arguments import call_compiled, kind_of_call
 from .artifacts import attention
 from .artifacts.attention_override import OVERRIDE, Overriding
@@ -30,7 +31,6 @@ from .regions import RegionSet
 from .report import Changes, first_lines, remedy
 from .step import Block, RegionState, Step
 from .torch_compiler import CompileScope, RegionCode, own_methods
-from .torch_internals.block_tree import has_global_hooks
 from .torch_internals.guard_filter import has_patches, options_of
 from .verification.verification import Verification, VerificationOptions
 

@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Iterable
 
 import torch
-from torch.nn.modules import module as torch_module
 
 from ..pack import PACKAGE
+from .global_hooks import has_global_hooks
 from .kernels import ops
 
 # Whose code does not change x between two siblings: ComfyUI's.
 TRUSTED = "comfy."
-_GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
 _BETWEEN = "torch.", f"{PACKAGE}."
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -36,7 +35,7 @@ class SharedActivationQuant:
     def quant_rows(self, layer: torch.nn.Module, x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None,
                    kernel: str) -> Rows:
         """ops.quant_rows of x [..., K] as rows [M, K]. layer: who asks; it keeps whether it shares, in its attribute shares_input."""
-        if layer._forward_pre_hooks or layer._forward_hooks or any(_GLOBAL_HOOKS) or not _caller().startswith(TRUSTED):
+        if layer._forward_pre_hooks or layer._forward_hooks or has_global_hooks() or not _caller().startswith(TRUSTED):
             self._last = None
             return ops.quant_rows(x.reshape(-1, x.shape[-1]), group, act, pre_quant_scale, kernel)
         version = None if x.is_inference() else x._version

@@ -47,9 +47,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    named = config.option.keyword or any("::" in argument for argument in config.args)
-    if not (config.option.all or named):
-        run = shares.of_day(items, datetime.date.today())
+    if not (config.option.all or config.option.keyword):
+        named = {Path(argument.partition("::")[0]).resolve() for argument in config.args if ".py" in argument}
+        run = shares.of_day(items, datetime.date.today()) | {item for item in items if item.path in named}
         config.hook.pytest_deselected(items=[item for item in items if item not in run])
         items[:] = [item for item in items if item in run]
     for item in items:

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from ...int8.files.folders import is_reserved
+from ...int8.global_hooks import has_global_hooks
 from ...int8.kernels.native import cache_folder
 from ..torch_internals import warmup
-from ..torch_internals.block_tree import Hooks, has_global_hooks
+from ..torch_internals.block_tree import Hooks
 from . import key as cache_key
 from .artifact import FILES, Artifact
 from .block import copy_skeleton, structure_of, tensor_spec, tensors_of

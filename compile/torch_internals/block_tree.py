@@ -13,7 +13,6 @@ from collections.abc import Callable
 from operator import attrgetter, is_
 
 import torch
-from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What a module's own dict holds for good; some packs put another object there.
@@ -21,12 +20,6 @@ _HELD = "_parameters", "_buffers", "_modules"
 _chain, _repeat = itertools.chain.from_iterable, itertools.repeat
 _state_of = attrgetter("__dict__")
 _item: Callable = dict.__getitem__
-# Of all modules; torch's own profiler and some packs use them.
-_GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
-
-
-def has_global_hooks() -> bool:
-    return any(_GLOBAL_HOOKS)
 
 
 def attributes_of_tensors(tensors: list) -> frozenset[str]:
@@ -103,8 +96,8 @@ class Interior:
     def drop_own_forwards(self) -> None:
         """What ejects a bypass LoRA (core's BypassForwardHook) puts each layer's own forward on the layer itself, where it looks like
         another pack's: it goes, and nothing changes by that."""
-        for state in (*self._states, *self._blocks):
-            forward = state.get("forward")
+        for state in [state for state in (*self._states, *self._blocks) if "forward" in state]:
+            forward = state["forward"]
             if (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state
                     and forward.__func__ is type(forward.__self__).forward):
                 del state["forward"]

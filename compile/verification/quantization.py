@@ -39,7 +39,8 @@ def quantization_error(module: torch.nn.Module, args: tuple, kwargs: dict, resul
                        device: torch.device) -> QuantizationError | None:
     """Of module's call with args and kwargs, which gave results; leaves no trace. None where no layer has a float weight: its file was
     INT8 already, or all of them have a LoRA in their weights."""
-    layers = {name: layer for name, layer in module.named_modules() if has_float_weight(layer)}
+    # A bypass LoRA's forward adds to what the layer makes of its input.
+    layers = {name: layer for name, layer in module.named_modules() if has_float_weight(layer) and "forward" not in vars(layer)}
     if not layers:
         return None
     copy = CallCopy(args, kwargs)
@@ -72,13 +73,10 @@ def _in_float(layers: dict[str, HasFloatWeight]) -> Iterator[dict[str, float]]:
             found[name] = min(_db(exact, result), found.get(name, MOST_DB))
             return exact
         return forward
-    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            if own[name] is None:  # a bypass LoRA's adds to what the layer makes of its input
-                vars(layer)["forward"] = float_forward(name, layer, layer.forward)
+            vars(layer)["forward"] = float_forward(name, layer, layer.forward)
         yield found
     finally:
-        for name, layer in layers.items():
-            if own[name] is None:
-                vars(layer).pop("forward", None)
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
