@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 import types
@@ -30,6 +31,9 @@ from .torch_internals.settings import compile_settings, recompile_limit
 
 # States of the code and values that a region is compiled for. A pack that patches anew each time would compile each time.
 MAX_STATES = 8
+# Torch remembers by a code's name and line which numbers have varied (torch._dynamo.pgo), and guards those where it would not otherwise: of
+# another model (SD1.5's block numbers), they cost a graph for each block.
+_NUMBERS = itertools.count()
 OwnMethods = tuple[tuple[str, Callable], ...]
 
 
@@ -152,6 +156,7 @@ class RegionCode:
 
     def __init__(self, name: str, options: CompileOptions, whole_model: bool = False):
         self.name = name
+        self._code_name = f"{name}_{next(_NUMBERS)}"
         self._options = options
         self._whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
@@ -176,7 +181,7 @@ class RegionCode:
                 known.pop()  # for keys that were there once: of a node that is gone
             if len(known) >= MAX_STATES:
                 return None
-            entry, guards = _entry(self.name), GuardFilter(filter_guards, self._whole_model)
+            entry, guards = _entry(self._code_name), GuardFilter(filter_guards, self._whole_model)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
             guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
