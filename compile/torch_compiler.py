@@ -181,7 +181,8 @@ class RegionCode:
                 known.pop()  # for keys that were there once: of a node that is gone
             if len(known) >= MAX_STATES:
                 return None
-            entry, guards = _entry(self._code_name), GuardFilter(filter_guards, self._whole_model)
+            entry = _entry(self._code_name)
+            guards = GuardFilter(filter_guards, self._whole_model, entry.__code__)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
             guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ...pack import ROOT
+from . import varied
 from .absent import ABSENT
 from .unguarded import Unguarded
 
@@ -76,11 +77,13 @@ def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True, unr
 
 class GuardFilter:
     """A guard_filter_fn for torch.compile. drop_bookkeeping: no patch is active. whole_model: it is the model that is compiled, not its
-    blocks. traced: fills with the code that was. environment: of the process when it was compiled, where that asked os.environ, which
-    dynamo takes for a constant. option_keys: of transformer_options beside the bookkeeping, where code went through all keys. unguarded:
-    see there. classes: those that it read, and of the objects that it read: dynamo guards which they are, not what they hold."""
+    blocks. code: what is compiled. traced: fills with the code that was. environment: of the process when it was compiled, where that asked
+    os.environ, which dynamo takes for a constant. option_keys: of transformer_options beside the bookkeeping, where code went through all
+    keys. unguarded: see there. classes: those that it read, and of the objects that it read: dynamo guards which they are, not what they
+    hold."""
 
-    def __init__(self, drop_bookkeeping: bool, whole_model: bool = False):
+    def __init__(self, drop_bookkeeping: bool, whole_model: bool = False, code: types.CodeType | None = None):
+        self._code = code
         self._drop_bookkeeping = drop_bookkeeping
         self._unread = frozenset(WRITTEN_BY_MODEL if whole_model else BOOKKEEPING)
         self.traced: Iterable[types.CodeType] = ()
@@ -107,6 +110,9 @@ class GuardFilter:
         for entry, stays in zip(entries, kept):
             if not stays and entry.guard_type in _OF_ALL_KEYS and entry.has_value and isinstance(entry.value, dict):
                 self.option_keys = self.keys(entry.value)
+        if self._code is not None:
+            varied.forget(self._code, [entry.orig_guard.name for entry, stays in zip(entries, kept)
+                                       if not stays and hasattr(entry, "orig_guard")])
         return kept
 
     def keys(self, options: dict) -> frozenset:

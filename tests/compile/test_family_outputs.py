@@ -73,19 +73,33 @@ def test_inductor_computes_what_eager_computes(comfy, name):
     assert compiled.report.failure == "" and compiled.report.graphs <= len(compiled.report.regions) + MORE_GRAPHS.get(name, 0)
 
 
-def test_a_model_that_was_compiled_before_costs_the_next_no_graph(comfy):
-    """Torch remembers which numbers varied for code of the same name and line: SD1.5's block numbers before SDXL's."""
+def spatial_transformers(width: int, count: int):
+    """(their compiled module, a function that samples with them at a batch, each at its place in a UNet)"""
     from comfy.ldm.modules.attention import SpatialTransformer
 
-    def graphs(width: int, places: list[int]) -> int:
-        blocks = torch.nn.ModuleList(SpatialTransformer(width, 2, width // 2, context_dim=8) for _ in places)
+    blocks = torch.nn.ModuleList(SpatialTransformer(width, 2, width // 2, context_dim=8) for _ in range(count))
+    root, compiled = torch.nn.ModuleList([blocks]), CompiledModule(CompileOptions(backend="eager", mark_sizes=True))
 
-        def sample():
-            x = torch.randn(2, width, 4, 4)
-            for block, place in zip(blocks, places):
-                x = block(x, torch.randn(2, 5, 8), {"block": ("input", place)})
-            return x
-        compiled = CompiledModule(CompileOptions(backend="eager", mark_sizes=True))
-        compiled.run(torch.nn.ModuleList([blocks]), sample, filter_guards=True, passthrough=lambda error: False)
-        return compiled.report.graphs
-    assert [graphs(64, [1, 1]), graphs(96, [4, 4]), graphs(128, [5, 6, 7])] == [1, 1, 1]
+    def run(batch: int, places: list[int]) -> torch.Tensor:
+        x = torch.randn(batch, width, 4, 4)
+        for block, place in zip(blocks, places, strict=True):
+            x = block(x, torch.randn(batch, 5, 8), {"block": ("input", place)})
+        return x
+    return compiled, lambda *args: compiled.run(root, lambda: run(*args), filter_guards=True, passthrough=lambda error: False)
+
+
+def test_a_model_that_was_compiled_before_costs_the_next_no_graph(comfy):
+    """Torch remembers which numbers varied for code of the same name and line: SD1.5's block numbers before SDXL's."""
+    graphs = []
+    for width, places in ((64, [1, 1]), (96, [4, 4]), (128, [5, 6, 7])):
+        compiled, sample = spatial_transformers(width, len(places))
+        sample(2, places)
+        graphs.append(compiled.report.graphs)
+    assert graphs == [1, 1, 1]
+
+
+def test_another_batch_is_one_graph_whichever_block_meets_it_first(comfy):
+    compiled, sample = spatial_transformers(160, 3)
+    sample(2, [1, 2, 4])
+    sample(1, [5, 7, 8])
+    assert compiled.report.graphs == 2, compiled.report.recompiles
