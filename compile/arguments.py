@@ -26,9 +26,11 @@ def _strided(value: Tensor) -> bool:
 
 
 def _mark(value):
-    """What torch._dynamo.maybe_mark_dynamic sets, at a tenth of its cost."""
+    """What torch._dynamo.maybe_mark_dynamic and mark_static set, at a tenth of their cost."""
     if isinstance(value, Tensor):
-        value._dynamo_weak_dynamic_indices = set(_VARYING[value.dim()])  # its own: torch adds to it
+        ones = {dim for dim, size in enumerate(value.shape) if size == 1}
+        value._dynamo_weak_dynamic_indices = set(_VARYING[value.dim()] - ones)  # its own: torch adds to it
+        value._dynamo_static_indices = ones  # it may be there to broadcast, which a size that varies does not
     elif isinstance(value, (tuple, list)):
         for item in value:
             _mark(item)
@@ -44,6 +46,13 @@ def _sizes(value, name: str) -> Iterator[str]:
     elif records.is_record(value):
         for key, item in records.state(value).items():
             yield from _sizes(item, f"{name}.{key}")
+
+
+def _one_included():
+    """While it is entered, a size that varies may be 1 too: a batch of 2 and then of 1 is one graph. What asks for it is guarded."""
+    from torch.fx.experimental import _config as shape_config  # compile machinery: at the first compile, not at import
+
+    return shape_config.patch(backed_size_oblivious=True) if hasattr(shape_config, "backed_size_oblivious") else contextlib.nullcontext()
 
 
 def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple, kwargs: dict):
@@ -102,8 +111,15 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     copies = _dense_copies(module, (*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
-    with _sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext():
-        result = _call_with_copies(compiled, module, args, kwargs, copies)
+    try:
+        with (_sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext(),
+              _one_included() if mark and not compiled.one_apart else contextlib.nullcontext()):
+            result = _call_with_copies(compiled, module, args, kwargs, copies)
+    except Exception as error:
+        if not mark or compiled.one_apart or compiled.may_have_run(error) or compiled.backend.refused is not None:
+            raise
+        compiled.one_apart = True  # it may be this that torch cannot do
+        return call_compiled(compiled, module, args, kwargs, inside, mark, numbers)
     compiled.look(module)
     return result
 

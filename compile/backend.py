@@ -70,6 +70,7 @@ class _Backend:
                           or depends_on_layout(graph, inputs, writes=_has_globals(graph)))
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
+        _guard_squeezed(graph)
         made = self._inner(graph, inputs, **options)
         self._has_made = True
         return made
@@ -86,6 +87,18 @@ class _Backend:
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
+
+
+def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
+    """Makes torch guard that a size that squeeze() leaves is not 1: the one operator that asks that in silence, where it was traced for
+    sizes that may be (see _one_included in arguments.py). As in eager a batch of 1 then takes another way."""
+    nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
+    for node in nodes:
+        if node.op in ("call_method", "call_function") and getattr(node.target, "__name__", node.target) in ("squeeze", "squeeze_"):
+            shape = getattr(node.args[0].meta.get("example_value"), "shape", ()) if node.args else ()
+            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(len(shape)))
+            for dim in [dims] if isinstance(dims, int) else dims:
+                bool(shape[dim] == 1)  # asked of a size that varies this is a guard
 
 
 def _has_globals(graph: torch.fx.GraphModule) -> bool:

@@ -1,0 +1,105 @@
+"""What was compiled for a batch of 2 serves a batch of 1, and is never wrong for it."""
+from __future__ import annotations
+
+import pytest
+import torch
+from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.options import CompileOptions
+from torch._dynamo.utils import counters
+
+WIDTH = 16
+# name: (of x [batch, tokens, width], y [batch, 1, width] and one [1, tokens, width], graphs for batches of 2, 1, 3, 1, 5)
+WAYS = {
+    "linear": (lambda x, y, one: x, 1),
+    "modulated": (lambda x, y, one: x * (1 + y) + one, 1),
+    "normed": (lambda x, y, one: torch.nn.functional.layer_norm(x, (WIDTH,)) * y, 1),
+    "heads": (lambda x, y, one: (x * y).view(x.shape[0], -1, 2, 8).transpose(1, 2).flatten(2), 1),
+    "broadcast": (lambda x, y, one: torch.broadcast_to(one[:, :1], x.shape) + x, 1),
+    "expanded": (lambda x, y, one: one.expand(x.shape[0], -1, -1) * x, 1),
+    "of the whole": (lambda x, y, one: x - x.mean(0, keepdim=True), 1),
+    "first": (lambda x, y, one: x[:1] + x[-1:] + one, 2),
+    "concatenated": (lambda x, y, one: torch.cat([y, x], 1), 1),
+    "halved": (lambda x, y, one: torch.cat([half * 2 for half in x.chunk(2)]), 2),
+    "asked": (lambda x, y, one: x + 1 if x.shape[0] == 1 else x * 2, 2),
+    "asked for more": (lambda x, y, one: x + 1 if len(x) > 1 else x * 2, 2),
+    "squeezed": (lambda x, y, one: (x * y).squeeze() + 1, 2),
+    "squeezed at 0": (lambda x, y, one: torch.squeeze(x * y, 0) + 1, 2),
+    "squeezed at dim": (lambda x, y, one: (x * y).squeeze(dim=(0, 1)) + 1, 2),
+    "squeezed at another": (lambda x, y, one: y.squeeze(1) + 1, 1),
+    "squeezed in a sum": (lambda x, y, one: x.sum((1, 2), keepdim=True).squeeze() + 1, 2),
+}
+
+
+class Block(torch.nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+
+    def forward(self, x, y, one):
+        return self.way(self.layers(x), y, one)
+
+
+def sampling(way, backend):
+    """A function of batch and tokens: (compiled result, eager result), and of how many graphs there are."""
+    blocks = torch.nn.ModuleList([Block(way), Block(way)])
+    root, compiled = torch.nn.ModuleList([blocks]), CompiledModule(CompileOptions(backend=backend, mark_sizes=True))
+
+    def both(batch, tokens, batch_of_y=None):
+        inputs = torch.randn(batch, tokens, WIDTH), torch.randn(batch_of_y or batch, 1, WIDTH), torch.randn(1, tokens, WIDTH)
+        with torch.inference_mode():
+            expected = [block(*inputs) for block in blocks]
+            got = compiled.run(root, lambda: [block(*inputs) for block in blocks], filter_guards=True, passthrough=lambda error: False)
+        assert compiled.report.failure == ""
+        return got[-1], expected[-1]
+    return both, lambda: compiled.report.graphs
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_of_1_is_served_by_the_graph_of_2_unless_it_is_computed_otherwise(way):
+    """With inductor, which takes what it was told of sizes for true."""
+    function, graphs = WAYS[way]
+    both, compiled = sampling(function, "inductor")
+    for batch, tokens in ((2, 6), (1, 6), (3, 7), (1, 9), (5, 6)):
+        assert_same(*both(batch, tokens))
+    assert compiled() == graphs
+
+
+def test_a_batch_of_1_first_is_compiled_for_1_and_the_next_for_all():
+    both, compiled = sampling(WAYS["modulated"][0], "aot_eager")
+    for batch, graphs in ((1, 1), (2, 2), (1, 2), (4, 2)):
+        assert_same(*both(batch, 6))
+        assert compiled() == graphs
+
+
+def test_an_input_that_is_broadcast_in_one_call_and_not_in_the_next_is_right():
+    both, compiled = sampling(WAYS["modulated"][0], "inductor")
+    for batch, of_y in ((2, 2), (2, 1), (1, 1), (3, 1), (3, 3), (1, 3), (2, 2)):
+        assert_same(*both(batch, 6, of_y))
+    assert compiled() <= 4
+
+
+def test_tokens_may_be_one_too():
+    both, compiled = sampling(WAYS["concatenated"][0], "aot_eager")
+    for batch, tokens in ((2, 6), (2, 1), (1, 1), (1, 7)):
+        assert_same(*both(batch, tokens))
+    assert compiled() <= 2
+
+
+def test_where_torch_cannot_a_batch_of_1_is_compiled_for_by_itself():
+    """A backend that asks whether a size may be 1, as one that cannot have that would."""
+    def picky(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        if any(isinstance(value, torch.SymInt) and value.node.shape_env.bound_sympy(value.node.expr).lower < 2 for value in values):
+            raise NotImplementedError("a size may be 1")
+        return graph
+    both, compiled = sampling(WAYS["modulated"][0], picky)
+    counters.clear()
+    for batch in (2, 1, 3):
+        assert_same(*both(batch, 6))
+    assert compiled() == 2
