@@ -77,6 +77,7 @@ def test_inductor_computes_what_eager_computes(comfy, name):
     assert compiled.report.failure == "" and compiled.report.graphs <= len(compiled.report.regions) + INDUCTOR_ASKS.get(name, 0)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ["Wan", "Z-Image", "PixArt", "HunyuanVideo"])
 def test_a_batch_of_1_after_a_larger_one_compiles_nothing_unless_a_block_asks_for_it(comfy, name):
     family = SMALL[name]

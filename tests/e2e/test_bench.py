@@ -39,6 +39,7 @@ def test_every_seed_is_set_and_links_stay():
     assert seeded["noise"]["inputs"] == {"noise_seed": 9} and seeded["sampler"] == sampler
 
 
+@pytest.mark.rotating
 @pytest.mark.e2e
 def test_a_model_is_benched_with_its_table_and_pictures(models_dir, tmp_path):
     needs_for("INT8QuantizeModel")

@@ -29,6 +29,7 @@ def text_of(result) -> str:
     return text
 
 
+@pytest.mark.rotating
 def test_a_second_worker_runs_what_the_first_has_compiled(serve, tmp_path):
     def worker(name):
         environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_KEY_FILE": str(tmp_path / f"{name}.key")}

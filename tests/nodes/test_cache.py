@@ -112,6 +112,7 @@ def test_loras_and_their_strength_change_what_artifacts_compute(artifacts, nodes
     assert difference(sample(compiled), sample(model)) < (NOISE if int8 else EXACT)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("int8", [False, True])
 def test_offloaded_weights_are_fetched_for_artifacts(artifacts, nodes, lora, apply, int8):
     """Partly loaded as --lowvram does it, with a LoRA that is added on the way."""

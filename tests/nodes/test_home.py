@@ -53,6 +53,7 @@ def check(said, lines):
     assert not [line for line in lines if "home directory" in line or "could not build" in line or "compile failed" in line], lines
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("home", [None, "/", "/nonexistent"], ids=["unset", "not its own", "absent"])
 def test_without_a_home_folder_there_is_an_image_and_one_line(run, tmp_path, home):
     said, lines = run(**({} if home is None else {"HOME": home}))

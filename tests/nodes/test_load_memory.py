@@ -37,6 +37,7 @@ print(json.dumps(dict(peak=(kib("VmHWM") - before) * 1024, stored=sum(w.nbytes f
 """
 
 
+@pytest.mark.rotating
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_the_int8_size_and_one_layer(tmp_path, comfy):
     """A Flux of 450 MB in bf16, hidden size 1024; its largest layer takes 14 MB."""
