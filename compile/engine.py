@@ -148,7 +148,7 @@ class CompiledModule:
             state = self._states.get(region.key)
             if state is None:
                 state = self._states[region.key] = RegionState(
-                    region.name, RegionCode(f"{region.name}_{len(self._states)}", self.options, self._root() in region.modules),
+                    region.name, RegionCode(region.name, self.options, self._root() in region.modules),
                     region.numbers())
             for index, module in enumerate(region.modules):
                 first = index == 0

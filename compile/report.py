@@ -252,7 +252,7 @@ class Counters:
             report.breaks[reason] = report.breaks.get(reason, 0) + count
         metrics = self._metrics()
         first = next((i + 1 for i in reversed(range(len(metrics))) if metrics[i] is self._last), 0)
-        report.recompiles += [f"{re.sub(r'(_[0-9]+)+$', '', m.co_name)}: {_cause(m.recompile_reason)}" for m in metrics[first:]
+        report.recompiles += [f"{re.sub(r'_[0-9]+$', '', m.co_name)}: {_cause(m.recompile_reason)}" for m in metrics[first:]
                               if m.co_name and getattr(m, "recompile_reason", None)]
 
 

@@ -152,12 +152,11 @@ class Compiled:
 
 
 class RegionCode:
-    """The compiled functions of a region: for each state of what dynamo does not guard, one. name: the region's. whole_model: see
-    GuardFilter."""
+    """The compiled functions of a region: for each state of what dynamo does not guard, one. name: the region's, with a number.
+    whole_model: see GuardFilter."""
 
     def __init__(self, name: str, options: CompileOptions, whole_model: bool = False):
-        self.name = name
-        self._code_name = f"{name}_{next(_NUMBERS)}"
+        self.name = f"{name}_{next(_NUMBERS)}"
         self._options = options
         self._whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
@@ -182,7 +181,7 @@ class RegionCode:
                 known.pop()  # for keys that were there once: of a node that is gone
             if len(known) >= MAX_STATES:
                 return None
-            entry = _entry(self._code_name)
+            entry = _entry(self.name)
             guards = GuardFilter(filter_guards, self._whole_model, entry.__code__)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
             found.one_apart = found.backend is None  # what it makes of sizes nobody sees
