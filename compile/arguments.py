@@ -13,6 +13,7 @@ from .artifacts.call import may_be_size
 from .artifacts.job import dynamic_dims_of_rank
 from .artifacts.origins import is_comfyuis
 from .torch_compiler import Compiled
+from .torch_internals.settings import varying
 
 _VARYING = {dims: frozenset(dynamic_dims_of_rank(dims)) for dims in range(16)}
 
@@ -48,24 +49,14 @@ def _sizes(value, name: str) -> Iterator[str]:
             yield from _sizes(item, f"{name}.{key}")
 
 
-def _one_included():
-    """While it is entered, a size that varies may be 1 too: a batch of 2 and then of 1 is one graph. What asks for it is guarded."""
-    from torch.fx.experimental import _config as shape_config  # compile machinery: at the first compile, not at import
-
-    return shape_config.patch(backed_size_oblivious=True) if hasattr(shape_config, "backed_size_oblivious") else contextlib.nullcontext()
-
-
-def _sizes_marked(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple, kwargs: dict):
-    """While it is entered, what torch compiles is for any of these integers. Of a pack's block torch learns them itself."""
+def _sizes_of_call(module: torch.nn.Module, numbers: tuple[str, ...], args: tuple, kwargs: dict) -> list[str]:
+    """What torch calls the integers that are to be taken for sizes. Of a pack's block torch learns them itself."""
     if not is_comfyuis(type(module).__module__):
-        return contextlib.nullcontext()
+        return []
     found = [f"L['module'].{name}" for name in numbers if may_be_size(module.__dict__.get(name))]
     for name, value in (("L['args']", args), *((f"L['kwargs']['{key}']", value) for key, value in kwargs.items() if key.isidentifier())):
         found += _sizes(value, name)
-    config = getattr(torch.compiler, "config", None)
-    if not found or not hasattr(config, "dynamic_sources"):  # torch before 2.8: it learns them at the second value
-        return contextlib.nullcontext()
-    return config.patch(dynamic_sources=",".join(filter(None, (config.dynamic_sources, *found))))
+    return found
 
 
 def tensors_in(value) -> Iterator[Tensor]:
@@ -112,8 +103,7 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
     try:
-        with (_sizes_marked(module, numbers, args, kwargs) if mark else contextlib.nullcontext(),
-              _one_included() if mark and not compiled.one_apart else contextlib.nullcontext()):
+        with varying(_sizes_of_call(module, numbers, args, kwargs), not compiled.one_apart) if mark else contextlib.nullcontext():
             result = _call_with_copies(compiled, module, args, kwargs, copies)
     except Exception as error:
         if not mark or compiled.one_apart or compiled.may_have_run(error) or compiled.backend.refused is not None:

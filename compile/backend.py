@@ -91,7 +91,7 @@ class _Backend:
 
 def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
     """Makes torch guard that a size that squeeze() leaves is not 1: the one operator that asks that in silence, where it was traced for
-    sizes that may be (see _one_included in arguments.py). As in eager a batch of 1 then takes another way."""
+    sizes that may be (see torch_internals/settings.py). As in eager a batch of 1 then takes another way."""
     nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
     for node in nodes:
         if node.op in ("call_method", "call_function") and getattr(node.target, "__name__", node.target) in ("squeeze", "squeeze_"):

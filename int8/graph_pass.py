@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx.experimental._config as shape_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from .kernels import ops
@@ -22,5 +23,5 @@ class DeduplicateActivationQuant(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> bytes:
-        """Part of the key of inductor's disk cache."""
-        return get_hash_for_files((__file__,))
+        """Part of the key of inductor's disk cache, which does not tell what was traced for sizes from 2 on from what was for 1 too."""
+        return get_hash_for_files((__file__,)) + bytes([getattr(shape_config, "backed_size_oblivious", False)])

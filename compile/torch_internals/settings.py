@@ -3,6 +3,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
 
 from .absent import absent_values
 from .membership import asked_of_numbers
@@ -66,3 +70,48 @@ compile_settings = _Scope()
 compile_settings.__doc__ = """compile_settings(limit): a context in which a block class may be compiled limit times (0: torch's own
 limit), in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
 compile again at the next one, and in which torch looks whether a number that varies is in a list."""
+
+
+class _Varying:
+    """What torch takes for sizes that vary, of all calls under way."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._sources: Counter[str] = Counter()
+        self._ones = 0
+        self._before: dict = {}
+
+    @contextlib.contextmanager
+    def __call__(self, sources: Iterable[str], one: bool):
+        sources = list(sources)
+        with self._lock:
+            self._count(sources, one, 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count(sources, one, -1)
+
+    def _count(self, sources: list[str], one: bool, by: int) -> None:
+        import torch.fx.experimental._config as shape_config  # compile machinery: at the first compile, not at import
+
+        for source in sources:
+            self._sources[source] += by
+        self._ones += by * one
+        self._sources = +self._sources
+        # torch before 2.8 has no such list: it learns them at the second value.
+        self._set(getattr(torch.compiler, "config", None), "dynamic_sources", bool(self._sources),
+                  lambda before: ",".join(filter(None, (before, *self._sources))))
+        self._set(shape_config, "backed_size_oblivious", self._ones > 0, lambda before: True)
+
+    def _set(self, config, name: str, wanted: bool, value) -> None:
+        if wanted and hasattr(config, name):
+            setattr(config, name, value(self._before.setdefault(name, getattr(config, name))))
+        elif name in self._before:
+            setattr(config, name, self._before.pop(name))
+
+
+varying = _Varying()
+varying.__doc__ = """varying(sources, one): a context in which what torch compiles is for any value of the integers that it calls so
+(L['args'][1]). one: sizes that vary may be 1 too, so that a batch of 2 and then of 1 is one graph. What asks for it is guarded, but by
+squeeze(), see backend.py."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
+from int8_compile.compile.torch_internals.settings import varying
 from torch._dynamo.utils import counters
 
 WIDTH = 16
@@ -103,3 +104,29 @@ def test_where_torch_cannot_a_batch_of_1_is_compiled_for_by_itself():
     for batch in (2, 1, 3):
         assert_same(*both(batch, 6))
     assert compiled() == 2
+
+
+def test_what_was_kept_for_sizes_from_2_on_is_not_taken_for_one_that_may_be_1():
+    """Inductor's and AOTAutograd's caches on disk know a graph by its operators, not by the sizes that it was traced for."""
+    from int8_compile.int8.graph_pass import DeduplicateActivationQuant  # imports inductor
+
+    own = DeduplicateActivationQuant()
+    apart = own.uuid()
+    with varying((), True):
+        assert own.uuid() != apart
+
+
+def test_settings_of_two_threads_that_leave_out_of_order_are_put_back():
+    import torch.fx.experimental._config as shape_config
+
+    config = torch.compiler.config
+    before = config.dynamic_sources, shape_config.backed_size_oblivious
+    first, second = varying(["L['args'][1]"], True), varying(["L['args'][1]", "L['args'][2]"], False)
+    first.__enter__()
+    assert shape_config.backed_size_oblivious and config.dynamic_sources == "L['args'][1]"
+    second.__enter__()
+    assert config.dynamic_sources.split(",") == ["L['args'][1]", "L['args'][2]"]
+    first.__exit__(None, None, None)
+    assert not shape_config.backed_size_oblivious and config.dynamic_sources.split(",") == ["L['args'][1]", "L['args'][2]"]
+    second.__exit__(None, None, None)
+    assert (config.dynamic_sources, shape_config.backed_size_oblivious) == before
