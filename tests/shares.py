@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-DAYS = 7
+DAYS = 14
 
 
 def share(cases: Sequence[dict[str, str]], seed: str) -> set[int]:

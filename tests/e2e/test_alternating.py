@@ -21,7 +21,7 @@ from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_promp
 from .conftest import difference, latent
 
 pytestmark = pytest.mark.e2e
-ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "12"))
+ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "8"))
 SEED = int(os.environ.get("INT8_COMPILE_ORDERS_SEED", "0"))
 BACKEND = os.environ.get("INT8_COMPILE_ORDERS_BACKEND", "aot_eager")
 WITH_ZIMAGE = ORDERS >= 48

@@ -55,6 +55,8 @@ INTERNALS = (
     Internal("torch._dynamo.variables.builder", "as above", "as above"),
     Internal("._dynamo_weak_dynamic_indices", "sizes that vary are dynamic from the first compile on", "one more graph at the second size",
              file="torch/_dynamo/variables/builder.py"),
+    Internal("._dynamo_static_indices", "a size of 1 is not taken for one that varies, whatever torch has learnt",
+             "such a block may run eager", file="torch/_dynamo/variables/builder.py"),
     Internal("torch._dynamo.guards.GuardBuilder", "blocks that ask for an attribute that they lack compile in torch 2.8", _FAILED),
     Internal("torch._C._dynamo.guards.TensorGuards", "weights are compared with those of the last call in C++",
              "they are compared in Python, 5 us a block more", needed=False),

@@ -153,6 +153,7 @@ def test_text_encoders_and_vaes_keep_artifacts_too(comfy, restart, nodes, models
     assert found.artifacts and found.graphs == 0 and not found.failure
 
 
+@pytest.mark.rotating
 def test_an_artifact_of_rotated_layers_is_not_taken_for_others(artifacts, load, nodes, sample):
     artifacts("tiny_flux", int8=True)
     model = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
