@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from .artifacts.layouts import depends_on_layout
 from .artifacts.origins import is_own
 from .artifacts.recording import Recording
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
+
+_SQUEEZE = re.compile(r"squeeze(_|_copy)?(\.\w+)?")
 
 
 class Refused(RuntimeError):
@@ -92,12 +95,15 @@ class _Backend:
 def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
     """Makes torch guard that a size that squeeze() leaves is not 1: the one operator that asks that in silence, where it was traced for
     sizes that may be (see torch_internals/settings.py). As in eager a batch of 1 then takes another way."""
-    nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
-    for node in nodes:
-        if node.op in ("call_method", "call_function") and getattr(node.target, "__name__", node.target) in ("squeeze", "squeeze_"):
-            shape = getattr(node.args[0].meta.get("example_value"), "shape", ()) if node.args else ()
-            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(len(shape)))
-            for dim in [dims] if isinstance(dims, int) else dims:
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            name = str(getattr(node.target, "__name__", node.target))
+            if node.op not in ("call_method", "call_function") or not _SQUEEZE.fullmatch(name):
+                continue
+            value, *dims = (*node.args, *(node.kwargs[key] for key in ("input", "dim") if key in node.kwargs))
+            shape = getattr(getattr(value, "meta", {}).get("example_value"), "shape", ())
+            chosen = (dims[0],) if dims and isinstance(dims[0], int) else dims[0] if dims else range(len(shape))
+            for dim in chosen if shape else ():
                 bool(shape[dim] == 1)  # asked of a size that varies this is a guard
 
 

@@ -26,6 +26,11 @@ WAYS = {
     "squeezed": (lambda x, y, one: (x * y).squeeze() + 1, 2),
     "squeezed at 0": (lambda x, y, one: torch.squeeze(x * y, 0) + 1, 2),
     "squeezed at dim": (lambda x, y, one: (x * y).squeeze(dim=(0, 1)) + 1, 2),
+    "squeezed as torch says": (lambda x, y, one: torch.squeeze(input=x * y, dim=0) + 1, 2),
+    "squeezed in place": (lambda x, y, one: (x * y).squeeze_(0) + 1, 2),
+    "squeezed copy": (lambda x, y, one: torch.squeeze_copy(x * y, 0) + 1, 2),
+    "squeezed by ATen": (lambda x, y, one: torch.ops.aten.squeeze.dim(x * y, 0) + 1, 2),
+    "squeezed number": (lambda x, y, one: x + y.sum().squeeze(0), 1),
     "squeezed at another": (lambda x, y, one: y.squeeze(1) + 1, 1),
     "squeezed in a sum": (lambda x, y, one: x.sum((1, 2), keepdim=True).squeeze() + 1, 2),
 }
