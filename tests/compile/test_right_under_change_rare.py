@@ -123,6 +123,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("what", DRAWS)
 def test_a_compiled_block_draws_eagers_random_numbers(tmp_path, reads, what):
     reads(DRAWS[what])

@@ -80,6 +80,7 @@ def test_the_browser_gets_the_script_that_shows_the_text_on_the_node(server):
     assert "ShowModes" in script
 
 
+@pytest.mark.rotating
 def test_a_mode_of_another_pack_as_the_help_page_has_it(serve, tmp_path):
     (pack,) = re.findall(r"```python\n(.*?)```", HELP.read_text(), re.DOTALL)
     (tmp_path / "__init__.py").write_text(pack)

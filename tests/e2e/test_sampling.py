@@ -69,6 +69,7 @@ def test_one_graph_a_block_class_with_every_attention(serve, defaults, flag):
         assert details["graphs"] == len(details["regions"]) and not details["breaks"], details
 
 
+@pytest.mark.rotating
 def test_without_a_cpp_compiler_the_image_is_eagers_and_one_warning_says_why(serve, defaults, tmp_path):
     # An empty inductor cache, or code compiled earlier would be found there.
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -198,6 +198,7 @@ def test_turned_off_nothing_is_written(restart, cache_folder, flux, nodes, sampl
     assert not (tmp_path / "off").exists()
 
 
+@pytest.mark.rotating
 def test_a_folder_that_cannot_be_used_is_one_warning(restart, flux, nodes, sample, monkeypatch, caplog):
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", "/proc/none")
     restart()

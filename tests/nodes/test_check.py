@@ -52,6 +52,7 @@ def test_the_node_gives_text_json_and_a_picture(run_node):
         assert isinstance(picture, torch.Tensor) and picture.dim() == 4 and len(output.ui["images"]) == 1
 
 
+@pytest.mark.rotating
 def test_an_interrupt_ends_the_check(comfy, run_node):
     import comfy.model_management as management
 

@@ -196,6 +196,7 @@ def test_steps_that_call_no_layer_decide_nothing(comfy, load, nodes, sample_step
     assert planned(model) == expected
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("method", ["auto", "smoothquant", "convrot"])
 def test_both_models_of_a_dual_guider_are_int8_from_its_first_prompt_on(load, nodes, guide, dual, method):
     first, second = load(), load()
