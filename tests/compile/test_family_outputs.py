@@ -64,28 +64,29 @@ def test_every_family_gives_the_same_compiled_as_eager_at_any_size(comfy, name):
         assert_one_graph_per_region(name, compiled.report, graphs)
 
 
-def assert_as_eager(name: str, backend: str, calls: list[dict], asks: dict[str, int]) -> None:
-    """A small model of that family gives at calls of these sizes what it gives eager, with a graph for each region and asks[name] more."""
+def graphs_beyond_regions(name: str, backend: str, calls: list[dict]) -> int:
+    """Of a small model of that family, which gives at calls of these sizes what it gives eager."""
     family = SMALL[name]
     model, compiled = family.build(), CompiledModule(CompileOptions(backend=backend, mark_sizes=True))
     for sizes in calls:
         expected = family.call(model, **sizes)
         got = compiled.run(model, lambda sizes=sizes: family.call(model, **sizes), filter_guards=True, passthrough=lambda error: False)
         assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
-    assert compiled.report.failure == "" and compiled.report.graphs <= len(compiled.report.regions) + asks.get(name, 0)
+    assert compiled.report.failure == ""
+    return compiled.report.graphs - len(compiled.report.regions)
 
 
 @pytest.mark.rotating
 @pytest.mark.parametrize("name", ["Flux", "Wan", "Z-Image", "SDXL"])
 def test_inductor_computes_what_eager_computes(comfy, name):
-    assert_as_eager(name, "inductor", [CALLS["batch"], CALLS["base"], CALLS["resolution"]], INDUCTOR_ASKS)
+    assert graphs_beyond_regions(name, "inductor", [CALLS["batch"], CALLS["base"], CALLS["resolution"]]) <= INDUCTOR_ASKS.get(name, 0)
 
 
 @pytest.mark.rotating
 @pytest.mark.parametrize("name", ["Wan", "Z-Image", "PixArt", "HunyuanVideo"])
 def test_a_batch_of_1_after_a_larger_one_compiles_nothing_unless_a_block_asks_for_it(comfy, name):
     calls = [CALLS["batch"], CALLS["base"], CALLS["tokens"], {"batch": 3, **CALLS["resolution"]}]
-    assert_as_eager(name, "aot_eager", calls, ASK_FOR_BATCH)
+    assert graphs_beyond_regions(name, "aot_eager", calls) == ASK_FOR_BATCH.get(name, 0)
 
 
 def spatial_transformers(width: int, count: int):
