@@ -102,13 +102,15 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     copies = _dense_copies(module, (*args, *kwargs.values()), inside) if compiled.takes_copies else {}
     if mark:
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
+    one_apart = compiled.one_apart
     try:
-        with varying(_sizes_of_call(module, numbers, args, kwargs), not compiled.one_apart) if mark else contextlib.nullcontext():
+        with varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext():
             result = _call_with_copies(compiled, module, args, kwargs, copies)
     except Exception as error:
-        if not mark or compiled.one_apart or compiled.may_have_run(error) or compiled.backend.refused is not None:
-            raise
-        compiled.one_apart = True  # it may be this that torch cannot do
+        if compiled.one_apart == one_apart:
+            if not mark or one_apart or compiled.may_have_run(error) or compiled.backend.refused is not None:
+                raise
+            compiled.backend.compile_one_apart()  # it may be this that torch cannot do
         return call_compiled(compiled, module, args, kwargs, inside, mark, numbers)
     compiled.look(module)
     return result

@@ -15,6 +15,7 @@ from .artifacts.origins import is_own
 from .artifacts.recording import Recording
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
 
+_AFTER_A_BREAK = "torch_dynamo_resume_in_"  # how dynamo names the rest of a function after a break
 _SQUEEZE = re.compile(r"squeeze(_|_copy)?(\.\w+)?")
 
 
@@ -28,6 +29,10 @@ class Refused(RuntimeError):
 
 class ByLayout(RuntimeError):
     """The block must have its inputs in the layout that they have."""
+
+
+class OneApart(RuntimeError):
+    """The block is better compiled for a size of 1 by itself."""
 
 
 def graph_break_reasons() -> list:
@@ -45,16 +50,23 @@ class _Backend:
         self.refused: Refused | None = None
         self.by_layout = False  # see depends_on_layout
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
+        self.one_apart = False  # a size that is 1 is compiled for by itself, see varying
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
-        self._has_made = False  # a graph
+        self._has_run = False  # whether something of a call may have run before the last graph was made
         self._breaks = len(graph_break_reasons())
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
         context = torch._guards.TracingContext.try_get()
-        self.traced.update(dict.fromkeys(getattr(context, "traced_code", None) or ()))  # from torch 2.8 on
+        traced = getattr(context, "traced_code", None) or ()  # from torch 2.8 on
+        self.traced.update(dict.fromkeys(traced))
         if (environment := getattr(getattr(context, "fake_mode", None), "shape_env", None)) is not None:
             self.sizes.append(environment)
+        resumes = any(code.co_name.startswith(_AFTER_A_BREAK) for code in traced)
+        self._has_run = self._has_run or resumes
+        if traced and not resumes and self.has_breaks and not self.one_apart:
+            self.compile_one_apart()
+            raise OneApart("there is a break in the graph, which may be one that asks whether a size is 1")
         try:
             _require_torchs_own(graph)
             if name := cached_function(self.traced):
@@ -75,8 +87,13 @@ class _Backend:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         _guard_squeezed(graph)
         made = self._inner(graph, inputs, **options)
-        self._has_made = True
+        self._has_run = True
         return made
+
+    def compile_one_apart(self) -> None:
+        """From the next compile on, to which the breaks of those before are nothing."""
+        self.one_apart = True
+        self._breaks = len(graph_break_reasons())
 
     @property
     def has_breaks(self) -> bool:
@@ -86,7 +103,7 @@ class _Backend:
     @property
     def may_have_run(self) -> bool:
         """Whether a call that the compiler ended may have run a graph before."""
-        return self._has_made and self.has_breaks
+        return self._has_run and self.has_breaks
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
@@ -100,7 +117,7 @@ def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
             name = str(getattr(node.target, "__name__", node.target))
             if node.op not in ("call_method", "call_function") or not _SQUEEZE.fullmatch(name):
                 continue
-            value, *dims = (*node.args, *(node.kwargs[key] for key in ("input", "dim") if key in node.kwargs))
+            value, *dims = [*node.args] + [node.kwargs[key] for key in ("input", "dim") if key in node.kwargs]
             shape = getattr(getattr(value, "meta", {}).get("example_value"), "shape", ())
             chosen = (dims[0],) if dims and isinstance(dims[0], int) else dims[0] if dims else range(len(shape))
             for dim in chosen if shape else ():

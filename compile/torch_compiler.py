@@ -99,7 +99,6 @@ class Compiled:
     own_methods: OwnMethods = ()  # of the blocks that it is for
     takes_override: bool | None = None  # see Overriding.probe; None: nobody has looked
     failed: set = field(default_factory=set)  # kinds of calls that could not be compiled, see kind_of_call
-    one_apart: bool = False  # a size that is 1 is compiled for by itself, see call_compiled
     seen_right: set = field(default_factory=set)  # see Verification
 
     def still_fits(self) -> bool:
@@ -119,6 +118,11 @@ class Compiled:
         from torch._dynamo.exc import TorchDynamoException
 
         return self.backend is None or self.backend.may_have_run or not isinstance(error, TorchDynamoException)
+
+    @property
+    def one_apart(self) -> bool:
+        """Whether a size that is 1 is compiled for by itself. What another backend makes of sizes that may be nobody sees."""
+        return self.backend is None or self.backend.one_apart
 
     @property
     def takes_copies(self) -> bool:
@@ -184,7 +188,6 @@ class RegionCode:
             entry = _entry(self.name)
             guards = GuardFilter(filter_guards, self._whole_model, entry.__code__)
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
-            found.one_apart = found.backend is None  # what it makes of sizes nobody sees
             guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
             known.insert(0, found)

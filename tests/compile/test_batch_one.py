@@ -109,6 +109,35 @@ def test_where_torch_cannot_a_batch_of_1_is_compiled_for_by_itself():
     assert compiled() == 2
 
 
+RAN = []
+
+
+def noted(x):
+    RAN.append(None)
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def twice_in_place(x, y, one):
+    torch._dynamo.graph_break()  # before any graph: what comes now has run when the rest is compiled
+    x.mul_(2)
+    torch._dynamo.graph_break()
+    return x + y
+
+
+@pytest.mark.parametrize("way, graphs", [(lambda x, y, one: noted(x * 2) * y, [4, 8, 8]), (lambda x, y, one: noted(x) * y, None),
+                                         (twice_in_place, None)], ids=["between", "first", "in place"])
+def test_what_has_breaks_is_compiled_for_1_by_itself_and_runs_once(way, graphs):
+    both, compiled = sampling(way, "aot_eager")
+    counts = []
+    for batch in (2, 1, 3):
+        RAN.clear()
+        assert_same(*both(batch, 6))
+        assert len(RAN) in (0, 4)  # two blocks, eager and compiled
+        counts.append(compiled())
+    assert graphs in (None, counts)
+
+
 def test_what_was_kept_for_sizes_from_2_on_is_not_taken_for_one_that_may_be_1():
     """Inductor's and AOTAutograd's caches on disk know a graph by its operators, not by the sizes that it was traced for."""
     from int8_compile.int8.graph_pass import DeduplicateActivationQuant  # imports inductor

@@ -21,7 +21,7 @@ MORE_GRAPHS = {"Wan VACE": 1, "Cosmos": 1, "LTX-AV": -1}
 NUMBERS = {"HiDream-O1", "MiniMax H3"}
 BREAKS = {"HiDream"}
 # Graphs more for a batch of 1 after a larger one: Flux's double blocks ask whether it is.
-ASK_FOR_BATCH = {"Flux": 1, "HunyuanVideo": 1}
+ASK_FOR_BATCH = {"Flux": 1, "HunyuanVideo": 1, "HiDream-O1": 2}
 # So does inductor, for views of transposed tensors.
 INDUCTOR_ASKS = {"Flux": 2, "Z-Image": 2}
 
@@ -83,7 +83,7 @@ def test_inductor_computes_what_eager_computes(comfy, name):
 
 
 @pytest.mark.rotating
-@pytest.mark.parametrize("name", ["Wan", "Z-Image", "PixArt", "HunyuanVideo"])
+@pytest.mark.parametrize("name", ["Wan", "Z-Image", "PixArt", "HunyuanVideo", "HiDream-O1"])
 def test_a_batch_of_1_after_a_larger_one_compiles_nothing_unless_a_block_asks_for_it(comfy, name):
     calls = [CALLS["batch"], CALLS["base"], CALLS["tokens"], {"batch": 3, **CALLS["resolution"]}]
     assert graphs_beyond_regions(name, "aot_eager", calls) == ASK_FOR_BATCH.get(name, 0)
