@@ -23,6 +23,7 @@ from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
+from toys import difference, wait_for_builder
 
 OPTIONS = CompileOptions(mark_sizes=True, dynamic=False)
 BACKGROUND = CompileOptions(mark_sizes=True, dynamic=False, background=True)
@@ -45,7 +46,7 @@ def built(tmp_path_factory, key_file):
     cache = open_cache(tmp_path_factory.mktemp("cache"), key_file)
     with torch.inference_mode():
         run(CompiledModule(BACKGROUND, cache=cache), make(), *inputs())
-    wait(cache)
+    wait_for_builder(cache)
     return cache
 
 
@@ -58,23 +59,12 @@ def restarted(cache: Cache, key_file: Path) -> Cache:
     return open_cache(cache.store.layout.parent, key_file)
 
 
-def wait(cache: Cache, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while cache.builder._thread is not None:
-        assert time.monotonic() < end, "the builder did not finish"
-        time.sleep(0.2)
-
-
 def inputs(batch=2, tokens=10, width=32):
     return torch.randn(batch, tokens, width), torch.rand(batch, width)
 
 
 def run(compiled: CompiledModule, net, *arguments, patched=False, **options):
     return compiled.run(net, lambda: net(*arguments, **options), filter_guards=not patched, passthrough=lambda e: False)
-
-
-def difference(a, b) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.rotating
@@ -87,7 +77,7 @@ def test_background_runs_eager_until_it_is_built_and_compiled_from_the_next_step
         assert torch.equal(run(compiled, net, *x), net(*x))  # eager's bits
     assert time.perf_counter() - start < 2 and compiled.report.compiled_from_step == 0
     assert [building.partition(" ")[0] for building in compiled.report.building] == ["Block"]
-    wait(cache)
+    wait_for_builder(cache)
     assert not compiled.report.building
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5
     assert compiled.report.compiled_from_step == 4 and compiled.report.graphs == 0 and len(compiled.report.artifacts) == 1
@@ -195,14 +185,14 @@ def test_a_killed_builder_leaves_eager_and_one_warning_and_the_next_start_builds
         time.sleep(0.05)
     time.sleep(1)
     os.killpg(cache.builder._process.pid, signal.SIGKILL)
-    wait(cache)
+    wait_for_builder(cache)
     for _ in range(2):
         assert torch.equal(run(compiled, net, *x), net(*x))
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1 and "the builder process ended" in caplog.text
     cache = restarted(cache, key_file)
     compiled = CompiledModule(BACKGROUND, cache=cache)
     run(compiled, net, *x)
-    wait(cache)
+    wait_for_builder(cache)
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
 
 
@@ -240,7 +230,7 @@ def test_int8_layers_and_their_rotation(tmp_path, key_file):
     cache, x = open_cache(tmp_path, key_file), inputs(width=64)
     compiled = CompiledModule(BACKGROUND, cache=cache)
     run(compiled, net, *x)
-    wait(cache)
+    wait_for_builder(cache)
     assert difference(run(compiled, net, *x), net(*x)) < 0.01 and compiled.report.artifacts
 
 

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import closure_nets as nets
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from test_artifacts import open_cache, restarted, wait
-from test_right_under_change import KEPT, TRACED, cached, difference, exported, inference, refused, run  # noqa: F401
+from test_artifacts import open_cache, restarted
+from test_right_under_change import KEPT, TRACED, cached, exported, inference, refused, run  # noqa: F401
+from toys import difference, wait_for_builder
 
 LENGTHS = (10, 4), (10, 4), (12, 4), (14, 7)  # tokens of the image, of the text
 
@@ -140,7 +141,7 @@ def test_the_builder_process_makes_the_function_again(tmp_path):
     cache, net = open_cache(tmp_path / "cache", tmp_path / "key"), nets.make(nets.scaled_by_tensor)
     compiled = CompiledModule(KEPT, cache=cache)
     run(compiled, net, *inputs())
-    wait(cache)
+    wait_for_builder(cache)
     for sizes in LENGTHS:
         check(compiled, net, *sizes)
     assert compiled.report.last_calls["artifact"] == 4 and compiled.report.graphs == 0, compiled.report.fallbacks

@@ -17,16 +17,12 @@ from int8_compile.compile.regions import find_regions
 from int8_compile.compile.report import CompileReport
 from int8_compile.compile.torch_internals.interrupt import Interrupted
 from torch._dynamo.utils import counters
+from toys import Mlp
 
 
-class Block(torch.nn.Module):
+class Block(Mlp):
     def __init__(self, width=64):
-        super().__init__()
-        self.up = torch.nn.Linear(width, 128)
-        self.down = torch.nn.Linear(128, width)
-
-    def forward(self, x, transformer_options=None):
-        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+        super().__init__(width, 128)
 
 
 class OtherBlock(Block):

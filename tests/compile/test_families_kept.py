@@ -8,7 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_right_under_change import cached, difference, exported, inference, refused  # noqa: F401
+from test_right_under_change import cached, exported, inference, refused  # noqa: F401
+from toys import difference
 
 from benchmarks.small_families import SMALL
 from benchmarks.tiny_models import fill

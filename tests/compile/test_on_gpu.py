@@ -9,31 +9,18 @@ from int8_compile.int8 import hadamard
 from int8_compile.int8.kernels import ops, reference
 from int8_compile.int8.linear import Int8Linear, RotatedLinear
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Mlp, Stack
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 WIDTH = 256
 
 
-class Block(torch.nn.Module):
+class Block(Mlp):
     def __init__(self):
-        super().__init__()
+        super().__init__(WIDTH)
         self.up, self.down = (Int8Linear.from_float(torch.randn(n, k) / k ** 0.5, torch.randn(n), rotated=True)
                               for k, n in ((WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)))
-
-    def forward(self, x):
-        return x + self.down(torch.nn.functional.gelu(self.up(x)))
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList([Block() for _ in range(3)])
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 @pytest.fixture
@@ -84,7 +71,7 @@ def test_a_trace_takes_the_rotation_in_and_leaves_nothing_in_its_cache():
 @gpu
 @pytest.mark.parametrize("options", [dict(mode="reduce-overhead"), dict(backend="cudagraphs"), dict()], ids=str)
 def test_int8_blocks_compile_on_a_gpu(fresh_choices, options):
-    net = Net().cuda().eval()
+    net = Stack(Block).cuda().eval()
     compiled = CompiledModule(CompileOptions(mark_sizes=True, **options), torch.device("cuda", 0))
     with torch.inference_mode():
         for step, rows in enumerate((64, 64, 64, 64, 96, 96, 96, 64)):

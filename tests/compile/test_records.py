@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from test_right_under_change import cached, difference, exported, inference, inputs, refused  # noqa: F401
+from test_right_under_change import cached, exported, inference, inputs, refused  # noqa: F401
+from toys import difference
 
 
 @dataclass

@@ -31,6 +31,7 @@ from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
+from toys import difference
 
 KEPT = CompileOptions(mark_sizes=True, dynamic=False, background=True)
 COMPILED = CompileOptions(mark_sizes=True, dynamic=False, backend="eager")  # dynamo and its guards; what follows them has no say here
@@ -86,10 +87,6 @@ def cached(folder) -> CompiledModule:
 
 def run(compiled, net, *args, patched=False, **options):
     return compiled.run(net, lambda: net(*args, **options), filter_guards=not patched, passthrough=lambda error: False)
-
-
-def difference(got, want) -> float:
-    return ((got - want).norm() / want.norm()).item()
 
 
 def inputs(batch=2, tokens=10):

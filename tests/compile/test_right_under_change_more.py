@@ -21,7 +21,8 @@ import changing_nets as nets
 from int8_compile.compile.artifacts import artifact
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, exported, inference, inputs, refused, run  # noqa: F401
+from toys import difference
 
 
 def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():

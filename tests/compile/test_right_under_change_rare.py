@@ -25,7 +25,8 @@ from int8_compile.compile.artifacts.source_guards import replaced_operators
 from int8_compile.compile.block_calls import OwnCall
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+from test_right_under_change import COMPILED, cached, exported, inference, inputs, refused, run  # noqa: F401
+from toys import difference
 
 INDUCTOR = CompileOptions(mark_sizes=True, dynamic=False)
 WAYS = pytest.mark.parametrize("way", ["kept", "compiled"])

@@ -16,7 +16,8 @@ from int8_compile.compile.artifacts import artifact, compilers, origins, runtime
 from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.artifacts.shape_expressions import SizeConditions
 from int8_compile.compile.engine import CompiledModule
-from test_right_under_change import COMPILED, cached, difference, exported, inference, inputs, refused, run  # noqa: F401
+from test_right_under_change import COMPILED, cached, exported, inference, inputs, refused, run  # noqa: F401
+from toys import difference
 
 WHOLE = int, numbers.Rational
 COMFYUI = origins.COMFYUI

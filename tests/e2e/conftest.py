@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 from older_comfyui import needs_for
 
-from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent, relative_difference
+from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent
 
 # Inputs of the example workflows -> the small models, pictures and compilers of tests.
 SMALL = {
@@ -55,7 +55,3 @@ def latent(server, result):
     assert result.status == "success", f"{result.error}\n{server.log_text()[-3000:]}"
     (path,) = (p for p in result.files(server) if p.suffix == ".latent")
     return load_latent(path)
-
-
-def difference(a, b) -> float:
-    return relative_difference(a, b)

@@ -13,12 +13,13 @@ import time
 from dataclasses import dataclass
 
 import pytest
+from toys import difference
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui
 from benchmarks.tiny_models import cache_dir, make_models
 from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_prompt, wan_prompt, zimage_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "8"))

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from toys import difference
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import difference, latent, with_small_models
+from .conftest import latent, with_small_models
 
 pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from older_comfyui import NATIVE_INT8, NODE_REPLACEMENT, is_older, needs_comfyui
+from toys import difference
 
 from benchmarks.comfy_server import PromptRejected
 from benchmarks.workflows import wan_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]

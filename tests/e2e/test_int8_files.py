@@ -4,10 +4,11 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from toys import difference
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 

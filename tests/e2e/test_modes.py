@@ -8,10 +8,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from toys import difference
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 from .test_contract import errors_of
 
 pytestmark = pytest.mark.e2e

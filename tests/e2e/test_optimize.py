@@ -8,11 +8,12 @@ import os
 
 import pytest
 from older_comfyui import needs_for
+from toys import difference
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui
 from benchmarks.workflows import flux_prompt, reports, sd15_prompt, wan_prompt, zimage_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 FAMILIES = {"flux": flux_prompt, "wan": wan_prompt, "sd15": sd15_prompt}

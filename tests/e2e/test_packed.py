@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from toys import difference
 
 from benchmarks.workflows import flux_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 REPO = Path(__file__).resolve().parents[2]
 FOLDER = "int8-compile"  # as ComfyUI-Manager installs it: the project's name

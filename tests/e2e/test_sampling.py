@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import pytest
 from older_comfyui import needs_for
+from toys import difference
 
 from benchmarks.workflows import flux_prompt, reports, wan_prompt
 
-from .conftest import difference, latent
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 PROMPTS = {"flux": flux_prompt, "wan": wan_prompt}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from int8_compile.int8.kernels import reference, tables
 from int8_compile.int8.kernels.tuning import Choices
+from toys import wait_until
 
 from .conftest import CUDA, DEVICE
 
@@ -222,10 +223,8 @@ def test_a_thread_measures_once_nothing_has_run_for_a_while(fresh, monkeypatch):
     time.sleep(0.3)
     assert len(autotune.waiting) == 1
     busy[0] = False
-    until = time.monotonic() + 20
-    while len(autotune.waiting) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not len(autotune.waiting) and (chosen.path).exists()
+    wait_until(lambda: not len(autotune.waiting), 20)
+    assert chosen.path.exists()
 
 
 @pytest.mark.parametrize("where", ["operands", "candidate"])

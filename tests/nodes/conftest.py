@@ -89,10 +89,6 @@ def graphs():
     return lambda: counters["stats"]["unique_graphs"] - start
 
 
-def difference(a, b) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 @pytest.fixture(scope="session")
 def nodes(comfy):
     """The node classes, with the contract's defaults filled in: nodes.CompileModel(model, backend="aot_eager") -> its first output."""

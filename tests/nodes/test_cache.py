@@ -1,12 +1,9 @@
 """The compile cache on real models: built in the background, found after a restart, right with LoRA, offload and patches."""
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
-
-from .conftest import difference
+from toys import difference, wait_for_builder
 
 pytestmark = pytest.mark.comfy
 NOISE = 0.02  # INT8 rounding of differences in the last bit
@@ -36,13 +33,6 @@ def restart(comfy, cache_folder, monkeypatch):
     artifact_cache._cache.cache_clear()
 
 
-def wait(cache, seconds=200):
-    end = time.monotonic() + seconds
-    while cache.builder._thread is not None:
-        assert time.monotonic() < end, "the builder did not finish"
-        time.sleep(0.2)
-
-
 def report(model):
     from int8_compile.compile.comfyui.compile_model import reports
 
@@ -68,7 +58,7 @@ def artifacts(restart, built, load, nodes, sample):
             sample(first)
             if name == "tiny_wan":  # its position embeddings have batch 1 whatever the batch: another kind of call
                 sample(first, cfg=3.0)
-            wait(cache)
+            wait_for_builder(cache)
             built.add((name, int8))
         restart()
         return model
@@ -144,7 +134,7 @@ def test_text_encoders_and_vaes_keep_artifacts_too(comfy, restart, nodes, models
     cache = restart()
     first = nodes.CompileModel(whole, is_patcher=False, background=True)
     assert difference(use(first), want) < EXACT
-    wait(cache)
+    wait_for_builder(cache)
     assert report(first.patcher).fallbacks == []
     restart()
     compiled = nodes.CompileModel(whole, is_patcher=False)

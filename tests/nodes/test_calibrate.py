@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import Ops, difference
+from .conftest import Ops
 
 pytestmark = pytest.mark.comfy
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from .conftest import difference
+from toys import difference
 
 pytestmark = pytest.mark.comfy
 

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import difference, random_conds
+from .conftest import random_conds
 from .test_compile import CHEAP
 
 pytestmark = pytest.mark.comfy

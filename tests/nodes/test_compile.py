@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from .conftest import difference
+from toys import difference
 
 pytestmark = pytest.mark.comfy
 CHEAP = {"backend": "aot_eager"}

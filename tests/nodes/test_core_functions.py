@@ -9,8 +9,9 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import difference
 
-from .conftest import Ops, difference
+from .conftest import Ops
 
 pytestmark = pytest.mark.comfy
 

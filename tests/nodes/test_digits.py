@@ -3,10 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toys import difference
 
 from benchmarks import digits
-
-from .conftest import difference
 
 pytestmark = pytest.mark.comfy
 EACH = 10  # pictures of every digit

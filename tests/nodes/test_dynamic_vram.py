@@ -1,10 +1,12 @@
 """Dynamic VRAM and compiled blocks, with a stand-in for the memory that comfy_aimdo gives on a GPU: core's own code fetches the weights."""
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
+from toys import Mlp, Stack
 
 pytestmark = pytest.mark.comfy
 
@@ -54,20 +56,9 @@ def copies_of_weights(call):
     return result, sum((len(shape) == 2 and min(shape) >= WIDTH) or (len(shape) == 1 and shape[0] >= WIDTH * WIDTH) for shape in shapes)
 
 
-class Block(torch.nn.Module):
+class Net(Stack):
     def __init__(self, ops):
-        super().__init__()
-        self.first, self.second = ops.Linear(WIDTH, 2 * WIDTH), ops.Linear(2 * WIDTH, WIDTH, bias=False)
-        self.look = None
-
-    def forward(self, x):
-        return x + self.second(torch.nn.functional.silu(self.first(x)))
-
-
-class Net(torch.nn.Module):
-    def __init__(self, ops):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList([Block(ops) for _ in range(3)])
+        super().__init__(functools.partial(Mlp, WIDTH, 2 * WIDTH, ops, torch.nn.functional.silu, bias=False))
         self.before_block = lambda block: None
 
     def forward(self, x):
@@ -154,19 +145,19 @@ def test_they_stay_pinned_until_their_block_is_done_or_has_failed(dynamic, fails
     block, seen = net.blocks[1], []
 
     def during(block):
-        layer = block.first
+        layer = block.up
         seen.append((sum(memory.pins.values()), layer.weight.untyped_storage().data_ptr() == memory.bytes.data_ptr(),
                      hasattr(layer, "_v") or hasattr(layer, "_prefetch") or bool(layer.weight_function)))
         if fails:
             raise ZeroDivisionError
-    before, weight = dict(vars(block.first)), block.first.weight
+    before, weight = dict(vars(block.up)), block.up.weight
     try:
         around_block(Call(block, during))(x)
     except ZeroDivisionError:
         assert fails
     assert seen == [(2, True, False)] and not any(memory.pins.values())
-    assert block.first.weight is weight and block.first._v is before["_v"] and not hasattr(block.first, "_prefetch")
-    assert block.first.comfy_cast_weights
+    assert block.up.weight is weight and block.up._v is before["_v"] and not hasattr(block.up, "_prefetch")
+    assert block.up.comfy_cast_weights
 
 
 def test_what_was_taken_away_is_fetched_again(dynamic):
@@ -195,7 +186,7 @@ def test_what_core_has_fetched_before_the_block_is_left_to_core(comfy, dynamic):
     fetched = []
 
     def prefetch(block):
-        layers = [block.first, block.second]
+        layers = [block.up, block.down]
         comfy.ops.cast_modules_with_vbar(layers, None, x.device, None, True)
         fetched.append(layers)
     net.before_block = prefetch

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import difference, random_conds
+from .conftest import random_conds
 
 pytestmark = pytest.mark.comfy
 STEPS = 8

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import difference
 from .test_compile import CHEAP
 
 pytestmark = pytest.mark.comfy

@@ -349,8 +349,7 @@ def test_a_calibration_is_not_recorded(core, args, flux, nodes, sample, monkeypa
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_compile_node_leaves_the_memory_compiler_before_the_model_is_called(core, args, flux, nodes, sample, monkeypatch, fails):
     from int8_compile.compile.comfyui.compile_model import reports
-
-    from .conftest import difference
+    from toys import difference
 
     model = type(flux.model.diffusion_model)
     forward = model.forward

@@ -6,8 +6,7 @@ import itertools
 import pytest
 import torch
 from safetensors import safe_open
-
-from .conftest import difference
+from toys import difference
 
 pytestmark = pytest.mark.comfy
 # INT8's own error on these random models.

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+from toys import difference, wait_for_builder
 
-from .conftest import difference
-from .test_cache import cache_folder, restart, wait  # noqa: F401 (fixtures)
+from .test_cache import cache_folder, restart  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.comfy
 QUANTIZED = {"float": [], "rowwise": ["int8"], "convrot": ["convrot", "int8"], "smoothquant": ["smoothquant", "int8"],
@@ -79,7 +79,7 @@ def test_compile_alone_behind_an_int8_list_of_the_same_session_compiles(load, no
     for name in ("convrot", "float", "convrot", "float"):
         model = ways["one node"](flux, QUANTIZED[name], last)
         first = sample(model)
-        wait(cache)
+        wait_for_builder(cache)
         for image in (first, sample(model)):
             # Inductor rounds norms and activations otherwise in the last bit, which INT8 blows up to its own noise.
             assert difference(image, eager[name]) < (1e-3 if name == "float" else 0.01)

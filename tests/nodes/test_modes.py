@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from .conftest import difference
+from toys import difference
 
 pytestmark = pytest.mark.comfy
 # Between two loads the float layers differ in the last bit, which INT8 rounding blows up to the size of its own noise.

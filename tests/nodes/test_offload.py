@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import pytest
+from toys import difference
 
-from .conftest import difference
 from .test_compile import CHEAP
 
 pytestmark = pytest.mark.comfy

@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 from int8_compile.compile.gain import COMPILED, EAGER, KEPT, WITHOUT, CallTimes
-
-from .conftest import difference
+from toys import difference
 
 pytestmark = pytest.mark.comfy
 # Not timed: what is chosen must not depend on how busy the machine is.

@@ -4,8 +4,9 @@ import gc
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import Ops, difference
+from .conftest import Ops
 
 pytestmark = pytest.mark.comfy
 

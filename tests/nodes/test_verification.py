@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from toys import difference
 
-from .conftest import difference
 from .test_compile import CHEAP
 
 pytestmark = pytest.mark.comfy

@@ -10,6 +10,8 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from toys import difference  # noqa: E402
+
 from benchmarks.comfy_server import find_comfyui  # noqa: E402
 from benchmarks.wrapper_overhead import load_pack  # noqa: E402
 
@@ -39,9 +41,6 @@ def main(checkpoint: str):
         latent = torch.zeros(1, 16, 16, 16)
         return comfy.sample.sample(model, comfy.sample.prepare_noise(latent, 1), 2, 1.0, "euler", "simple", *conds, latent,
                                    disable_pbar=True, seed=1)
-
-    def difference(a, b):
-        return ((a - b).norm() / b.norm()).item()
 
     model = comfy.sd.load_diffusion_model(checkpoint)
     eager = sample(model)

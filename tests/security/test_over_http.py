@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toys import wait_until
 
 from benchmarks.comfy_server import PromptRejected
 from benchmarks.workflows import flux_prompt
@@ -190,10 +191,7 @@ def test_no_body_of_a_prompt_is_an_error_of_this_pack(server, body):
 
 def test_what_a_killed_server_has_left_of_an_int8_file_is_gone_after_the_start(server):
     """Wherever below output it was, and though nothing is saved there again."""
-    end = time.monotonic() + 10
-    while left := list((server.base_dir / "output").rglob(".int8-tmp-*")):
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
+    wait_until(lambda: not list((server.base_dir / "output").rglob(".int8-tmp-*")), 10)
 
 
 def test_afterwards_the_server_still_samples_and_has_written_nothing_elsewhere(server):

@@ -21,6 +21,7 @@ from int8_compile.compile.artifacts import worker
 from int8_compile.compile.artifacts.builder import Builder, BuildRequest
 from int8_compile.compile.artifacts.entry import MANIFEST
 from int8_compile.compile.artifacts.store import CacheStore
+from toys import wait_until
 
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 REPO = Path(worker.__file__).parents[2]
@@ -54,10 +55,7 @@ class Told:
         self._builder.submit(BuildRequest(types.SimpleNamespace(device="cpu", name="Block"), PLACE, entry, done, urgent))
 
     def wait(self, entry: str, seconds: float = 120):
-        end = time.monotonic() + seconds
-        while entry not in self.reasons:
-            assert time.monotonic() < end, f"{entry} was not answered"
-            time.sleep(0.05)
+        wait_until(lambda: entry in self.reasons, seconds)
         return self.reasons[entry]
 
 
@@ -141,10 +139,7 @@ def test_a_hung_builder_is_noticed_and_the_next_order_is_built_and_nothing_stays
     told.order("second")
     assert "has no attribute" in told.wait("second"), "this one ran, and could not build what is no job"
     second = builder._process or first
-    end = time.monotonic() + 20
-    while builder._thread is not None:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: builder._thread is None, 20)
     assert second.returncode is not None and not Path(f"/proc/{second.pid}").exists(), "a zombie"
 
 
