@@ -40,10 +40,11 @@ def shape_decisions(plans: Iterable[LayerPlan]) -> list[ShapeDecision]:
 
 @dataclass
 class QuantizeReport:
-    """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first sampling. kept: why
+    """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first_use. kept: why
     layers stay in high precision -> their names. before, after: MB (2**20 bytes) of the model's weights. worst: the least SQNR that was
     measured, (dB, layer). refusal: why the model was left as it is. shapes: what was decided of layers of one size, where any were
-    measured. chosen: (layer, method) of each, for whoever keeps it; in no history."""
+    measured. encoders: part of a text encoder -> how many of its layers are INT8. chosen: (layer, method) of each, for whoever keeps it; in
+    no history."""
 
     methods: dict[str, int] = field(default_factory=dict)
     native: int = 0
@@ -54,11 +55,13 @@ class QuantizeReport:
     worst: tuple[float, str] | None = None
     refusal: str = ""
     shapes: list[ShapeDecision] = field(default_factory=list)
+    encoders: dict[str, int] = field(default_factory=dict)
+    first_use: str = "sampling"
     chosen: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, plans: Iterable[LayerPlan], before: int, after: int, kept: Iterable[str] = ()):
-        """before, after: bytes. kept: names that keep_layers matched."""
+    def of(cls, plans: Iterable[LayerPlan], before: int, after: int, kept: Iterable[str] = (), is_encoder: bool = False):
+        """before, after: bytes. kept: names that keep_layers matched. is_encoder: they are of a text encoder, of several parts."""
         plans = list(plans)
         reasons = {KEPT_BY_NAME: list(kept)} if kept else {}
         for plan in plans:
@@ -67,13 +70,14 @@ class QuantizeReport:
         measured = [(plan.sqnr[plan.method], plan.name) for plan in plans if plan.method in plan.sqnr]
         return cls(dict(Counter(plan.method for plan in plans if plan.method != "float")), kept=reasons, before=before / 2**20,
                    after=after / 2**20, worst=min(measured, default=None), shapes=shape_decisions(plans),
+                   encoders=dict(Counter(plan.name.partition(".")[0] for plan in plans if is_encoder and plan.method != "float")),
                    chosen=tuple((plan.name, plan.method) for plan in plans))
 
     def status(self) -> str:
         if self.refusal:
             return "not quantized"
         if self.waiting:
-            return f"measures and quantizes {self.waiting} layers at the first sampling"
+            return f"measures and quantizes {self.waiting} layers at the first {self.first_use}"
         if self.native:
             return f"{self.native} layers are INT8 in the file"
         kept = sum(map(len, self.kept.values()))
@@ -94,6 +98,8 @@ class QuantizeReport:
         lines = [self.status()]
         if self.methods:
             lines.append("methods: " + ", ".join(f"{count} {method}" for method, count in self.methods.items()))
+        if self.encoders:
+            lines.append("layers: " + ", ".join(f"{count} of {name}" for name, count in self.encoders.items()))
         lines += self._weights()
         if self.worst:
             lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")
@@ -104,7 +110,7 @@ class QuantizeReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "chosen"}
+        return {key: value for key, value in asdict(self).items() if key not in ("chosen", "first_use")}
 
 
 ProgressCallback = Callable[..., None]  # tell(report or None, what is under way, "" for the end)

@@ -2,26 +2,31 @@
 from __future__ import annotations
 
 import folder_paths
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..compile.comfyui.int8_encoder import save_encoder
 from ..compile.comfyui.mode_records import recorded, save_model
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
+from .inputs import matching
 from .quantize import int8_options, quantize_inputs
 
 
 class SaveINT8Model(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        model_in, _ = matching("model", [io.Model, io.Clip], "A model or CLIP from INT8 Quantize Model, or a model from Load INT8 Model.")
         return io.Schema(
             node_id="SaveINT8Model",
             display_name="Save INT8 Model",
             category="INT8 Compile",
-            description="Writes a quantized model, with its LoRAs, as an INT8 checkpoint that ComfyUI's own Load Diffusion Model reads. "
-                        "The file is about half the size of bf16.",
+            description="Writes a quantized model or text encoder, with its LoRAs, as an INT8 checkpoint that ComfyUI's own Load Diffusion "
+                        "Model or Load CLIP reads. The file is about half the size of bf16.",
             inputs=[
-                io.Model.Input("model", tooltip="A model from INT8 Quantize Model or Load INT8 Model."),
+                model_in,
                 io.String.Input("filename_prefix", default="diffusion_models/int8", tooltip="Below ComfyUI's output folder; a counter is "
-                                "added. Move the file to models/diffusion_models to load it."),
+                                "added. Move the file to models/diffusion_models to load it; those of a CLIP, one for each encoder, to "
+                                "models/text_encoders."),
             ],
             outputs=[],
             is_output_node=True,
@@ -29,7 +34,7 @@ class SaveINT8Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
-        save_model(model, filename_prefix)
+        (save_encoder if isinstance(model, CLIP) else save_model)(model, filename_prefix)
         return io.NodeOutput()
 
 

@@ -16,6 +16,7 @@ from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..compile.options import CompileOptions
 from ..compile.report import CompileReport
 from ..int8.echo import echo
+from .inputs import matching
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +34,11 @@ class BackendCombo(io.Combo.Input):
         return super().as_dict()
 
 
-def _any_patchable(input_id: str, tooltip: str) -> tuple[io.Input, io.Output]:
-    types = [io.Model, io.Clip, io.Vae, io.ControlNet]
-    if not hasattr(io, "MatchType"):  # ComfyUI before MatchType: the output is of any type
-        return io.MultiType.Input(input_id, types=types, tooltip=tooltip), io.AnyType.Output(display_name="model")
-    template = io.MatchType.Template("patchable", allowed_types=types)
-    return (io.MatchType.Input(input_id, template=template, tooltip=tooltip),
-            io.MatchType.Output(template=template, display_name="model"))
-
-
 class CompileModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        model_in, model_out = _any_patchable("model", "The model to compile. The model that comes in is not changed.")
+        model_in, model_out = matching("model", [io.Model, io.Clip, io.Vae, io.ControlNet],
+                                       "The model to compile. The model that comes in is not changed.")
         return io.Schema(
             node_id="CompileModel",
             display_name=TITLE,

@@ -1,11 +1,14 @@
 """INT8 Quantize Model: the Linear layers of a loaded model in INT8."""
 from __future__ import annotations
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..compile.comfyui.mode_records import quantize_and_record
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..int8.options import KERNELS, METHODS, Int8Options
+from .inputs import matching
 
 
 def quantize_inputs() -> list:
@@ -14,7 +17,7 @@ def quantize_inputs() -> list:
         io.Combo.Input("method", options=list(METHODS), default="auto",
                        tooltip="convrot: rotates channels so that outliers do not cost precision. rowwise: no rotation, a little faster. "
                        "smoothquant: smooths and rotates. auto: what measures best, layer by layer. smoothquant and auto look at three "
-                       "steps of the first sampling."),
+                       "steps of the first sampling; of a CLIP, at the first prompt."),
         io.String.Input("keep_layers", default="", multiline=True,
                         tooltip="Layers to leave in high precision: a glob a line, matched against the whole name below the diffusion "
                         "model, such as double_blocks.0.*"),
@@ -34,22 +37,28 @@ def int8_options(method, keep_layers, min_sqnr_db, kernel) -> Int8Options:
 class INT8QuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        model_in, model_out = matching("model", [io.Model, io.Clip], "A model or text encoder (CLIP) loaded in bf16, fp16 or fp32, or from "
+                                       "an INT8 file. It is not changed.", "The same model with INT8 layers.")
         return io.Schema(
             node_id="INT8QuantizeModel",
             display_name="INT8 Quantize Model",
             category="INT8 Compile",
-            description="Quantizes the Linear layers of a model's blocks to INT8 (W8A8): about half the memory, and faster on cards with "
-                        "INT8 tensor cores and CPUs with VNNI. Remove the node and the model is as before.",
-            inputs=[
-                io.Model.Input("model", tooltip="A model loaded in bf16, fp16 or fp32, or from an INT8 file. It is not changed."),
-                *quantize_inputs(),
-            ],
-            outputs=[io.Model.Output(tooltip="The same model with INT8 layers.")],
+            description="Quantizes the Linear layers of a model's or text encoder's blocks to INT8 (W8A8): about half the memory, and "
+                        "faster on cards with INT8 tensor cores and CPUs with VNNI. Remove the node and the model is as before.",
+            inputs=[model_in, *quantize_inputs()],
+            outputs=[model_out],
             **SCHEMA,
         )
 
     @classmethod
     def execute(cls, model, method, keep_layers, min_sqnr_db, kernel) -> io.NodeOutput:
-        status = NodeStatus()
-        quantized = quantize_and_record(model, int8_options(method, keep_layers, min_sqnr_db, kernel), status)
+        status, options = NodeStatus(), int8_options(method, keep_layers, min_sqnr_db, kernel)
+        if isinstance(model, CLIP):
+            quantized = model.clone()
+            quantized.patcher = quantize_and_record(model.patcher, options, status)
+        elif isinstance(model, ModelPatcher):
+            quantized = quantize_and_record(model, options, status)
+        else:
+            raise ValueError(f"INT8 Quantize Model cannot quantize a {type(model).__name__}, only a MODEL or a CLIP. Connect it without "
+                             "this node.")
         return io.NodeOutput(quantized, ui=status.ui)

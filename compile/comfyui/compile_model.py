@@ -35,6 +35,7 @@ from .int8_layer import patch_linear_input_act
 from .int8_model import keep_apart, pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
+from .patched_method import PatchedMethod, patched_methods, put_method
 from .verification import verification_options
 
 logger = logging.getLogger(__name__)
@@ -160,20 +161,17 @@ def _size(situation: dict) -> str:
     return f"latent {'x'.join(map(str, latent))}, batch {batch}" + (f", prompt length {prompt}" if prompt else "")
 
 
-class CompiledMethod:
-    """In the place of a method of the module of a VAE, text encoder or ControlNet while the patcher is loaded: the same call with
-    target compiled.
-    original: the bound method. on_progress: as of LazyCompile."""
+class CompiledMethod(PatchedMethod):
+    """The same call with target compiled. on_progress: as of LazyCompile."""
 
-    def __init__(self, original, target: str, options: CompileOptions, device: torch.device, on_progress: OnProgress | None = None):
-        self.original = original
+    def __init__(self, target: str, options: CompileOptions, device: torch.device, on_progress: OnProgress | None = None):
         self.target = target
         self.options = options
         self.device = device
         self.on_progress = on_progress
 
     def __call__(self, *args, **kwargs):
-        model = self.original.__self__
+        model = self.plain.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model
         return _run(model, self.target, self.options, self.device, root, lambda: self.original(*args, **kwargs), True, self.on_progress)
 
@@ -236,10 +234,7 @@ def add_method_compile(patcher, target: str, options: CompileOptions, on_progres
     _warm_up(patcher, target, options)
     methods = [name for name in VAE_METHODS if hasattr(patcher.model, name)]
     for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
-        original = patcher.get_model_object(name)
-        if isinstance(original, CompiledMethod):
-            original = original.original
-        patcher.add_object_patch(name, CompiledMethod(original, target, options, patcher.load_device, on_progress))
+        put_method(patcher, name, CompiledMethod(target, options, patcher.load_device, on_progress))
 
 
 def _warm_up(patcher, target: str, options: CompileOptions) -> None:
@@ -260,7 +255,7 @@ def reports(patcher) -> list:
     """The CompileReport of every compile node in front of this patcher, for the devices it has run on."""
     groups = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).values()
     wrappers: list[LazyCompile | CompiledMethod] = [w for group in groups for w in group if isinstance(w, LazyCompile)]
-    wrappers += {(m.target, m.options): m for m in patcher.object_patches.values() if isinstance(m, CompiledMethod)}.values()
+    wrappers += {(m.target, m.options): m for m in patched_methods(patcher, CompiledMethod)}.values()
     states = _COMPILED.get(patcher.model, {})
     return [state.compiled.report for w in wrappers for (target, options, _), state in states.items()
             if (target, options) == (w.target, w.options)]

@@ -21,7 +21,7 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
 from . import core as comfy_core
-from .int8_layer import PREFIX, require_native_int8
+from .int8_layer import prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
@@ -61,8 +61,8 @@ _FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = 
 
 
 def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback = no_progress):
-    """A clone of patcher (ModelPatcher) whose eligible Linear layers are INT8, now or from its first sampling on: the model that came
-    in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know.
+    """A clone of patcher (ModelPatcher, of a MODEL or a CLIP) whose eligible Linear layers are INT8, now or from its first use on: the
+    model that came in keeps its weights. Layers that are INT8 already stay as they are, as do all on a ComfyUI that the pack does not know.
     on_progress: called with what is under way, and with the report of it; when the model first samples too.
 
     Raises what layers_to_quantize and, for a method that needs no calibration, put_int8_layers raise.
@@ -79,10 +79,14 @@ def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback 
         on_progress(QuantizeReport(native=len(int8_layers(clone))))
         return clone
     known = {*names, *planned, *int8_layers(patcher)}
-    kept = tuple(name for name in eligible_linears(patcher.model.diffusion_model) if name not in known)
+    kept = tuple(name for name in eligible_linears(root_of(patcher)) if name not in known)
     if options.calibrated:
-        on_progress(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {}))
-        QuantizeFirst(clone, tuple(names), options, on_progress, kept).attach(clone)
+        from .int8_encoder import QuantizeEncoder  # it derives from what is below
+
+        on_progress(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {},
+                                   first_use="sampling" if prefix_of(clone) else "prompt"))
+        kind = QuantizeFirst if prefix_of(clone) else QuantizeEncoder
+        kind(clone, tuple(names), options, on_progress, kept).attach(clone)
     else:
         put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, on_progress, kept)
     return clone
@@ -92,29 +96,28 @@ def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, on_progr
     """put_int8_layers, with its report."""
     before = patcher.model_size()
     put_int8_layers(patcher, plans, options.kernel, on_progress)
-    on_progress(QuantizeReport.of(plans, before, patcher.model_size(), kept))
+    on_progress(QuantizeReport.of(plans, before, patcher.model_size(), kept, not prefix_of(patcher)))
 
 
 def planned_layers(patcher) -> list[str]:
-    """Names below the diffusion model of the layers that are, or will be at the first sampling, quantized after a calibration."""
-    return [name for w in _wrappers(patcher) for name in w.names]
+    """Names below the root of the layers that are, or will be at the first use, quantized after a calibration."""
+    return [name for w in quantizers(patcher) for name in w.names]
 
 
 def plans(patcher) -> list[LayerPlan]:
     """Each layer's plan of a quantized patcher, with its measured numbers; empty before its first sampling."""
-    return [plan for w in _wrappers(patcher) for plan in w.findings(patcher).plans or ()]
+    return [plan for w in quantizers(patcher) for plan in w.findings(patcher).plans or ()]
 
 
-def _wrappers(patcher) -> list[QuantizeFirst]:
+def quantizers(patcher) -> list[Quantizer]:
+    """What patcher's nodes wait for a first use with, in order."""
     return patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, QUANTIZE_KEY)
 
 
-class QuantizeFirst:
-    """Quantizes the patchers that are sampled, before they are. Once a model is measured the plans are fixed.
+class Quantizer:
+    """Quantizes layers of a patcher by what they are fed at its first use. Once a model is measured the plans are fixed.
 
-    The OUTER_SAMPLE wrapper of the guider's model measures all models that the guider holds, in a short run of its own. A model that no
-    such wrapper reaches (core asks the first model of a guider only), or whose short run fails, is watched while the image is made, and is
-    INT8 from the next one on. kept: names that keep_layers matched, for the report.
+    names: of the layers, below the root. kept: names that keep_layers matched, for the report.
     """
 
     def __init__(self, patcher, names: tuple[str, ...], options: Int8Options, on_progress: ProgressCallback = no_progress,
@@ -124,18 +127,12 @@ class QuantizeFirst:
         self.on_progress = on_progress
         self.kept = kept
         # Layers and weights that another pack put in the place of the model's share no plans with them.
-        theirs = [PREFIX + name + key for name in names for key in ("", ".weight") if PREFIX + name + key in patcher.object_patches]
+        prefix = prefix_of(patcher)
+        theirs = [prefix + name + key for name in names for key in ("", ".weight") if prefix + name + key in patcher.object_patches]
         self._key = names, options, tuple((name, weakref.ref(patcher.object_patches[name])) for name in theirs)
-        self._watch: contextlib.ExitStack | None = None
-        self._seen: dict[str, LayerStats] = {}
 
     def attach(self, patcher) -> None:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, QUANTIZE_KEY, self)
-        # In model_options: of a guider's second model these are the only wrappers that core calls.
-        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, QUANTIZE_KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
-        for call, callback in ((CallbacksMP.ON_PRE_RUN, self._begin), (CallbacksMP.ON_PREPARE_STATE, self._step),
-                               (CallbacksMP.ON_CLEANUP, self._end)):
-            patcher.add_callback_with_key(call, QUANTIZE_KEY, callback)
 
     def findings(self, patcher) -> _Findings:
         return _FINDINGS.setdefault(patcher.model, {}).setdefault(self._key, _Findings())
@@ -146,12 +143,54 @@ class QuantizeFirst:
         return found.stats is None and found.plans is None and not self._is_quantized(patcher)
 
     def _is_quantized(self, patcher) -> bool:
-        return any(isinstance(patcher.object_patches.get(PREFIX + name), Int8Lora) for name in self.names)
+        return any(isinstance(patcher.object_patches.get(prefix_of(patcher) + name), Int8Lora) for name in self.names)
+
+    def collect(self, patcher):
+        """See calibrate.collect. The layers are those that loading this patcher puts: another clone's may be in the model now."""
+        return collect({name: patcher.get_model_object(prefix_of(patcher) + name) for name in self.names})
+
+    def keep(self, patcher, stats: dict[str, LayerStats]) -> None:
+        """A run in which no layer was called says nothing: the next one is looked at instead."""
+        if stats:
+            self.findings(patcher).stats = stats
+
+    def quantize(self, patcher) -> bool:
+        """Puts INT8 layers into patcher if what they are fed is known and they are not there yet; says whether it did."""
+        if self._is_quantized(patcher):
+            return False
+        found = self.findings(patcher)
+        if found.stats is not None:
+            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.on_progress, found.measured)
+            found.stats, found.measured = None, {}
+        if found.plans is None:
+            return False
+        put_and_tell(patcher, found.plans, self.options, self.on_progress, self.kept)
+        return self._is_quantized(patcher)
+
+
+class QuantizeFirst(Quantizer):
+    """Of a MODEL: quantizes the patchers that are sampled, before they are.
+
+    The OUTER_SAMPLE wrapper of the guider's model measures all models that the guider holds, in a short run of its own. A model that no
+    such wrapper reaches (core asks the first model of a guider only), or whose short run fails, is watched while the image is made, and is
+    INT8 from the next one on.
+    """
+
+    _watch: contextlib.ExitStack | None = None
+    _seen: dict[str, LayerStats] = {}
+
+    def attach(self, patcher) -> None:
+        super().attach(patcher)
+        # In model_options: of a guider's second model these are the only wrappers that core calls.
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, QUANTIZE_KEY, _quantize_before_load, patcher.model_options, is_model_options=True)
+        for call, callback in ((CallbacksMP.ON_PRE_RUN, self._begin), (CallbacksMP.ON_PREPARE_STATE, self._step),
+                               (CallbacksMP.ON_CLEANUP, self._end)):
+            patcher.add_callback_with_key(call, QUANTIZE_KEY, callback)
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         patchers = _patchers(guider)
-        waiting = [(wrapper, patcher) for patcher in patchers for wrapper in _wrappers(patcher) if wrapper.waits(patcher)]
+        waiting = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if wrapper.waits(patcher)]
         # A training run is no image: its sampler changes what it trains.
         if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
             _look(guider, patchers, waiting, noise, latent_image, sampler, sigmas, args, kwargs)
@@ -177,26 +216,6 @@ class QuantizeFirst:
                 self.keep(patcher, self._seen)
             self._seen = {}
 
-    def collect(self, patcher):
-        """See calibrate.collect. The layers are those that loading this patcher puts: another clone's may be in the model now."""
-        return collect({name: patcher.get_model_object(PREFIX + name) for name in self.names})
-
-    def keep(self, patcher, stats: dict[str, LayerStats]) -> None:
-        """A run in which no layer was called says nothing: the next one is looked at instead."""
-        if stats:
-            self.findings(patcher).stats = stats
-
-    def quantize(self, patcher) -> None:
-        """Puts INT8 layers into patcher if what they are fed is known and they are not there yet."""
-        if self._is_quantized(patcher):
-            return
-        found = self.findings(patcher)
-        if found.stats is not None:
-            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.on_progress, found.measured)
-            found.stats, found.measured = None, {}
-        if found.plans is not None:
-            put_and_tell(patcher, found.plans, self.options, self.on_progress, self.kept)
-
 
 def _patchers(guider) -> list[ModelPatcher]:
     """Those that guider holds, each once: DualModelGuider has two."""
@@ -209,8 +228,8 @@ def _patchers(guider) -> list[ModelPatcher]:
 
 
 def _quantize_known(patcher) -> None:
-    for wrapper in _wrappers(patcher):
-        wrapper.quantize(patcher)
+    for quantizer in quantizers(patcher):
+        quantizer.quantize(patcher)
 
 
 def _quantize_before_load(executor, model, *args, **kwargs):
@@ -219,7 +238,7 @@ def _quantize_before_load(executor, model, *args, **kwargs):
     return executor(model, *args, **kwargs)
 
 
-def _look(guider, patchers, waiting: list[tuple[QuantizeFirst, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
+def _look(guider, patchers, waiting: list[tuple[Quantizer, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
     """Samples in a few long steps over the whole schedule and keeps what the layers get. Leaves the guider, the random numbers and what
     other nodes know of the sampling as they were."""
     # outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, latent_shapes)

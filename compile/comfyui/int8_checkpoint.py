@@ -24,7 +24,7 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
 from ...int8.report import ProgressCallback, QuantizeReport, no_progress
 from .int8_calibrate import planned_layers, plans
-from .int8_layer import PREFIX, QUANT_FORMAT, require_native_int8
+from .int8_layer import QUANT_FORMAT, prefix_of, require_native_int8
 from .int8_model import adopt_native_layers, int8_layers, is_int8, put_int8_layers
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ def native_model(patcher):
     convrot, quantized from the float weights; layers that were to be quantized at the first sampling are quantized now, by convrot where
     nothing was measured yet."""
     require_native_int8("Save INT8 Model")
-    patcher = patcher.clone()
+    patcher, prefix = patcher.clone(), prefix_of(patcher)
     measured = {plan.name: plan.method for plan in plans(patcher)}
-    waiting = [name for name in planned_layers(patcher) if PREFIX + name not in patcher.object_patches]
-    smoothed = [name.removeprefix(PREFIX) for name, layer in patcher.object_patches.items()
+    waiting = [name for name in planned_layers(patcher) if prefix + name not in patcher.object_patches]
+    smoothed = [name.removeprefix(prefix) for name, layer in patcher.object_patches.items()
                 if getattr(layer, "pre_quant_scale", None) is not None]
     for name in smoothed:
-        del patcher.object_patches[PREFIX + name]
+        del patcher.object_patches[prefix + name]
     if smoothed or waiting:
         logger.info("INT8: %d smoothed layers and %d that were not measured yet are written as convrot.", len(smoothed),
                     len(waiting))

@@ -50,6 +50,23 @@ FUSED_ACTIVATIONS = ("gelu_tanh", "swiglu")
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary] = weakref.WeakKeyDictionary()
 
 
+def root_of(patcher) -> torch.nn.Module:
+    """What of a patcher's model is quantized: the diffusion model of a MODEL, all of a text encoder (CLIP)."""
+    return getattr(patcher.model, "diffusion_model", patcher.model)
+
+
+def prefix_of(patcher) -> str:
+    """What stands in front of names below root_of(patcher)."""
+    return PREFIX if hasattr(patcher.model, "diffusion_model") else ""
+
+
+def compute_dtype_of(patcher) -> torch.dtype:
+    """What patcher's model computes in between its layers. Text encoders compute in fp32, whatever their weights are (comfy.sd.CLIP)."""
+    if prefix_of(patcher):
+        return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+    return torch.float32
+
+
 def require_native_int8(node: str = "INT8 Quantize Model"):
     """Raises RuntimeError where ComfyUI has no native INT8."""
     if QUANT_FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
@@ -179,8 +196,10 @@ def _connect_kernels():
 
 
 @functools.cache
-def _linear_class(compute_dtype: torch.dtype) -> type:
-    return type("Int8Linear", (_Int8Forward, comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype).Linear), {})
+def _linear_class(compute_dtype: torch.dtype, of_encoder: bool = False) -> type:
+    # Core wants every layer of a text encoder to multiply in fp32, as a user may of a model (ModelComputeDtype): not those of INT8.
+    never_forced = {"comfy_force_cast_weights": property(lambda self: False, lambda self, value: None)} if of_encoder else {}
+    return type("Int8Linear", (_Int8Forward, comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype).Linear), never_forced)
 
 
 class _ByForward:
@@ -226,15 +245,15 @@ def patch_linear_input_act():
     comfy.ops.linear_input_act = linear_input_act
 
 
-def _can_multiply_int8(device: torch.device) -> bool:
+def can_multiply_int8(device: torch.device) -> bool:
     """Whether core multiplies INT8 on device (0.36 or later knows; MPS and XPU may not)."""
     supports = getattr(comfy.model_management, "supports_int8_compute", None)
     return supports is None or supports(device)
 
 
 def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan, kernel: str, device: torch.device,
-                home: torch.device, compute_dtype: torch.dtype) -> torch.nn.Module:
-    """The layer of weight [N, K] and bias [N], quantized on device, kept on home."""
+                home: torch.device, compute_dtype: torch.dtype, of_encoder: bool = False) -> torch.nn.Module:
+    """The layer of weight [N, K] and bias [N], quantized on device, kept on home. of_encoder: of a text encoder."""
     n, k = weight.shape
     pre_quant_scale = plan.pre_quant_scale
     work = weight.to(device)
@@ -244,7 +263,7 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
     layout = quant_ops.TensorWiseINT8Layout
     params = layout.Params(scale=scale.to(home), orig_dtype=weight.dtype, orig_shape=(n, k), convrot=bool(group),
                            convrot_groupsize=group or layout.Params.convrot_groupsize)
-    layer = _linear_class(compute_dtype)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
+    layer = _linear_class(compute_dtype, of_encoder)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
     layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), INT8_LAYOUT, params), requires_grad=False)
     if bias is not None:
         # Its own copy: the two layers are loaded, patched and moved at different times.
@@ -252,6 +271,6 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
     if pre_quant_scale is not None:
         layer.register_buffer("pre_quant_scale", pre_quant_scale.to(home))
     layer.quant_format, layer.layout_type, layer.kernel = QUANT_FORMAT, INT8_LAYOUT, kernel
-    layer.is_full_precision = not _can_multiply_int8(device)
+    layer.is_full_precision = not can_multiply_int8(device)
     return layer.eval()
 

@@ -26,14 +26,17 @@ from .int8_layer import (
     _LAYERS,
     INT8_LAYOUT,
     LAYER_KEY,
-    PREFIX,
     QUANT_FORMAT,
     _connect_kernels,
     _int8_layer,
     _Int8Forward,
     _linear_class,
+    can_multiply_int8,
+    compute_dtype_of,
     patch_linear_input_act,
+    prefix_of,
     require_native_int8,
+    root_of,
 )
 from .int8_merge import patch_merging_and_saving
 
@@ -67,10 +70,11 @@ def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
 
 
 def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
-    """What the weight of a layer below the diffusion model is from: the layer, or the weight alone where that is patched by itself. Its
+    """What the weight of a layer below the root is from: the layer, or the weight alone where that is patched by itself. Its
     identity stays while weights are moved, patched with a LoRA, and swapped by other clones."""
-    weight = f"{PREFIX}{name}.weight"
-    return patcher.object_patches[weight] if weight in patcher.object_patches else patcher.get_model_object(PREFIX + name)
+    layer = prefix_of(patcher) + name
+    weight = f"{layer}.weight"
+    return patcher.object_patches[weight] if weight in patcher.object_patches else patcher.get_model_object(layer)
 
 
 def _check_float(name: str, weight: torch.Tensor):
@@ -81,8 +85,8 @@ def _check_float(name: str, weight: torch.Tensor):
 
 
 def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = ()) -> list[str]:
-    """Names below the diffusion model of the layers that are eligible, float, not planned to be INT8 already and not in keep_layers; none
-    for a model that was loaded in INT8.
+    """Names below the root (see root_of) of the layers that are eligible, float, not planned to be INT8 already and not in keep_layers;
+    none for a model that was loaded in INT8.
 
     Raises ValueError for a model without such layers, a weight that is quantized already, a kernel that cannot run on this device, a
     keep_layers glob that matches nothing; RuntimeError where ComfyUI has no native INT8.
@@ -90,17 +94,16 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     require_native_int8()
     if options.kernel in BY_NAME and (reason := BY_NAME[options.kernel].refusal(patcher.load_device)):
         raise ValueError(f"INT8 Quantize Model: {reason}. Set kernel to auto.")
-    model = patcher.model
+    root, prefix = root_of(patcher), prefix_of(patcher)
     if native_layers(patcher):
         return []  # what its file left in high precision was left so on purpose
-    names = [n for n in eligible_linears(model.diffusion_model)
-             if n not in planned and not is_int8(patcher.get_model_object(PREFIX + n).weight)]
+    names = [n for n in eligible_linears(root) if n not in planned and not is_int8(patcher.get_model_object(prefix + n).weight)]
     if not names:
         raise ValueError("INT8 Quantize Model: this model has no Linear layers to quantize "
-                         f"({type(model.diffusion_model).__name__}: none of float type in its blocks). Connect it without this node.")
+                         f"({type(root).__name__}: none of float type in its blocks). Connect it without this node.")
     names = drop_kept(names, options.keep_layers)
     for name in names:
-        _check_float(name, pristine_parameter(patcher, f"{PREFIX}{name}.weight"))
+        _check_float(name, pristine_parameter(patcher, f"{prefix}{name}.weight"))
     return names
 
 
@@ -112,27 +115,26 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     _connect_kernels()
     patch_merging_and_saving()
     patch_linear_input_act()
-    model = patcher.model
-    compute_dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
-    layers = _LAYERS.setdefault(model, weakref.WeakValueDictionary())
+    prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
+    layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]
     progress = comfy.utils.ProgressBar(len(plans))
     patches, saved = {}, 0
     for number, plan in enumerate(plans):
         on_progress(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
-        weight, bias = (pristine_parameter(patcher, f"{PREFIX}{plan.name}.{key}") for key in ("weight", "bias"))
+        weight, bias = (pristine_parameter(patcher, f"{prefix}{plan.name}.{key}") for key in ("weight", "bias"))
         key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype, weakref.ref(_origin(patcher, plan.name)))
         layer = layers.get(key)
         if layer is None:
             try:
-                layer = _int8_layer(weight, bias, plan, kernel, patcher.load_device, patcher.offload_device, compute_dtype)
+                layer = _int8_layer(weight, bias, plan, kernel, patcher.load_device, patcher.offload_device, compute_dtype, not prefix)
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
-            layer.source = _weight_of(patcher.get_model_object(PREFIX + plan.name))
+            layer.source = _weight_of(patcher.get_model_object(prefix + plan.name))
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
-        patches[PREFIX + plan.name] = layer
+        patches[prefix + plan.name] = layer
         saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
     if not patches:
@@ -146,7 +148,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     patcher.patches_uuid = uuid.uuid4()
     patcher.size = size - saved
     methods = Counter(plan.method for plan in plans)
-    logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(plans), len(eligible_linears(model.diffusion_model)),
+    logger.info("INT8: %d of %d layers quantized (%s), weights %.1f -> %.1f MB", len(plans), len(eligible_linears(root_of(patcher))),
                 ", ".join(f"{count} {method}" for method, count in methods.items()), size / 2**20, patcher.size / 2**20)
 
 
@@ -215,14 +217,14 @@ def is_int8(weight) -> bool:
 
 
 def _current_layers(patcher) -> dict[str, torch.nn.Module]:
-    """{name below the diffusion model: layer} of those that have a weight, with patcher's object patches."""
-    names = [name for name, m in patcher.model.diffusion_model.named_modules() if name and hasattr(m, "weight")]
-    current = {name: patcher.get_model_object(PREFIX + name) for name in names}
+    """{name below the root: layer} of those that have a weight, with patcher's object patches."""
+    names = [name for name, m in root_of(patcher).named_modules() if name and hasattr(m, "weight")]
+    current = {name: patcher.get_model_object(prefix_of(patcher) + name) for name in names}
     return {name: layer for name, layer in current.items() if hasattr(layer, "weight")}
 
 
 def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
-    """{name below the diffusion model: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
+    """{name below the root: (its ConvRot group or 0, whether it is smoothed)} of patcher's INT8 layers."""
     if QUANT_FORMAT not in getattr(quant_ops, "QUANT_ALGOS", {}):
         return {}
     params = {name: (layer, layer.weight._params) for name, layer in _current_layers(patcher).items() if is_int8(layer.weight)}
@@ -231,7 +233,7 @@ def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
 
 
 def native_layers(patcher) -> list[str]:
-    """Names below the diffusion model of what ComfyUI's own loader made with an INT8 weight: Linears, expert banks, embeddings."""
+    """Names below the root of what ComfyUI's own loader made with an INT8 weight: Linears, expert banks, embeddings."""
     return [n for n, layer in _current_layers(patcher).items() if is_int8(layer.weight) and not isinstance(layer, _Int8Forward)]
 
 
@@ -271,18 +273,20 @@ def adopt_native_layers(patcher, kernel: str):
     _connect_kernels()
     patch_merging_and_saving()
     patch_linear_input_act()
-    compute_dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+    prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     adopted = {}
     for name in native_layers(patcher):
-        layer = patcher.get_model_object(PREFIX + name)
+        layer = patcher.get_model_object(prefix + name)
         if not _is_core_linear(layer):
             continue
         _check_layer(name, layer)
-        ours: Any = object.__new__(_linear_class(compute_dtype))
+        ours: Any = object.__new__(_linear_class(compute_dtype, not prefix))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
+        if not prefix:  # core makes it so of every text encoder, whatever its file says
+            ours.is_full_precision = bool(getattr(layer, "_full_precision_mm_config", False)) or not can_multiply_int8(patcher.load_device)
         ours.kernel = kernel
-        adopted[PREFIX + name] = ours
+        adopted[prefix + name] = ours
     _share_inputs(adopted)
     for name, ours in adopted.items():
         patcher.add_object_patch(name, ours)

@@ -17,7 +17,7 @@ from ...int8.precision import FLOAT
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.structure import equivalent_layers
 from ..check.linear_table import Row, time_in_turn
-from .int8_layer import PREFIX, _connect_kernels, _int8_layer
+from .int8_layer import _connect_kernels, _int8_layer, compute_dtype_of, prefix_of, root_of
 from .int8_model import pristine_parameter
 
 logger = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
     known = {} if known is None else known
     progress = comfy.utils.ProgressBar(len(names))
     result: list[LayerPlan] = []
-    for group in equivalent_layers(patcher.model.diffusion_model, names):
+    for group in equivalent_layers(root_of(patcher), names):
         measured: list[LayerPlan] = []
         for name in group:
             comfy.model_management.throw_exception_if_processing_interrupted()
             on_progress(None, f"measuring {len(result) + len(measured)}/{len(names)}")
             if name in stats:
                 if name not in known:
-                    weight = pristine_parameter(patcher, f"{PREFIX}{name}.weight").to(patcher.load_device)
+                    weight = pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight").to(patcher.load_device)
                     try:
                         known[name] = measure_layer(name, weight, stats[name], options)
                     except ValueError as error:
@@ -54,7 +54,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
             choose_methods(measured, options)
             result += measured
     for plan in result:
-        plan.shape = tuple(pristine_parameter(patcher, f"{PREFIX}{plan.name}.weight").shape)
+        plan.shape = tuple(pristine_parameter(patcher, f"{prefix_of(patcher)}{plan.name}.weight").shape)
     if options.faster_only:
         _keep_slower(patcher, result, on_progress)
     if options.max_mb:
@@ -71,7 +71,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
 def _keep_slower(patcher, plans: list[LayerPlan], on_progress: ProgressCallback) -> None:
     """Leaves those layers float that are no faster as INT8, and those that were never called, of which nothing is known."""
     _connect_kernels()
-    dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+    dtype = compute_dtype_of(patcher)
     for number, plan in enumerate(plans):
         comfy.model_management.throw_exception_if_processing_interrupted()
         on_progress(None, f"timing {number}/{len(plans)}")
@@ -102,11 +102,11 @@ def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n:
 
 
 def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
-    weights = {plan.name: pristine_parameter(patcher, f"{PREFIX}{plan.name}.weight") for plan in plans}
+    weights = {plan.name: pristine_parameter(patcher, f"{prefix_of(patcher)}{plan.name}.weight") for plan in plans}
     saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
     size = patcher.model_size()
     try:
-        fit_size(plans, saved, size - int(options.max_mb * 2**20), equivalent_layers(patcher.model.diffusion_model, weights))
+        fit_size(plans, saved, size - int(options.max_mb * 2**20), equivalent_layers(root_of(patcher), weights))
     except ValueError as error:
         raise ValueError(f"INT8 Quantize Model: {error} to get from {size / 2**20:.1f} to max_mb = {options.max_mb:g}. Raise max_mb, lower "
                          "min_sqnr_db, or keep fewer layers.") from None

@@ -35,9 +35,9 @@ CONTRACT = {
         ("dynamic", ["auto", "true", "false"], "true"), ("compile_transformer_blocks_only", "BOOLEAN", True),
         ("dynamo_cache_size_limit", "INT", 640), ("use_guard_filter", "BOOLEAN", True), ("disable_dynamic_vram", "BOOLEAN", True),
         ("log_compile", "BOOLEAN", False)]),
-    "INT8QuantizeModel": ("INT8 Quantize Model", [("model", "MODEL", None), *QUANTIZE]),
+    "INT8QuantizeModel": ("INT8 Quantize Model", [("model", None, None), *QUANTIZE]),
     "LoadINT8Model": ("Load INT8 Model", [("unet_name", None, None), *QUANTIZE]),
-    "SaveINT8Model": ("Save INT8 Model", [("model", "MODEL", None), ("filename_prefix", "STRING", "diffusion_models/int8")]),
+    "SaveINT8Model": ("Save INT8 Model", [("model", None, None), ("filename_prefix", "STRING", "diffusion_models/int8")]),
     "ApplyModes": ("Apply Modes", [("model", "MODEL", None), ("modes", "STRING", '["convrot", "int8", "compile"]')]),
     "ShowModes": ("Show Modes", [("model", "MODEL", None)]),
     "SaveCompileCache": ("Save Compile Cache", [("filename_prefix", "STRING", "int8_compile")]),
@@ -71,11 +71,13 @@ def test_background_is_the_last_and_optional_input(server, node_id):
     assert (name, kind, options["default"]) == ("background", "BOOLEAN", False)
 
 
-def test_compile_model_takes_four_types_and_gives_back_its_inputs(server):
-    info = server.object_info("CompileModel")
+@pytest.mark.parametrize("node_id, types", [("CompileModel", "MODEL,CLIP,VAE,CONTROL_NET"), ("INT8QuantizeModel", "MODEL,CLIP"),
+                                            ("SaveINT8Model", "MODEL,CLIP")])
+def test_a_node_takes_these_types_and_gives_back_its_inputs(server, node_id, types):
+    info = server.object_info(node_id)
     template = info["input"]["required"]["model"][1]["template"]
-    assert template["allowed_types"] == "MODEL,CLIP,VAE,CONTROL_NET"
-    assert info["output_matchtypes"][0] == template["template_id"]
+    assert template["allowed_types"] == types
+    assert [template["template_id"]] == info["output_matchtypes"] or not info["output"]
 
 
 def test_backends_are_those_of_torch_and_the_optional_ones(server):
