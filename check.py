@@ -1,6 +1,6 @@
 """INT8 Compile Check from the command line, with the Python that runs ComfyUI:
 
-    python ComfyUI/custom_nodes/int8-compile/check/check.py [--full | --width 3072 --tokens 4608] [--json FILE] [--plot FILE] [--device cpu]
+    python ComfyUI/custom_nodes/int8-compile/check.py [--full | --width 3072 --tokens 4608] [--json FILE] [--plot FILE] [--device cpu]
     cd ComfyUI/custom_nodes/int8-compile && python -m check
 
 COMFYUI_PATH: ComfyUI's folder, where this folder is not in its custom_nodes.

@@ -80,9 +80,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _dense_copies(module: torch.nn.Module, values: tuple, inside: list) -> dict[int, tuple[Tensor, Tensor]]:
-    """{id: (tensor, dense copy)} of those that only some blocks get in another layout. None while gradients are wanted, which the way back
-    into the original would break; none where memory is shared, with module's own too, or the original may not be written. inside: what
-    functions among values close over."""
+    """{id: (tensor, dense copy)} of those that only some blocks get in another layout. Empty while gradients are wanted: to write into the
+    original afterwards would break them. Empty where memory is shared, with module's own too, or the original may not be written.
+    inside: what functions among values close over."""
     loose = [v for v in values if isinstance(v, Tensor) and not v.is_contiguous() and _strided(v)]
     if not loose or torch.is_grad_enabled():
         return {}

@@ -77,7 +77,7 @@ class CompiledModule:
             interrupted: Callable[[], bool] = bool, situation: Mapping[str, Hashable] | None = None):
         """call() with root's regions compiled.
 
-        filter_guards: no patch is active that may read the bookkeeping in transformer_options (see guards.py). passthrough: whether an
+        filter_guards: no patch is active that may read the bookkeeping in transformer_options (see GuardFilter). passthrough: whether an
         exception is never a failure of compile (out of memory, interrupt). An error that the model's own code raises is raised. On any
         other of a compiled call the same call is made once more eager: if that fails too, its error is the model's own; if not, compile is
         off from then on for what the blocks are made of now. around_block: wraps the call of each block, as around_block(call) -> call.

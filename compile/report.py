@@ -32,7 +32,7 @@ CAUSES = (
     (r"expected type of '(.+)' to be", r"\1 is of another type than before"),
 )
 WEIGHTS = "LoRA or strength"  # in a situation: the identity of the model's weights
-# How a fallback begins that costs nothing now: the next start compiles again.
+# A message that begins so is of a fallback that costs this image nothing: only the next start compiles again.
 NOT_KEPT = "not kept in the compile cache"
 
 

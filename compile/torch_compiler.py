@@ -121,7 +121,7 @@ class Compiled:
 
     @property
     def one_apart(self) -> bool:
-        """Whether a size that is 1 is compiled for by itself. What another backend makes of sizes that may be nobody sees."""
+        """Whether a size that is 1 is compiled for by itself, as with another package's backend, whose graphs nobody sees."""
         return self.backend is None or self.backend.one_apart
 
     @property

@@ -143,5 +143,11 @@ def test_links_lead_somewhere(page):
             assert target.partition("#")[2] in headings, f"{page}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_name_files_that_there_are(page):
+    for path in re.findall(r"custom_nodes[/\\]int8-compile[/\\]([\w./\\]*\.\w+)", (REPO / page).read_text()):
+        assert (REPO / path.replace("\\", "/")).exists(), f"{page}: there is no {path}"
+
+
 def test_the_readme_is_read_in_one_sitting():
     assert len((REPO / "README.md").read_text().splitlines()) <= 200

@@ -45,7 +45,7 @@ class Seen(Protocol):
 
 
 class Verifier(Protocol):
-    """compile.verification.Verification."""
+    """compile.verification.verification.Verification."""
 
     def is_due(self, compiled: Seen) -> bool: ...
 

@@ -76,7 +76,7 @@ USES = (
     Use("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", INT8, "0.38.1", since="0.26.0"),
     Use("comfy.samplers.CFGGuider.outer_sample", INT8, "0.38.1", parameters=(
         "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"), since="0.26.0"),
-    # compile/comfyui/int8_layer.py: the one function that the pack puts its own in front of.
+    # compile/comfyui/int8_layer.py: a function that the pack puts its own in front of (int8_merge.py: three more, for merging and saving).
     Use("comfy.ops.linear_input_act", FUSED_ACTIVATION, "0.38.1", parameters=("linear", "x", "input_act"), since="0.33.0"),
     # compile/comfyui/compile_model.py: around a model's call, and what tells a failure of compile from the model's own.
     Use("comfy.patcher_extension.WrappersMP.APPLY_MODEL", COMPILE, "0.38.1"),

@@ -1,4 +1,5 @@
-"""A LoRA on an INT8 layer: added to the float weight that the layer was made from, and quantized once more.
+"""A LoRA on an INT8 layer: added to the float weight that the layer was made from, and quantized once more. (Where dynamic VRAM streams
+the layer core adds it to the dequantized weight.)
 
 W + delta then costs what W did. Added to the dequantized weight instead, as where that float weight is gone, the noise of two
 quantizations adds up: 3.0 dB in the weight, 1.75 dB at the layer's output. Core's own way also rounds stochastically, in the type it
@@ -20,7 +21,7 @@ from ...int8.kernels import reference
 try:
     from comfy.model_patcher import LowVramPatch
     from comfy.quant_ops import QuantizedTensor
-except ImportError:  # a core without native quantization, or with another LowVramPatch, has no INT8 layers (comfy_core.py)
+except ImportError:  # a core without native quantization, or with another LowVramPatch, has no INT8 layers (core.py)
     LowVramPatch, QuantizedTensor = object, None
 
 # A weight is what a float weight was quantized to if no value is further away, in steps. Half a step is the rounding; the rest is for

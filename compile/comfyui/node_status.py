@@ -16,7 +16,8 @@ from ...int8.echo import without_folders
 EVENT = "int8_compile"
 # Seconds between two messages that differ in a number only.
 INTERVAL = 0.1
-# For the Schema of a node that shows something: another node with the same inputs runs too, and is not served from this one's output.
+# For the Schema of a node that shows something. not_idempotent: of two nodes with the same inputs each runs, and shows its own report,
+# where core would give the second the first one's output.
 # Where the core can, the report is sent again when the node did not run.
 SCHEMA = {name: True for name in ("not_idempotent", "has_intermediate_output") if name in io.Schema.__dataclass_fields__}
 

@@ -35,7 +35,7 @@ def is_offloaded(model: torch.nn.Module) -> bool:
 
 
 def around_block(block: Callable) -> Callable:
-    """The call of a block (engine._BlockCall) with the block's weights fetched; as it is on a ComfyUI that the pack does not know."""
+    """The call of a block (block_calls.py) with the block's weights fetched; as it is on a ComfyUI that the pack does not know."""
     if not comfy_core.usable(comfy_core.OFFLOAD):
         return block
     layers = [m for m in block.module.modules() if isinstance(m, comfy.ops.CastWeightBiasOp)]

@@ -94,8 +94,8 @@ class Interior:
         return attributes_of_tensors(list(_chain(map(dict.values, spaces))))
 
     def drop_own_forwards(self) -> None:
-        """What ejects a bypass LoRA (core's BypassForwardHook) puts each layer's own forward on the layer itself, where it looks like
-        another pack's: it goes, and nothing changes by that."""
+        """When a bypass LoRA is taken off, core (BypassForwardHook.eject) sets layer.forward to the layer's own method, which then looks
+        like another pack's. This removes that attribute, which changes nothing that the layer computes."""
         for state in [state for state in (*self._states, *self._blocks) if "forward" in state]:
             forward = state["forward"]
             if (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state

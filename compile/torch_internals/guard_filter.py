@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ...pack import ROOT
-from . import varied
+from . import leftovers, varied
 from .absent import ABSENT
 from .unguarded import Unguarded
 
@@ -93,6 +93,7 @@ class GuardFilter:
         self.classes: set[type] = set()
 
     def __call__(self, entries) -> list[bool]:
+        leftovers.drop()
         entries = [dataclasses.replace(entry, has_value=False) if entry.value is ABSENT else entry for entry in entries]
         values = [entry.value for entry in entries if entry.has_value]
         self.classes.update(value if isinstance(value, type) else type(value) for value in values)

@@ -77,8 +77,8 @@ class Verification:
 
     def begin(self, step: int, blocks: int, passthrough: Callable[[Exception], bool], args: tuple, kwargs: dict,
               weights: object = None) -> None:
-        """At the first block of a step, which is called with args and kwargs. passthrough: see CompiledModule.run. weights: another object
-        where the model's are others."""
+        """At the first block of a step, which is called with args and kwargs. passthrough: see CompiledModule.run. weights: which they
+        are (an identity; equal while they are the same)."""
         self._step, self._passthrough = step, passthrough
         if weights != self._weights:  # INT8 costs others something else
             self._weights = weights

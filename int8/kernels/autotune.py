@@ -151,7 +151,8 @@ class Shape(NamedTuple):
 
 class Waiting:
     """Shapes that run as predicted until nobody waits for an image: then a thread measures them, and what was measured runs from the next
-    call on. busy: whether somebody waits, asked between two candidates; ComfyUI's queue, see nodes. last_call: of int8_gemm, as
+    call on. busy: whether somebody waits for an image (prompts in ComfyUI's queue, see nodes/__init__.py); asked
+    between two candidates. last_call: of int8_gemm, as
     time.monotonic gives it."""
 
     def __init__(self):

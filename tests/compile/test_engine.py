@@ -339,6 +339,25 @@ def test_compiled_code_does_not_keep_a_model_alive():
     assert alive() is None
 
 
+class AsksInVain(Block):
+    """As ComfyUI's layers ask themselves for a bias or for factors that they lack."""
+
+    def forward(self, x, transformer_options=None):
+        return super().forward(x) * (2 if hasattr(self.up, "factors") else 1)
+
+
+def test_what_a_guard_asked_in_vain_is_not_kept_alive():
+    """Torch keeps such a layer for good, for a guard_filter_fn; one of each model that was ever compiled."""
+    net = torch.nn.Sequential(*(AsksInVain() for _ in range(3)))
+    compiled = CompiledModule(CompileOptions(backend="aot_eager"))
+    run(compiled, net, torch.randn(3, 64))
+    assert compiled.report.graphs == 1
+    alive = [weakref.ref(part) for part in net.modules()]
+    del net, compiled
+    gc.collect()
+    assert [part() for part in alive] == [None] * len(alive)
+
+
 class OptionsReader(torch.nn.Module):
     """A block that reads a number from transformer_options, as a patch may."""
 

@@ -41,6 +41,8 @@ INTERNALS = (
     Internal("torch._dynamo.eval_frame.reset_code", "what a deleted model compiled is freed", "each loaded model costs some MB"),
     Internal("torch._dynamo.eval_frame.cached_backends", "what a deleted model compiled is freed", "each loaded model costs some MB",
              needed=False),
+    Internal("torch._dynamo.guards._get_closure_vars", "layers that a guard asked in vain are freed",
+             "a block's weights of each model that was compiled stay in memory", needed=False),
     Internal("torch._dynamo.pgo.CodeId", "a block's place in the model stays a constant that nothing guards",
              "a graph for each block of UNets", needed=False),
     Internal("torch._dynamo.pgo.get_code_state", "as above", "as above", needed=False),
@@ -112,6 +114,8 @@ INTERNALS = (
     Internal("._forward_hooks", "a block with hooks is not made an artifact", _CACHE, file=_MODULE),
     Internal("._forward_pre_hooks", "a block with hooks is not made an artifact", _CACHE, file=_MODULE),
     # ComfyUI
+    Internal("._full_precision_mm_config", "whether a text encoder's file wants a layer in full precision",
+             "it multiplies in INT8 like the others", False, file="comfy/ops.py"),
     Internal("._v_signature", "a block's layers are taken for the same wherever dynamic VRAM keeps them", "blocks compile once more", False,
              file="comfy/ops.py"),
     Internal("._v_weight", "as above", "blocks compile once more", False, file="comfy/ops.py"),
