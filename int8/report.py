@@ -43,7 +43,8 @@ class QuantizeReport:
     """methods: of the INT8 layers -> how many. native: INT8 in the file already. waiting: to be decided at the first_use. kept: why
     layers stay in high precision -> their names. before, after: MB (2**20 bytes) of the model's weights. worst: the least SQNR that was
     measured, (dB, layer). refusal: why the model was left as it is. shapes: what was decided of layers of one size, where any were
-    measured. encoders: part of a text encoder -> how many of its layers are INT8. chosen: (layer, method) of each, for whoever keeps it; in
+    measured. encoders: part of a text encoder -> how many of its layers are INT8. source: what their weights were before, where
+    that was not float. chosen: (layer, method) of each, for whoever keeps it; in
     no history."""
 
     methods: dict[str, int] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class QuantizeReport:
     shapes: list[ShapeDecision] = field(default_factory=list)
     encoders: dict[str, int] = field(default_factory=dict)
     first_use: str = "sampling"
+    source: str = ""
     chosen: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -100,6 +102,8 @@ class QuantizeReport:
             lines.append("methods: " + ", ".join(f"{count} {method}" for method, count in self.methods.items()))
         if self.encoders:
             lines.append("layers: " + ", ".join(f"{count} of {name}" for name, count in self.encoders.items()))
+        if self.source:
+            lines.append(f"made of {self.source}")
         lines += self._weights()
         if self.worst:
             lines.append(f"least SQNR: {self.worst[0]:.1f} dB ({self.worst[1]})")

@@ -32,7 +32,8 @@ from .artifact_cache import get_cache
 from .attention import add_functions
 from .int8_calibrate import CALIBRATING, COMPILE_KEY, TIMED
 from .int8_layer import patch_linear_input_act
-from .int8_model import keep_apart, pristine_parameter
+from .int8_model import keep_apart
+from .int8_source import pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 from .patched_method import PatchedMethod, patched_methods, put_method

@@ -28,7 +28,7 @@ from ..modes.errors import ModeConfigError
 from . import artifact_cache
 from . import core as comfy_core
 from .int8_layer import PREFIX
-from .int8_model import pristine_parameter
+from .int8_source import pristine_parameter, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
     layers = {name: pristine_parameter(patcher, f"{PREFIX}{name}.weight").detach() for name in sorted(own)}
     tensors += [(name, tuple(t.shape), str(t.dtype)) for name, t in layers.items()]
     dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
-    values = [layers[name].flatten() for name in names[::max(1, len(names) // LAYERS)]]
+    values = [source_of(patcher, name)[0].flatten() for name in names[::max(1, len(names) // LAYERS)]]
     values = [weight[::max(1, weight.numel() // VALUES)].float().cpu() for weight in values]
     weights = hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest() if values else ""
     return digest([VERSION, goal, machine(device.type, device.index), settings(), comfy_core.comfyui_version(), artifact_cache.host(),

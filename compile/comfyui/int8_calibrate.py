@@ -25,6 +25,7 @@ from .int8_layer import prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
+from .int8_source import source_of_layers
 from .recording import unrecorded
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,11 @@ def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback 
 
 def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, on_progress: ProgressCallback, kept: tuple[str, ...]):
     """put_int8_layers, with its report."""
-    before = patcher.model_size()
+    before, source = patcher.model_size(), source_of_layers(patcher, [plan.name for plan in plans if plan.method != "float"])
     put_int8_layers(patcher, plans, options.kernel, on_progress)
-    on_progress(QuantizeReport.of(plans, before, patcher.model_size(), kept, not prefix_of(patcher)))
+    report = QuantizeReport.of(plans, before, patcher.model_size(), kept, not prefix_of(patcher))
+    report.source = source
+    on_progress(report)
 
 
 def planned_layers(patcher) -> list[str]:

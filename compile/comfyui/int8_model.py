@@ -6,7 +6,7 @@ import re
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import comfy.utils
@@ -39,6 +39,7 @@ from .int8_layer import (
     root_of,
 )
 from .int8_merge import patch_merging_and_saving
+from .int8_source import pristine_parameter, rounded_as, source_of, weight_of
 
 try:
     from comfy import quant_ops
@@ -47,26 +48,6 @@ except ImportError:  # cores without native quantization: the compile nodes work
 
 
 logger = logging.getLogger(__name__)
-
-
-def _weight_of(layer: torch.nn.Module) -> Callable[[], torch.Tensor | None]:
-    """Gives layer's weight for as long as the model keeps the layer: its memory and its moves stay the model's."""
-    reference = weakref.ref(layer)
-
-    def weight():
-        alive = reference()
-        return None if alive is None else alive.weight
-    return weight
-
-
-def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
-    """A parameter as loaded from the file: without the LoRA, or the swapped layer, of a clone that is active in the shared model."""
-    if name in patcher.object_patches or name in patcher.object_patches_backup:
-        return patcher.get_model_object(name)
-    layer, key = name.rsplit(".", 1)
-    if layer not in patcher.object_patches_backup and name in patcher.backup:
-        return patcher.backup[name].weight
-    return getattr(patcher.get_model_object(layer), key)
 
 
 def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
@@ -78,10 +59,11 @@ def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
 
 
 def _check_float(name: str, weight: torch.Tensor):
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        kind = type(weight).__name__ if weight.dtype.is_floating_point and weight.element_size() > 1 else weight.dtype
+    try:
+        rounded_as(weight)
+    except ValueError as kind:
         raise ValueError(f"INT8 Quantize Model: layer '{name}' is already quantized ({kind}). "
-                         "Load the model from a bf16, fp16 or fp32 checkpoint, with weight_dtype 'default'.")
+                         "Load the model from a bf16, fp16, fp32 or fp8 checkpoint.") from None
 
 
 def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = ()) -> list[str]:
@@ -123,19 +105,19 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     for number, plan in enumerate(plans):
         on_progress(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
-        weight, bias = (pristine_parameter(patcher, f"{prefix}{plan.name}.{key}") for key in ("weight", "bias"))
         key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype, weakref.ref(_origin(patcher, plan.name)))
         layer = layers.get(key)
         if layer is None:
             try:
-                layer = _int8_layer(weight, bias, plan, kernel, patcher.load_device, patcher.offload_device, compute_dtype, not prefix)
+                layer = _int8_layer(*source_of(patcher, plan.name), plan, kernel, patcher.load_device, patcher.offload_device,
+                                    compute_dtype, not prefix)
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
-            layer.source = _weight_of(patcher.get_model_object(prefix + plan.name))
+            layer.source = weight_of(patcher.get_model_object(prefix + plan.name))
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
         patches[prefix + plan.name] = layer
-        saved += weight.nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
+        saved += pristine_parameter(patcher, f"{prefix}{plan.name}.weight").nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
     if not patches:
         return
@@ -189,7 +171,7 @@ def own_weights(patcher, clone) -> None:
                 copy = layers[key] = _copy_of_layer(patcher, name, value)
                 if "source" in vars(value):
                     del clone.object_patches[name]
-                    copy.source = _weight_of(clone.get_model_object(name))
+                    copy.source = weight_of(clone.get_model_object(name))
             clone.object_patches[name] = copies[name] = copy
         elif isinstance(value, torch.nn.Parameter):
             clone.object_patches[name] = torch.nn.Parameter(value.detach(), requires_grad=False)

@@ -18,7 +18,7 @@ from ...int8.report import ProgressCallback, no_progress
 from ...int8.structure import equivalent_layers
 from ..check.linear_table import Row, time_in_turn
 from .int8_layer import _connect_kernels, _int8_layer, compute_dtype_of, prefix_of, root_of
-from .int8_model import pristine_parameter
+from .int8_source import pristine_parameter, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
             on_progress(None, f"measuring {len(result) + len(measured)}/{len(names)}")
             if name in stats:
                 if name not in known:
-                    weight = pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight").to(patcher.load_device)
+                    weight = source_of(patcher, name)[0].to(patcher.load_device)
                     try:
                         known[name] = measure_layer(name, weight, stats[name], options)
                     except ValueError as error:

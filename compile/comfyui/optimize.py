@@ -16,6 +16,7 @@ from . import decisions
 from .decisions import Decision
 from .int8_calibrate import planned_layers
 from .int8_model import int8_layers, layers_to_quantize
+from .int8_source import source_of_layers
 from .mode_records import ModesReport, apply_to_patcher, recorded
 from .modes import PATCHER_MODES
 from .node_status import NodeStatus
@@ -61,7 +62,10 @@ def _candidates(patcher, goal: Goal) -> tuple[list[str], str]:
     if planned_layers(patcher) or int8_layers(patcher):
         return [], "its layers are INT8 already"
     try:
-        return layers_to_quantize(patcher, Int8Options("convrot")), ""
+        names = layers_to_quantize(patcher, Int8Options("convrot"))
+        if source_of_layers(patcher, names):
+            return [], "its weights are fp8: INT8 would be no smaller"
+        return names, ""
     except (ValueError, RuntimeError) as error:  # another quantization, no Linear layers, a ComfyUI without native INT8
         return [], str(error).removeprefix("INT8 Quantize Model: ").partition(". ")[0]
 

@@ -157,11 +157,13 @@ def test_bad_weights_are_named_and_the_model_still_samples(load, nodes, sample):
     assert torch.equal(sample(model), before)
 
 
-def test_fp8_weights_are_refused(comfy, models_dir, nodes):
-    path = models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors"
-    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float8_e4m3fn})
-    with pytest.raises(ValueError, match=r"already quantized \(torch\.float8_e4m3fn\)"):
-        nodes.INT8QuantizeModel(model)
+def test_weights_whose_float_values_are_not_known_are_refused_by_the_name_of_their_format(flux, nodes):
+    for weight, name in ((torch.zeros(256, 256, dtype=torch.uint8), r"torch\.uint8"),
+                         (torch.zeros(256, 256).as_subclass(type("GGMLTensor", (torch.Tensor,), {})), "GGMLTensor")):
+        other = flux.clone()
+        other.add_object_patch("diffusion_model.single_blocks.0.linear2.weight", torch.nn.Parameter(weight, requires_grad=False))
+        with pytest.raises(ValueError, match=rf"already quantized \({name}\)"):
+            nodes.INT8QuantizeModel(other)
 
 
 def test_the_triton_kernel_needs_a_gpu(flux, nodes):
