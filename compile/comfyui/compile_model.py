@@ -171,6 +171,11 @@ class CompiledMethod(PatchedMethod):
         self.device = device
         self.on_progress = on_progress
 
+    def of(self, patcher):
+        changed = super().of(patcher)
+        changed.device = patcher.load_device
+        return changed
+
     def __call__(self, *args, **kwargs):
         model = self.plain.__self__
         root = comfy.utils.get_attr(model, self.target) if self.target else model

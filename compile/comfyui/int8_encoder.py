@@ -20,9 +20,9 @@ from .int8_checkpoint import native_model
 from .int8_model import int8_layers
 from .patched_method import PatchedMethod, put_method
 
+CLIP_PARTS = ("clip_l", "clip_g", "clip_h")  # whose tokenizer is ComfyUI's own
 # What ComfyUI calls on the module of a text encoder (comfy.sd.CLIP), and whether it may be called twice: what generates text draws random
 # numbers, and takes long.
-CLIP_PARTS = ("clip_l", "clip_g", "clip_h")  # whose tokenizer is ComfyUI's own
 METHODS = {"encode_token_weights": True, "generate": False}
 
 

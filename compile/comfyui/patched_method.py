@@ -34,7 +34,7 @@ class PatchedMethod:
             return self.around(self.original.of(patcher))
         if isinstance(self.original, types.MethodType):
             return self.around(types.MethodType(self.original.__func__, patcher.model))
-        return self
+        return self.around(self.original)
 
 
 def put_method(patcher, name: str, method: PatchedMethod) -> None:

@@ -10,7 +10,7 @@ from older_comfyui import NATIVE_INT8, NODE_REPLACEMENT, is_older, needs_comfyui
 from toys import difference
 
 from benchmarks.comfy_server import PromptRejected
-from benchmarks.workflows import wan_prompt
+from benchmarks.workflows import reports, wan_prompt
 
 from .conftest import latent
 
@@ -149,6 +149,17 @@ def test_a_clip_needs_is_patcher_off_and_then_encodes_the_same(server, defaults)
     compiled = with_compiled_clip(wan_prompt(), *defaults("CompileModel", is_patcher=False, backend="aot_eager"))
     assert difference(latent(server, server.run(compiled)), eager) < 1e-3
     assert "compiled CLIPLayer x12" in server.log_text()
+
+
+@pytest.mark.parametrize("method", ["convrot", "auto"])
+def test_a_clip_is_quantized_at_once_or_by_its_first_prompt(server, defaults, method):
+    needs_comfyui(NATIVE_INT8, "no native INT8")
+    eager = latent(server, server.run(wan_prompt()))
+    result = server.run(with_compiled_clip(wan_prompt(), *defaults("INT8QuantizeModel", method=method)))
+    assert 1e-6 < difference(latent(server, result), eager) < 0.05
+    (report,) = reports(result.outputs)
+    assert report["status"] == "quantized 72 layers" and "72 of clip_l" in str(report)
+    assert difference(latent(server, server.run(wan_prompt(prefix="again"))), eager) == 0
 
 
 def test_help_pages_are_served(server):
