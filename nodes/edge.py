@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import folder_paths
+from comfy.controlnet import ControlNet
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..compile.artifacts.store import default_key_file
@@ -25,12 +27,21 @@ def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @functools.wraps(execute)
     def guarded(cls, *args, **kwargs):
         try:
+            _check_model(cls, kwargs.get("model", args[0] if args else None))
             return execute(cls, *args, **kwargs)
         except Exception as error:
             _clean(error)
             raise
     node.execute = classmethod(guarded)
     return node
+
+
+def _check_model(node: type[io.ComfyNode], model) -> None:
+    """Core takes what comes out of a node of several types for any of them."""
+    if isinstance(model, (CLIP, VAE, ControlNet)):
+        schema = node.define_schema()
+        if any(type(found) is io.Model.Input and found.id == "model" for found in schema.inputs):
+            raise ValueError(f"{schema.display_name}: this input is a {type(model).__name__}, not a MODEL. Connect it without this node.")
 
 
 def _clean(error: Exception) -> None:

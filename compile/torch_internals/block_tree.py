@@ -45,8 +45,10 @@ class BlockTree:
                 on_gone()
         self._references = [weakref.ref(module, gone) for module in modules]
         self._classes = list(map(type, modules))
-        self._states = list(map(vars, modules))
-        self._held = [(name, [state[name] for state in self._states]) for name in _HELD]
+        # Not held: where a method of root was patched and put back its dict has root's bound method, and would keep root for good.
+        self._root = id(vars(root))
+        self._states = list(map(vars, modules[1:]))
+        self._held = [(name, [vars(module)[name] for module in modules]) for name in _HELD]
         self._children = [module._modules for module in modules if module._modules]
         self._names = list(_chain(self._children))
         self._ids = self._child_ids()
@@ -60,9 +62,10 @@ class BlockTree:
         if self._gone or self._child_ids() != self._ids or any(self._childless):
             return False
         modules = [reference() for reference in self._references]
+        root, *states = found = list(map(_state_of, modules))
         return (all(map(is_, map(type, modules), self._classes)) and list(_chain(self._children)) == self._names
-                and all(map(is_, map(_state_of, modules), self._states))
-                and all(all(map(is_, map(_item, self._states, _repeat(name)), dicts)) for name, dicts in self._held))
+                and id(root) == self._root and all(map(is_, states, self._states))
+                and all(all(map(is_, map(_item, found, _repeat(name)), dicts)) for name, dicts in self._held))
 
 
 class Hooks:

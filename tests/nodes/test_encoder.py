@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,27 @@ def test_what_load_clip_reads_in_high_precision_only_is_not_written_in_int8(clip
     with pytest.raises(ValueError, match="this text encoder has no INT8 layers"):
         save(clip)
     assert not list(output_folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_a_deleted_encoder_that_was_compiled_goes_with_its_layers(comfy, files, kind, nodes):
+    import comfy.model_management
+
+    clip = _load(comfy, files / f"{kind}.safetensors", kind)
+    compiled = nodes.CompileModel(nodes.INT8QuantizeModel(clip, method="auto"), is_patcher=False, backend="eager")
+    encode(compiled)
+    alive = [weakref.ref(part) for part in (clip.cond_stage_model, *int8_layers(compiled))]
+    del clip, compiled
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert len(alive) == 19 and [part() for part in alive] == [None] * 19
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_nodes_of_models_say_what_a_clip_is_not(clip, nodes):
+    for node in (nodes.INT8LazyTorchCompile, nodes.ApplyModes, nodes.OptimizeModel):
+        with pytest.raises(ValueError, match="this input is a CLIP, not a MODEL"):
+            node(clip)
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
