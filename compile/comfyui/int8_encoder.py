@@ -17,6 +17,7 @@ from ...int8.files.whole import writing_whole
 from ..options import check_path
 from .int8_calibrate import Quantizer, quantizers
 from .int8_checkpoint import native_model
+from .int8_lora import Int8Lora
 from .int8_model import int8_layers
 from .patched_method import PatchedMethod, put_method
 
@@ -88,16 +89,11 @@ def save_encoder(clip, filename_prefix: str) -> list[Path]:
     clip.patcher = native_model(clip.patcher)
     if not int8_layers(clip.patcher):
         raise ValueError("Save INT8 Model: this text encoder has no INT8 layers. Put INT8 Quantize Model before this node.")
+    clip = with_float_parts(clip)
     parts = _parts_for_files(clip)
-    as_float = [part for part, state in parts.items() if not _reads_int8(state)]
-    if len(as_float) == len(parts):
-        raise ValueError(f"Save INT8 Model: ComfyUI's Load CLIP reads {', '.join(as_float)} in high precision only. Put INT8 Quantize "
+    if not int8_layers(clip.patcher):
+        raise ValueError(f"Save INT8 Model: ComfyUI's Load CLIP reads {', '.join(parts)} in high precision only. Put INT8 Quantize "
                          "Model behind Load CLIP instead of saving.")
-    if as_float:
-        for name in [name for name in clip.patcher.object_patches if name.partition(".")[0] in as_float]:
-            del clip.patcher.object_patches[name]
-        clip.patcher.patches_uuid = uuid.uuid4()
-        parts = _parts_for_files(clip)
     paths = []
     for part, state in parts.items():
         prefix = f"{filename_prefix}_{part}" if len(parts) > 1 else filename_prefix
@@ -125,6 +121,21 @@ def _parts_for_files(clip) -> dict[str, dict[str, torch.Tensor]]:
     return parts
 
 
+def with_float_parts(clip, all_parts: bool = False):
+    """clip, or a clone without INT8 layers in those parts (all of them) that ComfyUI's loader reads in high precision only."""
+    parts = {name for name, part in clip.cond_stage_model.named_children()
+             if hasattr(part, "transformer") and (all_parts or not _reads_int8(part.transformer.state_dict()))}
+    names = [name for name, layer in clip.patcher.object_patches.items() if isinstance(layer, Int8Lora) and name.partition(".")[0] in parts]
+    if not names:
+        return clip
+    clip = clip.clone()
+    for name in names:
+        del clip.patcher.object_patches[name]
+    clip.patcher.patches_uuid = uuid.uuid4()
+    return clip
+
+
 def _reads_int8(state: dict[str, torch.Tensor]) -> bool:
-    """Whether Load CLIP looks for INT8 in a file of these tensors."""
+    """Whether Load CLIP would look for INT8 in a file of such tensors."""
+    state = {**state, "layer.comfy_quant": torch.zeros(0, dtype=torch.uint8)}
     return any("quantization_metadata" in key for key in (*comfy.sd.t5xxl_detect([state]), *comfy.sd.llama_detect([state])))

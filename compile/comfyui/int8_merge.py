@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import comfy.model_patcher
 import comfy.sd
@@ -50,6 +50,27 @@ def patch_merging_and_saving() -> None:
     ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving = float_key_patches, native_state_dict
     _let_parts_be_integers()
     comfy.sd.save_checkpoint = save_native_checkpoint
+    # CLIPSave, and Save Checkpoint, whose loader knows no INT8 text encoder.
+    for name, all_parts in (("state_dict_for_saving", False), ("get_sd", True)):
+        if hasattr(comfy.sd.CLIP, name):
+            setattr(comfy.sd.CLIP, name, _of_float_parts(getattr(comfy.sd.CLIP, name), all_parts))
+
+
+def _of_float_parts(method: Callable, all_parts: bool) -> Callable:
+    """method of CLIP, for the weights that a file of the CLIP can hold."""
+    @functools.wraps(method)
+    def of_float_parts(self, *args, **kwargs):
+        from .int8_encoder import with_float_parts  # it imports the layers, which import this
+
+        storable = self
+        if not all_parts and (patcher := _storable(self.patcher)) is not self.patcher:
+            storable = self.clone()
+            storable.patcher = patcher
+        storable = with_float_parts(storable, all_parts)
+        if storable is not self:
+            storable.load_model()
+        return method(storable, *args, **kwargs)
+    return of_float_parts
 
 
 def _let_parts_be_integers() -> None:

@@ -230,6 +230,31 @@ def test_what_load_clip_reads_in_high_precision_only_is_not_written_in_int8(clip
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_cores_own_saving_writes_what_its_loader_reads(comfy, clip, kind, nodes, output_folder):
+    from comfy_extras.nodes_model_merging import CLIPSave
+
+    expected, quantized = encode(clip), nodes.INT8QuantizeModel(clip, method="convrot")
+    int8 = encode(quantized)
+    CLIPSave().save(quantized, "text_encoders/small")
+    (path,) = (output_folder / "text_encoders").iterdir()
+    assert difference(encode(_load(comfy, path, kind)), expected) < 1e-3
+    quantized.load_model()
+    state = quantized.get_sd()  # for a checkpoint
+    assert not any(tensor.dtype == torch.int8 for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    assert torch.equal(encode(quantized), int8) and torch.equal(encode(clip), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen"], indirect=True)
+def test_cores_own_saving_has_no_smoothed_layers(clip, nodes):
+    smoothed = nodes.INT8QuantizeModel(clip, method="smoothquant")
+    eager, int8 = encode(clip), encode(smoothed)
+    state = smoothed.state_dict_for_saving()
+    assert sum(tensor.dtype == torch.int8 for tensor in state.values() if isinstance(tensor, torch.Tensor)) == 21
+    assert not any(name.endswith("pre_quant_scale") for name in state)
+    assert torch.equal(encode(smoothed), int8) and torch.equal(encode(clip), eager)
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_a_deleted_encoder_that_was_compiled_goes_with_its_layers(comfy, files, kind, nodes):
     import comfy.model_management
 
