@@ -53,7 +53,7 @@ class _Backend:
         self.one_apart = False  # a size that is 1 is compiled for by itself, see varying
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
-        self._has_run = False  # whether something of a call may have run before the last graph was made
+        self._has_made = False  # a graph
         self._breaks = len(graph_break_reasons())
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
@@ -63,7 +63,6 @@ class _Backend:
         if (environment := getattr(getattr(context, "fake_mode", None), "shape_env", None)) is not None:
             self.sizes.append(environment)
         resumes = any(code.co_name.startswith(_AFTER_A_BREAK) for code in traced)
-        self._has_run = self._has_run or resumes
         if traced and not resumes and self.has_breaks and not self.one_apart:
             self.compile_one_apart()
             raise OneApart("there is a break in the graph, which may be one that asks whether a size is 1")
@@ -87,7 +86,7 @@ class _Backend:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         _guard_squeezed(graph)
         made = self._inner(graph, inputs, **options)
-        self._has_run = True
+        self._has_made = True
         return made
 
     def compile_one_apart(self) -> None:
@@ -103,7 +102,7 @@ class _Backend:
     @property
     def may_have_run(self) -> bool:
         """Whether a call that the compiler ended may have run a graph before."""
-        return self._has_run and self.has_breaks
+        return self._has_made and self.has_breaks
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs

@@ -67,7 +67,8 @@ def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def source_of_layers(patcher, names: Iterable[str]) -> str:
     """In words: what the layers of these names were rounded to before; empty for nothing."""
-    found = {rounded_as(pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight")) for name in names} - {None}
+    weights = [pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight") for name in names]
+    found = {LAYOUTS.get(getattr(weight, "_layout_cls", ""), weight.dtype) for weight in weights} & FP8_DB.keys()
     return ", ".join(f"{str(dtype).removeprefix('torch.')} weights, whose own rounding (about {FP8_DB[dtype]} dB) stays"
                      for dtype in sorted(found, key=str))
 
