@@ -27,8 +27,8 @@ from ..modes.config import dump_config, parse_config
 from ..modes.errors import ModeConfigError
 from . import artifact_cache
 from . import core as comfy_core
-from .int8_layer import PREFIX
-from .int8_source import pristine_parameter, source_of
+from .int8_layer import PREFIX, compute_dtype_of
+from .int8_source import pristine_weight, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
     structure = [(name, type(module).__qualname__) for name, module in model.named_modules() if name.removeprefix(PREFIX) not in own]
     tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.named_parameters()
                if name.removeprefix(PREFIX).rpartition(".")[0] not in own]
-    layers = {name: pristine_parameter(patcher, f"{PREFIX}{name}.weight").detach() for name in sorted(own)}
+    layers = {name: pristine_weight(patcher, name).detach() for name in sorted(own)}
     tensors += [(name, tuple(t.shape), str(t.dtype)) for name, t in layers.items()]
-    dtype = patcher.get_model_object("manual_cast_dtype") or model.get_dtype()
+    dtype = compute_dtype_of(patcher)
     values = [source_of(patcher, name)[0].flatten() for name in names[::max(1, len(names) // LAYERS)]]
     values = [weight[::max(1, weight.numel() // VALUES)].float().cpu() for weight in values]
     weights = hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest() if values else ""

@@ -21,7 +21,7 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
 from . import core as comfy_core
-from .int8_layer import prefix_of, require_native_int8, root_of
+from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
@@ -85,8 +85,8 @@ def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback 
         from .int8_encoder import QuantizeEncoder  # it derives from what is below
 
         on_progress(QuantizeReport(waiting=len(names), kept={KEPT_BY_NAME: list(kept)} if kept else {},
-                                   first_use="sampling" if prefix_of(clone) else "prompt"))
-        kind = QuantizeFirst if prefix_of(clone) else QuantizeEncoder
+                                   first_use="prompt" if is_encoder(clone) else "sampling"))
+        kind = QuantizeEncoder if is_encoder(clone) else QuantizeFirst
         kind(clone, tuple(names), options, on_progress, kept).attach(clone)
     else:
         put_and_tell(clone, [LayerPlan(name, options.method) for name in names], options, on_progress, kept)
@@ -97,7 +97,7 @@ def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, on_progr
     """put_int8_layers, with its report."""
     before, source = patcher.model_size(), source_of_layers(patcher, [plan.name for plan in plans if plan.method != "float"])
     put_int8_layers(patcher, plans, options.kernel, on_progress)
-    report = QuantizeReport.of(plans, before, patcher.model_size(), kept, not prefix_of(patcher))
+    report = QuantizeReport.of(plans, before, patcher.model_size(), kept, is_encoder(patcher))
     report.source = source
     on_progress(report)
 

@@ -26,6 +26,7 @@ from ...int8.report import ProgressCallback, QuantizeReport, no_progress
 from .int8_calibrate import planned_layers, plans
 from .int8_layer import QUANT_FORMAT, prefix_of, require_native_int8
 from .int8_model import adopt_native_layers, int8_layers, is_int8, put_int8_layers
+from .int8_source import FLOATS
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.utils.convert_old_quants reads it
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
 MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that

@@ -123,13 +123,13 @@ def _parts_for_files(clip) -> dict[str, dict[str, torch.Tensor]]:
 
 def with_float_parts(clip, all_parts: bool = False):
     """clip, or a clone without INT8 layers in those parts (all of them) that ComfyUI's loader reads in high precision only."""
-    parts = {name for name, part in clip.cond_stage_model.named_children()
-             if hasattr(part, "transformer") and (all_parts or not _reads_int8(part.transformer.state_dict()))}
-    names = [name for name, layer in clip.patcher.object_patches.items() if isinstance(layer, Int8Lora) and name.partition(".")[0] in parts]
-    if not names:
+    layers = [name for name, layer in clip.patcher.object_patches.items() if isinstance(layer, Int8Lora)]
+    parts = {part for part in {name.partition(".")[0] for name in layers}
+             if all_parts or not _reads_int8(getattr(clip.cond_stage_model, part).transformer.state_dict())}
+    if not parts:
         return clip
     clip = clip.clone()
-    for name in names:
+    for name in [name for name in layers if name.partition(".")[0] in parts]:
         del clip.patcher.object_patches[name]
     clip.patcher.patches_uuid = uuid.uuid4()
     return clip

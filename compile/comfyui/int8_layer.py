@@ -55,16 +55,18 @@ def root_of(patcher) -> torch.nn.Module:
     return getattr(patcher.model, "diffusion_model", patcher.model)
 
 
+def is_encoder(patcher) -> bool:
+    return not hasattr(patcher.model, "diffusion_model")
+
+
 def prefix_of(patcher) -> str:
     """What stands in front of names below root_of(patcher)."""
-    return PREFIX if hasattr(patcher.model, "diffusion_model") else ""
+    return "" if is_encoder(patcher) else PREFIX
 
 
 def compute_dtype_of(patcher) -> torch.dtype:
     """What patcher's model computes in between its layers. Text encoders compute in fp32, whatever their weights are (comfy.sd.CLIP)."""
-    if prefix_of(patcher):
-        return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
-    return torch.float32
+    return torch.float32 if is_encoder(patcher) else patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def require_native_int8(node: str = "INT8 Quantize Model"):

@@ -33,13 +33,14 @@ from .int8_layer import (
     _linear_class,
     can_multiply_int8,
     compute_dtype_of,
+    is_encoder,
     patch_linear_input_act,
     prefix_of,
     require_native_int8,
     root_of,
 )
 from .int8_merge import patch_merging_and_saving
-from .int8_source import pristine_parameter, rounded_as, source_of, weight_of
+from .int8_source import pristine_weight, rounded_as, source_of, weight_of
 
 try:
     from comfy import quant_ops
@@ -85,7 +86,7 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
                          f"({type(root).__name__}: none of float type in its blocks). Connect it without this node.")
     names = drop_kept(names, options.keep_layers)
     for name in names:
-        _check_float(name, pristine_parameter(patcher, f"{prefix}{name}.weight"))
+        _check_float(name, pristine_weight(patcher, name))
     return names
 
 
@@ -110,14 +111,14 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
         if layer is None:
             try:
                 layer = _int8_layer(*source_of(patcher, plan.name), plan, kernel, patcher.load_device, patcher.offload_device,
-                                    compute_dtype, not prefix)
+                                    compute_dtype, is_encoder(patcher))
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
             layer.source = weight_of(patcher.get_model_object(prefix + plan.name))
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
         patches[prefix + plan.name] = layer
-        saved += pristine_parameter(patcher, f"{prefix}{plan.name}.weight").nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
+        saved += pristine_weight(patcher, plan.name).nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
         progress.update(1)
     if not patches:
         return
@@ -262,10 +263,10 @@ def adopt_native_layers(patcher, kernel: str):
         if not _is_core_linear(layer):
             continue
         _check_layer(name, layer)
-        ours: Any = object.__new__(_linear_class(compute_dtype, not prefix))
+        ours: Any = object.__new__(_linear_class(compute_dtype, is_encoder(patcher)))
         ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
-        if not prefix:  # core makes it so of every text encoder, whatever its file says
+        if is_encoder(patcher):  # core makes it so of every text encoder, whatever its file says
             ours.is_full_precision = bool(getattr(layer, "_full_precision_mm_config", False)) or not can_multiply_int8(patcher.load_device)
         ours.kernel = kernel
         adopted[prefix + name] = ours

@@ -17,8 +17,8 @@ from ...int8.precision import FLOAT
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.structure import equivalent_layers
 from ..check.linear_table import Row, time_in_turn
-from .int8_layer import _connect_kernels, _int8_layer, compute_dtype_of, prefix_of, root_of
-from .int8_source import pristine_parameter, source_of
+from .int8_layer import _connect_kernels, _int8_layer, compute_dtype_of, root_of
+from .int8_source import pristine_weight, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
             choose_methods(measured, options)
             result += measured
     for plan in result:
-        plan.shape = tuple(pristine_parameter(patcher, f"{prefix_of(patcher)}{plan.name}.weight").shape)
+        plan.shape = tuple(pristine_weight(patcher, plan.name).shape)
     if options.faster_only:
         _keep_slower(patcher, result, on_progress)
     if options.max_mb:
@@ -102,7 +102,7 @@ def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n:
 
 
 def _fit_size(patcher, plans: list[LayerPlan], options: Int8Options) -> None:
-    weights = {plan.name: pristine_parameter(patcher, f"{prefix_of(patcher)}{plan.name}.weight") for plan in plans}
+    weights = {plan.name: pristine_weight(patcher, plan.name) for plan in plans}
     saved = {name: weight.nbytes - weight.numel() - 4 * weight.shape[0] for name, weight in weights.items()}  # values, fp32 scales
     size = patcher.model_size()
     try:

@@ -31,6 +31,11 @@ def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
     return getattr(patcher.get_model_object(layer), key)
 
 
+def pristine_weight(patcher, name: str) -> torch.Tensor:
+    """pristine_parameter of the weight, in its own type, of the layer of that name below the root."""
+    return pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight")
+
+
 def rounded_as(weight: torch.Tensor) -> torch.dtype | None:
     """The type that weight's values were rounded to before they are quantized to INT8; None for floats of 16 bits and more.
 
@@ -67,7 +72,7 @@ def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def source_of_layers(patcher, names: Iterable[str]) -> str:
     """In words: what the layers of these names were rounded to before; empty for nothing."""
-    weights = [pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight") for name in names]
+    weights = [pristine_weight(patcher, name) for name in names]
     found = {LAYOUTS.get(getattr(weight, "_layout_cls", ""), weight.dtype) for weight in weights} & FP8_DB.keys()
     return ", ".join(f"{str(dtype).removeprefix('torch.')} weights, whose own rounding (about {FP8_DB[dtype]} dB) stays"
                      for dtype in sorted(found, key=str))

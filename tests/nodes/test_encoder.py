@@ -110,7 +110,7 @@ def test_an_int8_encoder_gives_nearly_the_same_conditioning_at_half_the_weights(
     # In turn, each gives its own.
     assert torch.equal(encode(clip), expected) and torch.equal(encode(quantized), got)
     other = encode(quantized, "something else")
-    assert (torch.equal(encode(quantized), got) and not torch.equal(other[:, :1], got[:, :1])) or other.shape != got.shape
+    assert torch.equal(encode(quantized), got) and (other.shape != got.shape or not torch.equal(other, got))
 
 
 @pytest.mark.parametrize("kind", ["qwen"], indirect=True)
@@ -156,7 +156,7 @@ def test_a_lora_reaches_the_int8_layers_wherever_it_comes(clip, nodes, method, b
 @pytest.mark.rotating
 @pytest.mark.parametrize("kind", ["t5", "gemma"], indirect=True)
 @pytest.mark.parametrize("method", ["convrot", "auto"])
-def test_a_compiled_int8_encoder_gives_the_same_whichever_node_comes_first(clip, nodes, graphs, method):
+def test_a_compiled_int8_encoder_gives_the_same_whichever_node_comes_first(clip, kind, nodes, graphs, method):
     from int8_compile.compile.comfyui.compile_model import reports
 
     eager = encode(nodes.INT8QuantizeModel(clip, method=method))
@@ -167,7 +167,7 @@ def test_a_compiled_int8_encoder_gives_the_same_whichever_node_comes_first(clip,
     after = graphs()
     assert torch.equal(encode(compiled), got) and graphs() == after
     behind = nodes.INT8QuantizeModel(nodes.CompileModel(clip, is_patcher=False, backend="aot_eager"), method=method)
-    assert difference(encode(behind.clone()), eager) < 1e-3 and len(int8_layers(behind)) in (0, len(int8_layers(quantized)))
+    assert difference(encode(behind.clone()), eager) < 1e-3 and len(int8_layers(behind)) == (0 if method == "auto" else KINDS[kind][3])
     assert torch.equal(encode(compiled), got)
 
 
