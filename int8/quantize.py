@@ -22,8 +22,8 @@ def eligible_linears(model: torch.nn.Module) -> list[str]:
             if is_linear(m) and min(m.weight.shape) >= MIN_FEATURES]
 
 
-def drop_kept(names: Iterable[str], keep_layers: Iterable[str]) -> list[str]:
-    """names without those that a glob of keep_layers matches from start to end.
+def drop_kept(names: Iterable[str], keep_layers: Iterable[str], prefix: str = "diffusion_model.") -> list[str]:
+    """names without those that a glob of keep_layers, which may begin with prefix, matches from start to end.
 
     Raises ValueError for a glob that matches no layer, with the nearest name: a typo must not quantize what the user
     wanted to protect.
@@ -31,7 +31,7 @@ def drop_kept(names: Iterable[str], keep_layers: Iterable[str]) -> list[str]:
     names = list(names)
     kept = set()
     for glob in keep_layers:
-        pattern = glob.removeprefix("diffusion_model.")
+        pattern = glob.removeprefix(prefix)
         matched = fnmatch.filter(names, pattern)
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

@@ -22,6 +22,9 @@ from .int8_model import int8_layers
 from .patched_method import PatchedMethod, put_method
 
 CLIP_PARTS = ("clip_l", "clip_g", "clip_h")  # whose tokenizer is ComfyUI's own
+# The parts that Load CLIP was seen to read in INT8. Of others it reads the integers as floats without a word (AuraFlow's T5, one of
+# ACE-Step 1.5's), renames the layers at loading (Qwen3.5, Qwen3-VL), or wants what is in no CLIP (NewBie's tokenizers, LTX-2's projection).
+READ_IN_INT8 = ("t5xxl", "umt5xxl", "qwen25_3b", "qwen25_7b", "qwen3_4b", "qwen3_8b", "gemma2_2b", "llama", "mistral3_24b")
 # What ComfyUI calls on the module of a text encoder (comfy.sd.CLIP), and whether it may be called twice: what generates text draws random
 # numbers, and takes long.
 METHODS = {"encode_token_weights": True, "generate": False}
@@ -71,10 +74,17 @@ class QuantizedMethod(PatchedMethod):
             stats = [stack.enter_context(quantizer.collect(patcher)) for quantizer in waiting]
             for quantizer in waiting:
                 quantizer.on_progress(None, "looking at this prompt in high precision")
-            result = self.plain(*args, **kwargs)
+            result = self.plain(*_copy(args), **_copy(kwargs))
         for quantizer, seen in zip(waiting, stats):
             quantizer.keep(patcher, seen)
         return result
+
+
+def _copy(tokens: Any) -> Any:
+    """tokens, in containers of their own: core takes the images out of those that it encodes."""
+    if isinstance(tokens, dict):
+        return {key: _copy(value) for key, value in tokens.items()}
+    return type(tokens)(map(_copy, tokens)) if type(tokens) in (list, tuple) else tokens
 
 
 def save_encoder(clip, filename_prefix: str) -> list[Path]:
@@ -106,9 +116,8 @@ def save_encoder(clip, filename_prefix: str) -> list[Path]:
 
 def _parts_for_files(clip) -> dict[str, dict[str, torch.Tensor]]:
     """{part: tensors as Load CLIP expects them in its file, with what it makes a tokenizer of}."""
-    clip.load_model()
-    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name, part in clip.cond_stage_model.named_children()
-                                                 if hasattr(part, "transformer")}
+    comfy.model_management.load_models_gpu([clip.patcher])
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _parts(clip)}
     of_tokenizers = {}
     for key, tensor in clip.state_dict_for_saving().items():
         part, _, below = key.partition(".")
@@ -124,8 +133,7 @@ def _parts_for_files(clip) -> dict[str, dict[str, torch.Tensor]]:
 def with_float_parts(clip, all_parts: bool = False):
     """clip, or a clone without INT8 layers in those parts (all of them) that ComfyUI's loader reads in high precision only."""
     layers = [name for name, layer in clip.patcher.object_patches.items() if isinstance(layer, Int8Lora)]
-    parts = {part for part in {name.partition(".")[0] for name in layers}
-             if all_parts or not _reads_int8(getattr(clip.cond_stage_model, part).transformer.state_dict())}
+    parts = {name.partition(".")[0] for name in layers} - (set() if all_parts or not layers else _read_in_int8(clip))
     if not parts:
         return clip
     clip = clip.clone()
@@ -135,7 +143,15 @@ def with_float_parts(clip, all_parts: bool = False):
     return clip
 
 
-def _reads_int8(state: dict[str, torch.Tensor]) -> bool:
-    """Whether Load CLIP would look for INT8 in a file of such tensors."""
-    state = {**state, "layer.comfy_quant": torch.zeros(0, dtype=torch.uint8)}
-    return any("quantization_metadata" in key for key in (*comfy.sd.t5xxl_detect([state]), *comfy.sd.llama_detect([state])))
+def _parts(clip) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in clip.cond_stage_model.named_children() if hasattr(part, "transformer")}
+
+
+def _read_in_int8(clip) -> set[str]:
+    """The parts of clip that Load CLIP reads in INT8, where this version of ComfyUI looks for it in their files."""
+    states = {name: {**part.transformer.state_dict(), "layer.comfy_quant": torch.zeros(0, dtype=torch.uint8)}
+              for name, part in _parts(clip).items()}
+    t5, llama = ({name for name, state in states.items() if any("quantization_metadata" in key for key in detect([state]))}
+                 for detect in (comfy.sd.t5xxl_detect, comfy.sd.llama_detect))
+    # Of two such files (ACE-Step 1.5) it looks into the first.
+    return (t5 | (llama if len(llama) == 1 else set())).intersection(READ_IN_INT8)

@@ -68,7 +68,7 @@ def _of_float_parts(method: Callable, all_parts: bool) -> Callable:
             storable.patcher = patcher
         storable = with_float_parts(storable, all_parts)
         if storable is not self:
-            storable.load_model()
+            comfy.model_management.load_models_gpu([storable.patcher])
         return method(storable, *args, **kwargs)
     return of_float_parts
 

@@ -80,11 +80,13 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     root, prefix = root_of(patcher), prefix_of(patcher)
     if native_layers(patcher):
         return []  # what its file left in high precision was left so on purpose
-    names = [n for n in eligible_linears(root) if n not in planned and not is_int8(patcher.get_model_object(prefix + n).weight)]
+    eligible = eligible_linears(root)
+    names = [n for n in eligible if n not in planned and not is_int8(patcher.get_model_object(prefix + n).weight)]
     if not names:
-        raise ValueError("INT8 Quantize Model: this model has no Linear layers to quantize "
-                         f"({type(root).__name__}: none of float type in its blocks). Connect it without this node.")
-    names = drop_kept(names, options.keep_layers)
+        why = "all of its layers are INT8 already, or wait for it" if eligible else "none of float type in its blocks"
+        raise ValueError(f"INT8 Quantize Model: this model has no Linear layers to quantize ({type(root).__name__}: {why}). "
+                         "Connect it without this node.")
+    names = drop_kept(names, options.keep_layers, prefix)
     for name in names:
         _check_float(name, pristine_weight(patcher, name))
     return names

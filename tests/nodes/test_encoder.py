@@ -189,6 +189,25 @@ def test_each_clone_measures_and_quantizes_itself_and_not_the_one_it_is_a_clone_
 
 
 @pytest.mark.parametrize("kind", ["qwen"], indirect=True)
+@pytest.mark.parametrize("method", ["smoothquant", "auto"])
+def test_what_takes_images_out_of_its_tokens_can_be_looked_at(clip, nodes, method):
+    encode_plain = clip.cond_stage_model.encode_token_weights
+
+    def encode_once(tokens):  # as Gemma 4 does
+        for row in tokens["qwen25_3b"]:
+            assert row.pop()[0].pop("data") == "image"
+        return encode_plain(tokens)
+
+    tokens = clip.tokenize(TEXT)
+    expected = clip.encode_from_tokens(tokens)
+    clip.cond_stage_model.encode_token_weights = encode_once
+    for row in tokens["qwen25_3b"]:
+        row.append(({"type": "image", "data": "image"}, 1.0))
+    quantized = nodes.INT8QuantizeModel(clip, method=method)
+    assert 1e-4 < difference(quantized.encode_from_tokens(tokens), expected) < MOST and len(int8_layers(quantized)) == 21
+
+
+@pytest.mark.parametrize("kind", ["qwen"], indirect=True)
 def test_prompts_with_hooks_are_encoded_and_decide_nothing(comfy, clip, nodes):
     import comfy.hooks
 
@@ -281,5 +300,9 @@ def test_layers_are_kept_by_name_and_other_types_refused(clip, nodes):
     assert len(int8_layers(quantized)) == 6
     with pytest.raises(ValueError, match=r"the nearest is 't5base\.transformer"):
         nodes.INT8QuantizeModel(clip, keep_layers="t5base.*.nothing")
+    with pytest.raises(ValueError, match=r"keep_layers: 'diffusion_model\.\*' matches no layer"):
+        nodes.INT8QuantizeModel(clip, keep_layers="diffusion_model.*")
+    with pytest.raises(ValueError, match=r"no Linear layers to quantize .*: all of its layers are INT8 already"):
+        nodes.INT8QuantizeModel(nodes.INT8QuantizeModel(clip, method="convrot"), method="rowwise")
     with pytest.raises(ValueError, match="cannot quantize a str, only a MODEL or a CLIP"):
         nodes.INT8QuantizeModel("model")
