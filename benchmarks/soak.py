@@ -3,6 +3,7 @@ removed and put back; two models in one prompt; interrupts and /free. Each laten
 compile node.
 
     python benchmarks/soak.py 500 [--seed 0] [--backend aot_eager] [--dtype bf16] [--families flux wan] [--json FILE] [--work FOLDER]
+    python benchmarks/soak.py 500 --seed 0 --eager   the same prompts without this pack's nodes: what ComfyUI's own memory does
 
 Counts what was wrong, failed, compiled again although its kind had been compiled, or taken for wrong by the checks against eager and of the
 kernels (false alarms), and what memory, threads and descriptors the server had after the first prompts and at the end; exits with 1 when
@@ -89,13 +90,14 @@ class Case:
 
 
 class Soak:
-    def __init__(self, server: ComfyServer, rng: random.Random, backend: str, families: Sequence[str], same: float):
-        """same: the relative difference to eager that a right image may have."""
+    def __init__(self, server: ComfyServer, rng: random.Random, backend: str, families: Sequence[str], same: float, eager: bool = False):
+        """same: the relative difference to eager that a right image may have. eager: no node of this pack."""
         self.server = server
         self.rng = rng
         self.backend = backend
         self.families = families
         self.same = same
+        self.only_eager = eager
         self.process = psutil.Process(server.process.pid)
         self.lives: Counter = Counter()  # of the families' models: ComfyUI drops and loads them
         self.eager: dict[tuple, object] = {}  # latents
@@ -109,6 +111,10 @@ class Soak:
         self.differences: list[float] = []
         self.of_noise: list[float] = []  # of INT8: difference to eager, in units of that to float
         self.resources: list[dict] = []
+
+    def draw(self) -> Case:
+        case = Case.draw(self.rng, self.families)
+        return replace(case, method=None, compile=None) if self.only_eager else case
 
     def prompt(self, case: Case, compiled: bool, steps: int | None = None) -> dict:
         nodes = []
@@ -242,17 +248,17 @@ class Soak:
     def soak(self, prompts: int) -> None:
         while self.counts["prompts"] < prompts:
             self.counts["prompts"] += 1
-            case = Case.draw(self.rng, self.families)
+            case = self.draw()
             start = time.monotonic()
             chance = self.rng.random()
             if chance < 0.1:
-                other = Case.draw(self.rng, self.families)
+                other = self.draw()
                 while other.family == case.family:
-                    other = Case.draw(self.rng, self.families)
+                    other = self.draw()
                 self.two(case, other)
             else:
                 if chance < 0.2:
-                    self.interrupt(Case.draw(self.rng, self.families))
+                    self.interrupt(self.draw())
                 if chance > 0.95:
                     self.free()
                 self.one(case)
@@ -294,6 +300,7 @@ def main():
     parser.add_argument("--dtype", choices=SAME, default="fp32", help="that models compute in")
     parser.add_argument("--families", nargs="+", choices=PROMPTS, default=FAMILIES, help="one that is named twice comes twice as often")
     parser.add_argument("--pytorch-attention", action="store_true", help="the attention that ComfyUI uses on GPUs, not a CPU's default")
+    parser.add_argument("--eager", action="store_true", help="no node of this pack")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="the server's folder; default: a fresh one, deleted at the end")
     options = parser.parse_args()
@@ -305,13 +312,14 @@ def main():
                "INT8_COMPILE_CACHE_KEY_FILE": str(work / "keys" / "key")}
         server = scope.enter_context(ComfyServer(comfyui, work / "base", models=models, env=env,
                                                  extra_args=[*ATTENTION * options.pytorch_attention, *UNET_DTYPE[options.dtype]]))
-        soak = Soak(server, random.Random(options.seed), options.backend, options.families, SAME[options.dtype])
+        soak = Soak(server, random.Random(options.seed), options.backend, options.families, SAME[options.dtype], options.eager)
         start = time.monotonic()
         try:
             soak.soak(options.prompts)
         finally:
             facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "comfyui": server.comfyui_version,
                      "seed": options.seed, "backend": options.backend, "dtype": options.dtype, "families": options.families,
+                     "eager": options.eager,
                      "attention": "pytorch" if options.pytorch_attention else "default", "seconds": round(time.monotonic() - start)}
             summary = soak.summary()
             print(json.dumps({**facts, **summary}, indent=2), flush=True)
