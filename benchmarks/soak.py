@@ -86,7 +86,9 @@ class Case:
     @property
     def kind(self) -> tuple:
         """What is compiled once: neither size nor text, LoRA, steps; a batch other than 1 is of another kind."""
-        return *self.code, self.method, self.batch * (1 if self.cfg == 1 else 2) > 1
+        # ComfyUI samples the empty prompt of CFG in the same batch; of Flux and Wan only if both prompts have as many tokens.
+        together = self.cfg != 1 and (self.family not in ("flux", "wan") or self.text == TEXTS[0])
+        return *self.code, self.method, self.batch * (1 + together) > 1
 
 
 class Soak:
