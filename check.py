@@ -60,8 +60,8 @@ def _load_pack():
 def _run(sizes, cpu: bool):
     """sizes(device): what to measure there."""
     import torch
-    from int8_compile.compile.check.check import check
     from int8_compile.compile.check.facts import WARNING, Fact
+    from int8_compile.compile.check.machine import check
 
     shown = -1
 

@@ -94,7 +94,7 @@ def main() -> None:
     from int8_compile.compile.artifacts.store import CacheStore
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
-    from int8_compile.compile.verification.verification import VerificationOptions
+    from int8_compile.compile.verification.verifier import VerificationOptions
 
     programs = []
 

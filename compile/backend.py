@@ -12,8 +12,8 @@ import torch
 
 from .artifacts.layouts import depends_on_layout
 from .artifacts.origins import is_own
-from .artifacts.recording import Recording
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
+from .artifacts.traced_calls import Recording
 
 _AFTER_A_BREAK = "torch_dynamo_resume_in_"  # how dynamo names the rest of a function after a break
 _SQUEEZE = re.compile(r"squeeze(_|_copy)?(\.\w+)?")

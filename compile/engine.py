@@ -32,7 +32,7 @@ from .report import Changes, first_lines, remedy
 from .step import Block, RegionState, Step
 from .torch_compiler import CompileScope, RegionCode, own_methods
 from .torch_internals.guard_filter import has_patches, options_of
-from .verification.verification import Verification, VerificationOptions
+from .verification.verifier import Verification, VerificationOptions
 
 logger = logging.getLogger(__name__)
 # Kinds of calls that could not be compiled, of a model that runs compiled; then compile is off for it.

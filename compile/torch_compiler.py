@@ -18,8 +18,8 @@ from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
 from .artifacts.origins import is_pristine_package
-from .artifacts.recording import Recording
 from .artifacts.source_guards import CodeFingerprint, sources_of
+from .artifacts.traced_calls import Recording
 from .backend import _Backend
 from .options import CompileOptions
 from .report import CompileReport, Counters, on_compile

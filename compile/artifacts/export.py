@@ -28,11 +28,11 @@ from .inputs import _inputs, _Seen, _Traced, is_off_dropout
 from .job import BuildSpec
 from .layouts import depends_on_layout
 from .option_reads import Containers, RecordingOptions
-from .recording import recording
 from .records import classes_in
 from .same_program import same_program
 from .shape_expressions import SizeConditions
 from .source_guards import sources_of
+from .traced_calls import recording
 from .values import Unsupported
 
 logger = logging.getLogger(__name__)

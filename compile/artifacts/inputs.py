@@ -9,8 +9,8 @@ import torch
 
 from .job import BuildSpec
 from .option_reads import RecordingOptions
-from .recording import Recording
 from .shape_expressions import parse_expression
+from .traced_calls import Recording
 from .values import Unsupported
 
 _DROPOUTS = frozenset(f"aten.{name}{in_place}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")

@@ -45,7 +45,7 @@ class Seen(Protocol):
 
 
 class Verifier(Protocol):
-    """compile.verification.verification.Verification."""
+    """compile.verification.verifier.Verification."""
 
     def is_due(self, compiled: Seen) -> bool: ...
 

@@ -25,7 +25,7 @@ from .closures import code_at
 from .code_names import global_names, identifiers
 from .describe import Describer, Names
 from .origins import _SKIPPED_FOLDERS, _package_folder, is_own, is_pristine_package, local, place_of, portable
-from .recording import Recording
+from .traced_calls import Recording
 from .values import Unsupported
 from .watch import ABSENT, Watch
 

@@ -27,7 +27,7 @@ from ...int8.files.folders import make_folder, remove
 from ...int8.files.liveness import held, here
 from ...int8.files.owners import CacheError, read_own, require_own
 from ...int8.files.signed import default_key_file, signing_key
-from ...int8.files.temporary import TEMPORARY, Watch, temporary_folder
+from ...int8.files.temporary import TEMPORARY, Sweeper, temporary_folder
 from ...int8.files.whole import flush, move, patiently
 from .entry import MANIFEST, STORE_LAYOUT, TRANSIENT_ERRNOS, Damaged, Entry, canonical, digest
 
@@ -54,7 +54,7 @@ class CacheStore:
         self.layout = Path(os.path.abspath(root)) / STORE_LAYOUT
         self.base = self.layout / hashlib.sha256(self._key).hexdigest()[:8]
         self._reported: set[tuple[Path, str]] = set()
-        self._watch = Watch()
+        self._sweeper = Sweeper()
         self._sweep()
 
     def has(self, name: str = "") -> bool:
@@ -266,9 +266,9 @@ class CacheStore:
 
     def _sweep(self) -> None:
         """What was set aside, and what dead processes have left."""
-        self._watch.sweep(self.layout.glob(f"{TEMPORARY}*"))
+        self._sweeper.sweep(self.layout.glob(f"{TEMPORARY}*"))
         left = list(self.layout.glob("*/*/*/*/.*"))
-        self._watch.sweep(left)
+        self._sweeper.sweep(left)
         for path in left:
             if path.name.startswith(QUARANTINE_PREFIX):
                 remove(path)
@@ -280,7 +280,7 @@ class CacheStore:
             where, pid, *_ = f"{lock.read_text()}  ".split(" ")
         except (OSError, ValueError):
             where = pid = ""
-        return self._watch.is_abandoned(lock, where, pid, liveness.SILENT_SECONDS)
+        return self._sweeper.is_abandoned(lock, where, pid, liveness.SILENT_SECONDS)
 
 
 def _size(folder: Path) -> int:

@@ -6,9 +6,9 @@ import importlib.util
 import torch
 
 from .block import BOTH
-from .check import Check
 from .facts import pip_install
 from .linear_table import INT8, ROTATED
+from .machine import Check
 
 BASE, FLOAT, PLAIN, NODES = "#4b5560", "#a9b3bd", "#9cc3e6", "#1f6fb4"
 PAPER = dict(facecolor="white", edgecolor="none", pad=0.5)  # behind text

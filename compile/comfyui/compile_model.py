@@ -37,7 +37,7 @@ from .int8_source import pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 from .patched_method import PatchedMethod, patched_methods, put_method
-from .verification import verification_options
+from .verification_settings import verification_options
 
 logger = logging.getLogger(__name__)
 

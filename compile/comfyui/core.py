@@ -101,7 +101,7 @@ USES = (
     # compile/comfyui/attention.py: what its attention functions are called by.
     Use("comfy.ldm.modules.attention.wrap_attn", ATTENTION, "0.38.1", 1),
     Use("comfy.ldm.modules.attention.optimized_attention", ATTENTION, "0.38.1", 4, ("mask", "skip_reshape"), since="0.3.64"),
-    # compile/comfyui/memory_compiler.py, compile/comfyui/recording.py: recordings of allocations.
+    # compile/comfyui/memory_compiler.py, compile/comfyui/allocation_recording.py: recordings of allocations.
     Use("comfy.cli_args.args.disable_comfy_compiler", COMPILER, "0.38.1", since="0.34.0"),
     Use("comfy.model_prefetch.malloc_graph_enabled", COMPILER, "0.38.1", 1, since="0.34.0"),
     Use("comfy.model_prefetch.MALLOC_GRAPHS", COMPILER, "0.38.1", since="0.36.0"),

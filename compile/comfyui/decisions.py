@@ -17,7 +17,7 @@ import torch
 from ...int8.files.folders import make_folder, remove
 from ...int8.files.owners import CacheError
 from ...int8.files.signed import default_key_file, read_signed, signing_key, write_signed
-from ...int8.files.temporary import Watch
+from ...int8.files.temporary import Sweeper
 from ...int8.quantize import eligible_linears
 from ...int8.report import ShapeDecision
 from ..artifacts.entry import digest
@@ -135,7 +135,7 @@ def write(key: str, decision: Decision) -> None:
     try:
         artifact_cache.require_apart(folder())
         make_folder(folder())
-        Watch().sweep(folder().iterdir())
+        Sweeper().sweep(folder().iterdir())
         files = sorted(folder().glob("*.json"), key=lambda path: path.stat().st_mtime)
         for path in files[:max(0, len(files) + 1 - MOST_FILES)]:
             remove(path)

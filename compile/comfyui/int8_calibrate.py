@@ -21,12 +21,12 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
 from . import core as comfy_core
+from .allocation_recording import unrecorded
 from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
-from .recording import unrecorded
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from ...int8.plan import LayerPlan
 from ...int8.quantize import quantize_weight
 from ...int8.shared_input import SharedActivationQuant
 from . import core as comfy_core
+from .allocation_recording import outside_recording
 from .int8_lora import Int8Lora
-from .recording import outside_recording
-from .verification import watch_kernels
+from .verification_settings import watch_kernels
 
 try:
     from comfy import quant_ops

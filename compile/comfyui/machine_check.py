@@ -12,11 +12,11 @@ import comfyui_version
 import torch
 
 from ...pack import PACKAGE
-from ..check.check import Check, check
 from ..check.facts import MISSING, WARNING, Fact
 from ..check.linear_table import Sizes, kitchen_backends
+from ..check.machine import Check, check
+from . import allocation_recording as comfy_recording
 from . import core as comfy_core
-from . import recording as comfy_recording
 from .int8_layer import require_native_int8
 
 # Bytes that the largest shape takes: its weight in six types, its input and its result in fp32 and int32.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..report import CompileReport
-from .recording import clean_up, unrecorded
+from .allocation_recording import clean_up, unrecorded
 
 NOTE = ("ComfyUI's memory compiler (--disable-comfy-compiler) is off for this model while it runs compiled: the peak of its VRAM may "
         "differ.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import system
 from .folders import make_folders
 from .owners import CacheError, is_private_group, others_write, read_own, require_way
-from .temporary import TEMPORARY, Watch, temporary_folder
+from .temporary import TEMPORARY, Sweeper, temporary_folder
 from .user_folder import user_folder
 from .whole import flush, write_new, write_whole
 
@@ -56,7 +56,7 @@ def signing_key(path: Path, *caches: Path) -> bytes:
     info = path.parent.stat()
     if others_write(info) and not is_private_group(info):  # sticky or not
         raise CacheError(f"the key {path} is in a folder that others can write to: move it to one of your own")
-    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
+    Sweeper().sweep(path.parent.glob(f"{TEMPORARY}*"))
     if not os.path.lexists(path):
         _make_key(path)
     key = _read_key(path)

@@ -18,7 +18,7 @@ ABANDONED_SECONDS = 1800.0  # a temporary folder that is older by the clock; clo
 MAX_DEPTH = 100  # of folders that are swept: more than a file's name here can have, and less than Python's os.walk can go
 
 
-class Watch:
+class Sweeper:
     """Tells what dead processes have left. A process is dead if its id is known to have ended, or if what it holds (see held) was not
     touched while this one looked for liveness.SILENT_SECONDS, whatever the clocks say."""
 
@@ -57,20 +57,20 @@ def sweep_below(root: Path) -> None:
 
 
 def _sweep_below(root: Path) -> None:
-    watch, left = Watch(), [*Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")]  # see load_privately
+    sweeper, left = Sweeper(), [*Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")]  # see load_privately
     for folder, names, _ in os.walk(root):
         left += [Path(folder, name) for name in names if name.startswith(TEMPORARY)]
         is_deep = len(Path(folder).parts) - len(root.parts) >= MAX_DEPTH
         names[:] = [name for name in names if not name.startswith(TEMPORARY) and not is_deep]
-    watch.sweep(left)
+    sweeper.sweep(left)
     if any(map(os.path.lexists, left)):
         time.sleep(liveness.SILENT_SECONDS + 1)
-        watch.sweep(left)
+        sweeper.sweep(left)
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A fresh folder of this user that is deleted at the end, by a later Watch.sweep of parent if this process is killed."""
+    """A fresh folder of this user that is deleted at the end, by a later Sweeper.sweep of parent if this process is killed."""
     folder = make_temporary(parent)
     try:
         with held(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import system
-from .temporary import TEMPORARY, Watch, temporary_folder
+from .temporary import TEMPORARY, Sweeper, temporary_folder
 
 T = TypeVar("T")
 RENAME_SECONDS = 2.0  # Windows renames nothing that somebody reads at this moment: a virus scanner, another server
@@ -54,7 +54,7 @@ def writing_whole(path: Path) -> Iterator[Path]:
     """Where to write a file that is then there whole, on the disk; or as it was after any error. Its folder is made; what killed writers
     have left there is deleted. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Watch().sweep(path.parent.glob(f"{TEMPORARY}*"))
+    Sweeper().sweep(path.parent.glob(f"{TEMPORARY}*"))
     with _partial(path) as partial:
         yield partial
 

@@ -17,7 +17,7 @@ from ..files.folders import make_folder
 from ..files.owners import CacheError
 from ..files.private_load import load_privately
 from ..files.signed import default_key_file, read_signed, signing_key, write_signed
-from ..files.temporary import Watch, temporary_folder
+from ..files.temporary import Sweeper, temporary_folder
 from ..files.user_folder import user_folder
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _folder() -> Path:
     """Raises CacheError, OSError where nothing can be kept."""
     folder = Path(os.path.abspath(cache_folder() / "native"))
     make_folder(folder)
-    Watch().sweep(folder.iterdir())
+    Sweeper().sweep(folder.iterdir())
     return folder
 
 

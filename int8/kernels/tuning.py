@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..files.folders import make_folders
-from ..files.temporary import TEMPORARY, Watch
+from ..files.temporary import TEMPORARY, Sweeper
 from ..files.whole import write_whole
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Choices:
     def _read(self) -> dict[str, str]:
         try:
             if self.path:
-                Watch().sweep(self.path.parent.glob(f"{TEMPORARY}*"))
+                Sweeper().sweep(self.path.parent.glob(f"{TEMPORARY}*"))
             # A pipe would be waited for, and nobody measures as much as the limit.
             info = self.path.stat() if self.path else None
             if info is None or not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BYTES:

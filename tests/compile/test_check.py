@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8_compile.compile.check import check, linear_table
 from int8_compile.compile.check import facts as check_facts
+from int8_compile.compile.check import linear_table, machine
 from int8_compile.compile.check.block import measure_block
 from int8_compile.compile.check.linear_table import FULL, QUICK, Row, Shape, Sizes, measure, sizes, sizes_of
 from int8_compile.compile.check.plot import plot
@@ -123,7 +123,7 @@ def rows(**milliseconds):
 def advise(measured, block=None, compiles=True):
     names = dict(zip(("eager", "compiled", "INT8 + compiled"), block or ()))
     row = Row("Flux", 16, 64, 64, names) if block else None
-    return check.advice(check.Check("this card", next(iter(measured)), [], rows(**measured), row), compiles)
+    return machine.advice(machine.Check("this card", next(iter(measured)), [], rows(**measured), row), compiles)
 
 
 @pytest.mark.parametrize("measured, says, not_says", [
@@ -153,7 +153,7 @@ def test_with_a_block_the_advice_is_about_compiled_blocks(eager, compiled, both,
 
 def test_a_block_that_did_not_compile_is_not_advised_from():
     block = Row("Flux", 16, 64, 64, {"eager": 1.0})
-    text = check.advice(check.Check("this card", "bf16", [], rows(bf16=2.0, int8_rotated=1.0), block), True)
+    text = machine.advice(machine.Check("this card", "bf16", [], rows(bf16=2.0, int8_rotated=1.0), block), True)
     assert text.startswith("INT8: expect") and text.endswith("Compiling failed: the cause stands below.")
 
 
@@ -162,7 +162,7 @@ def test_without_a_compiler_the_advice_says_so():
 
 
 def test_text_json_and_picture_hold_the_table():
-    result = check.check(CPU, Sizes(TINY[:1]), [check_facts.Fact("host", "none", check_facts.WARNING, "get one")], torch.float32)
+    result = machine.check(CPU, Sizes(TINY[:1]), [check_facts.Fact("host", "none", check_facts.WARNING, "get one")], torch.float32)
     text, data = result.text(), json.loads(json.dumps(result.to_dict()))
     assert "warning  host: none" in text and "-> get one" in text and result.advice and result.advice in text
     assert "Tiny layer, 32 x 64 -> 128" in text and data["rows"][0]["winner"] in text and data["block"] is None

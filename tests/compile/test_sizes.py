@@ -13,8 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 from int8_compile.compile.artifacts import artifact, compilers, origins, runtime
-from int8_compile.compile.artifacts.recording import Recording
 from int8_compile.compile.artifacts.shape_expressions import SizeConditions
+from int8_compile.compile.artifacts.traced_calls import Recording
 from int8_compile.compile.engine import CompiledModule
 from test_right_under_change import COMPILED, cached, exported, inference, inputs, refused, run  # noqa: F401
 from toys import difference

@@ -18,11 +18,11 @@ from int8_compile.compile.artifacts.runtime import Cache
 from int8_compile.compile.artifacts.store import CacheStore
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
-from int8_compile.compile.verification import verification
+from int8_compile.compile.verification import verifier
 from int8_compile.compile.verification.difference import Difference, difference, is_right
 from int8_compile.compile.verification.second_run import CallCopy, Unverifiable
 from int8_compile.compile.verification.state import nothing_left
-from int8_compile.compile.verification.verification import VerificationOptions
+from int8_compile.compile.verification.verifier import VerificationOptions
 from test_right_under_change import KEPT, Here, exported, inference, inputs, run  # noqa: F401
 
 
@@ -91,8 +91,8 @@ def test_a_wrong_graph_is_not_used_from_its_first_call_on(mutation, caplog):
 
 def test_what_is_right_is_looked_at_once_for_each_size(monkeypatch):
     looks = []
-    call = verification.Verification.call
-    monkeypatch.setattr(verification.Verification, "call", lambda self, *args: looks.append(args[2]) or call(self, *args))
+    call = verifier.Verification.call
+    monkeypatch.setattr(verifier.Verification, "call", lambda self, *args: looks.append(args[2]) or call(self, *args))
     net, looked = nets.make(nets.Plain), Looked()
     for batch, tokens, count in ((2, 10, 1), (2, 10, 1), (2, 15, 1), (2, 16, 2), (4, 16, 3), (2, 10, 3), (2, 40, 4)):
         looked(net, inputs(batch, tokens)[0])
@@ -113,10 +113,10 @@ def test_a_fault_that_begins_at_a_size_is_found_at_that_size():
 
 
 def test_now_and_then_another_block_is_looked_at_again(monkeypatch):
-    monkeypatch.setattr(verification, "AGAIN", 4)
+    monkeypatch.setattr(verifier, "AGAIN", 4)
     seen = []
-    call = verification.Verification.call
-    monkeypatch.setattr(verification.Verification, "call", lambda self, *args: seen.append(args[3]) or call(self, *args))
+    call = verifier.Verification.call
+    monkeypatch.setattr(verifier.Verification, "call", lambda self, *args: seen.append(args[3]) or call(self, *args))
     net, looked = nets.make(nets.Plain, 5), Looked()
     for _ in range(16):
         looked(net, inputs()[0])
@@ -291,8 +291,8 @@ def test_memory_that_is_short_in_a_look_is_said_once_and_tried_later(monkeypatch
 
     def short(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
-    monkeypatch.setattr(verification, "CallCopy", short)
-    monkeypatch.setattr(verification, "_LATER", 3)
+    monkeypatch.setattr(verifier, "CallCopy", short)
+    monkeypatch.setattr(verifier, "_LATER", 3)
     for _ in range(2):
         looked(net, inputs()[0])
     assert looked.report.last_calls["graph"] == 3
@@ -319,7 +319,7 @@ class Stops(nets.Small):
 
 def test_an_interrupt_in_a_look_ends_the_prompt_and_leaves_no_trace(monkeypatch):
     net, looked = nets.make(nets.Plain), Looked()
-    monkeypatch.setattr(verification, "nothing_left", lambda *_: (_ for _ in ()).throw(Stopped()))
+    monkeypatch.setattr(verifier, "nothing_left", lambda *_: (_ for _ in ()).throw(Stopped()))
     with pytest.raises(Stopped):
         looked(net, inputs()[0], passthrough=lambda error: isinstance(error, Stopped))
     monkeypatch.undo()
@@ -497,14 +497,14 @@ def test_without_memory_for_the_exact_result_what_is_far_off_is_not_used(monkeyp
 
     def short(*args):
         raise torch.OutOfMemoryError("out of memory")
-    monkeypatch.setattr(verification, "weights_in", short)
+    monkeypatch.setattr(verifier, "weights_in", short)
     for _ in range(3):
         assert torch.equal(looked(net, inputs()[0]), net(inputs()[0]))
     assert looked.failures
 
 
 def test_a_new_size_is_looked_at_at_once_in_the_turn_of_another_block(monkeypatch):
-    monkeypatch.setattr(verification, "AGAIN", 1)
+    monkeypatch.setattr(verifier, "AGAIN", 1)
     net, looked = nets.make(nets.Plain, 5), Looked(lambda x, args: x * 1.1 if x.shape[1] > 100 else x)
     for _ in range(3):
         looked(net, inputs(2, 10)[0])

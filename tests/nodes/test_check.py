@@ -25,7 +25,7 @@ def comfy_nodes(comfy):
 @pytest.fixture
 def run_node(comfy_nodes, monkeypatch):
     """The node with layers and a block that take no time, compiled by aot_eager; everything else is real."""
-    from int8_compile.compile.check import check
+    from int8_compile.compile.check import machine as check
     from int8_compile.compile.check.block import measure_block
     from int8_compile.compile.check.linear_table import Shape, Sizes
     from int8_compile.nodes import check as node

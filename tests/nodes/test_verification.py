@@ -165,10 +165,10 @@ def test_what_int8_costs_is_said_of_the_model_that_runs_now(load, nodes, sample)
 @pytest.mark.parametrize("failure", ["interrupt", "memory"])
 def test_a_comparison_with_float_that_is_cut_off_is_made_later_and_leaves_nothing(load, nodes, sample, comfy, monkeypatch, failure):
     import comfy.model_management
-    from int8_compile.compile.verification import quantization, verification
+    from int8_compile.compile.verification import quantization, verifier
 
     kind = comfy.model_management.InterruptProcessingException if failure == "interrupt" else torch.OutOfMemoryError
-    monkeypatch.setattr(verification, "_LATER", 1)
+    monkeypatch.setattr(verifier, "_LATER", 1)
     quantized = nodes.INT8QuantizeModel(load("tiny_flux"), method="rowwise")
     want = sample(quantized)
     compiled = nodes.CompileModel(quantized, **CHEAP)

@@ -232,8 +232,8 @@ def what_triton_cannot_do_is_said_and_multiplied_otherwise(state):
 
 @step
 def the_check_measures_this_card(state):
-    from int8_compile.compile.check import check
     from int8_compile.compile.check import facts as check_facts
+    from int8_compile.compile.check import machine
     from int8_compile.compile.check.linear_table import QUICK, Shape, Sizes, float_dtypes, has_fp8, kitchen_backends, sizes
 
     assert sizes("quick", CUDA).layers == list(QUICK)
@@ -248,10 +248,10 @@ def the_check_measures_this_card(state):
         assert check_facts.compiler_fact(CUDA).status == check_facts.WARNING != check_facts.compiler_fact(CPU).status
     backends = [name for name in kitchen_backends() if name == "eager"]
     with mock.patch("int8_compile.compile.check.linear_table.kitchen_backends", lambda: backends):
-        result = check.check(CUDA, Sizes([Shape("Tiny", 32, 64, 128)]))
+        result = machine.check(CUDA, Sizes([Shape("Tiny", 32, 64, 128)]))
     assert {"int8", "int8 rotated", "int8 torch._int_mm"} <= result.rows[0].milliseconds.keys(), result.rows[0].failed
     assert set(result.rows[0].failed) <= {"fp8"} and result.device == state.card.name
-    check.check(CPU, Sizes([Shape("Tiny", 16, 64, 64)]))
+    machine.check(CPU, Sizes([Shape("Tiny", 16, 64, 64)]))
     assert "INT8 kernel" in {check_facts.kernel_fact(torch.device("mps")).name}
     assert list(check_facts.float_dtypes(CPU) if hasattr(check_facts, "float_dtypes") else float_dtypes(CPU))
 

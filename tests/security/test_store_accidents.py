@@ -21,7 +21,7 @@ from int8_compile.int8.files import liveness, signed, temporary
 from int8_compile.int8.files.folders import make_folder
 from int8_compile.int8.files.liveness import held, here
 from int8_compile.int8.files.signed import read_signed, signing_key
-from int8_compile.int8.files.temporary import TEMPORARY, Watch, sweep_below
+from int8_compile.int8.files.temporary import TEMPORARY, Sweeper, sweep_below
 from int8_compile.int8.files.whole import move, writing_whole
 from int8_compile.int8.kernels.tuning import Choices
 
@@ -133,7 +133,7 @@ def check(home: Path):
     for path in (home / "output").rglob("*.safetensors"):
         assert path.stat().st_size == 500_000
     if (home / "native").exists():
-        Watch().sweep((home / "native").iterdir())
+        Sweeper().sweep((home / "native").iterdir())
         with contextlib.suppress(FileNotFoundError):
             read_signed(home / "native" / "a.so", b"k" * 32)
 

@@ -14,7 +14,7 @@ import torch
 
 from ...int8.kernels import seen_right
 from ..artifacts import key as cache_key
-from ..verification.verification import Failure, VerificationOptions
+from ..verification.verifier import Failure, VerificationOptions
 from .user_settings import is_first, settings
 
 logger = logging.getLogger(__name__)
