@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,7 @@ from .structure import is_linear, repeated_blocks
 
 # Below this a layer is too small for INT8 to save time or memory.
 MIN_FEATURES = 64
+PRESET = "preset:"  # begins a line of keep_layers that names one
 
 
 def eligible_linears(model: torch.nn.Module) -> list[str]:
@@ -23,22 +27,40 @@ def eligible_linears(model: torch.nn.Module) -> list[str]:
 
 
 def drop_kept(names: Iterable[str], keep_layers: Iterable[str], prefix: str = "diffusion_model.") -> list[str]:
-    """names without those that a glob of keep_layers, which may begin with prefix, matches from start to end.
+    """names without those that a glob of keep_layers, which may begin with prefix, or a glob of a preset in it, matches from start to end.
 
-    Raises ValueError for a glob that matches no layer, with the nearest name: a typo must not quantize what the user
-    wanted to protect.
+    Raises ValueError for a glob or a preset that matches no layer, with the nearest name: a typo must not quantize what the
+    user wanted to protect.
     """
     names = list(names)
     kept = set()
     for glob in keep_layers:
         pattern = glob.removeprefix(prefix)
-        matched = fnmatch.filter(names, pattern)
+        matched = [name for each in _of_preset(glob) or [pattern] for name in fnmatch.filter(names, each)]
+        if not matched and glob.startswith(PRESET):
+            raise ValueError(f"keep_layers: '{glob}' is for another family of models: it matches no layer that would be quantized.")
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ValueError(f"keep_layers: '{glob}' matches no layer that would be quantized. "
                              f"Names are matched whole; the nearest is '{near[0] if near else 'none'}'.")
         kept.update(matched)
     return [name for name in names if name not in kept]
+
+
+@functools.cache
+def presets() -> dict[str, list[str]]:
+    """{family: globs} of layers that practitioners leave in high precision (what the loaders INT8-Fast and the INT8 Toolkit leave out,
+    November 2026), of those that are in repeated blocks. presets.json."""
+    return json.loads(Path(__file__).with_name("presets.json").read_text("utf-8"))
+
+
+def _of_preset(glob: str) -> list[str]:
+    """The globs that a preset stands for, none where glob is no preset. Raises ValueError for an unknown one."""
+    if not glob.startswith(PRESET):
+        return []
+    if (family := glob.removeprefix(PRESET)) not in presets():
+        raise ValueError(f"keep_layers: there is no preset '{family}'. There are: {', '.join(presets())}.")
+    return presets()[family]
 
 
 def quantize_weight(weight: torch.Tensor, rotate: bool) -> tuple[torch.Tensor, torch.Tensor, int]:

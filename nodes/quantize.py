@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..compile.comfyui.mode_records import quantize_and_record
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..int8.options import KERNELS, METHODS, Int8Options
+from ..int8.quantize import presets
 from .inputs import matching
 
 
@@ -20,7 +21,8 @@ def quantize_inputs() -> list:
                        "steps of the first sampling; of a CLIP, at the first prompt."),
         io.String.Input("keep_layers", default="", multiline=True,
                         tooltip="Layers to leave in high precision: a glob a line, matched against the whole name below the diffusion "
-                        "model, such as double_blocks.0.*"),
+                        "model, such as double_blocks.0.*, or preset: and a family for what others keep of it, such as preset:z-image "
+                        f"({', '.join(presets())})"),
         io.Float.Input("min_sqnr_db", default=0.0, min=0.0, max=100.0, step=0.5,
                        tooltip="Leave layers in high precision whose output would be noisier than this, as measured in the first sampling. "
                        "0: off. 30 is a mild limit."),
