@@ -11,7 +11,8 @@ from benchmarks.small_families import MORE, SMALL
 
 pytestmark = pytest.mark.comfy
 FAMILIES = {"anima": "Anima", "boogu": "Boogu", "chroma": "Chroma", "hidream-o1": "HiDream-O1", "ideogram4": "Ideogram 4",
-            "krea2": "Krea 2", "ltx2": "LTX-AV", "minimax-h3": "MiniMax H3", "qwen-image": "Qwen-Image", "wan-animate": "Wan Animate", "z-image": "Z-Image"}
+            "krea2": "Krea 2", "ltx2": "LTX-AV", "minimax-h3": "MiniMax H3",
+            "qwen-image": "Qwen-Image", "wan-animate": "Wan Animate", "z-image": "Z-Image"}
 
 
 def test_there_is_a_family_for_each():
