@@ -48,6 +48,13 @@ class Events:
             self._notified = False
             logger.warning("%s: %s", self._title, message)
 
+    def leave(self, message: str, blocks: int) -> None:
+        """A step in which none of these blocks is compiled here, since something else compiles them, or since it has failed ("")."""
+        if message:
+            self.fall_back(message)
+            self.count({"artifact": 0, "graph": 0, "eager": blocks})
+        self.notify()
+
     def failed(self, cause: str) -> None:
         """Compile is off from now on, empty: is not off any more, for what the model's blocks are made of."""
         if cause != self.report.failure:

@@ -11,7 +11,8 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..compile import options as compile_options
-from ..compile.comfyui.compile_model import add_compile, add_method_compile, check_target, non_dynamic_clone, set_memory_format
+from ..compile.comfyui.compile_model import add_compile, add_method_compile, check_target, non_dynamic_clone
+from ..compile.comfyui.memory_format import set_memory_format
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
 from ..compile.options import CompileOptions
 from ..compile.report import CompileReport

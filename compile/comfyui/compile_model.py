@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import logging
 import threading
-import uuid
 import weakref
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,8 +31,6 @@ from .artifact_cache import get_cache
 from .attention import add_functions
 from .int8_calibrate import CALIBRATING, COMPILE_KEY, TIMED
 from .int8_layer import patch_linear_input_act
-from .int8_model import keep_apart
-from .int8_source import pristine_parameter
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 from .patched_method import PatchedMethod, patched_methods, put_method
@@ -43,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
+BY_ANOTHER = ("another node behind this one compiles the model (torch.compile): it is left to that one. The one that stands last compiles; "
+              "remove either.")
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
 VAE_METHODS = ("encode", "decode", "encode_token_weights")
 # BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
@@ -61,15 +60,16 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None):
-    """call() with what is repeated in root compiled."""
+         filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None, instead: str = ""):
+    """call() with what is repeated in root compiled; instead: see CompiledModule.run."""
     state = _state_of(model, target, options, device)
     state.offloaded = state.offloaded or is_offloaded(model)
     try:
         with without_comfy_compiler(device, state.compiled.report):
             return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough,
                                       on_progress=on_progress, around_block=around_block if state.offloaded else None,
-                                      interrupted=comfy.model_management.processing_interrupted, situation=situation)
+                                      interrupted=comfy.model_management.processing_interrupted, situation=situation,
+                                      instead=instead)
     except Interrupted:
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException from None
@@ -120,6 +120,11 @@ class LazyCompile:
             self.times.end(begun, size, WITHOUT if TIMED in transformer_options else "")
             return result
         self.times.of_weights(situation[WEIGHTS])
+        if CORE_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):  # add_compile took off those before it
+            result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), False, self.on_progress,
+                          situation, BY_ANOTHER)
+            self.times.end(begun, size, "")
+            return result
         if self.judge is not None and self.judge.runs_eager(self.times, size):
             result = executor(x, *args, **kwargs)
             self.times.end(begun, size, EAGER)
@@ -294,27 +299,3 @@ def non_dynamic_clone(patcher, title: str):
     if hasattr(clone, "get_clone_model_override"):
         _NON_DYNAMIC[patcher.model] = clone.get_clone_model_override()
     return clone
-
-
-def set_memory_format(patcher, target: str, memory_format: torch.memory_format) -> int:
-    """Gives patcher (a clone) copies of target's 4-D weights (channels_last), 5-D weights (channels_last_3d) or both
-    (contiguous_format) in that layout, as object patches: the upstream model keeps its own. Returns how many.
-
-    Weights that have that layout already are left alone.
-    """
-    dims = {torch.channels_last: (4,), torch.channels_last_3d: (5,), torch.contiguous_format: (4, 5)}[memory_format]
-    root = f"{target}." if target else ""
-    count = 0
-    for name, parameter in check_target(patcher, target).named_parameters():
-        if parameter.dim() not in dims:
-            continue
-        weight = pristine_parameter(patcher, root + name)
-        if not weight.is_contiguous(memory_format=memory_format):
-            copy = weight.detach().contiguous(memory_format=memory_format)
-            patcher.add_object_patch(root + name, torch.nn.Parameter(copy, requires_grad=False))
-            count += 1
-    if count:
-        keep_apart(patcher)
-        # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
-        patcher.patches_uuid = uuid.uuid4()
-    return count

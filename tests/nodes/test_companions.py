@@ -86,3 +86,29 @@ def test_what_a_controlnet_adds_between_blocks_arrives_and_costs_no_graph(comfy,
     before = graphs()
     assert before > 0 and difference(step(compiled, True), controlled) < 1e-3
     assert graphs() == before
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["its blocks", "the whole model"])
+def test_a_compile_node_behind_ours_compiles_alone_and_only_while_it_is_there(flux, nodes, sample, graphs, whole):
+    """Core's TorchCompileModel, and KJNodes' with its blocks."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    eager = sample(flux)
+    ours = nodes.CompileModel(flux, **CHEAP)
+    network = flux.model.diffusion_model
+    keys = [f"diffusion_model.double_blocks.{index}" for index in range(len(network.double_blocks))]
+    behind = ours.clone()
+    set_torch_compile_wrapper(model=behind, backend="aot_eager", keys=None if whole else keys)
+    assert difference(sample(behind), eager) < 1e-3
+    (report,) = reports(ours)
+    assert report.failure == "" and not report.graphs and "another node behind this one" in report.text()
+    compiled = sample(ours)
+    assert difference(compiled, eager) < 1e-3 and report.graphs == 2 and not report.last_calls["eager"]
+    count = graphs()
+    assert difference(sample(behind), eager) < 1e-3 and torch.equal(sample(ours), compiled) and not report.last_calls["eager"]
+    assert report.graphs == 2 and graphs() == count and report.failure == ""
+    # Before ours, which then compiles.
+    before = flux.clone()
+    set_torch_compile_wrapper(model=before, backend="aot_eager", keys=None if whole else keys)
+    assert torch.equal(sample(nodes.CompileModel(before, **CHEAP)), compiled) and graphs() == count
