@@ -74,7 +74,7 @@ class CompiledModule:
 
     def run(self, root: torch.nn.Module, call: Callable, *, filter_guards: bool, passthrough: Callable[[Exception], bool],
             around_block: Callable | None = None, on_progress: OnProgress | None = None,
-            interrupted: Callable[[], bool] = bool, situation: Mapping[str, Hashable] | None = None, instead: str = ""):
+            interrupted: Callable[[], bool] = bool, situation: Mapping[str, Hashable] | None = None, elsewhere: bool = False):
         """call() with root's regions compiled.
 
         filter_guards: no patch is active that may read the bookkeeping in transformer_options (see GuardFilter). passthrough: whether an
@@ -84,7 +84,7 @@ class CompiledModule:
         on_progress: called with the report when something has happened, what is under way ("" at its end) and how much of it is done (None:
         nobody knows); from the builder's thread too. May raise only what passthrough passes on. interrupted: asked while something is
         compiled, from another thread; once it is true the compile ends with Interrupted, and what is called next compiles again.
-        situation: what users change from image to image (batch -> 2); the report says what was compiled for it. instead: says who else does.
+        situation: what users change from image to image (batch -> 2); the report says what was compiled for it. elsewhere: not here.
         """
         if not self._lock.acquire(blocking=False):
             # In another thread's run, which may be waiting for this one: the blocks run eager.
@@ -92,9 +92,9 @@ class CompiledModule:
         try:
             self._events.listen(on_progress)
             self._refresh(root)
-            if self.report.failure or instead:
+            if self.report.failure or elsewhere:
                 self.report.steps += 1
-                self._events.leave(instead, len(self._regions.blocks))
+                self._events.uncompiled_step(elsewhere, len(self._regions.blocks))
                 return call()
             self._changes.begin(situation or {}, self.report)
             try:

@@ -48,10 +48,11 @@ class Events:
             self._notified = False
             logger.warning("%s: %s", self._title, message)
 
-    def leave(self, message: str, blocks: int) -> None:
-        """A step in which none of these blocks is compiled here, since something else compiles them, or since it has failed ("")."""
-        if message:
-            self.fall_back(message)
+    def uncompiled_step(self, elsewhere: bool, blocks: int) -> None:
+        """None of these blocks is compiled here: another node compiles them, or it has failed."""
+        if elsewhere:
+            self.fall_back("another node behind this one compiles the model (torch.compile): it is left to that one. The one that stands "
+                           "last compiles; remove either.")
             self.count({"artifact": 0, "graph": 0, "eager": blocks})
         self.notify()
 

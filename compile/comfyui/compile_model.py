@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 # core's TorchCompileModel and KJNodes put their wrapper under this key.
 CORE_KEY = "torch.compile"
-BY_ANOTHER = ("another node behind this one compiles the model (torch.compile): it is left to that one. The one that stands last compiles; "
-              "remove either.")
 # What ComfyUI calls on the module of a VAE and of a text encoder (comfy.sd.VAE, comfy.sd.CLIP); a ControlNet's is called itself.
 VAE_METHODS = ("encode", "decode", "encode_token_weights")
 # BaseModel, VAE or text encoder -> {(target, options, device): _State}: branches of one model (two LoRAs) share what was compiled.
@@ -60,8 +58,8 @@ class _State:
 
 
 def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: torch.device, root: torch.nn.Module, call,
-         filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None, instead: str = ""):
-    """call() with what is repeated in root compiled; instead: see CompiledModule.run."""
+         filter_guards: bool, on_progress: OnProgress | None, situation: dict | None = None, elsewhere: bool = False):
+    """call() with what is repeated in root compiled; elsewhere: see CompiledModule.run."""
     state = _state_of(model, target, options, device)
     state.offloaded = state.offloaded or is_offloaded(model)
     try:
@@ -69,7 +67,7 @@ def _run(model: torch.nn.Module, target: str, options: CompileOptions, device: t
             return state.compiled.run(root, cleaned_up_after(call), filter_guards=filter_guards, passthrough=_is_passthrough,
                                       on_progress=on_progress, around_block=around_block if state.offloaded else None,
                                       interrupted=comfy.model_management.processing_interrupted, situation=situation,
-                                      instead=instead)
+                                      elsewhere=elsewhere)
     except Interrupted:
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException from None
@@ -122,7 +120,7 @@ class LazyCompile:
         self.times.of_weights(situation[WEIGHTS])
         if CORE_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):  # add_compile took off those before it
             result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), False, self.on_progress,
-                          situation, BY_ANOTHER)
+                          situation, elsewhere=True)
             self.times.end(begun, size, "")
             return result
         if self.judge is not None and self.judge.runs_eager(self.times, size):
