@@ -189,7 +189,8 @@ def rows_of(options, pack: str, path: Path) -> Iterator[Row]:
                  if any(fnmatch.fnmatch(name, each) for each in options.nodes)}
         if not nodes:
             why = next((line for line in server.log_text().splitlines() if "Cannot import" in line and pack in line), "")
-            yield Row(pack, commit_of(path), "-", "-", why.partition("module for custom nodes: ")[2] or "none of its nodes is of this kind")
+            why = why.partition("module for custom nodes: ")[2]
+            yield Row(pack, commit_of(path), "-", "-", why or "none of its nodes is of this kind")
         tries = {family: Tries(server, family) for family in options.families}
         for name, inputs in nodes.items():
             for family in options.families:
