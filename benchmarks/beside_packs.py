@@ -156,7 +156,7 @@ class Tries:
         self.graphs[ours] = now
         row.graphs[order] = now - (before if before <= now else 0)  # fewer: another life of the model
         row.difference[order] = relative_difference(self.latent(result), want)
-        if order != "INT8" and row.difference[order] > SAME:  # some nodes patch what they have patched before, as long as the model is loaded
+        if order != "INT8" and row.difference[order] > SAME:  # some nodes patch what they have patched, while the model is loaded
             self.server.free()
             if "unet" in (result := self.run(nodes)).cached_nodes:  # ComfyUI frees when it has nothing to do
                 result = self.run(nodes)
