@@ -11,6 +11,8 @@ from .verification.quantization import QuantizationError
 logger = logging.getLogger(__name__)
 
 _COSTS, _MOST_FAR = "INT8 costs", 3
+_ELSEWHERE = ("another node behind this one compiles the model (torch.compile): it is left to that one. The one that stands last compiles; "
+              "remove either.")
 # (report, what is under way, how much of it is done; "" and None for nothing)
 OnProgress = Callable[[CompileReport, str, tuple[int, int] | None], None]
 
@@ -51,8 +53,7 @@ class Events:
     def uncompiled_step(self, elsewhere: bool, blocks: int) -> None:
         """None of these blocks is compiled here: another node compiles them, or it has failed."""
         if elsewhere:
-            self.fall_back("another node behind this one compiles the model (torch.compile): it is left to that one. The one that stands "
-                           "last compiles; remove either.")
+            self.fall_back(_ELSEWHERE)
             self.count({"artifact": 0, "graph": 0, "eager": blocks})
         self.notify()
 
@@ -65,6 +66,8 @@ class Events:
         """Adds the calls of blocks of a step, by what ran them."""
         if calls != self.report.last_calls:
             self.report.last_calls, self._notified = dict(calls), False
+        if _ELSEWHERE in self.report.fallbacks and calls["artifact"] + calls["graph"]:  # that node is gone
+            self.report.fallbacks.remove(_ELSEWHERE)
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
 

@@ -49,6 +49,9 @@ def _patch(limit: int):
     config = torch._dynamo.config
     name, total = _limit_names(config)
     values = {name: limit, total: max(limit, getattr(config, total))} if limit else {}
+    # Packs set it for good (ComfyUI-NAG, as it is imported): an error is swallowed, a piece of a block runs eager, the rest is many graphs,
+    # and nobody is told.
+    values["suppress_errors"] = False
     with config.patch(**values), shape_config.patch(use_duck_shape=False), asked_of_numbers(), absent_values():
         yield
 
@@ -69,7 +72,7 @@ def recompile_limit() -> int:
 compile_settings = _Scope()
 compile_settings.__doc__ = """compile_settings(limit): a context in which a block class may be compiled limit times (0: torch's own
 limit), in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
-compile again at the next one, and in which torch looks whether a number that varies is in a list."""
+compile again at the next one, in which torch looks whether a number that varies is in a list, and in which no error is swallowed."""
 
 
 class _Varying:

@@ -162,12 +162,16 @@ def _broken_backend(gm, inputs):
     raise RuntimeError("this backend cannot compile")
 
 
-def test_a_failed_compile_goes_on_eager_and_warns_once(caplog):
+@pytest.mark.parametrize("suppress", [False, True], ids=["as torch is", "a pack has told torch to swallow errors"])
+def test_a_failed_compile_goes_on_eager_and_warns_once(caplog, suppress):
+    import torch._dynamo
+
     net, x = Net(), torch.randn(3, 64)
     compiled = CompiledModule(CompileOptions(backend=_broken_backend, title="INT8 Lazy Torch Compile"))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), torch._dynamo.config.patch(suppress_errors=suppress):
         for _ in range(3):
             assert torch.equal(run(compiled, net, x), net(x))
+        assert torch._dynamo.config.suppress_errors is suppress
     warnings = [r.message for r in caplog.records if "compile failed" in r.message]
     assert len(warnings) == 1
     assert warnings[0].startswith("INT8 Lazy Torch Compile: compile failed; running uncompiled.")
