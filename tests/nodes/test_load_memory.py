@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import COMFYUI, REPO
+from benchmarks.comfy_server import REPO, find_comfyui
 
 pytestmark = pytest.mark.comfy
 
@@ -55,7 +55,7 @@ def test_peak_memory_is_the_int8_size_and_one_layer(tmp_path, comfy):
         write(tmp_path / "model.safetensors", 3, 8, 1024)
         write(tmp_path / "small.safetensors", 1, 1, 256)
     size = (tmp_path / "model.safetensors").stat().st_size
-    run = subprocess.run([sys.executable, "-c", SCRIPT, str(REPO), str(COMFYUI), str(tmp_path / "model.safetensors")],
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(REPO), str(find_comfyui()), str(tmp_path / "model.safetensors")],
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.splitlines()[-1])
