@@ -183,18 +183,18 @@ def serving(options, work: Path, packs: dict[str, Path]) -> Iterator[ComfyServer
 
 
 def rows_of(options, pack: str, path: Path) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as scope:
-        server = scope.enter_context(serving(options, Path(folder), {pack: path}))
+    commit = commit_of(path)
+    with tempfile.TemporaryDirectory() as folder, serving(options, Path(folder), {pack: path}) as server:
         nodes = {name: inputs for name, inputs in nodes_of(server, pack).items()
                  if any(fnmatch.fnmatch(name, each) for each in options.nodes)}
         if not nodes:
             why = next((line for line in server.log_text().splitlines() if "Cannot import" in line and pack in line), "")
             why = why.partition("module for custom nodes: ")[2]
-            yield Row(pack, commit_of(path), "-", "-", why or "none of its nodes is of this kind")
+            yield Row(pack, commit, "-", "-", why or "none of its nodes is of this kind")
         tries = {family: Tries(server, family) for family in options.families}
         for name, inputs in nodes.items():
             for family in options.families:
-                row = Row(pack, commit_of(path), name, family)
+                row = Row(pack, commit, name, family)
                 tries[family].fill(row, inputs)
                 yield row
 

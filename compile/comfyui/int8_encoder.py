@@ -133,7 +133,9 @@ def _parts_for_files(clip) -> dict[str, dict[str, torch.Tensor]]:
 def with_float_parts(clip, all_parts: bool = False):
     """clip, or a clone without INT8 layers in those parts (all of them) that ComfyUI's loader reads in high precision only."""
     layers = [name for name, layer in clip.patcher.object_patches.items() if isinstance(layer, Int8Lora)]
-    parts = {name.partition(".")[0] for name in layers} - (set() if all_parts or not layers else _read_in_int8(clip))
+    parts = {name.partition(".")[0] for name in layers}
+    if parts and not all_parts:
+        parts -= _read_in_int8(clip)
     if not parts:
         return clip
     clip = clip.clone()

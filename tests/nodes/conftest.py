@@ -35,6 +35,14 @@ def wan(load):
     return load("tiny_wan")
 
 
+@pytest.fixture
+def output_folder(monkeypatch, tmp_path):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def lora(comfy, models_dir):
     def lora(model, name="tiny_flux_a", strength=1.0):

@@ -71,14 +71,6 @@ def clip(comfy, files, kind):
     return _load(comfy, files / f"{kind}.safetensors", kind)
 
 
-@pytest.fixture
-def output_folder(monkeypatch, tmp_path):
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    return tmp_path
-
-
 def encode(clip, text: str = TEXT) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize(text))
 

@@ -124,11 +124,9 @@ def int8_of(clip, part: str) -> int:
     return sum(name.startswith(f"{part}.") and tensor.dtype == torch.int8 for name, tensor in clip.cond_stage_model.state_dict().items())
 
 
-def test_load_clip_reads_what_was_written(comfy, clip, family, nodes, monkeypatch, tmp_path):
-    import folder_paths
+def test_load_clip_reads_what_was_written(comfy, clip, family, nodes, output_folder):
     from int8_compile.nodes.checkpoint import SaveINT8Model
 
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     parts = FAMILIES[family][1]
     expected, quantized = encode(clip), nodes.INT8QuantizeModel(clip, method="rowwise")
     int8 = difference(encode(quantized), expected)
@@ -138,21 +136,19 @@ def test_load_clip_reads_what_was_written(comfy, clip, family, nodes, monkeypatc
             SaveINT8Model.execute(quantized, "small")
         return
     SaveINT8Model.execute(quantized, "small")
-    written = [next(tmp_path.glob(f"small_{part}_0*.safetensors" if len(parts) > 1 else "small_0*.safetensors")) for part in parts]
+    written = [next(output_folder.glob(f"small_{part}_0*.safetensors" if len(parts) > 1 else "small_0*.safetensors")) for part in parts]
     for files in (written, written[::-1]):
         loaded = _load(comfy, files, family)
         assert {part: int8_of(loaded, part) for part in parts} == {part: count or 0 for part, (_, count) in parts.items()}
         assert 1e-4 < difference(encode(loaded), expected) < 1.1 * int8
 
 
-def test_ace_steps_pair_of_encoders_is_refused(comfy, nodes, monkeypatch, tmp_path):
-    import folder_paths
+def test_ace_steps_pair_of_encoders_is_refused(comfy, nodes, output_folder):
     from int8_compile.nodes.checkpoint import SaveINT8Model
 
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     small = [{name: torch.zeros(shape) for name, shape in TOLD_BY["llama"].items()} for _ in range(2)]
     clip = comfy.sd.load_text_encoder_state_dicts(small, clip_type=comfy.sd.CLIPType.ACE, model_options={"_model_config": llama(256)})
     fill(clip.cond_stage_model, 3)
     with pytest.raises(ValueError, match="reads qwen3_06b, qwen3_2b in high precision only"):
         SaveINT8Model.execute(nodes.INT8QuantizeModel(clip, method="rowwise"), "small")
-    assert not list(tmp_path.iterdir())
+    assert not list(output_folder.iterdir())

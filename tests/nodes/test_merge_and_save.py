@@ -99,12 +99,9 @@ def test_a_branch_merged_with_its_own_int8_clone_is_itself(load, nodes, merge, s
 
 
 @pytest.fixture
-def save(comfy, tmp_path, monkeypatch):
+def save(comfy, output_folder):
     """Core's Save Model and Checkpoint Save: -> the file."""
-    import folder_paths
     from comfy_extras import nodes_model_merging as core
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     class AnyVae:
         def get_sd(self):
@@ -114,8 +111,8 @@ def save(comfy, tmp_path, monkeypatch):
         if node == "ModelSave":
             core.ModelSave().save(model, f"models/{node}")
         else:
-            core.save_checkpoint(model, vae=AnyVae(), filename_prefix=f"models/{node}", output_dir=str(tmp_path))
-        return max(tmp_path.glob(f"models/{node}_*.safetensors"))
+            core.save_checkpoint(model, vae=AnyVae(), filename_prefix=f"models/{node}", output_dir=str(output_folder))
+        return max(output_folder.glob(f"models/{node}_*.safetensors"))
     return save
 
 

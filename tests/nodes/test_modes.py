@@ -39,16 +39,13 @@ def names(registry):
 
 
 @pytest.fixture
-def saved(comfy, models_dir, tmp_path, monkeypatch):
+def saved(comfy, models_dir, output_folder):
     """Saves a MODEL as the node does: -> the file."""
-    import folder_paths
     from int8_compile.nodes import SaveINT8Model
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def saved(model):
         SaveINT8Model.execute(model=model, filename_prefix="saved")
-        return max(tmp_path.glob("saved_*.safetensors"))
+        return max(output_folder.glob("saved_*.safetensors"))
     return saved
 
 
