@@ -48,4 +48,5 @@ def test_an_image_is_within_the_goals_bound_and_the_next_start_decides_nothing(o
     assert off < BOUND and off_again < BOUND
     assert not own["known"] and then["known"] and own["layers"] == then["layers"] > 10
     assert own["int8_layers"] == then["int8_layers"] and own["shapes"] == then["shapes"] and len(own["table"]) <= 6
-    assert second["details"]["waiting"] == 0 and "measures" not in second["status"]
+    # What pays is this machine's own: a model in which no layer does is not quantized, and has no report of it.
+    assert second["details"].get("waiting") == (0 if then["int8_layers"] else None) and "measures" not in second["status"]
