@@ -25,7 +25,7 @@ from .int8_lora import Int8Lora
 _STATE = ("comfy_cast_weights", "weight_function", "bias_function", "_v", "_v_signature", "_v_weight", "_v_bias", "_prefetch")
 # Core's own prefetch of a block (comfy.model_prefetch).
 _PREFETCH = ("cast_modules_with_vbar", "resolve_cast_module_with_vbar")
-# layer -> two empty lists, the same at each call: what a block depends on is compared by identity first (describe.Watch).
+# layer -> two empty lists, the same at each call: what a block depends on is compared by identity first (artifacts.watch.Watch).
 _NO_PATCHES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[list, list]] = weakref.WeakKeyDictionary()
 
 
