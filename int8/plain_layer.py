@@ -6,14 +6,14 @@ import torch
 from .kernels import ops
 
 
-class _WeightFacts:
+class WeightFacts:
     """What models ask of a weight beside multiplying with it, which raises TypeError: the values are known to the layer alone."""
 
-    def __init__(self, qweight: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: torch.Size):
         self.dtype = dtype
-        self.device = qweight.device
-        self.shape = qweight.shape
-        self.ndim = qweight.ndim
+        self.device = device
+        self.shape = shape
+        self.ndim = len(shape)
 
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]
@@ -40,8 +40,8 @@ class ArtifactLinear(torch.nn.Module):
         self.__dict__.update(attributes)
 
     @property
-    def weight(self) -> _WeightFacts:
-        return _WeightFacts(self.qweight, self.weight_dtype)
+    def weight(self) -> WeightFacts:
+        return WeightFacts(self.weight_dtype, self.qweight.device, self.qweight.shape)
 
     def artifact_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

@@ -155,9 +155,14 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
     except Exception as error:
-        _tracing.failure = error
+        keep_failure(error)
         raise
     return result.contiguous()
+
+
+def keep_failure(error: Exception) -> None:
+    """For take_failure()."""
+    _tracing.failure = error
 
 
 def has_failed() -> bool:

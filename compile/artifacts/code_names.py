@@ -132,3 +132,14 @@ def global_names(code: types.CodeType) -> frozenset[str]:
         if isinstance(constant, types.CodeType):
             names |= global_names(constant)
     return frozenset(names)
+
+
+@functools.lru_cache(4096)
+def imported_names(code: types.CodeType) -> frozenset[str]:
+    """Names of the modules that code imports when it runs, with the packages that they are in."""
+    names: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            parts = str(instruction.argval).split(".")
+            names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return frozenset(names.union(*(imported_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))))

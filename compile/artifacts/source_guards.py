@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from .closures import code_at
-from .code_names import global_names, identifiers
+from .code_names import global_names, identifiers, imported_names
 from .describe import Describer, Names
 from .origins import _SKIPPED_FOLDERS, _package_folder, is_own, is_pristine_package, local, place_of, portable
 from .traced_calls import Recording
@@ -195,9 +195,11 @@ def _add_globals(function: types.FunctionType, describe: Describer, watch: Watch
     names = global_names(function.__code__)
     used = sorted(identifiers(function.__code__) if names.intersection(_BY_TEXT) else names)
     spaces: list[tuple[dict, str]] = [(function.__globals__, _package_folder(function.__module__ or ""))]
-    # What is imported inside the function is a local name there.
+    # What is imported inside the function is a local name there. An attribute may be called like a module that only a server has loaded
+    # (ComfyUI's args.cuda_malloc).
+    imported = imported_names(function.__code__)
     spaces += [(vars(module), _package_folder(name)) for name in used if name not in function.__globals__
-               and isinstance(module := sys.modules.get(name), types.ModuleType)]
+               and (name in imported or name not in names) and isinstance(module := sys.modules.get(name), types.ModuleType)]
     for space, folder in spaces:
         for name in used:
             value = space.get(name, ABSENT)

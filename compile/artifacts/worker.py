@@ -79,6 +79,7 @@ def main(folder: str, beat_seconds: float) -> None:
 
     os.environ.update(dict.fromkeys(TEMPORARY, folder))
     tempfile.tempdir = None
+    sys.meta_path.append(_OtherPacks)
     failed = ""
     if setup is not None:
         module, function, arguments = setup
@@ -94,6 +95,22 @@ def main(folder: str, beat_seconds: float) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
         output.send(json.dumps(answer).encode())
+
+
+class _OtherPacks:
+    """Finds the modules of ComfyUI's other packs, whose classes a block may be made of. ComfyUI names a pack by its path, with _x_ for a
+    dot. As of this pack, what starts it in a server (its __init__) is not run."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        import importlib.machinery
+
+        for folder in (name, name.replace("_x_", ".")) if os.path.isabs(name) else ():
+            if os.path.isdir(folder):
+                spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+                spec.submodule_search_locations = [folder]
+                return spec
+        return None
 
 
 def _give_way() -> None:

@@ -29,6 +29,7 @@ from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
 from .attention import add_functions
+from .foreign_layers import adapt_layers
 from .int8_calibrate import CALIBRATING, COMPILE_KEY, TIMED
 from .int8_layer import patch_linear_input_act
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
@@ -222,6 +223,7 @@ def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnPr
     if not comfy_core.usable(comfy_core.COMPILE):
         return
     _warm_up(patcher, target, options)
+    adapt_layers(patcher, target, options)
     wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
@@ -241,6 +243,7 @@ def add_method_compile(patcher, target: str, options: CompileOptions, on_progres
     if not comfy_core.usable(comfy_core.COMPILE):
         return
     _warm_up(patcher, target, options)
+    adapt_layers(patcher, target, options)
     methods = [name for name in VAE_METHODS if hasattr(patcher.model, name)]
     for name in methods or ["forward"]:  # a ControlNet's model has none of them: it is called
         put_method(patcher, name, CompiledMethod(target, options, patcher.load_device, on_progress))

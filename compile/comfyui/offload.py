@@ -18,6 +18,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 
+from ..artifacts.foreign_layer import ForeignLayer
 from . import core as comfy_core
 from .int8_lora import Int8Lora
 
@@ -38,7 +39,7 @@ def around_block(block: Callable) -> Callable:
     """The call of a block (block_calls.py) with the block's weights fetched; as it is on a ComfyUI that the pack does not know."""
     if not comfy_core.usable(comfy_core.OFFLOAD):
         return block
-    layers = [m for m in block.module.modules() if isinstance(m, comfy.ops.CastWeightBiasOp)]
+    layers = [m for m in block.module.modules() if isinstance(m, comfy.ops.CastWeightBiasOp) and not isinstance(m, ForeignLayer)]
 
     def call(*args, **kwargs):
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point())

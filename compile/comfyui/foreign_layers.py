@@ -1,0 +1,137 @@
+"""Linear layers of other packs whose weights are tensors of a class of their own (GGUF): made ready to be an operation of compiled code."""
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..artifacts.foreign_layer import ForeignLayer, beside
+from ..artifacts.origins import is_comfyuis
+from ..options import CompileOptions
+
+logger = logging.getLogger(__name__)
+
+# Where unpacking a weight is many small kernels, which inductor makes one of.
+COMPILES_UNPACKING = {"cuda"}
+# layer of another pack -> what stands in its place: clones share it, and what was compiled for it.
+_ADAPTED: weakref.WeakKeyDictionary[torch.nn.Module, ForeignLayer] = weakref.WeakKeyDictionary()
+_calls = threading.local()
+
+
+def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
+    """Puts object patches on patcher (a clone): layers that compute as those that they stand for, with the same parameters. Not with CUDA
+    graphs, which would replay the LoRA of the call that was recorded."""
+    if options.cuda_graphs:
+        return
+    prefix = f"{target}." if target else ""
+    for name, layer in patcher.model.get_submodule(target).named_modules():
+        name = prefix + name
+        if name in patcher.object_patches_backup:
+            layer = patcher.object_patches_backup[name]  # as loaded
+        if name in patcher.object_patches or isinstance(layer, ForeignLayer) or not _is_foreign(layer):
+            continue
+        if layer not in _ADAPTED or not _ADAPTED[layer].is_on(patcher.load_device):
+            _ADAPTED[layer] = beside(layer, _class_for(type(layer)), patcher.load_device)
+        patcher.add_object_patch(name, _ADAPTED[layer])
+
+
+def _is_foreign(layer: torch.nn.Module) -> bool:
+    return (isinstance(layer, torch.nn.Linear) and not is_comfyuis(type(layer).__module__)
+            and any(_is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None))
+
+
+def _is_of_a_pack(tensor: torch.Tensor) -> bool:
+    """Whether its class is neither torch's, nor ComfyUI's, nor one that torch can trace."""
+    module = type(tensor).__module__
+    return not (f"{module}.".startswith("torch.") or is_comfyuis(module) or is_traceable_wrapper_subclass(tensor))
+
+
+@functools.cache
+def _class_for(kind: Any) -> type:
+    bases = (_GgufLayer, kind) if hasattr(kind, "get_weight") else (ForeignLayer, kind)
+    return type(kind.__name__, bases, {"__module__": __name__})
+
+
+class _GgufLayer(ForeignLayer):
+    """One of ComfyUI-GGUF, which asks get_weight(tensor, dtype) for its weight with the LoRA."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        before = getattr(_calls, "unpacks", False)
+        _calls.unpacks = x.device.type in COMPILES_UNPACKING
+        try:
+            return super().run(x)
+        finally:
+            _calls.unpacks = before
+
+    def get_weight(self, tensor, dtype):
+        unpacked = _unpacked(self, tensor, dtype) if getattr(_calls, "unpacks", False) and tensor is not None else None
+        return super().get_weight(tensor if unpacked is None else _Unpacked(unpacked, tensor), dtype)
+
+
+class _Unpacked:
+    """A weight of ComfyUI-GGUF as float values, as far as get_weight asks."""
+
+    tensor_type = None  # not packed
+
+    def __init__(self, values: torch.Tensor, packed):
+        self.values = values
+        self.device, self.shape = values.device, values.shape
+        self.tensor_shape = values.shape
+        self.patches = getattr(packed, "patches", [])
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.values.to(dtype)
+
+
+def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """None where it is not packed, or cannot be unpacked by compiled code."""
+    pack = _module_of(type(layer).__mro__)
+    if pack is None or pack.is_torch_compatible(tensor) or tensor.tensor_type not in pack.dequantize_functions:
+        return None
+    compiled = _compiled(pack)
+    if compiled is None:
+        return None
+    wanted = dtype if layer.dequant_dtype == "target" else layer.dequant_dtype
+    try:
+        return compiled(tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.warning("INT8 Compile: unpacking GGUF weights cannot be compiled, and stays slower: %s", error)
+        _FAILED.add(pack.__name__)
+        return None
+
+
+_FAILED: set[str] = set()
+
+
+def _module_of(kinds) -> types.ModuleType | None:
+    """The pack's module with dequantize(data, type, shape, dtype)."""
+    import sys
+
+    for kind in kinds:
+        found = vars(sys.modules.get(kind.__module__)).get("dequantize_tensor") if kind.__module__ in sys.modules else None
+        if found is not None:
+            module = sys.modules.get(found.__module__)
+            if all(hasattr(module, name) for name in ("dequantize", "dequantize_functions", "is_torch_compatible")):
+                return module
+    return None
+
+
+def _compiled(pack: types.ModuleType):
+    return None if pack.__name__ in _FAILED else _compile(pack)
+
+
+@functools.cache
+def _compile(pack: types.ModuleType):
+    """Its dequantize as one kernel for each type of weight, for any size. Each step is rounded as eager rounds it."""
+    function = pack.dequantize
+    own = types.FunctionType(function.__code__.replace(co_name="dequantize_compiled"), function.__globals__, function.__name__,
+                             function.__defaults__, function.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
