@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import threading
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..artifacts.foreign_layer import ForeignLayer, beside
 from ..artifacts.origins import is_comfyuis
 from ..options import CompileOptions
+from ..report import first_lines
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ COMPILES_UNPACKING = {"cuda"}
 # layer of another pack -> what stands in its place: clones share it, and what was compiled for it.
 _ADAPTED: weakref.WeakKeyDictionary[torch.nn.Module, ForeignLayer] = weakref.WeakKeyDictionary()
 _calls = threading.local()
+_READY: dict[tuple, bool] = {}  # (pack, type, dtype, device) -> whether compiled code unpacks it
+_LOCK = threading.Lock()
 
 
 def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
@@ -90,47 +95,47 @@ class _Unpacked:
 
 
 def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """None where it is not packed, or cannot be unpacked by compiled code."""
-    pack = _module_of(type(layer).__mro__)
+    """None where it is not packed, or is not unpacked by compiled code (yet)."""
+    pack = _unpacking(type(layer))
     if pack is None or pack.is_torch_compatible(tensor) or tensor.tensor_type not in pack.dequantize_functions:
         return None
-    compiled = _compiled(pack)
-    if compiled is None:
-        return None
     wanted = dtype if layer.dequant_dtype == "target" else layer.dequant_dtype
+    key = pack, tensor.tensor_type, wanted, tensor.device.type
+    call = functools.partial(_compiled(pack), tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
+    with _LOCK:
+        if key not in _READY:
+            _READY[key] = False
+            threading.Thread(target=_make_ready, args=(key, call, torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
+                             daemon=True).start()
+    return call() if _READY[key] else None
+
+
+def _make_ready(key: tuple, call: Callable, inference: bool, grad: bool) -> None:
+    """In a thread of its own, as no image is to wait for it. inference, grad: the modes that call will be made in."""
     try:
-        return compiled(tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            call()
     except Exception as error:
-        logger.warning("INT8 Compile: unpacking GGUF weights cannot be compiled, and stays slower: %s", error)
-        _FAILED.add(pack.__name__)
-        return None
-
-
-_FAILED: set[str] = set()
-
-
-def _module_of(kinds) -> types.ModuleType | None:
-    """The pack's module with dequantize(data, type, shape, dtype)."""
-    import sys
-
-    for kind in kinds:
-        found = vars(sys.modules.get(kind.__module__)).get("dequantize_tensor") if kind.__module__ in sys.modules else None
-        if found is not None:
-            module = sys.modules.get(found.__module__)
-            if all(hasattr(module, name) for name in ("dequantize", "dequantize_functions", "is_torch_compatible")):
-                return module
-    return None
-
-
-def _compiled(pack: types.ModuleType):
-    return None if pack.__name__ in _FAILED else _compile(pack)
+        logger.warning("INT8 Compile: unpacking %s weights cannot be compiled, and stays slower: %s", getattr(key[1], "name", key[1]),
+                       first_lines(str(error)))
+    else:
+        _READY[key] = True
 
 
 @functools.cache
-def _compile(pack: types.ModuleType):
-    """Its dequantize as one kernel for each type of weight, for any size. Each step is rounded as eager rounds it."""
+def _unpacking(kind: Any) -> Any:
+    """The module of the layer's pack with dequantize(data, type, shape, dtype); None where it is another."""
+    for base in kind.__mro__:
+        function = getattr(sys.modules.get(base.__module__), "dequantize_tensor", None)
+        module = sys.modules.get(getattr(function, "__module__", None) or "")
+        if all(hasattr(module, name) for name in ("dequantize", "dequantize_functions", "is_torch_compatible")):
+            return module
+    return None
+
+
+@functools.cache
+def _compiled(pack: Any) -> Callable:
+    """Its dequantize, one kernel for each type of weight, for any size. Each step is rounded as eager rounds it."""
     function = pack.dequantize
     own = types.FunctionType(function.__code__.replace(co_name="dequantize_compiled"), function.__globals__, function.__name__,
                              function.__defaults__, function.__closure__)
