@@ -82,11 +82,11 @@ class ForeignArtifactLayer(torch.nn.Module):
         return call_operation(input, self.tag, self.out_features)
 
 
-def beside(layer: torch.nn.Module, kind: type, device: torch.device) -> ForeignLayer:
+def beside(layer: torch.nn.Module, kind: type[ForeignLayer], device: torch.device) -> ForeignLayer:
     """A layer of kind, a subclass of (ForeignLayer, type(layer)), of the same state as layer, whoever of the two it is set on: what a host
     notes on a layer that it loads stays true whichever is in its place. device: on which its tag lies."""
     _define()
-    result = kind.__new__(kind)
+    result: ForeignLayer = object.__new__(kind)
     object.__setattr__(result, "__dict__", layer.__dict__)
     _add(result, torch.zeros(1, dtype=torch.uint8, device=device))
     return result

@@ -97,15 +97,18 @@ def main(folder: str, beat_seconds: float) -> None:
         output.send(json.dumps(answer).encode())
 
 
+_DOT = "_x_"  # in the names that ComfyUI gives packs
+
+
 class _OtherPacks:
-    """Finds the modules of ComfyUI's other packs, whose classes a block may be made of. ComfyUI names a pack by its path, with _x_ for a
-    dot. As of this pack, what starts it in a server (its __init__) is not run."""
+    """Finds the modules of ComfyUI's other packs, whose classes a block may be made of. ComfyUI names a pack by its path. As of
+    this pack, what starts it in a server (its __init__) is not run."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None):
         import importlib.machinery
 
-        for folder in (name, name.replace("_x_", ".")) if os.path.isabs(name) else ():
+        for folder in (name, name.replace(_DOT, ".")) if os.path.isabs(name) else ():
             if os.path.isdir(folder):
                 spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
                 spec.submodule_search_locations = [folder]

@@ -42,7 +42,8 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
         if name in patcher.object_patches or isinstance(layer, ForeignLayer) or not _is_foreign(layer):
             continue
         if layer not in _ADAPTED or not _ADAPTED[layer].is_on(patcher.load_device):
-            _ADAPTED[layer] = beside(layer, _class_for(type(layer)), patcher.load_device)
+            kind = _class_for(type(layer))  # type: ignore[arg-type]
+            _ADAPTED[layer] = beside(layer, kind, patcher.load_device)
         patcher.add_object_patch(name, _ADAPTED[layer])
 
 
@@ -96,7 +97,7 @@ class _Unpacked:
 
 def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """None where it is not packed, or is not unpacked by compiled code (yet)."""
-    pack = _unpacking(type(layer))
+    pack = _unpacking(type(layer))  # type: ignore[arg-type]
     if pack is None or pack.is_torch_compatible(tensor) or tensor.tensor_type not in pack.dequantize_functions:
         return None
     wanted = dtype if layer.dequant_dtype == "target" else layer.dequant_dtype

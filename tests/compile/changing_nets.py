@@ -20,6 +20,7 @@ import torch.nn.functional as F
 TABLE = {"gain": 1.0, "mode": "plain"}
 LEVELS = [1.0, 2.0]
 SETTINGS = SimpleNamespace(gain=1.0, nested=SimpleNamespace(depth=[1.0, (2.0, 3.0)]))
+NAMED = SimpleNamespace(changing_values=2.0)
 ACTIVATIONS = {"silu": lambda x: F.silu(x), "relu": lambda x: F.relu(x)}
 FACTOR = 1.0
 
@@ -234,6 +235,13 @@ class Breaks(Reads):
     def forward(self, x, scale, transformer_options=None):
         h = self.second(self.norm(x)) * float(self.level) * self.level.extra * len(self.label) * Measured.level
         return x + h * scale[:, None]
+
+
+class LikeAModule(Reads):
+    """Reads an attribute that is called like a module."""
+
+    def forward(self, x, scale, transformer_options=None):
+        return x + self.second(self.norm(x)) * scale[:, None] * NAMED.changing_values * TABLE["gain"]
 
 
 class ByText(Reads):

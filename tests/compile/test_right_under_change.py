@@ -491,6 +491,17 @@ def test_a_number_that_differs_from_call_to_call_is_refused_at_once(tmp_path):
     assert len(list(compiled._cache.store.own())) == 1  # nothing is built for nothing
 
 
+def test_an_attribute_that_is_called_like_a_module_that_a_server_alone_has_loaded(tmp_path, monkeypatch):
+    """ComfyUI's args.cuda_malloc: main.py has loaded a module cuda_malloc, with an args, and the builder has not."""
+    net, args = nets.make(nets.LikeAModule), inputs()
+    assert difference(run(cached(tmp_path / "cache"), net, *args), net(*args)) < 1e-4
+    monkeypatch.setitem(sys.modules, "changing_values", module := types.ModuleType("changing_values"))
+    module.TABLE = {"gain": 5.0}
+    compiled = cached(tmp_path / "cache")
+    assert difference(run(compiled, net, *args), net(*args)) < 1e-4
+    assert compiled.report.last_calls == {"artifact": 3, "graph": 0, "eager": 0}
+
+
 def test_a_training_step_through_compiled_blocks_has_eagers_gradients():
     with torch.inference_mode(False):
         net = nets.make(nets.Plain).requires_grad_(True)

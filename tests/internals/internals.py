@@ -62,6 +62,8 @@ INTERNALS = (
     Internal("torch._dynamo.guards.GuardBuilder", "blocks that ask for an attribute that they lack compile in torch 2.8", _FAILED),
     Internal("torch._C._dynamo.guards.TensorGuards", "weights are compared with those of the last call in C++",
              "they are compared in Python, 5 us a block more", needed=False),
+    Internal("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "which layers of other packs are an operation",
+             "no compile node loads"),
     Internal("torch.utils._python_dispatch.TorchDispatchMode", "whether a block writes into anything", _FAILED),
     Internal("torch.utils._pytree.tree_leaves", "whether a block returns its inputs", _FAILED),
     Internal("._schema", "whether an operator writes into its input", "inputs of another layout are compiled for once more",
@@ -144,4 +146,5 @@ INTERNALS = (
 
 # What only looks like one: texts that are the pack's own names, or the ends of names in files.
 OWN = {"._io", "._socket", "._directory", "._comfy_active", "._scale", "._patched_weights", "._weight_lowvram_function",
-       "._int8_compile_modes", "._aoti", "._registry"}
+       "._int8_compile_modes", "._aoti", "._registry",
+       "._x_"}  # the last is what ComfyUI writes for a dot in the name of a pack (nodes.py: load_custom_node)

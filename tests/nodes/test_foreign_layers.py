@@ -1,0 +1,143 @@
+"""Layers of other packs whose weights are tensors of a class of their own, such as ComfyUI-GGUF's, in compiled blocks: operations that call
+the layer as eager does, so that no LoRA is another graph."""
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from toys import difference, wait_until
+
+from .test_compile import CHEAP
+
+pytestmark = pytest.mark.comfy
+FOLDER = Path(__file__).parent.parent / "assets" / "packed_layers"
+
+
+@pytest.fixture(scope="module")
+def pack(comfy):
+    """The pack under the name that ComfyUI would give it."""
+    name = str(FOLDER).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / "__init__.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.nodes")
+
+
+@pytest.fixture
+def packed(pack, models_dir):
+    return tiny_flux(pack, models_dir)
+
+
+def tiny_flux(pack, models_dir):
+    return pack.load(str(models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors"))
+
+
+def layer_of(model):
+    return model.model.diffusion_model.double_blocks[0].img_mlp[0]
+
+
+def test_no_lora_is_another_graph_and_each_image_is_eagers(packed, nodes, sample, lora, graphs):
+    eager = sample(packed)
+    compiled = nodes.CompileModel(packed, **CHEAP)
+    assert torch.equal(sample(compiled), eager)
+    before = graphs()
+    for name, strength in [("tiny_flux_a", 1.0), ("tiny_flux_a", 0.5), ("tiny_flux_b", 0.7)]:
+        want = sample(lora(packed, name, strength))
+        assert difference(want, eager) > 0.01
+        assert torch.equal(sample(lora(compiled, name, strength)), want)
+        assert torch.equal(sample(nodes.CompileModel(lora(packed, name, strength), **CHEAP)), want)
+        assert torch.equal(sample(packed), eager)  # the model without either
+        assert torch.equal(sample(compiled), eager)
+    assert graphs() == before == 2
+
+
+def test_the_layer_is_found_however_the_model_is_copied_moved_or_freed(pack, models_dir, nodes, sample):
+    packed = tiny_flux(pack, models_dir)
+    eager = sample(packed)
+    compiled = nodes.CompileModel(packed, **CHEAP)
+    sample(compiled)
+    stands_in = layer_of(compiled)
+    assert type(stands_in) is not type(packed.get_model_object("diffusion_model.double_blocks.0.img_mlp.0"))
+    twin = copy.deepcopy(stands_in)
+    x = torch.randn(3, twin.in_features)
+    assert torch.equal(twin(x), stands_in(x)) and twin.artifact_tensors()["tag"] is not stands_in.artifact_tensors()["tag"]
+    compiled.detach()
+    assert torch.equal(sample(packed), eager) and torch.equal(sample(compiled), eager)
+    gone = weakref.ref(stands_in)
+    del stands_in, twin
+    compiled.detach()
+    del compiled, packed
+    comfy_cleanup()
+    wait_until(lambda: gc.collect() is not None and gone() is None, 20)
+
+
+def comfy_cleanup():
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    management.cleanup_models()
+
+
+@pytest.mark.parametrize("how", ["hook", "own forward"])
+def test_what_a_pack_puts_on_a_layer_is_done(packed, nodes, sample, how):
+    compiled = nodes.CompileModel(packed, **CHEAP)
+    eager = sample(compiled)
+    layer = layer_of(packed)
+    if how == "hook":
+        handle = layer.register_forward_hook(lambda module, args, result: result * 1.5)
+    else:
+        own = layer.forward
+        layer.forward = lambda x: own(x) * 1.5
+    want = sample(packed)
+    assert difference(want, eager) > 1e-3 and torch.equal(sample(compiled), want)
+    if how == "hook":
+        handle.remove()
+    else:
+        del layer.forward
+    assert torch.equal(sample(compiled), eager)
+
+
+def test_a_layer_that_does_not_give_what_a_linear_gives_runs_uncompiled(packed, nodes, sample, caplog):
+    """The operation has said what will come of it."""
+    layer = layer_of(packed)
+    kind = type(layer)
+    own = kind.forward_comfy_cast_weights
+    kind.forward_comfy_cast_weights = lambda self, x: own(self, x).half() if self.weight is layer.weight else own(self, x)
+    try:
+        want = sample(packed)
+        assert torch.equal(sample(nodes.CompileModel(packed, **CHEAP)), want)
+    finally:
+        kind.forward_comfy_cast_weights = own
+    assert "gave another kind of result than a Linear's" in caplog.text
+
+
+def test_weights_are_unpacked_by_compiled_code_where_that_is_faster(packed, nodes, sample, lora, monkeypatch):
+    """On CUDA; made ready in a thread, while images go on."""
+    from int8_compile.compile.comfyui import foreign_layers
+
+    monkeypatch.setattr(foreign_layers, "COMPILES_UNPACKING", {"cpu"})
+    monkeypatch.setattr(foreign_layers, "_READY", ready := {})
+    # In fp16, inductor rounds as eager does on CUDA only.
+    monkeypatch.setattr(type(layer_of(packed)), "dequant_dtype", "target")
+    compiled = nodes.CompileModel(packed, **CHEAP)
+    want = [sample(model) for model in (packed, lora(packed, strength=0.5))]
+    for _ in range(2):
+        for model, result in zip((compiled, lora(compiled, strength=0.5)), want):
+            assert difference(sample(model), result) < 1e-6
+        wait_until(lambda: all(ready.values()), 120)
+    assert len(ready) == 1
+
+
+def test_with_cuda_graphs_layers_are_left_as_they_are(packed, nodes):
+    """A graph would replay the LoRA of the call that was recorded."""
+    assert not nodes.CompileModel(packed, backend="cudagraphs").object_patches
+
+
+def test_other_layers_are_left_as_they_are(flux, nodes):
+    assert not nodes.CompileModel(flux, **CHEAP).object_patches
