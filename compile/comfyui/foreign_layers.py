@@ -49,10 +49,10 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
 
 def _is_foreign(layer: torch.nn.Module) -> bool:
     return (isinstance(layer, torch.nn.Linear) and not is_comfyuis(type(layer).__module__)
-            and any(_is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None))
+            and any(is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None))
 
 
-def _is_of_a_pack(tensor: torch.Tensor) -> bool:
+def is_of_a_pack(tensor: torch.Tensor) -> bool:
     """Whether its class is neither torch's, nor ComfyUI's, nor one that torch can trace."""
     module = type(tensor).__module__
     return not (f"{module}.".startswith("torch.") or is_comfyuis(module) or is_traceable_wrapper_subclass(tensor))

@@ -22,6 +22,7 @@ from ...int8.quantize import drop_kept, eligible_linears
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
+from .foreign_layers import is_of_a_pack
 from .int8_layer import (
     _LAYERS,
     INT8_LAYOUT,
@@ -63,6 +64,9 @@ def _check_float(name: str, weight: torch.Tensor):
     try:
         rounded_as(weight)
     except ValueError as kind:
+        if is_of_a_pack(weight):
+            raise ValueError(f"INT8 Quantize Model: layer '{name}' is one of another pack's loader ({type(weight).__name__}), which keeps "
+                             "its values to itself. Load the model from a bf16, fp16, fp32 or fp8 checkpoint.") from None
         raise ValueError(f"INT8 Quantize Model: layer '{name}' is already quantized ({kind}). "
                          "Load the model from a bf16, fp16, fp32 or fp8 checkpoint.") from None
 

@@ -141,3 +141,8 @@ def test_with_cuda_graphs_layers_are_left_as_they_are(packed, nodes):
 
 def test_other_layers_are_left_as_they_are(flux, nodes):
     assert not nodes.CompileModel(flux, **CHEAP).object_patches
+
+
+def test_their_values_are_not_taken_for_int8(packed, nodes):
+    with pytest.raises(ValueError, match=r"is one of another pack's loader \(PackedTensor\), which keeps its values to itself"):
+        nodes.INT8QuantizeModel(packed, method="convrot")
