@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..artifacts.foreign_layer import ForeignLayer, beside
 from ..artifacts.origins import is_comfyuis
+from ..errors import is_out_of_memory
 from ..options import CompileOptions
 from ..report import first_lines
 
@@ -25,8 +26,8 @@ COMPILES_UNPACKING = {"cuda"}
 # layer of another pack -> what stands in its place: clones share it, and what was compiled for it.
 _ADAPTED: weakref.WeakKeyDictionary[torch.nn.Module, ForeignLayer] = weakref.WeakKeyDictionary()
 _calls = threading.local()
-_READY: dict[tuple, bool] = {}  # (pack, type, dtype, device) -> whether compiled code unpacks it
-_LOCK = threading.Lock()
+_COMPILES: dict[tuple, bool] = {}  # (pack, type, dtype, device) -> false where torch has failed to
+_UNPACKS = "int8_compile_unpacks"  # an attribute of layers: whether an image may wait for that
 
 
 def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
@@ -44,6 +45,7 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
         if layer not in _ADAPTED or not _ADAPTED[layer].is_on(patcher.load_device):
             kind = _class_for(type(layer))  # type: ignore[arg-type]
             _ADAPTED[layer] = beside(layer, kind, patcher.load_device)
+        vars(layer)[_UNPACKS] = not options.background
         patcher.add_object_patch(name, _ADAPTED[layer])
 
 
@@ -69,7 +71,7 @@ class _GgufLayer(ForeignLayer):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         before = getattr(_calls, "unpacks", False)
-        _calls.unpacks = x.device.type in COMPILES_UNPACKING
+        _calls.unpacks = x.device.type in COMPILES_UNPACKING and vars(self)[_UNPACKS]
         try:
             return super().run(x)
         finally:
@@ -96,31 +98,24 @@ class _Unpacked:
 
 
 def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """None where it is not packed, or is not unpacked by compiled code (yet)."""
+    """None where it is not packed, or not by a type that torch can compile the unpacking of. Compiled in the thread that samples: where
+    one thread has compiled a function and another compiles it again, torch 2.11 crashes."""
     pack = _unpacking(type(layer))  # type: ignore[arg-type]
     if pack is None or pack.is_torch_compatible(tensor) or tensor.tensor_type not in pack.dequantize_functions:
         return None
     wanted = dtype if layer.dequant_dtype == "target" else layer.dequant_dtype
     key = pack, tensor.tensor_type, wanted, tensor.device.type
-    call = functools.partial(_compiled(pack), tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
-    with _LOCK:
-        if key not in _READY:
-            _READY[key] = False
-            threading.Thread(target=_make_ready, args=(key, call, torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
-                             daemon=True).start()
-    return call() if _READY[key] else None
-
-
-def _make_ready(key: tuple, call: Callable, inference: bool, grad: bool) -> None:
-    """In a thread of its own, as no image is to wait for it. inference, grad: the modes that call will be made in."""
+    if not _COMPILES.get(key, True):
+        return None
     try:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            call()
+        return _compiled(pack)(tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
     except Exception as error:
-        logger.warning("INT8 Compile: unpacking %s weights cannot be compiled, and stays slower: %s", getattr(key[1], "name", key[1]),
-                       first_lines(str(error)))
-    else:
-        _READY[key] = True
+        if is_out_of_memory(error):
+            raise
+        _COMPILES[key] = False
+        logger.warning("INT8 Compile: unpacking %s weights cannot be compiled, and stays slower: %s",
+                       getattr(tensor.tensor_type, "name", tensor.tensor_type), first_lines(str(error)))
+        return None
 
 
 @functools.cache
