@@ -305,7 +305,7 @@ class CompiledModule:
         foreign, step.tensor_attributes = self._regions.look_inside()
         if foreign:
             step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
-            self._events.fall_back("in some blocks another pack has compiled a module: they run uncompiled while it is.")
+            self._events.fall_back("in some blocks another pack has compiled a module or bypasses a layer: they run uncompiled meanwhile.")
         if has_global_hooks():
             step.blocks = {}
             self._events.fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")

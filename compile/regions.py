@@ -84,13 +84,15 @@ class RegionSet(Sequence):
         return tuple(region.key for region in self)
 
     def look_inside(self) -> tuple[set[int], frozenset[str]]:
-        """At the start of a step: (ids of the blocks in which another pack has compiled a module, names of attributes of weights)."""
+        """At the start of a step: (ids of the blocks in which another pack has compiled a module or bypasses a layer, names of
+        attributes of weights)."""
         interior = self._interior or Interior(self.blocks)
         interior.drop_own_forwards()
         if interior.has_hooks():
             self._hooks = {}  # where they are may be a dict that was not there before
-        compiled = {id(block) for block in self.blocks if Interior([block]).is_compiled()} if interior.is_compiled() else set()
-        return compiled, interior.tensor_attributes()
+        foreign = {id(block) for block in self.blocks for own in [Interior([block])] if own.is_compiled() or own.bypasses_foreign()
+                   } if interior.is_compiled() or interior.bypasses_foreign() else set()
+        return foreign, interior.tensor_attributes()
 
     def has_hooks(self, block: torch.nn.Module) -> bool:
         """Whether a module in block has forward hooks."""

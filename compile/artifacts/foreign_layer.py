@@ -10,10 +10,10 @@ import weakref
 import torch
 
 from ...int8.plain_layer import WeightFacts
+from ..torch_internals.block_tree import FOREIGN
 from .attention import NAMESPACE, is_tracing, keep_failure
 
 _LAYERS: weakref.WeakValueDictionary[int, ForeignLayer] = weakref.WeakValueDictionary()  # address of the tag -> layer
-_TAG = "int8_compile_tag"  # an attribute of layers
 # What a call of a layer runs: another pack may put its own in their place.
 _MODULE = torch.nn.Module
 _CALL = _MODULE.__call__, _MODULE._call_impl
@@ -30,26 +30,26 @@ class ForeignLayer(torch.nn.Module):
         # The operation has no gradient, and other compilers than this pack's trace the layer as they find it.
         if args or kwargs or not torch.compiler.is_compiling() or not is_tracing() or torch.is_grad_enabled():
             return super().forward(input, *args, **kwargs)
-        return call_operation(input, vars(self)[_TAG]["tag"], self.out_features)
+        return call_operation(input, vars(self)[FOREIGN]["tag"], self.out_features)
 
     def __setstate__(self, state):
         """Of a copy: it has a tag of its own."""
         super().__setstate__(state)
-        _add(self, vars(self)[_TAG]["tag"].clone())
+        _add(self, vars(self)[FOREIGN]["tag"].clone())
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)
 
     def is_on(self, device: torch.device) -> bool:
         """Whether its tag is."""
-        return vars(self)[_TAG]["tag"].device == device
+        return vars(self)[FOREIGN]["tag"].device == device
 
     def artifact_tensors(self) -> dict[str, torch.Tensor]:
         """None while something stands between a call of the layer and its class's forward."""
         if ("forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks or type(self).forward is not ForeignLayer.forward
                 or (_MODULE.__call__, _MODULE._call_impl) != _CALL):
             return {}
-        return vars(self)[_TAG]
+        return vars(self)[FOREIGN]
 
     def artifact_replacement(self) -> tuple:
         return ForeignArtifactLayer, (self.in_features, self.out_features, str(self.weight.dtype).removeprefix("torch."))
@@ -93,7 +93,7 @@ def beside(layer: torch.nn.Module, kind: type[ForeignLayer], device: torch.devic
 
 
 def _add(layer: ForeignLayer, tag: torch.Tensor) -> None:
-    layer.__dict__[_TAG] = {"tag": tag}
+    layer.__dict__[FOREIGN] = {"tag": tag}
     _LAYERS[tag.data_ptr()] = layer
 
 

@@ -68,6 +68,9 @@ class BlockTree:
                 and all(all(map(is_, map(_item, found, _repeat(name)), dicts)) for name, dicts in self._held))
 
 
+FOREIGN = "int8_compile_tag"  # an attribute of another pack's layers that are an operation
+
+
 class Hooks:
     """The forward hooks of a block's modules, and calls of their own (_call_impl), which dynamo does not see."""
 
@@ -104,6 +107,10 @@ class Interior:
             if (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state
                     and forward.__func__ is type(forward.__self__).forward):
                 del state["forward"]
+
+    def bypasses_foreign(self) -> bool:
+        """Whether a layer of another pack (artifacts/foreign_layer.py) has a forward of its own, which calls what cannot be traced."""
+        return any("forward" in state and FOREIGN in state for state in self._states)
 
     def is_compiled(self) -> bool:
         """Whether something stands in the slot of nn.Module.compile, and runs in the place of the module's forward."""

@@ -103,6 +103,18 @@ def test_what_a_pack_puts_on_a_layer_is_done(packed, nodes, sample, how):
     assert torch.equal(sample(compiled), eager)
 
 
+def test_a_bypass_lora_is_added_and_compile_goes_on_without_it(comfy, packed, nodes, sample, models_dir, graphs):
+    weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / "tiny_flux_a.safetensors"))
+    compiled = nodes.CompileModel(packed, **CHEAP)
+    eager = sample(packed)
+    sample(compiled)
+    before = graphs()
+    want = sample(comfy.sd.load_bypass_lora_for_models(packed, None, weights, 1.0, 0)[0])
+    assert difference(want, eager) > 0.01
+    assert torch.equal(sample(comfy.sd.load_bypass_lora_for_models(compiled, None, weights, 1.0, 0)[0]), want)
+    assert torch.equal(sample(compiled), eager) and graphs() == before
+
+
 def test_a_layer_that_does_not_give_what_a_linear_gives_runs_uncompiled(packed, nodes, sample, caplog):
     """The operation has said what will come of it."""
     layer = layer_of(packed)
