@@ -9,6 +9,9 @@ from typing import Protocol, TypeGuard
 
 import torch
 
+# An attribute of another pack's layers that are an operation of compiled code (compile/artifacts/foreign_layer.py).
+FOREIGN = "int8_compile_tag"
+
 
 class HasArtifactTensors(Protocol):
     def artifact_tensors(self) -> Mapping[str, torch.Tensor | None]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .artifact_layer import has_artifact_replacement
+from .artifact_layer import FOREIGN, has_artifact_replacement
 
 CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 # A repeated activation or norm is not worth a region of its own.
@@ -15,9 +15,11 @@ MIN_LINEARS = 2
 
 def signature(module: torch.nn.Module) -> tuple:
     """What two blocks must share to run the same program: the class of every submodule, what an INT8 layer does with its weight, and the
-    shape, dtype and density of every parameter and buffer. Never a value."""
+    shape, dtype and density of every parameter and buffer that it reads. Never a value."""
     modules = tuple((name, type(m), _replacement(m)) for name, m in module.named_modules())
-    tensors = tuple((name, tuple(t.shape), t.dtype, t.is_contiguous()) for name, t in (*module.named_parameters(), *module.named_buffers()))
+    foreign = tuple(f"{name}." for name, m in module.named_modules() if FOREIGN in vars(m))  # which read their own
+    tensors = tuple((name, tuple(t.shape), t.dtype, t.is_contiguous()) for name, t in (*module.named_parameters(), *module.named_buffers())
+                    if not name.startswith(foreign))
     return modules, tensors
 
 

@@ -5,15 +5,19 @@ nothing could be kept. Which layer is meant the operation is told by a tensor th
 """
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
+from collections.abc import Iterator
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from ...int8.plain_layer import WeightFacts
-from ..torch_internals.block_tree import FOREIGN
+from ...int8.artifact_layer import FOREIGN
 from .attention import NAMESPACE, is_tracing, keep_failure
 
 _LAYERS: weakref.WeakValueDictionary[int, ForeignLayer] = weakref.WeakValueDictionary()  # address of the tag -> layer
+_calls = threading.local()
 # What a call of a layer runs: another pack may put its own in their place.
 _MODULE = torch.nn.Module
 _CALL = _MODULE.__call__, _MODULE._call_impl
@@ -29,6 +33,9 @@ class ForeignLayer(torch.nn.Module):
     def forward(self, input, *args, **kwargs):
         # The operation has no gradient, and other compilers than this pack's trace the layer as they find it.
         if args or kwargs or not torch.compiler.is_compiling() or not is_tracing() or torch.is_grad_enabled():
+            if getattr(_calls, "unwatched", False):
+                with _disable_current_modes():
+                    return super().forward(input, *args, **kwargs)
             return super().forward(input, *args, **kwargs)
         return call_operation(input, vars(self)[FOREIGN]["tag"], self.out_features)
 
@@ -52,34 +59,41 @@ class ForeignLayer(torch.nn.Module):
         return vars(self)[FOREIGN]
 
     def artifact_replacement(self) -> tuple:
-        return ForeignArtifactLayer, (self.in_features, self.out_features, str(self.weight.dtype).removeprefix("torch."))
+        return ForeignArtifactLayer, (self.in_features, self.out_features)
 
 
 class ForeignArtifactLayer(torch.nn.Module):
     """The layer in a process that has neither the weights nor the other pack. Buffer: tag."""
 
-    # What ComfyUI asks of a Linear before it multiplies past forward.
+    # What ComfyUI asks of a Linear before it multiplies past forward: it then does not.
+    weight = None
     weight_function = bias_function = ()
     _full_precision_mm = True
     comfy_cast_weights = comfy_force_cast_weights = False
 
-    def __init__(self, in_features: int, out_features: int, dtype: str):
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
         _define()
         self.in_features = in_features
         self.out_features = out_features
-        self._dtype = getattr(torch, dtype)
         self.register_buffer("tag", torch.empty(0))  # the real one comes with each call
-
-    @property
-    def weight(self) -> WeightFacts:
-        return WeightFacts(self._dtype, self.tag.device, torch.Size((self.out_features, self.in_features)))
 
     def artifact_tensors(self) -> dict[str, torch.Tensor]:
         return {"tag": self.tag}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return call_operation(input, self.tag, self.out_features)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """In this thread, a mode that sees each operation does not see those inside such layers: GGUF's tensors fail under one, and compiled
+    code calls the layers as eager does."""
+    _calls.unwatched = True
+    try:
+        yield
+    finally:
+        _calls.unwatched = False
 
 
 def beside(layer: torch.nn.Module, kind: type[ForeignLayer], device: torch.device) -> ForeignLayer:

@@ -32,11 +32,14 @@ _UNPACKS = "int8_compile_unpacks"  # an attribute of layers: whether an image ma
 
 def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
     """Puts object patches on patcher (a clone): layers that compute as those that they stand for, with the same parameters. Not with CUDA
-    graphs, which would replay the LoRA of the call that was recorded."""
-    if options.cuda_graphs:
+    graphs, which would replay the LoRA of the call that was recorded; nor with convolutions of such weights, as torch 2.11 cannot compile
+    a graph that has both these and operations."""
+    root = patcher.model.get_submodule(target)
+    if (options.cuda_graphs and patcher.load_device.type != "cpu") or any(
+            _has_foreign_tensors(m) and not isinstance(m, torch.nn.Linear) for m in root.modules()):
         return
     prefix = f"{target}." if target else ""
-    for name, layer in patcher.model.get_submodule(target).named_modules():
+    for name, layer in root.named_modules():
         name = prefix + name
         if name in patcher.object_patches_backup:
             layer = patcher.object_patches_backup[name]  # as loaded
@@ -50,8 +53,11 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
 
 
 def _is_foreign(layer: torch.nn.Module) -> bool:
-    return (isinstance(layer, torch.nn.Linear) and not is_comfyuis(type(layer).__module__)
-            and any(is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None))
+    return isinstance(layer, torch.nn.Linear) and not is_comfyuis(type(layer).__module__) and _has_foreign_tensors(layer)
+
+
+def _has_foreign_tensors(layer: torch.nn.Module) -> bool:
+    return any(is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None)
 
 
 def is_of_a_pack(tensor: torch.Tensor) -> bool:
@@ -108,7 +114,7 @@ def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
     if not _COMPILES.get(key, True):
         return None
     try:
-        return _compiled(pack)(tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
+        return _compiled(key)(tensor.data.as_subclass(torch.Tensor), tensor.tensor_type, tuple(tensor.tensor_shape), wanted)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -130,9 +136,10 @@ def _unpacking(kind: Any) -> Any:
 
 
 @functools.cache
-def _compiled(pack: Any) -> Callable:
-    """Its dequantize, one kernel for each type of weight, for any size. Each step is rounded as eager rounds it."""
-    function = pack.dequantize
+def _compiled(key: tuple) -> Callable:
+    """The pack's dequantize for one type of weight, for any size, as a function of its own: torch allows one so many types. On CUDA each
+    step is rounded as eager rounds it."""
+    function = key[0].dequantize
     own = types.FunctionType(function.__code__.replace(co_name="dequantize_compiled"), function.__globals__, function.__name__,
                              function.__defaults__, function.__closure__)
     return torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})

@@ -14,6 +14,8 @@ from operator import attrgetter, is_
 
 import torch
 
+from ...int8.artifact_layer import FOREIGN
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What a module's own dict holds for good; some packs put another object there.
 _HELD = "_parameters", "_buffers", "_modules"
@@ -66,9 +68,6 @@ class BlockTree:
         return (all(map(is_, map(type, modules), self._classes)) and list(_chain(self._children)) == self._names
                 and id(root) == self._root and all(map(is_, states, self._states))
                 and all(all(map(is_, map(_item, found, _repeat(name)), dicts)) for name, dicts in self._held))
-
-
-FOREIGN = "int8_compile_tag"  # an attribute of another pack's layers that are an operation
 
 
 class Hooks:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...int8.artifact_layer import has_artifact_tensors
 from ...pack import PACKAGE
+from ..artifacts.foreign_layer import unwatched
 from .second_run import TENSORS, Unverifiable
 
 # How many objects of a block are looked at, those near it first.
@@ -48,7 +49,7 @@ def nothing_left(module: torch.nn.Module, device: torch.device) -> Iterator[Trac
     generators = [(get(), get, put) for get, put in [*_generators(device), *state.generators]]
     drawn = False
     try:
-        with _Writes(state.storages, trace) as writes:
+        with _Writes(state.storages, trace) as writes, unwatched():
             yield trace
         drawn = any(_differs(before, get()) for before, get, _ in generators)
     finally:

@@ -62,6 +62,7 @@ INTERNALS = (
     Internal("torch._dynamo.guards.GuardBuilder", "blocks that ask for an attribute that they lack compile in torch 2.8", _FAILED),
     Internal("torch._C._dynamo.guards.TensorGuards", "weights are compared with those of the last call in C++",
              "they are compared in Python, 5 us a block more", needed=False),
+    Internal("torch.utils._python_dispatch._disable_current_modes", "GGUF blocks are compared with eager", "no compile node loads"),
     Internal("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "which layers of other packs are an operation",
              "no compile node loads"),
     Internal("torch.utils._python_dispatch.TorchDispatchMode", "whether a block writes into anything", _FAILED),

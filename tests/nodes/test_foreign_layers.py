@@ -55,6 +55,28 @@ def test_no_lora_is_another_graph_and_each_image_is_eagers(packed, nodes, sample
         assert torch.equal(sample(packed), eager)  # the model without either
         assert torch.equal(sample(compiled), eager)
     assert graphs() == before == 2
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    (report,) = reports(compiled)
+    assert report.checks and set(report.checked) == {"DoubleStreamBlock", "SingleStreamBlock"}, report  # compared with eager
+
+
+def test_layers_that_are_packed_and_layers_that_are_not_share_a_graph(packed, pack, nodes, sample, graphs):
+    for block in packed.model.diffusion_model.single_blocks[1:]:
+        layer = block.linear1
+        values = layer.get_weight(layer.weight, torch.float16).as_subclass(pack.PackedTensor)
+        values.tensor_type, values.tensor_shape, values.patches = None, values.shape, []
+        layer.weight = torch.nn.Parameter(values, requires_grad=False)
+    eager = sample(packed)
+    assert torch.equal(sample(nodes.CompileModel(packed, **CHEAP)), eager)
+    assert graphs() == 2
+
+
+def test_a_model_with_packed_convolutions_is_left_as_it_is(packed, pack, nodes):
+    convolution = torch.nn.Conv2d(8, 8, 1)
+    convolution.weight = torch.nn.Parameter(pack.PackedTensor.pack(torch.randn(8, 64)), requires_grad=False)
+    packed.model.diffusion_model.double_blocks[0].add_module("convolution", convolution)
+    assert not nodes.CompileModel(packed, **CHEAP).object_patches
 
 
 def test_the_layer_is_found_however_the_model_is_copied_moved_or_freed(pack, models_dir, nodes, sample):
@@ -151,8 +173,10 @@ def test_weights_are_unpacked_by_compiled_code_where_that_is_faster(packed, node
     assert "unpacking blocks weights cannot be compiled, and stays slower" in caplog.text
 
 
-def test_with_cuda_graphs_layers_are_left_as_they_are(packed, nodes):
-    """A graph would replay the LoRA of the call that was recorded."""
+def test_with_cuda_graphs_layers_are_left_as_they_are(packed, nodes, monkeypatch):
+    """A graph would replay the LoRA of the call that was recorded. On a CPU there are none."""
+    assert nodes.CompileModel(packed, backend="cudagraphs").object_patches
+    monkeypatch.setattr(packed, "load_device", torch.device("cuda"))
     assert not nodes.CompileModel(packed, backend="cudagraphs").object_patches
 
 
