@@ -89,11 +89,11 @@ class ForeignArtifactLayer(torch.nn.Module):
 def unwatched() -> Iterator[None]:
     """In this thread, a mode that sees each operation does not see those inside such layers: GGUF's tensors fail under one, and compiled
     code calls the layers as eager does."""
-    _calls.unwatched = True
+    before, _calls.unwatched = getattr(_calls, "unwatched", False), True
     try:
         yield
     finally:
-        _calls.unwatched = False
+        _calls.unwatched = before
 
 
 def beside(layer: torch.nn.Module, kind: type[ForeignLayer], device: torch.device) -> ForeignLayer:
