@@ -35,7 +35,7 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
     graphs, which would replay the LoRA of the call that was recorded; nor with convolutions of such weights, as torch 2.11 cannot compile
     a graph that has both these and operations."""
     root = patcher.model.get_submodule(target)
-    if (options.cuda_graphs and patcher.load_device.type != "cpu") or any(
+    if options.on_device(patcher.load_device)[0].cuda_graphs or any(
             _has_foreign_tensors(m) and not isinstance(m, torch.nn.Linear) for m in root.modules()):
         return
     prefix = f"{target}." if target else ""

@@ -414,6 +414,7 @@ def a_model_samples_quantized_and_offloaded(state, comfy, models):
         assert quantized.model.model_lowvram
         # The card's mode is nothing that dynamo can trace, so what is compiled runs as it is; the wrapper around it is all there.
         close(apply(run("CompileModel", quantized, backend="eager")), int8.cpu())
+        assert run("CompileModel", model, backend="cudagraphs") is not model  # recorded on a card only
 
 
 @comfy_step
