@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -113,17 +112,15 @@ def main():
                       base / "models" / "diffusion_models" / f"{family}_{kind}.gguf", family, kind)
                 environment = {"INT8_COMPILE_CACHE": "1", "INT8_COMPILE_CACHE_DIR": str(Path(folder) / "cache"),
                                "INT8_COMPILE_CACHE_KEY_FILE": str(Path(folder) / "keys" / "key")}
-                for ways in (WAYS[:1], WAYS[1:2], WAYS[2:]):
-                    own = environment if ways != WAYS[:1] else {"INT8_COMPILE_CACHE": "0"}
+                for way in WAYS:
+                    own = {"INT8_COMPILE_CACHE": "0"} if way == WAYS[0] else environment
                     with ComfyServer(comfyui, base, models=models, extra_packs={"ComfyUI-GGUF": options.pack}, env=own) as server:
-                        rows += [row_of(server, family, kind, way) for way in ways]
-                    row = rows[-1]
-                    sys.stdout.write(f"{'right' if row.is_right else 'WRONG'}: {asdict(row)}\n")
+                        rows.append(row_of(server, family, kind, way))
+                    sys.stdout.write(f"{'right' if rows[-1].is_right else 'WRONG'}: {asdict(rows[-1])}\n")
                     sys.stdout.flush()
     if options.json:
-        versions = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        options.json.write_text(json.dumps({"date": str(datetime.date.today()), "commit": versions, "pack": commit_of(options.pack),
-                                            "rows": list(map(asdict, rows))}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"date": str(datetime.date.today()), "commit": commit_of(ROOT).split()[0],
+                                            "pack": commit_of(options.pack), "rows": list(map(asdict, rows))}, indent=1) + "\n")
     raise SystemExit(not all(row.is_right for row in rows))
 
 
