@@ -22,6 +22,11 @@ def echo(value, limit: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
+def encodable(text: str) -> str:
+    """text with what UTF-8 cannot write, halves of surrogate pairs, escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def without_folders(text: str, known: Sequence[str] = ()) -> str:
     """text with absolute paths reduced to their last part: where things are on the server is not a client's business. known: folders
     whose names may have spaces."""

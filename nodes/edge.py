@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..compile.artifacts.store import default_key_file
 from ..compile.comfyui import artifact_cache
-from ..int8.echo import echo, without_folders
+from ..int8.echo import echo, encodable, without_folders
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ MAX_CHARACTERS = 6000  # of what core or torch says; this pack's longest message
 
 
 def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """node, whose errors of any type are raised on without absolute paths in their text."""
+    """node, whose errors of any type are raised on without absolute paths in their text, which any log can write."""
     execute = node.execute.__func__
 
     @functools.wraps(execute)
@@ -45,7 +45,9 @@ def _check_model(node: type[io.ComfyNode], model) -> None:
 
 
 def _clean(error: Exception) -> None:
-    before, folders = str(error), _folders()
+    folders = _folders()
+    _make_encodable(error)
+    before = str(error)
     if isinstance(error, OSError):  # its text is made of these
         for name in ("filename", "filename2"):
             if isinstance(path := getattr(error, name), (str, bytes, os.PathLike)):
@@ -53,6 +55,16 @@ def _clean(error: Exception) -> None:
     error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
     if str(error) != before:
         logger.error("%s", before)
+
+
+def _make_encodable(error: BaseException) -> None:
+    """JSON has halves of surrogate pairs, UTF-8 has none: a console that cannot write the text, or that of an error before this one, ends
+    the thread of ComfyUI that runs prompts."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error.args = tuple(encodable(part) if isinstance(part, str) else part for part in error.args)
+        error = error.__cause__ or error.__context__
 
 
 def _folders() -> list[str]:

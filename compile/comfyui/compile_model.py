@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...int8.echo import echo
 from ...int8.structure import repeated_blocks
 from ..engine import CompiledModule
 from ..errors import is_out_of_memory
@@ -211,7 +212,7 @@ def check_target(patcher, target: str) -> torch.nn.Module:
         names = [name for name, _ in patcher.model.named_modules() if name]
         near = difflib.get_close_matches(target, names, n=1, cutoff=0.0)
         what = "does not exist in this model" if module is None else "is not a module that can be compiled"
-        raise ValueError(f"object_to_patch: '{target}' {what}. The nearest path is '{near[0]}'; "
+        raise ValueError(f"object_to_patch: '{echo(target)}' {what}. The nearest path is '{near[0]}'; "
                          "'diffusion_model' is the whole diffusion model.")
     return module
 

@@ -202,6 +202,7 @@ def within(audit):
                 except known as error:
                     refused += 1
                     assert len(str(error)) < longest, (number, str(error)[:300])
+                    assert str(error).encode(), number  # a console can write it
                 if (seconds := time.thread_time() - started) > 1:
                     slow.append((number, seconds))
         assert not slow

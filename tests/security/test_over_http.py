@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import contextlib
 import json
 import time
 import zipfile
@@ -178,6 +179,26 @@ def test_long_input_is_refused_at_once_with_a_short_message(server, case):
     prompt = {"unet": prompt["unet"], "model_1": prompt["model_1"], "show": show}
     said = answer(server, prompt)
     assert message in said and len(said) < 2000
+
+
+@pytest.mark.parametrize("text", ["\ud800", "blocks.\udfff", '["\ud800"]', '[{"name": "int8", "config": {"\ud800": 1}}]', '{"\ud800": 1}',
+                                  "\\ud800", '["\\ud800"]', '{"\\ud800": 1}'])
+def test_text_that_no_console_can_write_does_not_end_the_server(server, text):
+    """JSON's halves of surrogate pairs: a log line or a traceback with one ended the thread that runs prompts, for good."""
+    nodes = [node for node in server.object_info().values() if node["category"] == "INT8 Compile"]
+    asked = 0
+    for node in nodes:
+        defaults = server.defaults(node["name"])
+        texts = [name for name, spec in node["input"]["required"].items() if spec[0] == "STRING"]
+        for name in texts:
+            inputs = {**defaults, name: text, **({"model": ["unet", 0]} if "model" in node["input"]["required"] else {})}
+            prompt = {"unet": flux_prompt()["unet"], "node": {"class_type": node["name"], "inputs": inputs}}
+            if "MODEL" in node["output"]:
+                prompt["show"] = {"class_type": "ShowModes", "inputs": {"model": ["node", 0]}}
+            with contextlib.suppress(PromptRejected):  # by core, for another reason
+                server.run(prompt, timeout=60)
+            asked += 1
+    assert asked > 4 and samples(server)
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "5", '"x"', '{"prompt": null}', '{"prompt": [5]}', '{"prompt": {"1": 5}}',
