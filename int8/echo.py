@@ -9,6 +9,8 @@ MAX_CHARACTERS = 200
 # A POSIX path of two parts or more, a Windows path, a share. Not an address (http://...), a unit (GB/s) or a choice (float/int).
 _PATH = re.compile(r"""(?<![\w:/.~-])(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|\\\\(?:[^\\'"():,;\n]+\\)+)""")
 
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 def echo(value, limit: int = MAX_CHARACTERS) -> str:
     """value as a message may repeat it: text as it is, anything else as JSON; control characters escaped, limit characters at most."""
@@ -22,9 +24,10 @@ def echo(value, limit: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
-def encodable(text: str) -> str:
-    """text with what UTF-8 cannot write, halves of surrogate pairs, escaped."""
-    return text.encode(errors="backslashreplace").decode()
+def writable(text: str) -> str:
+    """text as any console can show it: what UTF-8 cannot write (halves of surrogate pairs) and control characters, but for line ends and
+    tabs, are escaped."""
+    return _UNWRITABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def without_folders(text: str, known: Sequence[str] = ()) -> str:

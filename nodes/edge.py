@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..compile.artifacts.store import default_key_file
 from ..compile.comfyui import artifact_cache
-from ..int8.echo import echo, encodable, without_folders
+from ..int8.echo import echo, without_folders, writable
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _check_model(node: type[io.ComfyNode], model) -> None:
 
 def _clean(error: Exception) -> None:
     folders = _folders()
-    _make_encodable(error)
+    _make_writable(error)
     before = str(error)
     if isinstance(error, OSError):  # its text is made of these
         for name in ("filename", "filename2"):
@@ -57,13 +57,13 @@ def _clean(error: Exception) -> None:
         logger.error("%s", before)
 
 
-def _make_encodable(error: BaseException) -> None:
-    """JSON has halves of surrogate pairs, UTF-8 has none: a console that cannot write the text, or that of an error before this one, ends
-    the thread of ComfyUI that runs prompts."""
+def _make_writable(error: BaseException) -> None:
+    """A prompt's text may be half a surrogate pair, or drive a terminal: a console that cannot write the text, or that of an error before
+    this one, ends the thread of ComfyUI that runs prompts."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        error.args = tuple(encodable(part) if isinstance(part, str) else part for part in error.args)
+        error.args = tuple(writable(part) if isinstance(part, str) else part for part in error.args)
         error = error.__cause__ or error.__context__
 
 

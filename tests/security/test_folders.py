@@ -12,7 +12,7 @@ import pytest
 from int8_compile.compile.artifacts import trusted_bundles
 from int8_compile.compile.artifacts.bundle import read_bundle, save_bundle
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8.echo import MAX_CHARACTERS, echo, without_folders
+from int8_compile.int8.echo import MAX_CHARACTERS, echo, without_folders, writable
 
 REPO = Path(__file__).resolve().parents[2]
 DIGEST = "0123456789abcdef" * 4
@@ -273,3 +273,7 @@ def test_a_long_name_of_a_file_is_refused_before_anything_is_done(comfy):
         with pytest.raises(ValueError, match="filename_prefix: a path of 1000000 characters; 200 are the limit") as raised:
             make("x" * 1_000_000)
         assert len(str(raised.value)) < 200
+
+
+def test_text_for_a_console_holds_nothing_that_it_cannot_write_or_obeys():
+    assert writable("a\n\t\ud800\x1b[2J\x9bJé\U0001F600\0") == "a\n\t\\ud800\\x1b[2J\\x9bJé\U0001F600\\x00"

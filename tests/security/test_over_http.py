@@ -1,8 +1,8 @@
 """The attacks that ran code on a server over HTTP, or from a file, and those that broke it for everybody."""
 from __future__ import annotations
 
-import hashlib
 import contextlib
+import hashlib
 import json
 import time
 import zipfile
