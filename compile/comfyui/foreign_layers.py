@@ -106,7 +106,7 @@ class _Unpacked:
 def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """None where it is not packed, or not by a type that torch can compile the unpacking of. Compiled in the thread that samples: where
     one thread has compiled a function and another compiles it again, torch 2.11 crashes."""
-    pack = _unpacking(type(layer))  # type: ignore[arg-type]
+    pack = unpacking(type(layer))  # type: ignore[arg-type]
     if pack is None or pack.is_torch_compatible(tensor) or tensor.tensor_type not in pack.dequantize_functions:
         return None
     wanted = dtype if layer.dequant_dtype == "target" else layer.dequant_dtype
@@ -125,8 +125,9 @@ def _unpacked(layer, tensor, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 @functools.cache
-def _unpacking(kind: Any) -> Any:
-    """The module of the layer's pack with dequantize(data, type, shape, dtype); None where it is another."""
+def unpacking(kind: Any) -> Any:
+    """The module with dequantize(data, type, shape, dtype) of the pack that a class of layers or of tensors is from; None where its pack
+    has none."""
     for base in kind.__mro__:
         function = getattr(sys.modules.get(base.__module__), "dequantize_tensor", None)
         module = sys.modules.get(getattr(function, "__module__", None) or "")

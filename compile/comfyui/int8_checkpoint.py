@@ -26,7 +26,7 @@ from ...int8.report import ProgressCallback, QuantizeReport, no_progress
 from .int8_calibrate import planned_layers, plans
 from .int8_layer import QUANT_FORMAT, prefix_of, require_native_int8
 from .int8_model import adopt_native_layers, int8_layers, is_int8, put_int8_layers
-from .int8_source import FLOATS
+from .int8_source import FLOATS, unpack_others
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ FOREIGN = {
 def native_model(patcher):
     """A clone of patcher whose layers are all such as ComfyUI's format can hold: smoothed layers, for whose factors it has no place, become
     convrot, quantized from the float weights; layers that were to be quantized at the first sampling are quantized now, by convrot where
-    nothing was measured yet."""
+    nothing was measured yet; layers that another pack has packed become float."""
     require_native_int8("Save INT8 Model")
     patcher, prefix = patcher.clone(), prefix_of(patcher)
     measured = {plan.name: plan.method for plan in plans(patcher)}
@@ -63,6 +63,7 @@ def native_model(patcher):
         methods = {name: measured.get(name, "convrot") for name in (*smoothed, *waiting)}
         put_int8_layers(patcher, [LayerPlan(name, "convrot" if method == "smoothquant" else method) for name, method in methods.items()],
                         "auto")
+    unpack_others(patcher)
     return patcher
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...int8.hadamard import rotate
 from ...int8.kernels import reference
+from ..artifacts.origins import is_comfyuis
 
 try:
     from comfy.model_patcher import LowVramPatch
@@ -141,6 +146,23 @@ class Int8Lora:
             q[rows], s[rows, 0] = reference.quant_rows(self._stored(weight[rows], group))
         params = dataclasses.replace(self.weight._params, scale=s, orig_shape=tuple(weight.shape))
         return QuantizedTensor(q, self.weight._layout_cls, params)
+
+
+@functools.cache
+def patch_as_core(kind: Any) -> None:
+    """Makes a class of ModelPatchers of another pack (GGUF's), which patches weights in its own way, patch those of INT8 layers in
+    ComfyUI's; all others as before."""
+    for base in kind.__mro__:
+        if "patch_weight_to_device" in vars(base) and not is_comfyuis(base.__module__):
+            base.patch_weight_to_device = _by_layer(base.patch_weight_to_device)
+
+
+def _by_layer(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def patch_weight_to_device(self, key, *args, **kwargs):
+        layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+        return (ModelPatcher.patch_weight_to_device if isinstance(layer, Int8Lora) else method)(self, key, *args, **kwargs)
+    return patch_weight_to_device
 
 
 def _group(weight: QuantizedTensor) -> int:

@@ -93,9 +93,12 @@ def _storable(patcher):
     """patcher, or a clone with layers that ComfyUI's format can hold, as Save INT8 Model writes them."""
     from .int8_calibrate import planned_layers  # they import the layers, which import this
     from .int8_checkpoint import native_model
+    from .int8_source import holds_packed
 
-    planned = planned_layers(patcher)
-    return native_model(patcher) if planned or any(map(_is_smoothed, patcher.object_patches.values())) else patcher
+    layers = patcher.object_patches.values()
+    if planned_layers(patcher) or any(map(_is_smoothed, layers)):
+        return native_model(patcher)
+    return native_model(patcher) if any(isinstance(layer, Int8Lora) for layer in layers) and holds_packed(patcher) else patcher
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from .int8_layer import (
     require_native_int8,
     root_of,
 )
+from .int8_lora import patch_as_core
 from .int8_merge import patch_merging_and_saving
 from .int8_source import pristine_weight, rounded_as, source_of, weight_of
 
@@ -104,6 +105,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     _connect_kernels()
     patch_merging_and_saving()
     patch_linear_input_act()
+    patch_as_core(type(patcher))
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]

@@ -1,12 +1,15 @@
 """The float values that INT8 layers are made of: a layer's own weights, of whatever type they are loaded in."""
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Callable, Iterable
 
+import comfy.ops
 import torch
 
-from .int8_layer import prefix_of
+from .foreign_layers import is_of_a_pack, unpacking
+from .int8_layer import compute_dtype_of, prefix_of
 
 try:
     from comfy.quant_ops import QuantizedTensor
@@ -16,6 +19,9 @@ except ImportError:  # cores without native quantization have no INT8 layers
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What the rounding of a format costs against the weights that it was made of, as SQNR in dB (of normally distributed values).
 FP8_DB = {torch.float8_e4m3fn: 31, torch.float8_e5m2: 25}
+# The same of GGUF's types, measured with the package gguf; K and I types, which it does not write, without a figure.
+GGUF_DB = {"Q4_0": 21, "Q4_1": 22, "Q5_0": 27, "Q5_1": 28, "Q8_0": 45}
+GGUF_FLOATS = ("F32", "F16", "BF16")
 # Core's layouts of more than four bits a value whose layers multiply with what dequantize() gives, and of these the type of the values.
 LAYOUTS = {"TensorCoreFP8Layout": torch.float8_e4m3fn, "TensorCoreFP8E4M3Layout": torch.float8_e4m3fn,
            "TensorCoreFP8E5M2Layout": torch.float8_e5m2, "TensorCoreMXFP8Layout": torch.float8_e4m3fn}
@@ -36,8 +42,9 @@ def pristine_weight(patcher, name: str) -> torch.Tensor:
     return pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.weight")
 
 
-def rounded_as(weight: torch.Tensor) -> torch.dtype | None:
-    """The type that weight's values were rounded to before they are quantized to INT8; None for floats of 16 bits and more.
+def rounded_as(weight: torch.Tensor) -> torch.dtype | str | None:
+    """The type that weight's values were rounded to before they are quantized to INT8, by name where it is another pack's; None for floats
+    of 16 bits and more.
 
     Raises ValueError, with what it is, for a weight whose float values are not known here.
     """
@@ -45,6 +52,10 @@ def rounded_as(weight: torch.Tensor) -> torch.dtype | None:
         if weight._layout_cls not in LAYOUTS:
             raise ValueError(weight._layout_cls)
         return LAYOUTS[weight._layout_cls]
+    if is_of_a_pack(weight) and unpacking(type(weight)) is not None:  # type: ignore[arg-type]
+        kind = getattr(weight, "tensor_type", None)
+        name = getattr(kind, "name", str(kind))
+        return None if kind is None or name in GGUF_FLOATS else name
     if type(weight) in (torch.Tensor, torch.nn.Parameter):
         if weight.dtype in FLOATS:
             return None
@@ -54,11 +65,14 @@ def rounded_as(weight: torch.Tensor) -> torch.dtype | None:
 
 
 def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The weight [N, K], or bias [N], of layer in float, as layer multiplies with it; fp8 in bf16, which holds it exactly."""
+    """The weight [N, K], or bias [N], of layer in float, as layer multiplies with it; fp8 in bf16, which holds it exactly, what another
+    pack has packed in fp32, without the LoRA that it carries."""
     if QuantizedTensor is not None and isinstance(weight, QuantizedTensor):
         smoothing = getattr(layer, "pre_quant_scale", None)
         values = weight.dequantize()
         return values if smoothing is None else (values.float() * smoothing.to(values.device)).to(values.dtype)
+    if is_of_a_pack(weight):
+        return unpacking(type(weight)).dequantize_tensor(weight, torch.float32, torch.float32).as_subclass(torch.Tensor)  # type: ignore[arg-type]
     return weight.to(torch.bfloat16) if weight.dtype in FP8_DB else weight
 
 
@@ -72,10 +86,42 @@ def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def source_of_layers(patcher, names: Iterable[str]) -> str:
     """In words: what the layers of these names were rounded to before; empty for nothing."""
-    weights = [pristine_weight(patcher, name) for name in names]
-    found = {LAYOUTS.get(getattr(weight, "_layout_cls", ""), weight.dtype) for weight in weights} & FP8_DB.keys()
-    return ", ".join(f"{str(dtype).removeprefix('torch.')} weights, whose own rounding (about {FP8_DB[dtype]} dB) stays"
-                     for dtype in sorted(found, key=str))
+    found = {rounded_as(pristine_weight(patcher, name)) for name in names} - {None}
+    return ", ".join(f"{_name(kind)} weights, whose own rounding{_noise(kind)} stays" for kind in sorted(found, key=_name))
+
+
+def _name(kind: torch.dtype | str) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _noise(kind: torch.dtype | str) -> str:
+    figure = GGUF_DB.get(kind) if isinstance(kind, str) else FP8_DB[kind]
+    return f" (about {figure} dB)" if figure else ""
+
+
+def unpack_others(patcher) -> None:
+    """Puts Linear layers of float weights, as object patches on patcher, in the place of those whose weights another pack has packed: a
+    state_dict of these has no values. Raises ValueError for packed weights of another kind of layer."""
+    for name, _ in list(patcher.model.named_modules()):
+        layer = patcher.get_model_object(name) if name else patcher.model
+        packed = [key for key, tensor in layer._parameters.items() if tensor is not None and is_of_a_pack(tensor)]
+        if packed and not isinstance(layer, torch.nn.Linear):
+            raise ValueError(f"Save INT8 Model: '{name}' is a {type(layer).__name__} with weights of another pack's loader, which "
+                             "ComfyUI's format has no place for. Make the INT8 file from the bf16, fp16, fp32 or fp8 checkpoint.")
+        if packed:
+            weight, bias = source_of(patcher, name.removeprefix(prefix_of(patcher)))
+            dtype = compute_dtype_of(patcher)
+            floats = comfy.ops.manual_cast.Linear(*weight.shape[::-1], bias=bias is not None, device="meta", dtype=dtype)
+            for key, values in (("weight", weight), ("bias", bias)):
+                if values is not None:
+                    setattr(floats, key, torch.nn.Parameter(values.to(dtype), requires_grad=False))
+            patcher.add_object_patch(name, floats)
+            patcher.patches_uuid = uuid.uuid4()
+
+
+def holds_packed(patcher) -> bool:
+    """Whether some of its layers have weights that another pack has packed."""
+    return any(is_of_a_pack(tensor) for tensor in patcher.model.parameters())
 
 
 def weight_of(layer: torch.nn.Module) -> Callable[[], torch.Tensor | None]:

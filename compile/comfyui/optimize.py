@@ -64,7 +64,7 @@ def _candidates(patcher, goal: Goal) -> tuple[list[str], str]:
     try:
         names = layers_to_quantize(patcher, Int8Options("convrot"))
         if source_of_layers(patcher, names):
-            return [], "its weights are fp8: INT8 would be no smaller"
+            return [], "its weights are of 8 bits or less already: INT8 would be no smaller"
         return names, ""
     except (ValueError, RuntimeError) as error:  # another quantization, no Linear layers, a ComfyUI without native INT8
         return [], str(error).removeprefix("INT8 Quantize Model: ").partition(". ")[0]

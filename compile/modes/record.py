@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...int8.echo import echo
 from .config import dump_config, parse_config
 from .errors import ModeRecordError
 from .registry import ModeRegistry
@@ -42,7 +43,8 @@ def parse_state(record: str | dict, registry: ModeRegistry, version: int = VERSI
     if type(found) is not int or found < 0:
         raise ModeRecordError('The record of modes is not an object with a whole number as "version".')
     if found > version:
-        raise ModeRecordError(f"The record of modes has version {found}; this INT8 Compile reads up to {version}. Update INT8 Compile.")
+        raise ModeRecordError(f"The record of modes has version {echo(found)}; this INT8 Compile reads up to {version}. Update INT8 "
+                              "Compile.")
     for step in range(found, version):
         if step not in migrations:
             raise ModeRecordError(f"The record of modes has version {found}, which cannot be read any more. Apply the modes again.")

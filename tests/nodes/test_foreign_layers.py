@@ -166,7 +166,7 @@ def test_weights_are_unpacked_by_compiled_code_where_that_is_faster(packed, node
         assert difference(sample(nodes.CompileModel(model, **CHEAP)), want) < 1e-6
         assert graphs() - before == (3 if model is packed else 0)  # two of blocks and one that unpacks
     assert not failed
-    functions = foreign_layers._unpacking(type(layer_of(packed))).dequantize_functions
+    functions = foreign_layers.unpacking(type(layer_of(packed))).dequantize_functions
     unpack = functions["blocks"]
     monkeypatch.setitem(functions, "blocks", lambda *args: torch.compiler.disable(unpack)(*args))
     assert torch.equal(sample(compiled), sample(packed)) and list(failed.values()) == [False]
@@ -184,6 +184,81 @@ def test_other_layers_are_left_as_they_are(flux, nodes):
     assert not nodes.CompileModel(flux, **CHEAP).object_patches
 
 
-def test_their_values_are_not_taken_for_int8(packed, nodes):
-    with pytest.raises(ValueError, match=r"is one of another pack's loader \(PackedTensor\), which keeps its values to itself"):
+@pytest.mark.parametrize("method", ["convrot", "auto"])
+def test_int8_layers_are_made_of_the_values_that_they_multiply_with(packed, nodes, sample, lora, graphs, method):
+    """With the LoRA of that pack's own patcher, before and behind, and compiled."""
+    from int8_compile.compile.comfyui.int8_calibrate import quantize_model
+    from int8_compile.int8.options import Int8Options
+
+    eager, told = sample(packed), []
+    quantized = quantize_model(packed, Int8Options(method), lambda report, *_: told.append(report))
+    image = sample(quantized)
+    layers = [layer for layer in quantized.object_patches.values() if type(layer).__name__ == "Int8Linear"]
+    assert len(layers) >= 6 and 1e-4 < difference(image, eager) < 0.05
+    assert told[-1].source == "blocks weights, whose own rounding stays"
+    changed = sample(lora(packed))
+    for model in (lora(quantized), quantize_model(lora(packed), Int8Options(method))):
+        assert difference(sample(model), changed) < difference(changed, eager) / 3
+        assert torch.equal(sample(quantized), image) and torch.equal(sample(packed), eager)
+    compiled = nodes.CompileModel(quantized, **CHEAP)
+    assert difference(sample(compiled), image) < 1e-3
+    assert difference(sample(lora(compiled)), sample(lora(quantized))) < 1e-3 and graphs() == 2
+    assert torch.equal(sample(packed), eager) and torch.equal(sample(quantized), image)
+
+
+def test_a_partial_load_and_another_strength_of_a_lora_reach_int8_layers(packed, nodes, lora):
+    model = nodes.INT8QuantizeModel(packed, method="convrot")
+    x, context, y = torch.randn(1, 16, 8, 8), torch.randn(1, 20, 4096), torch.randn(1, 2048)
+
+    def forward(model, **load):
+        model.patch_model(torch.device("cpu"), **load)
+        try:
+            with torch.inference_mode():
+                return model.model.diffusion_model(x, torch.tensor([0.5]), context=context, y=y)
+        finally:
+            model.unpatch_model(torch.device("cpu"))
+
+    plain = forward(model)
+    for strength in (1.0, 0.5):
+        whole = forward(lora(model, strength=strength))
+        assert difference(whole, plain) > 0.01
+        assert torch.equal(forward(lora(model, strength=strength), lowvram_model_memory=1), whole)
+    assert torch.equal(forward(model), plain)
+
+
+def test_what_is_saved_of_such_a_model_stock_comfyui_loads(comfy, packed, pack, nodes, sample, lora, tmp_path):
+    """What was not quantized, and what smoothing has no place for, becomes float."""
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
+
+    eager = sample(packed)
+    for number, model in enumerate((nodes.INT8QuantizeModel(packed, method="convrot", keep_layers="*.img_mlp.*"),
+                                    lora(nodes.INT8QuantizeModel(packed, method="rowwise")))):
+        image, path = sample(model), tmp_path / f"{number}.safetensors"
+        save_int8_model(model, path)
+        assert torch.equal(sample(packed), eager)
+        loaded = comfy.sd.load_diffusion_model(str(path))
+        assert not any(isinstance(tensor, pack.PackedTensor) for tensor in loaded.model.parameters())
+        # The packed layers multiply with values in fp16; the kernels are core's, whose roundings are others.
+        assert difference(sample(loaded), image) < 0.01
+        comfy.sd.save_checkpoint(str(path), model, metadata={})  # core's Save Model
+        assert difference(sample(comfy.sd.load_diffusion_model(str(path))), image) < 0.01
+        assert torch.equal(sample(packed), eager) and torch.equal(sample(model), image)
+
+
+def test_what_cannot_be_saved_is_refused_by_name(packed, pack, nodes, tmp_path):
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
+
+    convolution = torch.nn.Conv2d(8, 8, 1)
+    convolution.weight = torch.nn.Parameter(pack.PackedTensor.pack(torch.randn(8, 64)), requires_grad=False)
+    packed.model.diffusion_model.add_module("convolution", convolution)
+    with pytest.raises(ValueError, match=r"'diffusion_model.convolution' is a Conv2d with weights of another pack's loader"):
+        save_int8_model(nodes.INT8QuantizeModel(packed, method="convrot"), tmp_path / "int8.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_whose_pack_cannot_be_asked_are_refused_by_name(packed, nodes):
+    kind = type("OtherTensor", (torch.Tensor,), {"__module__": "of_no_pack"})
+    layer = layer_of(packed)
+    layer.weight = torch.nn.Parameter(torch.zeros(256, 256).as_subclass(kind), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is one of another pack's loader \(OtherTensor\), which keeps its values to itself"):
         nodes.INT8QuantizeModel(packed, method="convrot")
