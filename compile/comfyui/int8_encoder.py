@@ -19,6 +19,7 @@ from .int8_calibrate import Quantizer, quantizers
 from .int8_checkpoint import native_model
 from .int8_lora import Int8Lora
 from .int8_model import int8_layers
+from .int8_source import unpack_others
 from .patched_method import PatchedMethod, put_method
 
 CLIP_PARTS = ("clip_l", "clip_g", "clip_h")  # whose tokenizer is ComfyUI's own
@@ -142,6 +143,7 @@ def with_float_parts(clip, all_parts: bool = False):
     for name in [name for name in layers if name.partition(".")[0] in parts]:
         del clip.patcher.object_patches[name]
     clip.patcher.patches_uuid = uuid.uuid4()
+    unpack_others(clip.patcher)
     return clip
 
 

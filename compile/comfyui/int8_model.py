@@ -105,7 +105,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     _connect_kernels()
     patch_merging_and_saving()
     patch_linear_input_act()
-    patch_as_core(type(patcher))
+    patch_as_core(type(patcher))  # type: ignore[arg-type]
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]

@@ -14,6 +14,9 @@ import torch
 from toys import difference, wait_until
 
 from .test_compile import CHEAP
+from .test_encoder import KINDS, TEXT, files
+
+__all__ = ["files"]
 
 pytestmark = pytest.mark.comfy
 FOLDER = Path(__file__).parent.parent / "assets" / "packed_layers"
@@ -243,6 +246,25 @@ def test_what_is_saved_of_such_a_model_stock_comfyui_loads(comfy, packed, pack, 
         comfy.sd.save_checkpoint(str(path), model, metadata={})  # core's Save Model
         assert difference(sample(comfy.sd.load_diffusion_model(str(path))), image) < 0.01
         assert torch.equal(sample(packed), eager) and torch.equal(sample(model), image)
+
+
+def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, output_folder):
+    from int8_compile.compile.comfyui.int8_encoder import save_encoder
+
+    config, part, kind, _ = KINDS["qwen"]
+    kind, options = getattr(comfy.sd.CLIPType, kind), {f"{part}_model_config": dict(config)}
+    state = comfy.utils.load_torch_file(str(files / "qwen.safetensors"))
+    packed = {name: pack.PackedTensor.pack(value) if value.ndim == 2 and "embed" not in name else value for name, value in state.items()}
+    clip = comfy.sd.load_text_encoder_state_dicts(state_dicts=[packed], clip_type=kind,
+                                                  model_options={**options, "custom_operations": pack.Ops})
+    clip.patcher.__class__ = pack.PackedPatcher
+    encode = lambda clip: clip.encode_from_tokens(clip.tokenize(TEXT))
+    want = encode(clip)
+    quantized = nodes.INT8QuantizeModel(clip, method="convrot")
+    assert 1e-4 < difference(encode(quantized), want) < 0.1
+    loaded = comfy.sd.load_clip([str(save_encoder(quantized, "encoder")[0])], clip_type=kind, model_options=options)
+    assert difference(encode(loaded), want) < 0.1
+    assert torch.equal(encode(clip), want)
 
 
 def test_what_cannot_be_saved_is_refused_by_name(packed, pack, nodes, tmp_path):
