@@ -258,7 +258,10 @@ def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, 
     clip = comfy.sd.load_text_encoder_state_dicts(state_dicts=[packed], clip_type=kind,
                                                   model_options={**options, "custom_operations": pack.Ops})
     clip.patcher.__class__ = pack.PackedPatcher
-    encode = lambda clip: clip.encode_from_tokens(clip.tokenize(TEXT))
+
+    def encode(clip):
+        return clip.encode_from_tokens(clip.tokenize(TEXT))
+
     want = encode(clip)
     quantized = nodes.INT8QuantizeModel(clip, method="convrot")
     assert 1e-4 < difference(encode(quantized), want) < 0.1
