@@ -81,6 +81,7 @@ class RegionArtifacts:
         self._loaded: dict[tuple, list[Loaded]] = {}
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
+        self._unloaded: dict[str, str] = {}  # entries that failed to load -> how
         self._requested: set[str] = set()
         self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
@@ -236,9 +237,11 @@ class RegionArtifacts:
                 artifact = Artifact(entry, self._device)
             except Damaged as error:
                 store.set_aside(entry.folder, str(error))
+                self._seen.discard(entry.folder.name)  # a call asks for another
                 continue
             except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
-                self._note("not used", self._name, f"its artifact cannot be loaded: {str(error).partition(chr(10))[0]}")
+                self._unloaded[entry.folder.name] = reason = f"its artifact cannot be loaded: {str(error).partition(chr(10))[0]}"
+                self._note("not used", self._name, reason)
                 continue
             store.touch(entry)
             classes = ClassGuards([*self._kinds, *classes_in(artifact.structure)], artifact.classes, artifact.names)
@@ -274,7 +277,7 @@ class RegionArtifacts:
                              "or its attributes change")
             return
         if entry in self._seen and entry not in self._stale:
-            self._refuse("its artifact is for blocks that were not patched, or with other attributes")
+            self._refuse(self._unloaded.get(entry, "its artifact is for blocks that were not patched, or with other attributes"))
             return
         self._seen.discard(entry)
         self._requested.add(entry)

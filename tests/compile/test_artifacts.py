@@ -277,5 +277,20 @@ def test_what_cannot_be_loaded_now_is_not_set_aside(built, key_file, monkeypatch
         compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
         for _ in range(2):
             assert torch.equal(run(compiled, net, *x), net(*x))
+        assert compiled.report.fallbacks and all(str(error) in fallback for fallback in compiled.report.fallbacks)
     compiled = CompiledModule(BACKGROUND, cache=restarted(built, key_file))
+    assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
+
+
+@pytest.mark.rotating
+def test_a_damaged_artifact_is_built_again_in_this_process(built, key_file, tmp_path, caplog):
+    folder = tmp_path / "cache"
+    shutil.copytree(built.store.layout.parent, folder, ignore=shutil.ignore_patterns(".*"))
+    (package,) = folder.rglob("artifact.pt2")
+    package.write_bytes(package.read_bytes()[:-100])
+    cache, net, x = open_cache(folder, key_file), make(), inputs()
+    compiled = CompiledModule(BACKGROUND, cache=cache)
+    assert torch.equal(run(compiled, net, *x), net(*x))
+    assert compiled.report.building and not compiled.report.fallbacks and "set aside" in caplog.text
+    wait_for_builder(cache)
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5 and compiled.report.artifacts
