@@ -38,7 +38,7 @@ def user_folder(variable: str, below_home: str) -> Path:
 def _temporary() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="int8-compile-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    logger.warning("INT8 Compile: this user has no home folder, so nothing is kept for the next start. Set XDG_CACHE_HOME to a folder of "
+    logger.warning("INT8 Compile: this user has no home folder, so not all is kept for the next start. Set XDG_CACHE_HOME to a folder of "
                    "yours that stays.")
     return folder
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.rotating, pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0 or shutil.which("setpriv") is None,
     reason="needs root and setpriv, to start a program with a user id that nobody knows")]
 NOBODY = 54321
-LINE = "this user has no home folder, so nothing is kept for the next start"
+LINE = "this user has no home folder, so not all is kept for the next start"
 
 
 @pytest.fixture
