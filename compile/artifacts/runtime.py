@@ -277,7 +277,10 @@ class RegionArtifacts:
                              "or its attributes change")
             return
         if entry in self._seen and entry not in self._stale:
-            self._refuse(self._unloaded.get(entry, "its artifact is for blocks that were not patched, or with other attributes"))
+            if entry in self._unloaded:
+                self._refuse(self._unloaded[entry])
+            else:
+                self._refuse("its artifact is for blocks that were not patched, or with other attributes")
             return
         self._seen.discard(entry)
         self._requested.add(entry)
