@@ -33,7 +33,6 @@ from benchmarks.workflows import flux_prompt, reports  # noqa: E402
 
 BUILD_SECONDS = 600
 SAME = 1e-3
-INT8 = "INT8QuantizeModel", {"method": "rowwise"}
 LAZY = "INT8LazyTorchCompile", {"background": True}
 COMPILE = "CompileModel", {}
 
@@ -69,18 +68,21 @@ class Fleet:
             yield server
 
 
-def sampled(server: ComfyServer, nodes=(), seed: int = 1):
+def prompt(server: ComfyServer, nodes) -> dict:
+    return flux_prompt(width=64, height=64, steps=2, model_nodes=[(name, {**server.defaults(name), **inputs}) for name, inputs in nodes])
+
+
+def sampled(server: ComfyServer, nodes):
     """(latent, report of the last node, seconds)"""
-    chain = [(name, {**server.defaults(name), **inputs}) for name, inputs in nodes]
-    result = server.run(flux_prompt(width=64, height=64, steps=2, seed=seed, model_nodes=chain))
+    result = server.run(prompt(server, nodes))
     if result.status != "success":
         raise SystemExit(f"{result.failure}\n{server.log_text()[-2000:]}")
     latent = load_latent(next(path for path in result.files(server) if path.suffix == ".latent"))
     return latent, (reports(result.outputs) or [{}])[-1], result.seconds
 
 
-def row_of(server: ComfyServer, way: str, worker: str, nodes: list) -> Row:
-    plain = sampled(server, nodes[:-1])[0]
+def row_of(server: ComfyServer, way: str, worker: str, nodes) -> Row:
+    plain = sampled(server, [])[0]
     latent, report, seconds = sampled(server, nodes)
     details = report["details"]
     last = {name: count for name, count in details["last_calls"].items() if count}
@@ -106,9 +108,9 @@ def by_directory(fleet: Fleet) -> list[Row]:
                     rows.append(row_of(servers[-1], way, name.partition("_")[0], [LAZY]))
                     servers[-1].wait_for_builder(BUILD_SECONDS)
             if at_once:
-                prompts = [server.queue(flux_prompt(width=64, height=64, steps=2, model_nodes=[LAZY])) for server in servers]
-                for server, prompt in zip(servers, prompts):
-                    server.wait(prompt)
+                queued = [server.queue(prompt(server, [LAZY])) for server in servers]
+                for server, prompt_id in zip(servers, queued):
+                    server.wait(prompt_id)
                     server.wait_for_builder(BUILD_SECONDS)
                 rows += [row_of(server, way, name.partition("_")[0], [LAZY]) for server, name in zip(servers, names)]
     return rows

@@ -57,11 +57,10 @@ class CompiledModule:
             self._events.fall_back(refusal)
         self._cuda_graphs = self.options.cuda_graphs
         self._verification = None if verification is None else Verification(self._device, verification, self._events, options)
-        self._cache = cache
-        if self.options.artifact_refusal:
-            self._cache = None
-            if options.background:
-                self._events.fall_back(f"{self.options.artifact_refusal}: compiling when it first samples, not in the background.")
+        refusal = self.options.artifact_refusal or ("" if cache else "the compile cache is off, or cannot be used (the console says why)")
+        self._cache = None if refusal else cache
+        if refusal and options.background:
+            self._events.fall_back(f"{refusal}: compiling when it first samples, not in the background.")
         self._root: weakref.ref | None = None
         self._regions: RegionSet | None = None
         self._blocks: dict[int, Block] = {}  # by id of the module, of the regions

@@ -11,6 +11,7 @@ from .gain import Gain
 
 # Part of the cause -> what the user can do about it.
 REMEDIES = (
+    ("No space left on device", "The disk is full: free it, or set INT8_COMPILE_CACHE_DIR to another. "),
     ("InvalidCxxCompiler", "No working C++ compiler was found: install one (Linux: apt install g++; Windows: Visual Studio Build "
                            "Tools; macOS: xcode-select --install), or set the CXX environment variable to one. "),
     ("CppCompileError", "The C++ compiler failed: check that it works and that Python's headers are installed (Linux: apt install "

@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 
 MAX_CHARACTERS = 200
-# A POSIX path of two parts or more, a Windows path, a share. Not an address (http://...), a unit (GB/s) or a choice (float/int).
-_PATH = re.compile(r"""(?<![\w:/.~-])(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|\\\\(?:[^\\'"():,;\n]+\\)+)""")
+# A POSIX path of two parts or more, also behind a compiler's -I, a Windows path, a share. Not an address (http://...), a unit (GB/s) or
+# a choice (float/int).
+_PATH = re.compile(r"""(?:(?<![\w/.~-])|(?<=\s-[A-Za-z])|(?<=file://))(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|"""
+                   r"""\\\\(?:[^\\'"():,;\n]+\\)+)""")
 
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..compile.artifacts.store import default_key_file
 from ..compile.comfyui import artifact_cache
 from ..int8.echo import echo, without_folders, writable
+from ..pack import NAME, PACKAGE
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def _clean(error: Exception) -> None:
         for name in ("filename", "filename2"):
             if isinstance(path := getattr(error, name), (str, bytes, os.PathLike)):
                 setattr(error, name, echo(Path(os.fsdecode(path)).name))
+    if (kind := type(error)).__module__.startswith(f"{PACKAGE}."):  # which ComfyUI names by its path, and tells
+        kind.__module__ = kind.__module__.replace(PACKAGE, NAME, 1)
     error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
     if str(error) != before:
         logger.error("%s", before)

@@ -201,6 +201,13 @@ def test_text_that_no_console_can_write_does_not_end_the_server(server, text):
     assert asked > 4 and samples(server)
 
 
+def test_the_type_of_an_error_names_no_folder(server):
+    """ComfyUI names a pack's modules by their path."""
+    prompt = {"unet": flux_prompt()["unet"], "node": {"class_type": "ApplyModes", "inputs": {"model": ["unet", 0], "modes": '["none"]'}},
+              "show": {"class_type": "ShowModes", "inputs": {"model": ["node", 0]}}}
+    assert server.run(prompt).error["exception_type"].startswith("int8_compile.compile.modes.errors.")
+
+
 @pytest.mark.parametrize("body", ["[]", "null", "5", '"x"', '{"prompt": null}', '{"prompt": [5]}', '{"prompt": {"1": 5}}',
                                   '{"prompt": {"1": {"class_type": {"a": 1}, "inputs": 5}}}',
                                   '{"prompt": {"1": {"class_type": "CompileModel", "inputs": [1]}}}'])
