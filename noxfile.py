@@ -1,4 +1,5 @@
-"""Set-up and runs for people: `nox -s demo`, `nox -s bench`, `nox -s tests`, `nox -s quick`, `nox -s fuzz`, `nox -s lint`.
+"""Set-up and runs for people: `nox -s demo`, `nox -s bench`, `nox -s tests`, `nox -s quick`, `nox -s fuzz`, `nox -s release`,
+`nox -s lint`.
 
 Needs Python 3.10 or later, pip and nox; everything else is installed here. Environment variables:
 COMFYUI_PATH      folder of ComfyUI's main.py; otherwise looked for in the usual places, see benchmarks/comfy_server.py
@@ -129,6 +130,16 @@ def matrix(session: nox.Session):
     session.run(sys.executable, "benchmarks/matrix.py", *(f"--comfyui={folder}" for folder in comfyuis),
                 *(f"--python={python}" for python in pythons), "--tools", str(ROOT / ".nox" / "test-tools-{version}"), *session.posargs,
                 external=True)
+
+
+@nox.session(venv_backend="virtualenv")  # for its pip
+def release(session: nox.Session):
+    """A release tried before it is published: packed, installed by comfy-cli into an empty ComfyUI, over the version before, and
+    uninstalled. Nothing is uploaded. Further arguments go to benchmarks/release.py."""
+    python, env = environment(session)
+    if "COMFYUI_PATH" not in env:
+        session.error("There is no ComfyUI to install it into: set COMFYUI_PATH.")
+    session.run(python, "benchmarks/release.py", "--comfy-cli", str(comfy_cli(session)), *session.posargs, env=env, external=True)
 
 
 @nox.session(venv_backend="virtualenv")

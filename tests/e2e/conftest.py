@@ -6,26 +6,6 @@ from older_comfyui import needs_for
 
 from benchmarks.comfy_server import ComfyServer, find_comfyui, load_latent
 
-# Inputs of the example workflows -> the small models, pictures and compilers of tests.
-SMALL = {
-    "UNETLoader": {"unet_name": "tiny_flux.safetensors"},
-    "LoadINT8Model": {"unet_name": "tiny_flux.safetensors"},
-    "EmptySD3LatentImage": {"width": 128, "height": 128},
-    "KSampler": {"steps": 2},
-    "VAELoader": {"vae_name": "taef1"},
-}
-
-
-def with_small_models(prompt: dict) -> dict:
-    """An example workflow in API format that runs here in seconds."""
-    for node in prompt.values():
-        node["inputs"].update(SMALL.get(node["class_type"], {}))
-        if node["class_type"] == "DualCLIPLoader":
-            node.update(class_type="CLIPLoader", inputs={"clip_name": "tiny_clip_l.safetensors", "type": "sd3"})
-        elif node["class_type"] == "CompileModel" and not node["inputs"]["is_patcher"]:
-            node["inputs"]["backend"] = "aot_eager"
-    return prompt
-
 
 @pytest.fixture(scope="session")
 def serve(models_dir, tmp_path_factory):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from toys import difference
 
-from benchmarks.workflows import flux_prompt
+from benchmarks.workflows import flux_prompt, with_small_models
 
-from .conftest import latent, with_small_models
+from .conftest import latent
 
 pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]

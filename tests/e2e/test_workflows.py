@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.comfy_server import find_comfyui
-
-from .conftest import with_small_models
+from benchmarks.workflows import with_small_models
 
 pytestmark = pytest.mark.e2e
 REPO = Path(__file__).resolve().parents[2]
