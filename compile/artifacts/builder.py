@@ -29,7 +29,6 @@ import torch
 from ...int8.files.folders import folder_size, make_folder, remove
 from ...int8.kernels.native import cache_folder
 from ...pack import PACKAGE, ROOT
-from ..report import first_lines, remedy
 from . import worker
 from .job import BuildSpec
 from .store import CacheError, CacheStore
@@ -232,7 +231,7 @@ class Builder:
                 raise TimeoutError
         answer = json.loads(frame)
         if "error" in answer:
-            raise _Refused(remedy(answer["error"]) + first_lines(answer["error"], 1))
+            raise _Refused(answer["error"])
         if answer["body"]["sources"] == order.replaces:
             raise _Refused("other code runs here than in a new process (another pack's patch?)")
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.events import Events
 from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.regions import find_regions
 from int8_compile.compile.report import CompileReport
@@ -646,3 +647,14 @@ def test_an_interrupt_ends_a_compile_at_once_and_the_next_call_compiles():
     slow = False
     torch.testing.assert_close(run(compiled, net, x), net(x))
     assert compiled.report.graphs == 2 and not compiled.report.failure
+
+
+def test_of_what_the_builders_compiler_wrote_a_report_has_the_remedy_and_one_line():
+    events = Events("Compile Model", background=True)
+    events.in_step = True
+    written = "CppCompileError: C++ compile error\n\nCommand:\ng++ -I/root/include x.cpp\nOutput:\nNo space left on device\n" + "x\n" * 500
+    events.on_artifact("refused", "Block", written)
+    (message,) = events.report.fallbacks
+    assert message.startswith("Block: The disk is full: free it") and "\n" not in message and len(message) < 600
+    events.on_artifact("refused", "Other", "its attributes change")
+    assert events.report.fallbacks[1].startswith("Other: its attributes change: running uncompiled.")
