@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,7 +236,7 @@ class ComfyServer:
         """Every node's schema by id, or one node's schema; KeyError when the server has no such node."""
         if node_id is None:
             return self.get("/object_info")
-        return self.get(f"/object_info/{node_id}")[node_id]
+        return self.get(f"/object_info/{urllib.parse.quote(node_id, safe='')}")[node_id]
 
     def defaults(self, node_id: str) -> dict:
         """The default of every required input of a node that has one: what the frontend fills in."""
