@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..compile.comfyui import core as comfy_core
 from ..compile.comfyui import server_status
 from ..compile.comfyui.artifact_cache import get_cache
+from ..compile.comfyui.bypass_lora import patch_bypass_loras
 from ..compile.torch_internals import warmup
 from ..int8.files.temporary import sweep_below
 from ..int8.kernels import autotune
@@ -46,6 +47,7 @@ class Int8CompileExtension(ComfyExtension):
         import nodes  # ComfyUI's registry and server are complete only while packs load, not at import
 
         comfy_core.check_all()
+        patch_bypass_loras()  # a LoRA that was loaded before there are INT8 layers may meet them later
         _report_id_clashes(nodes.NODE_CLASS_MAPPINGS)
         if hasattr(PromptServer, "instance"):
             async def look_again(app):

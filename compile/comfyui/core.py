@@ -20,6 +20,7 @@ FUSED_ACTIVATION = "activations inside the INT8 quantizer"
 OFFLOAD = "compiled blocks with weights that are not on the device"
 PREFETCH = "weights of dynamic VRAM that stay where they are"
 ATTENTION = "attention as one operation of compiled blocks"
+BYPASS = "bypass LoRAs on INT8 layers"
 COMPILER = "leaving ComfyUI's memory compiler while compiled code runs"
 # What happens without one.
 WITHOUT = {
@@ -29,6 +30,7 @@ WITHOUT = {
     OFFLOAD: "such blocks are compiled layer by layer, which is slower",
     PREFETCH: "they are copied before each block, which is slower",
     ATTENTION: "attention that is no plain torch breaks graphs, and such blocks are not kept",
+    BYPASS: "connect Load LoRA (Bypass) before INT8 Quantize Model, or use Load LoRA",
     COMPILER: "start ComfyUI with --disable-comfy-compiler if compiled models fail or run out of memory",
 }
 
@@ -78,6 +80,9 @@ USES = (
         "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"), since="0.26.0"),
     # compile/comfyui/int8_layer.py: a function that the pack puts its own in front of (int8_merge.py: three more, for merging and saving).
     Use("comfy.ops.linear_input_act", FUSED_ACTIVATION, "0.38.1", parameters=("linear", "x", "input_act"), since="0.33.0"),
+    # compile/comfyui/bypass_lora.py: which layers it takes hold of.
+    Use("comfy.weight_adapter.BypassInjectionManager.create_injections", BYPASS, "0.38.1", parameters=("self", "model"), since="0.33.0"),
+    Use("comfy.weight_adapter.bypass.BypassForwardHook.inject", BYPASS, "0.38.1", 1, since="0.33.0"),
     # compile/comfyui/compile_model.py: around a model's call, and what tells a failure of compile from the model's own.
     Use("comfy.patcher_extension.WrappersMP.APPLY_MODEL", COMPILE, "0.38.1"),
     Use("comfy.model_base.BaseModel.apply_model", COMPILE, "0.38.1", parameters=(

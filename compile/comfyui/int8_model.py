@@ -22,6 +22,7 @@ from ...int8.quantize import drop_kept, eligible_linears
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
+from .bypass_lora import patch_bypass_loras
 from .foreign_layers import is_of_a_pack
 from .int8_layer import (
     _LAYERS,
@@ -104,6 +105,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     """
     _connect_kernels()
     patch_merging_and_saving()
+    patch_bypass_loras()
     patch_linear_input_act()
     patch_as_core(type(patcher))  # type: ignore[arg-type]
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
@@ -263,6 +265,7 @@ def adopt_native_layers(patcher, kernel: str):
         return patcher
     _connect_kernels()
     patch_merging_and_saving()
+    patch_bypass_loras()
     patch_linear_input_act()
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     adopted = {}
