@@ -17,6 +17,7 @@ from ..artifacts.foreign_layer import ForeignLayer, beside
 from ..artifacts.origins import is_comfyuis
 from ..errors import is_out_of_memory
 from ..options import CompileOptions
+from ..regions import find_regions
 from ..report import first_lines
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,12 @@ _UNPACKS = "int8_compile_unpacks"  # an attribute of layers: whether an image ma
 
 def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
     """Puts object patches on patcher (a clone): layers that compute as those that they stand for, with the same parameters. Not with CUDA
-    graphs, which would replay the LoRA of the call that was recorded; nor with convolutions of such weights, as torch 2.11 cannot compile
-    a graph that has both these and operations."""
+    graphs, which would replay the LoRA of the call that was recorded; nor with convolutions of such weights in what is compiled, as torch
+    2.11 cannot compile a graph that has both these and operations."""
     root = patcher.model.get_submodule(target)
+    compiled = (module for region in find_regions(root, options.blocks_only) for block in region.modules for module in block.modules())
     if options.on_device(patcher.load_device)[0].cuda_graphs or any(
-            _has_foreign_tensors(m) and not isinstance(m, torch.nn.Linear) for m in root.modules()):
+            _has_foreign_tensors(module) and not isinstance(module, torch.nn.Linear) for module in compiled):
         return
     prefix = f"{target}." if target else ""
     for name, layer in root.named_modules():

@@ -270,6 +270,25 @@ def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, 
     assert torch.equal(encode(clip), want)
 
 
+def test_a_text_encoder_with_packed_embeddings_compiles_once_and_is_checked(comfy, files, pack, nodes, graphs):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    config, part, kind, _ = KINDS["qwen"]
+    state = comfy.utils.load_torch_file(str(files / "qwen.safetensors"))
+    packed = {name: pack.PackedTensor.pack(value) if value.ndim == 2 and "embed" not in name else value for name, value in state.items()}
+    clip = comfy.sd.load_text_encoder_state_dicts(state_dicts=[packed], clip_type=getattr(comfy.sd.CLIPType, kind),
+                                                  model_options={f"{part}_model_config": dict(config), "custom_operations": pack.Ops})
+    clip.patcher.__class__ = pack.PackedPatcher
+    outside = torch.nn.Embedding(4, 64)
+    outside.weight = torch.nn.Parameter(pack.PackedTensor.pack(torch.randn(4, 64)), requires_grad=False)
+    clip.cond_stage_model.add_module("not_in_a_block", outside)
+    compiled = nodes.CompileModel(clip, is_patcher=False, **CHEAP)
+    want = clip.encode_from_tokens(clip.tokenize(TEXT))
+    assert torch.equal(compiled.encode_from_tokens(compiled.tokenize(TEXT)), want) and graphs() == 1
+    (report,) = reports(compiled.patcher)
+    assert report.checks and not report.fallbacks
+
+
 def test_what_cannot_be_saved_is_refused_by_name(packed, pack, nodes, tmp_path):
     from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
 
