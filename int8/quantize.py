@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .echo import echo
 from .hadamard import group_size
 from .kernels import cpu, reference
 from .structure import is_linear, repeated_blocks
@@ -38,10 +39,10 @@ def drop_kept(names: Iterable[str], keep_layers: Iterable[str], prefix: str = "d
         pattern = glob.removeprefix(prefix)
         matched = [name for each in _of_preset(glob) or [pattern] for name in fnmatch.filter(names, each)]
         if not matched and glob.startswith(PRESET):
-            raise ValueError(f"keep_layers: '{glob}' is for another family of models: it matches no layer that would be quantized.")
+            raise ValueError(f"keep_layers: '{echo(glob)}' is for another family of models: it matches no layer that would be quantized.")
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            raise ValueError(f"keep_layers: '{glob}' matches no layer that would be quantized. "
+            raise ValueError(f"keep_layers: '{echo(glob)}' matches no layer that would be quantized. "
                              f"Names are matched whole; the nearest is '{near[0] if near else 'none'}'.")
         kept.update(matched)
     return [name for name in names if name not in kept]
@@ -59,7 +60,7 @@ def _of_preset(glob: str) -> list[str]:
     if not glob.startswith(PRESET):
         return []
     if (family := glob.removeprefix(PRESET)) not in presets():
-        raise ValueError(f"keep_layers: there is no preset '{family}'. There are: {', '.join(presets())}.")
+        raise ValueError(f"keep_layers: there is no preset '{echo(family)}'. There are: {', '.join(presets())}.")
     return presets()[family]
 
 

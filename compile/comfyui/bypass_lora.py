@@ -5,6 +5,7 @@ their place that is right by chance.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import comfy.utils
@@ -39,5 +40,6 @@ def patch_bypass_loras() -> None:
 def _inject(inject, hooks: list, patcher) -> None:
     for hook, name in hooks:
         if hook.original_forward is None:  # on no layer now
-            hook.module = comfy.utils.get_attr(patcher.model, name)
+            with contextlib.suppress(AttributeError):  # a patcher of another model than it was made for
+                hook.module = comfy.utils.get_attr(patcher.model, name)
     inject(patcher)

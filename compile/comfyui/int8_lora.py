@@ -148,21 +148,24 @@ class Int8Lora:
         return QuantizedTensor(q, self.weight._layout_cls, params)
 
 
-@functools.cache
-def patch_as_core(kind: Any) -> None:
+def patch_as_core(kind: type) -> None:
     """Makes a class of ModelPatchers of another pack (GGUF's), which patches weights in its own way, patch those of INT8 layers in
     ComfyUI's; all others as before."""
     for base in kind.__mro__:
         if "patch_weight_to_device" in vars(base) and not is_comfyuis(base.__module__):
-            base.patch_weight_to_device = _by_layer(base.patch_weight_to_device)
+            _patch_by_layer(base)  # type: ignore[arg-type]
 
 
-def _by_layer(method: Callable) -> Callable:
+@functools.cache
+def _patch_by_layer(kind: Any) -> None:
+    method = kind.patch_weight_to_device
+
     @functools.wraps(method)
     def patch_weight_to_device(self, key, *args, **kwargs):
         layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
         return (ModelPatcher.patch_weight_to_device if isinstance(layer, Int8Lora) else method)(self, key, *args, **kwargs)
-    return patch_weight_to_device
+
+    kind.patch_weight_to_device = patch_weight_to_device
 
 
 def _group(weight: QuantizedTensor) -> int:

@@ -107,7 +107,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     patch_merging_and_saving()
     patch_bypass_loras()
     patch_linear_input_act()
-    patch_as_core(type(patcher))  # type: ignore[arg-type]
+    patch_as_core(type(patcher))
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]

@@ -1,6 +1,7 @@
 """The float values that INT8 layers are made of: a layer's own weights, of whatever type they are loaded in."""
 from __future__ import annotations
 
+import contextlib
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
@@ -71,8 +72,8 @@ def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         smoothing = getattr(layer, "pre_quant_scale", None)
         values = weight.dequantize()
         return values if smoothing is None else (values.float() * smoothing.to(values.device)).to(values.dtype)
-    if is_of_a_pack(weight):
-        return unpacking(type(weight)).dequantize_tensor(weight, torch.float32, torch.float32).as_subclass(torch.Tensor)  # type: ignore[arg-type]
+    if is_of_a_pack(weight) and (pack := unpacking(type(weight))) is not None:  # type: ignore[arg-type]
+        return pack.dequantize_tensor(weight, torch.float32, torch.float32).as_subclass(torch.Tensor)
     return weight.to(torch.bfloat16) if weight.dtype in FP8_DB else weight
 
 
@@ -86,7 +87,10 @@ def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def source_of_layers(patcher, names: Iterable[str]) -> str:
     """In words: what the layers of these names were rounded to before; empty for nothing."""
-    found = {rounded_as(pristine_weight(patcher, name)) for name in names} - {None}
+    found: set[torch.dtype | str] = set()
+    for name in names:
+        with contextlib.suppress(ValueError):  # of a kind that is not known: another's to refuse
+            found |= {rounded_as(pristine_weight(patcher, name))} - {None}
     return ", ".join(f"{_name(kind)} weights, whose own rounding{_noise(kind)} stays" for kind in sorted(found, key=_name))
 
 
@@ -105,7 +109,7 @@ def unpack_others(patcher) -> None:
     for name, _ in list(patcher.model.named_modules()):
         layer = patcher.get_model_object(name) if name else patcher.model
         packed = [key for key, tensor in layer._parameters.items() if tensor is not None and is_of_a_pack(tensor)]
-        if packed and not isinstance(layer, torch.nn.Linear):
+        if packed and not (isinstance(layer, torch.nn.Linear) and unpacking(type(layer._parameters[packed[0]]))):  # type: ignore[arg-type]
             raise ValueError(f"Save INT8 Model: '{name}' is a {type(layer).__name__} with weights of another pack's loader, which "
                              "ComfyUI's format has no place for. Make the INT8 file from the bf16, fp16, fp32 or fp8 checkpoint.")
         if packed:

@@ -80,7 +80,7 @@ class Int8(Mode):
                 new[name] = Int8Linear.from_float(layer.weight, layer.bias, rotated or bool(getattr(layer, "group", 0)),
                                                   getattr(layer, "pre_quant_scale", None))
             except ValueError as error:
-                raise ApplyModeError(f"int8: layer '{name}': {error}. Check the checkpoint file.") from error
+                raise ApplyModeError(f"int8: layer '{echo(name)}': {error}. Check the checkpoint file.") from error
         return replace(model, new), {"layers": [[name, layer.group, layer.pre_quant_scale is not None] for name, layer in new.items()]}
 
     def update_for_restore(self, config, metadata):
@@ -93,7 +93,7 @@ class Int8(Mode):
                 new[name] = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, group, smoothed, layer.weight.dtype,
                                        layer.weight.device)
             except ValueError as error:
-                raise ApplyModeError(f"int8: layer '{name}': {error}. The record was made for another model.") from error
+                raise ApplyModeError(f"int8: layer '{echo(name)}': {error}. The record was made for another model.") from error
         return replace(model, new)
 
 

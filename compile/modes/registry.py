@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
+from ...int8.echo import echo
 from .config import check_config_class
 from .errors import ModeRegistryError, UnknownModeError
 from .host import Host, ModuleHost
@@ -47,8 +48,8 @@ class ModeRegistry:
         if mode is None:
             near = difflib.get_close_matches(str(name)[:64], self._modes, n=2)
             hint = f"Did you mean {' or '.join(near)}? " if near else ""
-            raise UnknownModeError(f"There is no mode '{str(name)[:64]}'. {hint}The modes are: {', '.join(sorted(self._modes)) or 'none'}. "
-                                   "A mode of another pack is there once that pack is loaded.")
+            raise UnknownModeError(f"There is no mode '{echo(str(name)[:64])}'. {hint}The modes are: "
+                                   f"{', '.join(sorted(self._modes)) or 'none'}. A mode of another pack is there once that pack is loaded.")
         return mode
 
     def __contains__(self, name: str) -> bool:

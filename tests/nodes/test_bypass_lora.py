@@ -54,6 +54,7 @@ def test_a_model_without_our_nodes_has_its_lora_after_int8_layers_were_there(flu
     assert torch.equal(sample(bypass(flux)), want)
 
 
+@pytest.mark.rotating
 def test_another_strength_and_compile(flux, nodes, sample, bypass):
     int8 = nodes.INT8QuantizeModel(flux, method="convrot")
     plain = sample(int8)

@@ -187,6 +187,7 @@ def test_other_layers_are_left_as_they_are(flux, nodes):
     assert not nodes.CompileModel(flux, **CHEAP).object_patches
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("method", ["convrot", "auto"])
 def test_int8_layers_are_made_of_the_values_that_they_multiply_with(packed, nodes, sample, lora, graphs, method):
     """With the LoRA of that pack's own patcher, before and behind, and compiled."""
@@ -229,6 +230,7 @@ def test_a_partial_load_and_another_strength_of_a_lora_reach_int8_layers(packed,
     assert torch.equal(forward(model), plain)
 
 
+@pytest.mark.rotating
 def test_what_is_saved_of_such_a_model_stock_comfyui_loads(comfy, packed, pack, nodes, sample, lora, tmp_path):
     """What was not quantized, and what smoothing has no place for, becomes float."""
     from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
