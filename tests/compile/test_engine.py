@@ -652,7 +652,7 @@ def test_an_interrupt_ends_a_compile_at_once_and_the_next_call_compiles():
 def test_of_what_the_builders_compiler_wrote_a_report_has_the_remedy_and_one_line():
     events = Events("Compile Model", background=True)
     events.in_step = True
-    written = "CppCompileError: C++ compile error\n\nCommand:\ng++ -I/root/include x.cpp\nOutput:\nNo space left on device\n" + "x\n" * 500
+    written = "CppCompileError: C++ compile error\n\nCommand:\ng++ -I/srv/include x.cpp\nOutput:\nNo space left on device\n" + "x\n" * 500
     events.on_artifact("refused", "Block", written)
     (message,) = events.report.fallbacks
     assert message.startswith("Block: The disk is full: free it") and "\n" not in message and len(message) < 600
