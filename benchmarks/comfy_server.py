@@ -149,7 +149,7 @@ class ComfyServer:
             folders = {path.name: path.name for path in self.models.iterdir() if path.is_dir()}
             shared = {"shared": {"base_path": str(self.models), **folders}}
             self.models_config.write_text(json.dumps(shared), encoding="utf-8")  # JSON is YAML
-        self.port = _free_port()
+        self.port = free_port()
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
                 self.command(), cwd=self.comfyui, env=self.env, stdout=log, stderr=subprocess.STDOUT,
@@ -361,7 +361,7 @@ def relative_difference(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

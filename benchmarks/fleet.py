@@ -27,7 +27,14 @@ from pathlib import Path
 ROOT = Path(__file__).absolute().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.beside_packs import commit_of  # noqa: E402
-from benchmarks.comfy_server import ComfyServer, find_comfyui, find_python, load_latent, relative_difference  # noqa: E402
+from benchmarks.comfy_server import (  # noqa: E402
+    ComfyServer,
+    find_comfyui,
+    find_python,
+    free_port,
+    load_latent,
+    relative_difference,
+)
 from benchmarks.tiny_models import cache_dir, make_models  # noqa: E402
 from benchmarks.workflows import flux_prompt, reports  # noqa: E402
 
@@ -115,12 +122,6 @@ def by_directory(fleet: Fleet) -> list[Row]:
                 rows += [row_of(server, way, name.partition("_")[0], [LAZY]) for server, name in zip(servers, names)]
         rows[-1].entries = len(list(Path(shared["INT8_COMPILE_CACHE_DIR"]).rglob("artifact.pt2")))
     return rows
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def asked_of_redis(port: int) -> tuple[int, int]:

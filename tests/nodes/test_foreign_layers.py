@@ -250,9 +250,9 @@ def test_what_is_saved_of_such_a_model_stock_comfyui_loads(comfy, packed, pack, 
         assert torch.equal(sample(packed), eager) and torch.equal(sample(model), image)
 
 
-def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, output_folder):
-    from int8_compile.compile.comfyui.int8_encoder import save_encoder
-
+@pytest.fixture
+def packed_clip(comfy, files, pack):
+    """(a CLIP of packed layers, its type and options for stock loaders)"""
     config, part, kind, _ = KINDS["qwen"]
     kind, options = getattr(comfy.sd.CLIPType, kind), {f"{part}_model_config": dict(config)}
     state = comfy.utils.load_torch_file(str(files / "qwen.safetensors"))
@@ -260,6 +260,13 @@ def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, 
     clip = comfy.sd.load_text_encoder_state_dicts(state_dicts=[packed], clip_type=kind,
                                                   model_options={**options, "custom_operations": pack.Ops})
     clip.patcher.__class__ = pack.PackedPatcher
+    return clip, kind, options
+
+
+def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, packed_clip, nodes, output_folder):
+    from int8_compile.compile.comfyui.int8_encoder import save_encoder
+
+    clip, kind, options = packed_clip
 
     def encode(clip):
         return clip.encode_from_tokens(clip.tokenize(TEXT))
@@ -272,15 +279,10 @@ def test_a_text_encoder_is_a_source_and_is_saved_too(comfy, files, pack, nodes, 
     assert torch.equal(encode(clip), want)
 
 
-def test_a_text_encoder_with_packed_embeddings_compiles_once_and_is_checked(comfy, files, pack, nodes, graphs):
+def test_a_text_encoder_with_packed_embeddings_compiles_once_and_is_checked(packed_clip, pack, nodes, graphs):
     from int8_compile.compile.comfyui.compile_model import reports
 
-    config, part, kind, _ = KINDS["qwen"]
-    state = comfy.utils.load_torch_file(str(files / "qwen.safetensors"))
-    packed = {name: pack.PackedTensor.pack(value) if value.ndim == 2 and "embed" not in name else value for name, value in state.items()}
-    clip = comfy.sd.load_text_encoder_state_dicts(state_dicts=[packed], clip_type=getattr(comfy.sd.CLIPType, kind),
-                                                  model_options={f"{part}_model_config": dict(config), "custom_operations": pack.Ops})
-    clip.patcher.__class__ = pack.PackedPatcher
+    clip = packed_clip[0]
     outside = torch.nn.Embedding(4, 64)
     outside.weight = torch.nn.Parameter(pack.PackedTensor.pack(torch.randn(4, 64)), requires_grad=False)
     clip.cond_stage_model.add_module("not_in_a_block", outside)
