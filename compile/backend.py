@@ -17,6 +17,7 @@ from .artifacts.traced_calls import Recording
 
 _AFTER_A_BREAK = "torch_dynamo_resume_in_"  # how dynamo names the rest of a function after a break
 _SQUEEZE = re.compile(r"squeeze(_|_copy)?(\.\w+)?")
+_MOST = 2 ** 40  # elements of a dimension
 
 
 class Refused(RuntimeError):
@@ -85,6 +86,8 @@ class _Backend:
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         _guard_squeezed(graph)
+        if environment is not None:
+            _bound_sizes(environment)
         made = self._inner(graph, inputs, **options)
         self._has_made = True
         return made
@@ -123,12 +126,25 @@ def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
                 bool(shape[dim] == 1)  # asked of a size that varies this is a guard
 
 
+def _bound_sizes(environment) -> None:
+    """Tells torch that sizes are finite. Where they may be 1 inductor does not look at them: it takes the end of x[:, n:], which is 2^63 - 1,
+    for one that may be within the tensor, and fails."""
+    import torch.fx.experimental._config as shape_config  # compile machinery: at the first compile, not at import
+
+    if getattr(shape_config, "backed_size_oblivious", False):  # from torch 2.8 on
+        for symbol, sources in environment.var_to_sources.items():
+            if any(".size()[" in _name(source) for source in sources):
+                environment.constrain_symbol_range(symbol, 0, _MOST)
+
+
+def _name(source) -> str:
+    return source.name() if callable(source.name) else source.name  # a method in older torch
+
+
 def _has_globals(graph: torch.fx.GraphModule) -> bool:
     """Whether an input is neither of the call nor of the module."""
     sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.graph.nodes if node.op == "placeholder"]
-    # A method in older torch.
-    names = [source.name() if callable(source.name) else source.name for source in sources if source is not None]
-    return not all(name.startswith("L[") for name in names)
+    return not all(_name(source).startswith("L[") for source in sources if source is not None)
 
 
 def _require_torchs_own(graph: torch.fx.GraphModule) -> None:

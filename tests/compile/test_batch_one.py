@@ -17,8 +17,9 @@ WAYS = {
     "broadcast": (lambda x, y, one: torch.broadcast_to(one[:, :1], x.shape) + x, 1),
     "expanded": (lambda x, y, one: one.expand(x.shape[0], -1, -1) * x, 1),
     "of the whole": (lambda x, y, one: x - x.mean(0, keepdim=True), 1),
-    "first": (lambda x, y, one: x[:1] + x[-1:] + one, 2),
+    "first": (lambda x, y, one: x[:1] + x[-1:] + one, 1),
     "concatenated": (lambda x, y, one: torch.cat([y, x], 1), 1),
+    "taken apart": (lambda x, y, one: torch.cat([x, x * y], 1)[:, x.shape[1]:] + one, 1),  # as Flux does after its attention
     "halved": (lambda x, y, one: torch.cat([half * 2 for half in x.chunk(2)]), 2),
     "asked": (lambda x, y, one: x + 1 if x.shape[0] == 1 else x * 2, 2),
     "asked for more": (lambda x, y, one: x + 1 if len(x) > 1 else x * 2, 2),
