@@ -127,8 +127,8 @@ def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
 
 
 def _bound_sizes(environment) -> None:
-    """Tells torch that sizes are finite. Where they may be 1 inductor does not look at them: it takes the end of x[:, n:], which is 2^63 - 1,
-    for one that may be within the tensor, and fails."""
+    """Tells torch that sizes are finite. Where they may be 1 inductor does not look at them: it takes the end of x[:, n:], which is
+    2^63 - 1, for one that may be within the tensor, and fails."""
     import torch.fx.experimental._config as shape_config  # compile machinery: at the first compile, not at import
 
     if getattr(shape_config, "backed_size_oblivious", False):  # from torch 2.8 on

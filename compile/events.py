@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
+from ..int8.echo import without_commands
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
 from .torch_compiler import CompileScope, RegionCode
 from .verification.quantization import QuantizationError
@@ -105,8 +106,7 @@ class Events:
         """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, ended (built or
         not), built, refused, not used."""
         report = self.report
-        if known := remedy(detail):  # a compiler's output, with its command line
-            detail = known + first_lines(detail, 1)
+        detail = known + first_lines(detail, 1) if (known := remedy(detail)) else without_commands(detail)
         text = f"{name} {detail}" if event in ("loaded", "building", "ended", "built") else f"{name}: {detail}"
         if event == "ended":
             report.building = [building for building in report.building if building != text]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 
+from ..int8.echo import without_commands
 from .gain import Gain
 
 # Part of the cause -> what the user can do about it.
@@ -16,6 +17,7 @@ REMEDIES = (
                            "Tools; macOS: xcode-select --install), or set the CXX environment variable to one. "),
     ("CppCompileError", "The C++ compiler failed: check that it works and that Python's headers are installed (Linux: apt install "
                         "g++ python3-dev). "),
+    ("Permission denied: ''", "The environment variable CXX is empty: unset it, or set it to a C++ compiler. "),
     ("TritonMissing", "Triton is not installed: pip install triton (Windows: pip install triton-windows). "),
     ("GPUTooOld", "This GPU is too old for Triton (compute capability 7.0 or later is needed): remove the compile node. "),
     ("fp8e4nv", "This GPU cannot compute in fp8: load the model with weight_dtype fp8_e5m2 or default. "),
@@ -218,7 +220,8 @@ def on_compile(begins: Callable):
 
 
 def first_lines(text: str, lines: int = 4) -> str:
-    return " | ".join(line.strip() for line in text.splitlines() if line.strip()).strip()[:200 * lines]
+    """Of what ended a compile, without the compiler's command line."""
+    return " | ".join(line.strip() for line in without_commands(text).splitlines() if line.strip()).strip()[:200 * lines]
 
 
 def remedy(cause: str) -> str:

@@ -11,7 +11,10 @@ MAX_CHARACTERS = 200
 _PATH = re.compile(r"""(?:(?<![\w/.~-])|(?<=\s-[A-Za-z])|(?<=file://))(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|"""
                    r"""\\\\(?:[^\\'"():,;\n]+\\)+)""")
 
-_UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# But for line ends and tabs; and what turns the order of a line's characters round, or ends it.
+_UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# As inductor writes it before the compiler's output, and as subprocess does.
+_COMMAND = re.compile(r"Command:\s.*?(?=Output:|\Z)|(?<=Command )'?\[.*?\](?:'|(?= ))", re.DOTALL)
 
 
 def echo(value, limit: int = MAX_CHARACTERS) -> str:
@@ -26,10 +29,16 @@ def echo(value, limit: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
-def writable(text: str) -> str:
-    """text as any console can show it: what UTF-8 cannot write (halves of surrogate pairs) and control characters, but for line ends and
-    tabs, are escaped."""
-    return _UNWRITABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+def writable(text: str, lines: bool = True) -> str:
+    """text as any console can show it: what UTF-8 cannot write (halves of surrogate pairs) and control characters are escaped. lines: but
+    for line ends."""
+    text = _UNWRITABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return text if lines else text.replace("\n", "\\n")
+
+
+def without_commands(text: str) -> str:
+    """text without compilers' command lines."""
+    return _COMMAND.sub("", text)
 
 
 def without_folders(text: str, known: Sequence[str] = ()) -> str:

@@ -99,7 +99,7 @@ class LoadCompileCache(io.ComfyNode):
         with (found := read_bundle(_path_of(bundle.strip()))).copy:
             _require_trust(found, trust.strip().lower())
             added, present = load_bundle(artifact_cache.open_store(), found)
-        text = f"{found.path.name}: {added} compiled added, {present} were there already.\n{found.contents()}"
+        text = f"{echo(found.path.name)}: {added} compiled added, {present} were there already.\n{found.contents()}"
         if any(held.labels[-1] != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."
         return io.NodeOutput(text, ui=ui.PreviewText(text))
@@ -194,7 +194,7 @@ def _require_trust(bundle: Bundle, trust: str):
         return
     entered = f"its digest is not '{echo(trust, 64)}', which was entered. " if trust and trust != bundle.digest else ""
     unknown = "" if listed else "it is not on this server's list of trusted bundles. "
-    raise ValueError(f"Load Compile Cache: {bundle.path.name} holds code that would run here with your rights; {unknown}{entered}"
+    raise ValueError(f"Load Compile Cache: {echo(bundle.path.name)} holds code that would run here with your rights; {unknown}{entered}"
                      f"it was not loaded. It holds ({bundle.size / 1e6:.1f} MB):\n{bundle.contents()}\n"
                      f"Its digest is {bundle.digest}. If Save Compile Cache showed it where the file was made, enter it as trust, all of "
                      "it, and have it put on the list, in this pack's folder on the server: python -m trust DIGEST")

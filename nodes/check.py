@@ -14,6 +14,7 @@ from ..compile.check.linear_table import SIZES
 from ..compile.check.linear_table import sizes as sizes_named
 from ..compile.check.plot import plot, require_matplotlib
 from ..compile.comfyui.machine_check import run_check
+from ..compile.comfyui.node_status import for_client
 
 
 class INT8CompileCheck(io.ComfyNode):
@@ -51,12 +52,12 @@ class INT8CompileCheck(io.ComfyNode):
             progress = progress or comfy.utils.ProgressBar(total)
             progress.update_absolute(done)
         result = run_check(functools.partial(sizes_named, sizes), _own_ids(), tick)
-        text = result.text()
+        text = for_client(result.text())
         shown = ui.PreviewText(text).as_dict()
         picture = _picture(result)
         if isinstance(picture, torch.Tensor):
             shown.update(ui.PreviewImage(picture).as_dict())
-        return io.NodeOutput(text, json.dumps(result.to_dict(), indent=1), picture, ui=shown)
+        return io.NodeOutput(text, json.dumps(for_client(result.to_dict()), indent=1), picture, ui=shown)
 
 
 def _picture(result) -> torch.Tensor | ExecutionBlocker:

@@ -66,7 +66,8 @@ def _make_writable(error: BaseException) -> None:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        error.args = tuple(writable(part) if isinstance(part, str) else part for part in error.args)
+        # Errors before this one repeat what a file holds.
+        error.args = tuple(writable(part, lines=len(seen) == 1) if isinstance(part, str) else part for part in error.args)
         error = error.__cause__ or error.__context__
 
 

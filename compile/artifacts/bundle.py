@@ -156,14 +156,15 @@ def read_bundle(path: Path, scratch: Path | None = None) -> Bundle:
                     raise ValueError("it has a comment")
                 held = tuple(_check(archive, place, files) for place, files in sorted(_folders(archive).items()))
         except _DAMAGE as error:
-            raise ValueError(f"{path.name} is damaged or no bundle of compiled code ({echo(str(error))}): copy it again from where it was "
-                             "saved") from None
+            raise ValueError(f"{echo(path.name)} is damaged or no bundle of compiled code ({echo(str(error))}): copy it again from where "
+                             "it was saved") from None
         stack.pop_all()  # the copy stays open for as long as the bundle lives
         return Bundle(path, digest, held, copy)
 
 
 def _open(path: Path) -> IO[bytes]:
-    refusal = f"{path.name} is a link or a folder: put the bundle itself there"
+    name = echo(path.name)
+    refusal = f"{name} is a link or a folder: put the bundle itself there"
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError(refusal)
     # Swapped meanwhile, a link is not followed and a pipe not waited for.
@@ -173,7 +174,7 @@ def _open(path: Path) -> IO[bytes]:
     if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_BYTES:
         return file
     file.close()
-    raise ValueError(f"{path.name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)" if stat.S_ISREG(info.st_mode) else refusal)
+    raise ValueError(f"{name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)" if stat.S_ISREG(info.st_mode) else refusal)
 
 
 def _copy(file: IO[bytes], copy: IO[bytes]) -> str:
@@ -193,7 +194,7 @@ def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
     Raises ValueError where it does not fit the store's limit, OSError where it cannot be written.
     """
     if bundle.size > store.limit:
-        raise ValueError(f"{bundle.path.name} holds {bundle.size / 1e6:.0f} MB and the limit of the compile cache is "
+        raise ValueError(f"{echo(bundle.path.name)} holds {bundle.size / 1e6:.0f} MB and the limit of the compile cache is "
                          f"{store.limit / 1e6:.0f} MB: raise it in ComfyUI's settings, or with INT8_COMPILE_CACHE_SIZE (GB)")
     added = 0
     with zipfile.ZipFile(bundle.copy) as archive:

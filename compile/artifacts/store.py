@@ -216,6 +216,8 @@ class CacheStore:
             make_folder(folder)
         for part in parts:
             folder /= part
+            if folder.is_file() and not folder.is_symlink():
+                _clear_way(folder)  # no folder, and in the way of one
             folder.mkdir(exist_ok=True, mode=0o700)
             require_own(folder)
         return folder

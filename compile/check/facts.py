@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...int8.echo import without_commands
 from ...int8.kernels import autotune, native, seen_right
 from ...int8.kernels.with_triton import TRITON_MIN_CAPABILITY, triton_unavailable
 
@@ -118,10 +119,10 @@ def compiler_fact(device: torch.device) -> Fact:
         source.write_text("#include <vector>\nint sum(const std::vector<int>& v) { int s = 0; for (int x : v) s += x; return s; }\n")
         try:
             subprocess.run([*command, "/c" if command[0] == "cl" else "-c", str(source)], check=True, capture_output=True, text=True,
-                           timeout=COMPILER_TIMEOUT, cwd=folder)
+                           errors="replace", timeout=COMPILER_TIMEOUT, cwd=folder)
         except (OSError, subprocess.SubprocessError) as error:
             text = (getattr(error, "stderr", None) or str(error)).strip()
-            return Fact("C++ compiler", f"{' '.join(command)} fails: {text.partition(chr(10))[0]}", status, remedy)
+            return Fact("C++ compiler", f"{' '.join(command)} fails: {without_commands(text.partition(chr(10))[0])}", status, remedy)
     return Fact("C++ compiler", " ".join(command))
 
 

@@ -99,12 +99,12 @@ class _Checkpoint(Mapping):
             with safe_open(path, framework="pt") as file:  # checks the header against the file's size
                 self.metadata = file.metadata() or {}
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged, cut short or not a safetensors file ({echo(str(error))}). "
-                             "Download it again.") from error
+            raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
+                             f"({echo(str(error))}). Download it again.") from error
         header.pop("__metadata__", None)
         for key, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"Load INT8 Model: '{Path(path).name}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
+                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
                                  "which no model has.")
         self._start = 8 + size
         self._entries = header
@@ -156,7 +156,7 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
     if options.method == "smoothquant" or options.min_sqnr_db:
         raise ValueError("Load INT8 Model: smoothquant and min_sqnr_db look at the model's activations, which a loader has not seen. Use "
                          "Load Diffusion Model and INT8 Quantize Model, or set method to auto (convrot here) and min_sqnr_db to 0.")
-    name = Path(path).name
+    name = echo(Path(path).name)
     if not path.endswith((".safetensors", ".sft")):
         raise ValueError(f"Load INT8 Model: '{name}' is not a safetensors file. Use Load Diffusion Model and INT8 Quantize Model.")
     checkpoint = _Checkpoint(path)
@@ -278,12 +278,12 @@ def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, on_prog
             done += 1
             tensor = checkpoint.read(key, memory)
             if tensor.dtype not in FLOATS:
-                raise ValueError(f"Load INT8 Model: layer '{layer}' of '{name}' is quantized already ({tensor.dtype}). "
+                raise ValueError(f"Load INT8 Model: layer '{echo(layer)}' of '{name}' is quantized already ({tensor.dtype}). "
                                  "Load the bf16, fp16 or fp32 file.")
             try:
                 qweight, scale, group = quantize_weight(tensor.to(device), options.method != "rowwise")
             except ValueError as error:
-                raise ValueError(f"Load INT8 Model: layer '{layer}' of '{name}': {error}. The file is damaged.") from error
+                raise ValueError(f"Load INT8 Model: layer '{echo(layer)}' of '{name}': {error}. The file is damaged.") from error
             conf = {"format": QUANT_FORMAT, **({"convrot": True, "convrot_groupsize": group} if group else {})}
             state[below], state[f"{below}_scale"] = qweight.cpu(), scale.cpu()
             state[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)

@@ -13,6 +13,7 @@ from typing import Any
 import folder_paths
 from safetensors import SafetensorError, safe_open
 
+from ...int8.echo import echo
 from ...int8.options import Int8Options
 from ...int8.report import ProgressCallback, no_progress
 from ..modes.apply import apply_modes, parse_modes, updated
@@ -108,10 +109,10 @@ def recorded(patcher):
             check_chain(PATCHER_MODES, state.names)
             agrees = _recorded_layers(state) == _recorded_layers(derived)
         except ApplyModeError as error:
-            raise ModeRecordError(f"{path.name}: {error} To use the file without its record of modes, connect Load Diffusion Model, and "
-                                  "INT8 Quantize Model for this pack's kernels.") from error
+            raise ModeRecordError(f"{echo(path.name)}: {error} To use the file without its record of modes, connect Load Diffusion "
+                                  "Model, and INT8 Quantize Model for this pack's kernels.") from error
         if not agrees:
-            logger.warning("%s: its record of modes does not agree with its INT8 layers. The layers hold: %s.", path.name,
+            logger.warning("%s: its record of modes does not agree with its INT8 layers. The layers hold: %s.", echo(path.name),
                            ", ".join(derived.names))
             state = derived
     return replay(patcher, state, PATCHER_MODES)

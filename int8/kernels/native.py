@@ -13,6 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from ..echo import without_commands
 from ..files.folders import make_folder
 from ..files.owners import CacheError
 from ..files.private_load import load_privately
@@ -71,7 +72,8 @@ def _build_in(place: Path, compiler: str, openmp: str | None) -> bytes:
         compile_ = [compiler, "-c", *FLAGS, native, *(["-fopenmp"] if openmp else []), str(SOURCE), "-o", str(built)]
         link = [compiler, "-shared", str(built), *([openmp] if openmp else []), "-o", str(linked)]
         for command in (compile_, link):  # the compiler's own temporary files go with the folder
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "TMPDIR": str(folder)})
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
+                           env={**os.environ, "TMPDIR": str(folder)})
         return linked.read_bytes()
 
 
@@ -112,13 +114,14 @@ def _load() -> ctypes.CDLL | None:
         return None
     openmp = _openmp_of_torch()
     try:
-        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=TIMEOUT, text=True,
+                                 errors="replace").stdout
         name = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(openmp), *FLAGS)).encode()).hexdigest()[:20]
         content = _kept_or_built(compiler, openmp, name)
         library = load_privately({"kernel.so": content}, lambda folder: ctypes.CDLL(str(folder / "kernel.so")),
                                            cache_folder() / "native", lasting=False)
     except (OSError, CacheError, subprocess.SubprocessError) as error:
-        cause = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        cause = without_commands((getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0])
         logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
         return None
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

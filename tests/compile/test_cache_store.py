@@ -205,6 +205,16 @@ def test_a_damaged_file_is_not_served_warned_of_once_and_made_anew(home, store, 
     assert len(warnings()) == 1
 
 
+@pytest.mark.parametrize("above", [1, 2])
+def test_a_file_in_the_place_of_a_folder_is_put_aside(store, above):
+    folder = put(store).parents[above - 1]
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    assert served(store) == []
+    put(store)
+    assert len(served(store)) == 1
+
+
 @pytest.mark.parametrize("content", [
     b"[]", b"null", b"{}", b'{"body": {}, "hmac": 3}', b'{"body": {"files": {}}, "hmac": "\xc3\xa4"}', b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_that_is_something_else_is_not_served(store, warnings, content):

@@ -139,6 +139,22 @@ def test_without_a_compiler_torch_quantizes_and_one_warning_says_so(monkeypatch,
     assert caplog.text.count("could not build the CPU kernels") == 1
 
 
+@pytest.mark.parametrize("body", ["printf '\\377 broken' >&2; exit 1", "kill -9 $$", "[ $1 = --version ] && printf '\\377'; exit 0"],
+                         ids=["no UTF-8", "killed", "version"])
+def test_a_compiler_of_any_kind_is_no_error_and_its_command_is_not_told(tmp_path, monkeypatch, caplog, body):
+    compiler = tmp_path / "odd-cxx"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\n{body}\n" if "version" not in body else f"#!/bin/sh\n{body}\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    native._load.cache_clear()
+    try:
+        assert native.library() is None
+    finally:
+        native._load.cache_clear()
+    assert "could not build the CPU kernels" in caplog.text and "-std=c++17" not in caplog.text
+
+
 def test_not_a_number_stays_one():
     x = torch.randn(4, 64)
     x[1, 7], x[2, 9] = float("nan"), float("inf")

@@ -277,4 +277,49 @@ def test_a_long_name_of_a_file_is_refused_before_anything_is_done(comfy):
 
 
 def test_text_for_a_console_holds_nothing_that_it_cannot_write_or_obeys():
+    assert writable("a\u202eb\u2028c") == "a\\u202eb\\u2028c" and writable("a\nb", lines=False) == "a\\nb"
     assert writable("a\n\t\ud800\x1b[2J\x9bJé\U0001F600\0") == "a\n\t\\ud800\\x1b[2J\\x9bJé\U0001F600\\x00"
+
+
+def test_an_error_before_ours_forges_no_line_of_the_console(comfy):
+    """What a file holds is in it: the type of a tensor, say."""
+    from comfy_api.latest import io
+    from int8_compile.nodes.edge import for_clients
+
+    class Node(io.ComfyNode):
+        @classmethod
+        def execute(cls, value):
+            try:
+                raise RuntimeError("of type x\n[ERROR] forged")
+            except RuntimeError as error:
+                raise ValueError("of many\nlines") from error
+
+    with pytest.raises(ValueError, match="of many\nlines") as raised:
+        for_clients(Node).execute(value=1)
+    assert str(raised.value.__cause__) == "of type x\\n[ERROR] forged"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08" + b"\0" * 7 + b"{}      "], ids=["damaged", "no model"])
+def test_the_name_of_a_file_forges_no_line_of_the_console(comfy, tmp_path, caplog, content):
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
+    from int8_compile.int8.options import Int8Options
+
+    path = tmp_path / "a\n[ERROR] forged\x1b[2J\u202e.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Load INT8 Model") as raised:
+        load_int8_model(str(path), Int8Options())
+    assert str(raised.value).isprintable() and "forged" not in caplog.text
+
+
+def test_the_check_names_no_folder_to_a_client(comfy, monkeypatch, tmp_path):
+    import shutil
+
+    from int8_compile.nodes.check import INT8CompileCheck
+
+    (tmp_path / "cxx").write_text(f"#!/bin/sh\necho {tmp_path}/x.cpp:1: error >&2; exit 1\n")
+    (tmp_path / "cxx").chmod(0o700)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    assert shutil.which(str(tmp_path / "cxx"))
+    text, numbers, *_ = INT8CompileCheck.execute("quick").result
+    for shown in (text, numbers):
+        assert "cxx fails: x.cpp:1: error" in shown and str(tmp_path) not in shown and "include/python" not in shown
