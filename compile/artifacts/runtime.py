@@ -250,7 +250,8 @@ class RegionArtifacts:
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call, other_batch: bool):
-        asked = call.structure, *[(leaf.dtype, leaf.shape) for leaf in call.leaves], *map(frozenset, call.options)
+        patched = any("forward" in vars(module) for module in block.modules())
+        asked = call.structure, patched, *[(leaf.dtype, leaf.shape) for leaf in call.leaves], *map(frozenset, call.options)
         if asked in self._asked:
             return
         if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
@@ -266,8 +267,14 @@ class RegionArtifacts:
         if len(self._requested) >= MAX_SIGNATURES:
             self._refuse(f"it is called in more than {MAX_SIGNATURES} ways")
             return
-        job = job_of(self._name, block, call, self._device, lambda leaf: dynamic_dims_of_rank(leaf.dim()) if self._dynamic else (),
-                     self._config)
+        try:
+            job = job_of(self._name, block, call, self._device, lambda leaf: dynamic_dims_of_rank(leaf.dim()) if self._dynamic else (),
+                         self._config)
+        except Unsupported as error:
+            if not patched:
+                raise
+            self._note("not used", self._name, f"{error}, on account of a method that was put on one of its layers (a bypass LoRA?)")
+            return
         entry = cache_key.entry_name(job)
         if entry in self._requested and entry in self._seen and job.any_batch and other_batch:
             entry = cache_key.entry_name(job, "one" if job.batch == 1 else "many")

@@ -83,6 +83,7 @@ USES = (
     # compile/comfyui/bypass_lora.py: which layers it takes hold of.
     Use("comfy.weight_adapter.BypassInjectionManager.create_injections", BYPASS, "0.38.1", parameters=("self", "model"), since="0.33.0"),
     Use("comfy.weight_adapter.bypass.BypassForwardHook.inject", BYPASS, "0.38.1", 1, since="0.33.0"),
+    Use("comfy.weight_adapter.bypass.BypassForwardHook.eject", BYPASS, "0.38.1", 1, since="0.33.0"),
     # compile/comfyui/compile_model.py: around a model's call, and what tells a failure of compile from the model's own.
     Use("comfy.patcher_extension.WrappersMP.APPLY_MODEL", COMPILE, "0.38.1"),
     Use("comfy.model_base.BaseModel.apply_model", COMPILE, "0.38.1", parameters=(

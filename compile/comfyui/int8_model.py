@@ -22,7 +22,7 @@ from ...int8.quantize import drop_kept, eligible_linears
 from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
-from .bypass_lora import patch_bypass_loras
+from .bypass_lora import patch_bypass_loras, state_without_bypass
 from .foreign_layers import is_of_a_pack
 from .int8_layer import (
     _LAYERS,
@@ -192,7 +192,7 @@ def own_weights(patcher, clone) -> None:
 def _copy_of_layer(patcher, name: str, layer: torch.nn.Module) -> torch.nn.Module:
     """layer, which patcher has in the place name, as it is when nobody has loaded or patched it."""
     copy = object.__new__(type(layer))
-    copy.__dict__ = {key: value for key, value in vars(layer).items() if not _NOTES_OF_A_LOAD.match(key)}
+    copy.__dict__ = {key: value for key, value in state_without_bypass(layer).items() if not _NOTES_OF_A_LOAD.match(key)}
     copy._parameters, copy._buffers = {}, dict(layer._buffers)
     copy.weight_function, copy.bias_function = [], []
     is_loaded = comfy.utils.get_attr(patcher.model, name) is layer
@@ -275,7 +275,7 @@ def adopt_native_layers(patcher, kernel: str):
             continue
         _check_layer(name, layer)
         ours: Any = object.__new__(_linear_class(compute_dtype, is_encoder(patcher)))
-        ours.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+        ours.__dict__ = {**state_without_bypass(layer), "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
         if is_encoder(patcher):  # core makes it so of every text encoder, whatever its file says
             ours.is_full_precision = bool(getattr(layer, "_full_precision_mm_config", False)) or not can_multiply_int8(patcher.load_device)

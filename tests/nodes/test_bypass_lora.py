@@ -66,3 +66,86 @@ def test_another_strength_and_compile(flux, nodes, sample, bypass):
         assert difference(sample(bypass(compiled, strength=strength)), image) < 1e-3
         assert difference(sample(nodes.CompileModel(bypass(int8, strength=strength), **CHEAP)), image) < 1e-3
     assert torch.equal(sample(int8), plain)
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["on", "taken off"])
+def test_int8_layers_of_a_file_have_nothing_of_a_bypass_lora_that_was_on_it(flux, nodes, comfy, sample, bypass, lora, tmp_path, is_on):
+    """They take the place of core's, and get what those hold."""
+    from int8_compile.compile.comfyui.int8_checkpoint import save_int8_model
+
+    save_int8_model(nodes.INT8QuantizeModel(flux, method="convrot"), tmp_path / "int8.safetensors")
+
+    def images(model, used):
+        if used:
+            sample(used)
+        ours = nodes.INT8QuantizeModel(model)
+        if used and not is_on:
+            sample(model)
+        return {"plain": sample(ours), "LoRA": sample(lora(ours, "tiny_flux_b")), "bypass": sample(bypass(ours)),
+                "before": sample(nodes.INT8QuantizeModel(used or bypass(model)))}
+
+    want = images(comfy.sd.load_diffusion_model(str(tmp_path / "int8.safetensors")), None)
+    assert min(difference(want["plain"], image) for name, image in want.items() if name != "plain") > 0.05
+    native = comfy.sd.load_diffusion_model(str(tmp_path / "int8.safetensors"))
+    for name, image in images(native, bypass(native)).items():
+        assert torch.equal(image, want[name]), name
+
+
+def test_an_int8_layer_without_compile_is_what_it_was_once_a_bypass_lora_is_off(wan, nodes, sample, bypass):
+    int8 = nodes.INT8QuantizeModel(wan, method="convrot")
+    want = sample(int8)
+    sample(bypass(int8, "tiny_wan_a"))
+    assert torch.equal(sample(int8), want)
+    assert not any("forward" in vars(layer) for layer in wan.model.modules())
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "INT8"])
+def test_a_clone_with_a_model_of_its_own_has_bypass_loras_of_its_own(flux, nodes, sample, bypass, lora, int8):
+    """As where INT8 Lazy Torch Compile turns dynamic VRAM off, and on several GPUs."""
+    if not hasattr(flux, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no models of several GPUs")
+    model = nodes.INT8QuantizeModel(flux, method="convrot") if int8 else flux
+    branches = {"plain": model, "bypass": bypass(model), "LoRA": lora(model, "tiny_flux_b")}
+    want = {name: sample(branch) for name, branch in branches.items()}
+    assert difference(want["bypass"], want["plain"]) > 0.05
+    sample(branches["bypass"])  # is on while the other model is made
+    other = {name: branch.clone(model_override=model.deepclone_multigpu().get_clone_model_override())
+             for name, branch in branches.items()}
+    for name in ("plain", "bypass", "LoRA", "bypass", "plain"):
+        assert difference(sample(other[name]), want[name]) < 1e-6, name
+        assert torch.equal(sample(branches[name]), want[name]), name
+    sample(branches["bypass"])
+    assert difference(sample(other["bypass"]), want["bypass"]) < 1e-6
+
+
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["tiny_flux", "tiny_wan"])
+def test_another_strength_compiles_nothing(load, nodes, sample, bypass, name):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    model, graphs = load(name), []
+    for strength in (1.0, -0.5, 0.3, 1.0):
+        patched = bypass(model, f"{name}_a", strength)
+        compiled = nodes.CompileModel(patched, **CHEAP)
+        assert torch.equal(sample(compiled), sample(patched))
+        graphs.append(reports(compiled)[0].graphs)
+    assert graphs == graphs[:1] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, dtype):
+    from comfy.weight_adapter import BypassInjectionManager, LoRAAdapter
+
+    net, x = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=dtype)), torch.randn(3, 5, 24, dtype=dtype)
+    for strength in (0.3, -1.7, 0.0, 1):
+        adapter = LoRAAdapter(set(), (torch.randn(40, 4), torch.randn(4, 24), 3.0, None, None, None))
+        manager = BypassInjectionManager()
+        manager.add_adapter("0", adapter, strength=strength)
+        (injection,) = manager.create_injections(net)
+        adapter.weights = tuple(w.to(dtype) if isinstance(w, torch.Tensor) else w for w in adapter.weights)
+        want = net[0](x) + adapter.h(x, None)
+        patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
+        injection.inject(patcher)
+        assert torch.equal(net(x), want) and adapter.multiplier == strength
+        injection.eject(patcher)
+        assert "forward" not in vars(net[0])
