@@ -13,8 +13,27 @@ const MARGIN = 6; // px around the text in the classic renderer
 const MAX_LINES = 14; // longer texts scroll
 const HISTORY = 50; // prompts that are looked through for a report after a reload
 
+let rules = []; // [pattern of a line, what is said for it], see translated
+
 const doing = new Map(); // node -> { text, since }
 const warned = new Set();
+
+// A report in the user's language. $1 of what is said for a line is what the pattern's first group says, translated in turn.
+function translated(line) {
+    for (const [pattern, words] of rules) {
+        const found = pattern.exec(line);
+        if (found) return words.replace(/\$(\d)/g, (_, group) => translated(found[group] ?? ""));
+    }
+    return line;
+}
+
+const inUsersLanguage = (text) => text.split("\n").map(translated).join("\n");
+
+async function loadRules() {
+    if (app.extensionManager.setting?.get("Comfy.Locale") !== "zh") return;
+    const response = await fetch(new URL("./reports.zh.json", import.meta.url));
+    if (response.ok) rules = (await response.json()).map(([pattern, words]) => [new RegExp(`^${pattern}$`), words]);
+}
 
 function textWidget(node) {
     const known = node.widgets?.find((widget) => widget.name === WIDGET);
@@ -26,7 +45,7 @@ function textWidget(node) {
     const body = element.appendChild(document.createElement("div"));
     const more = element.appendChild(document.createElement("details"));
     more.hidden = true;
-    more.innerHTML = `<summary style="cursor: pointer; opacity: 0.8">Details</summary><div></div>`;
+    more.innerHTML = `<summary style="cursor: pointer; opacity: 0.8">${translated("Details")}</summary><div></div>`;
     const details = more.lastElementChild;
     const lines = (text) => {
         const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
@@ -73,10 +92,10 @@ function show(node, text, details = "") {
 function showStatus(node) {
     const work = doing.get(node);
     const seconds = work ? Math.floor((Date.now() - work.since) / 1000) : 0;
-    if (work) return show(node, work.text + (seconds ? `, ${seconds} s` : ""));
+    if (work) return show(node, inUsersLanguage(work.text + (seconds ? `, ${seconds} s` : "")));
     const { short = "", text = "" } = node.int8CompileReport ?? {};
     const above = short.split("\n");
-    show(node, short, text.split("\n").filter((line) => !above.includes(line)).join("\n"));
+    show(node, inUsersLanguage(short), inUsersLanguage(text.split("\n").filter((line) => !above.includes(line)).join("\n")));
 }
 
 // id: of the prompt, "5:3" for node 3 in subgraph 5.
@@ -103,7 +122,7 @@ function receive(id, entry) {
     else if (doing.get(node)?.text !== entry.doing) doing.set(node, { text: entry.doing, since: Date.now() });
     showStatus(node);
     for (const warning of entry.warnings ?? []) {
-        if (!warned.has(warning)) toast("warn", node.title, warning);
+        if (!warned.has(warning)) toast("warn", node.title, inUsersLanguage(warning));
         warned.add(warning);
     }
 }
@@ -139,7 +158,7 @@ function openReport(title, text, pictures) {
     dialog.style.cssText = `width: min(60rem, 92vw); max-height: 88vh; margin: auto; padding: 16px; border: 1px solid var(--border-color);
         border-radius: 8px; background: var(--comfy-menu-bg); color: var(--input-text); overflow: auto;`;
     dialog.innerHTML = `<form method="dialog" style="display: flex; justify-content: space-between; align-items: center; font: bold 16px sans-serif">
-        <span></span><button style="padding: 6px 14px; border: 1px solid; border-radius: 6px; cursor: pointer">Close</button></form>
+        <span></span><button style="padding: 6px 14px; border: 1px solid; border-radius: 6px; cursor: pointer">${translated("Close")}</button></form>
         <pre style="white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; font: 12px/1.4 monospace"></pre>`;
     dialog.querySelector("span").textContent = title;
     dialog.querySelector("pre").textContent = text;
@@ -156,7 +175,7 @@ function openReport(title, text, pictures) {
 // Runs a node that needs no input but its defaults; tell(title, text, pictures) shows what it says.
 async function runNode(type, title, tell = (title, text) => toast("info", title, text)) {
     const definition = (await api.getNodeDefs())[type];
-    if (!definition) return toast("warn", title, `This version of INT8 Compile has no node ${type}.`);
+    if (!definition) return toast("warn", title, translated(`This version of INT8 Compile has no node ${type}.`));
     const inputs = {};
     for (const [name, [kind, options]] of Object.entries(definition.input.required ?? {})) {
         inputs[name] = options?.default ?? (Array.isArray(kind) ? kind[0] : options?.options?.[0]);
@@ -175,7 +194,7 @@ async function runNode(type, title, tell = (title, text) => toast("info", title,
     const failed = ({ detail }) => {
         if (detail.node_id !== id) return;
         stop();
-        toast("error", title, detail.exception_message ?? "Interrupted.");
+        toast("error", title, detail.exception_message ?? translated("Interrupted."));
     };
     api.addEventListener("executed", done);
     api.addEventListener("execution_error", failed);
@@ -189,15 +208,16 @@ async function runNode(type, title, tell = (title, text) => toast("info", title,
 }
 
 function runCheck() {
-    toast("info", "INT8 Compile Check", "Measuring: some seconds, after what is queued.");
-    return runNode(CHECK, "INT8 Compile Check", openReport);
+    const title = translated("INT8 Compile Check");
+    toast("info", title, translated("Measuring: some seconds, after what is queued."));
+    return runNode(CHECK, title, openReport);
 }
 
 app.registerExtension({
     name: "int8_compile",
     commands: [
         { id: "INT8Compile.ClearCache", label: "INT8 Compile: Clear compile cache", icon: "pi pi-trash",
-          function: () => runNode("ClearCompileCache", "Clear compile cache") },
+          function: () => runNode("ClearCompileCache", translated("Clear compile cache")) },
         { id: "INT8Compile.Check", label: "INT8 Compile: Run check", icon: "pi pi-gauge",
           function: runCheck },
     ],
@@ -211,7 +231,7 @@ app.registerExtension({
           options: ["first", "always", "off"], category: ["INT8 Compile", "Checks", "Verify"],
           tooltip: "first: at the first run, at each new size and now and then; always: every block at every step, slow. For models compiled from now on." },
     ],
-    setup() {
+    async setup() {
         api.addEventListener(EVENT, ({ detail }) => receive(detail.node, detail));
         api.addEventListener("executed", ({ detail }) => receive(detail.display_node ?? detail.node, reportOf(detail.output)));
         for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
@@ -222,6 +242,7 @@ app.registerExtension({
             });
         }
         setInterval(() => [...doing.keys()].forEach(showStatus), 1000);
+        await loadRules();
     },
     afterConfigureGraph: restore,
     beforeRegisterNodeDef(nodeType, nodeData) {
