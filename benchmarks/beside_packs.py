@@ -75,13 +75,13 @@ def nodes_of(server: ComfyServer, pack: str) -> dict[str, dict]:
         required = info["input"].get("required", {})
         if [spec[0] for spec in required.values()].count("MODEL") != 1 or required.get("model", [""])[0] != "MODEL":
             continue
-        inputs = {key: value for key, spec in required.items() if key != "model" and (value := _default(spec)) is not None}
+        inputs = {key: value for key, spec in required.items() if key != "model" and (value := default_of(spec)) is not None}
         if inputs.keys() == required.keys() - {"model"}:
             found[name] = inputs
     return found
 
 
-def _default(spec: list):
+def default_of(spec: list):
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
     choices = kind if isinstance(kind, list) else options.get("options", [])
     if isinstance(kind, list) or kind == "COMBO":
