@@ -14,7 +14,8 @@ _PATH = re.compile(r"""(?:(?<![\w/.~-])|(?<=\s-[A-Za-z])|(?<=file://))(?:~?/(?:[
 # But for line ends and tabs; and what turns the order of a line's characters round, or ends it.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 # As inductor writes it before the compiler's output, and as subprocess does.
-_COMMAND = re.compile(r"Command:\s.*?(?=Output:|\Z)|(?<=Command )'?\[.*?\](?:'|(?= ))", re.DOTALL)
+_COMMAND = re.compile(r"Command:\s.*?(?=Output:|\Z)|(?<=Command )'?\[.{,8000}?\](?:'|(?= ))", re.DOTALL)
+_MAX_OUTPUT = 20_000  # characters of a compiler's that are looked at
 
 
 def echo(value, limit: int = MAX_CHARACTERS) -> str:
@@ -37,8 +38,8 @@ def writable(text: str, lines: bool = True) -> str:
 
 
 def without_commands(text: str) -> str:
-    """text without compilers' command lines."""
-    return _COMMAND.sub("", text)
+    """The beginning of text, without compilers' command lines."""
+    return _COMMAND.sub("", text[:_MAX_OUTPUT])
 
 
 def without_folders(text: str, known: Sequence[str] = ()) -> str:

@@ -63,8 +63,12 @@ class _Hooks:
                     # A number would be a constant of compiled blocks, of which each strength would compile another.
                     own.adapter.multiplier = torch.tensor(float(hook.multiplier), dtype=torch.float64)
                 placed.append(own)
-        for hook in placed:
-            hook.inject()
+        try:
+            for hook in placed:
+                hook.inject()
+        except BaseException:  # no memory for its weights
+            self.eject(patcher)
+            raise
 
     def eject(self, patcher) -> None:
         for hook in self._on.pop(patcher.model, ()):

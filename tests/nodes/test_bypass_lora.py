@@ -149,3 +149,22 @@ def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, 
         assert torch.equal(net(x), want) and adapter.multiplier == strength
         injection.eject(patcher)
         assert "forward" not in vars(net[0])
+
+
+def test_where_its_weights_find_no_memory_the_model_is_as_it_was(flux, sample, bypass, monkeypatch):
+    from comfy.weight_adapter.bypass import BypassForwardHook
+
+    plain, patched = sample(flux), bypass(flux)
+    want, move, left = sample(patched), BypassForwardHook._move_adapter_weights_to_device, [3]
+
+    def no_memory(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("no room")
+        return move(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(BypassForwardHook, "_move_adapter_weights_to_device", no_memory)
+        sample(flux)
+        with pytest.raises(torch.OutOfMemoryError):
+            sample(patched)
+    assert torch.equal(sample(flux), plain) and torch.equal(sample(patched), want)

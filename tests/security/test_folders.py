@@ -12,7 +12,7 @@ import pytest
 from int8_compile.compile.artifacts import trusted_bundles
 from int8_compile.compile.artifacts.bundle import read_bundle, save_bundle
 from int8_compile.compile.artifacts.store import CacheError, CacheStore
-from int8_compile.int8.echo import MAX_CHARACTERS, echo, without_folders, writable
+from int8_compile.int8.echo import MAX_CHARACTERS, echo, without_commands, without_folders, writable
 
 REPO = Path(__file__).resolve().parents[2]
 DIGEST = "0123456789abcdef" * 4
@@ -323,3 +323,10 @@ def test_the_check_names_no_folder_to_a_client(comfy, monkeypatch, tmp_path):
     text, numbers, *_ = INT8CompileCheck.execute("quick").result
     for shown in (text, numbers):
         assert "cxx fails: x.cpp:1: error" in shown and str(tmp_path) not in shown and "include/python" not in shown
+
+
+@pytest.mark.parametrize("text", ["Command '[" * 100_000, "Command: " * 100_000, "Command:\n" + "x" * 1_000_000, "Command '[a]' " * 50_000])
+def test_long_output_of_a_compiler_is_looked_at_at_once(text):
+    start = time.monotonic()
+    assert len(without_commands(text)) <= 20_000
+    assert time.monotonic() - start < 1
