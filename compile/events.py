@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from ..int8.echo import without_commands
 from .report import NOT_KEPT, CompileReport, first_lines, remedy
 from .torch_compiler import CompileScope, RegionCode
 from .verification.quantization import QuantizationError
@@ -106,7 +105,8 @@ class Events:
         """Of the artifacts of the region called name; from the builder's thread too. event: loaded, building, ended (built or
         not), built, refused, not used."""
         report = self.report
-        detail = known + first_lines(detail, 1) if (known := remedy(detail)) else without_commands(detail)
+        known = remedy(detail)
+        detail = known + first_lines(detail, 1 if known else 4)
         text = f"{name} {detail}" if event in ("loaded", "building", "ended", "built") else f"{name}: {detail}"
         if event == "ended":
             report.building = [building for building in report.building if building != text]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from ..int8.echo import without_commands
+from ..int8.echo import without_commands, writable
 from .gain import Gain
 
 # Part of the cause -> what the user can do about it.
@@ -220,8 +220,8 @@ def on_compile(begins: Callable):
 
 
 def first_lines(text: str, lines: int = 4) -> str:
-    """Of what ended a compile, without the compiler's command line."""
-    return " | ".join(line.strip() for line in without_commands(text).splitlines() if line.strip()).strip()[:200 * lines]
+    """Of what ended a compile, in one line, without the compiler's command line; as a console can show it."""
+    return writable(" | ".join(line.strip() for line in without_commands(text).splitlines() if line.strip()).strip()[:200 * lines])
 
 
 def remedy(cause: str) -> str:

@@ -13,8 +13,9 @@ _PATH = re.compile(r"""(?:(?<![\w/.~-])|(?<=\s-[A-Za-z])|(?<=file://))(?:~?/(?:[
 
 # But for line ends and tabs; and what turns the order of a line's characters round, or ends it.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-# As inductor writes it before the compiler's output, and as subprocess does.
-_COMMAND = re.compile(r"Command:\s.*?(?=Output:|\Z)|(?<=Command )'?\[.{,8000}?\](?:'|(?= ))", re.DOTALL)
+# As inductor and Triton write it, and as subprocess does.
+_COMMAND = re.compile(r"^Command:\s.*?(?=^Output:|\Z)|^Repro command:[^\n]*|(?<=Command )'.{,8000}?'(?= (?:returned|died|timed out))",
+                      re.DOTALL | re.MULTILINE)
 _MAX_OUTPUT = 20_000  # characters of a compiler's that are looked at
 
 

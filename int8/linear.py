@@ -136,11 +136,11 @@ class Int8Linear(torch.nn.Module):
                 if group and self.in_features % group:
                     raise ValueError(f"its rotation group of {group} does not divide {self.in_features} channels")
             except ValueError as error:
-                error_msgs.append(f"layer '{prefix[:-1]}': {error}.")
+                error_msgs.append(f"layer '{echo(prefix[:-1])}': {error}.")
                 return
             if group != self.group:
                 logger.warning("layer '%s' is rotated in groups of %d by its own entry in the file, of %d by the record of modes: "
-                               "the entry holds.", prefix[:-1], group, self.group)
+                               "the entry holds.", echo(prefix[:-1]), group, self.group)
             # ComfyUI's JSON may be spelled otherwise than ours, so its length may differ.
             self.group, self.comfy_quant = group, torch.empty_like(found, device=self.comfy_quant.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

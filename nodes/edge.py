@@ -57,7 +57,7 @@ def _clean(error: Exception) -> None:
         kind.__module__ = kind.__module__.replace(PACKAGE, NAME, 1)
     error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
     if str(error) != before:
-        logger.error("%s", before)
+        logger.error("%s", writable(before, lines=False))
 
 
 def _make_writable(error: BaseException) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...int8.echo import writable
 from ...int8.files.folders import is_reserved
 from ...int8.global_hooks import has_global_hooks
 from ...int8.kernels.native import cache_folder
@@ -161,7 +162,7 @@ class CachedMethod:
             self._store.set_aside(entry.folder, str(error))
             return None
         except (RuntimeError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # of this process or this machine now
-            logger.warning("compile cache: %s cannot be loaded: %s", entry.folder.name, str(error).partition("\n")[0])
+            logger.warning("compile cache: %s cannot be loaded: %s", entry.folder.name, writable(str(error).partition("\n")[0]))
             return None
         self._store.touch(entry)
         self._groups[place].append(known)
@@ -213,7 +214,7 @@ class CachedMethod:
                 warmup.require_own_cache()
             result, self.tier = self._jit(*args, **kwargs), "fx"
         except (torch._dynamo.exc.TorchDynamoException, CacheError) as error:
-            logger.warning("compile cache: %s runs uncompiled: %s", self.method.__qualname__, str(error).partition("\n")[0])
+            logger.warning("compile cache: %s runs uncompiled: %s", self.method.__qualname__, writable(str(error).partition("\n")[0]))
             self._jit = self.method
             result, self.tier = self.method(*args, **kwargs), "eager"
         return result

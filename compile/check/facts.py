@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ...int8.echo import without_commands
+from ...int8.echo import without_commands, writable
 from ...int8.kernels import autotune, native, seen_right
 from ...int8.kernels.with_triton import TRITON_MIN_CAPABILITY, triton_unavailable
 
@@ -121,8 +121,8 @@ def compiler_fact(device: torch.device) -> Fact:
             subprocess.run([*command, "/c" if command[0] == "cl" else "-c", str(source)], check=True, capture_output=True, text=True,
                            errors="replace", timeout=COMPILER_TIMEOUT, cwd=folder)
         except (OSError, subprocess.SubprocessError) as error:
-            text = (getattr(error, "stderr", None) or str(error)).strip()
-            return Fact("C++ compiler", f"{' '.join(command)} fails: {without_commands(text.partition(chr(10))[0])}", status, remedy)
+            text = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+            return Fact("C++ compiler", f"{' '.join(command)} fails: {writable(without_commands(text))}", status, remedy)
     return Fact("C++ compiler", " ".join(command))
 
 

@@ -7,11 +7,11 @@ looks like another pack's, and would be another layer's in a copy.
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import types
 import weakref
+from collections.abc import Callable
 
 import comfy.utils
 import torch
@@ -34,47 +34,83 @@ def patch_bypass_loras() -> None:
 
     @functools.wraps(create)
     def create_injections(self, model: torch.nn.Module):
-        injections, names = create(self, model), {id(layer): name for name, layer in model.named_modules()}
-        hooks = _Hooks([(hook, names[id(hook.module)]) for hook in self.hooks if id(hook.module) in names])
+        injections = create(self, model)
+        places = self.__dict__.setdefault("int8_compile_places", _Places(self.hooks))
+        places.were_made_for(model)
         for injection in injections:
-            injection.inject, injection.eject = hooks.inject, hooks.eject
+            injection.inject, injection.eject = places.inject, places.eject
         return injections
 
     BypassInjectionManager.create_injections = create_injections
 
 
-class _Hooks:
-    """Of one bypass LoRA: core's hooks and the names of their layers; on which models they are, each with hooks of its own."""
+class _Places:
+    """Where the hooks of one manager are: these themselves on the model that they were made for, copies of them on any other that has such
+    layers. What else core's allow stays: hooks that somebody else puts on or takes off, changed adapters, no patcher."""
 
     def __init__(self, hooks: list):
-        self._hooks = hooks
-        self._on: weakref.WeakKeyDictionary[torch.nn.Module, list] = weakref.WeakKeyDictionary()
+        self._hooks = hooks  # the manager's list, which core fills anew
+        self._names: dict[int, str] = {}  # id of a hook -> its layer
+        self._root: Callable[[], torch.nn.Module | None] = lambda: None
+        self._copies: weakref.WeakKeyDictionary[torch.nn.Module, list] = weakref.WeakKeyDictionary()
+
+    def were_made_for(self, root: torch.nn.Module) -> None:
+        names = {id(layer): name for name, layer in root.named_modules()}
+        self._names = {id(hook): names[id(hook.module)] for hook in self._hooks if id(hook.module) in names}
+        self._root = weakref.ref(root)
 
     def inject(self, patcher) -> None:
-        if patcher.model in self._on:
-            return
-        placed = self._on[patcher.model] = []
-        for hook, name in self._hooks:
-            with contextlib.suppress(AttributeError):  # a patcher of another model than it was made for
-                own = copy.copy(hook)
-                own.module, own.original_forward = comfy.utils.get_attr(patcher.model, name), None
-                if type(hook.adapter) is LoRAAdapter:
-                    own.adapter = copy.copy(hook.adapter)
-                    # A number would be a constant of compiled blocks, of which each strength would compile another.
-                    own.adapter.multiplier = torch.tensor(float(hook.multiplier), dtype=torch.float64)
-                placed.append(own)
         try:
-            for hook in placed:
+            for hook in self._of(patcher):
+                _vary_strength(hook.adapter)
                 hook.inject()
         except BaseException:  # no memory for its weights
             self.eject(patcher)
             raise
 
     def eject(self, patcher) -> None:
-        for hook in self._on.pop(patcher.model, ()):
+        for hook in self._of(patcher):
+            is_on = hook.original_forward is not None
             hook.eject()
-            if _is_own(hook.module, vars(hook.module).get("forward")):
+            if is_on and _is_own(hook.module, vars(hook.module).get("forward")):
                 del hook.module.forward
+        if (model := _model_of(patcher)) is not None:
+            self._copies.pop(model, None)
+
+    def _of(self, patcher) -> list:
+        """The hooks for patcher's model: those that are off, for the layers that it has now."""
+        model = _model_of(patcher)
+        layers = [self._layer(hook, model) for hook in self._hooks]
+        if model is not self._root() and any(layer is not None for layer in layers):
+            if model not in self._copies:
+                self._copies[model] = [_copy(hook, layer) for hook, layer in zip(self._hooks, layers) if layer is not None]
+            return self._copies[model]
+        for hook, layer in zip(self._hooks, layers):
+            if layer is not None and hook.original_forward is None:
+                hook.module = layer
+        return self._hooks
+
+    def _layer(self, hook, model: torch.nn.Module | None) -> torch.nn.Module | None:
+        try:
+            return comfy.utils.get_attr(model, self._names[id(hook)])
+        except (KeyError, AttributeError):
+            return None
+
+
+def _model_of(patcher) -> torch.nn.Module | None:
+    return getattr(patcher, "model", None)
+
+
+def _copy(hook, layer: torch.nn.Module):
+    own = copy.copy(hook)
+    own.module, own.original_forward = layer, None
+    return own
+
+
+def _vary_strength(adapter) -> None:
+    """A number would be a constant of compiled blocks, of which each strength would compile another."""
+    if type(adapter) is LoRAAdapter and type(adapter.multiplier) in (int, float) and not isinstance(adapter.weights[2], torch.Tensor):
+        adapter.multiplier = torch.tensor(float(adapter.multiplier), dtype=torch.float64)
 
 
 def _is_own(layer: torch.nn.Module, forward) -> bool:

@@ -16,6 +16,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 
 from ...int8.calibrate import LayerStats, collect
+from ...int8.echo import echo
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
@@ -267,7 +268,7 @@ def _look(guider, patchers, waiting: list[tuple[Quantizer, ModelPatcher]], noise
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
         logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked "
-                       "at while the image is made, and are INT8 from the next one on.", type(error).__name__, error)
+                       "at while the image is made, and are INT8 from the next one on.", type(error).__name__, echo(str(error)))
         return
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)

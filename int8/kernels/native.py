@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ..echo import without_commands
+from ..echo import without_commands, writable
 from ..files.folders import make_folder
 from ..files.owners import CacheError
 from ..files.private_load import load_privately
@@ -121,7 +121,7 @@ def _load() -> ctypes.CDLL | None:
         library = load_privately({"kernel.so": content}, lambda folder: ctypes.CDLL(str(folder / "kernel.so")),
                                            cache_folder() / "native", lasting=False)
     except (OSError, CacheError, subprocess.SubprocessError) as error:
-        cause = without_commands((getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0])
+        cause = writable(without_commands((getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]))
         logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
         return None
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

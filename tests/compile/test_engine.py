@@ -663,7 +663,11 @@ def test_of_what_the_builders_compiler_wrote_a_report_has_the_remedy_and_one_lin
 @pytest.mark.parametrize("cause, kept", [
     ("InductorError: CppCompileError: C++ compile error\n\nCommand:\nmycxx x.cpp -O3 -o /srv/x\n\nOutput:\nno room", "Output: | no room"),
     ("InductorError: CppCompileError: C++ compile error\n\nCommand:\nmycxx x.cpp -O3 -o /srv/x", "C++ compile error"),
-    ("CalledProcessError: Command '['gcc', 'a b/[1].c', '-O3']' returned non-zero exit status 1.", "returned non-zero exit status 1.")])
+    ("CalledProcessError: Command '['gcc', 'a b/[1].c', '-O3']' returned non-zero exit status 1.", "returned non-zero exit status 1."),
+    ("CalledProcessError: Command '['g++', 'a]', '-O3']' died with <Signals.SIGSEGV: 11>.", "died with <Signals.SIGSEGV: 11>."),
+    ("TimeoutExpired: Command 'g++ -O3 x.cpp' timed out after 3 seconds", "timed out after 3 seconds"),
+    ("PTXASError: PTXAS error: no room\nRepro command: ptxas -O3 x.ptx -o x.o\nmore", "PTXASError: PTXAS error: no room | more"),
+    ("RuntimeError: \x1b[2J\u202eno room. Command: x is not known -O2", "\\x1b[2J\\u202eno room. Command: x is not known")])
 def test_a_compilers_command_line_is_in_no_warning(cause, kept):
     (warning,) = CompileReport("Compile Model", failure=cause).warnings()
     assert kept in warning and "-O3" not in warning and "running uncompiled" in warning

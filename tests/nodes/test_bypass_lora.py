@@ -132,23 +132,73 @@ def test_another_strength_compiles_nothing(load, nodes, sample, bypass, name):
     assert graphs == graphs[:1] * 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, dtype):
+def linear(value: float = 0.7, dtype=torch.float32):
+    """(net of one layer, a patcher of it, LoRAAdapter for it, manager with it at the strength value)"""
+    import comfy.model_patcher
     from comfy.weight_adapter import BypassInjectionManager, LoRAAdapter
 
-    net, x = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=dtype)), torch.randn(3, 5, 24, dtype=dtype)
+    net = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=dtype))
+    adapter = LoRAAdapter(set(), (torch.randn(40, 4), torch.randn(4, 24), 3.0, None, None, None))
+    manager = BypassInjectionManager()
+    manager.add_adapter("0", adapter, strength=value)
+    return net, comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu")), adapter, manager
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, dtype):
+    x = torch.randn(3, 5, 24, dtype=dtype)
     for strength in (0.3, -1.7, 0.0, 1):
-        adapter = LoRAAdapter(set(), (torch.randn(40, 4), torch.randn(4, 24), 3.0, None, None, None))
-        manager = BypassInjectionManager()
-        manager.add_adapter("0", adapter, strength=strength)
+        net, patcher, adapter, manager = linear(strength, dtype)
         (injection,) = manager.create_injections(net)
-        adapter.weights = tuple(w.to(dtype) if isinstance(w, torch.Tensor) else w for w in adapter.weights)
+        assert adapter.multiplier == strength
         want = net[0](x) + adapter.h(x, None)
-        patcher = comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu"))
         injection.inject(patcher)
-        assert torch.equal(net(x), want) and adapter.multiplier == strength
+        assert torch.equal(net(x), want) and isinstance(adapter.multiplier, torch.Tensor)
         injection.eject(patcher)
         assert "forward" not in vars(net[0])
+
+
+def test_what_else_may_be_done_with_cores_hooks_may_be_done_still(comfy, bypass):
+    x = torch.randn(2, 24)
+    net, patcher, adapter, manager = linear()
+    plain = net(x)
+    (first,), (second,) = manager.create_injections(net), manager.create_injections(net)
+    for injection in (first, second):  # both act on the hooks that were made last
+        injection.inject(patcher)
+    once = net(x)
+    adapter.multiplier = 0.0
+    assert torch.equal(net(x), plain) and not torch.equal(once, plain)
+    adapter.multiplier = 0.7
+    torch.testing.assert_close(net(x), once)
+    adapter.weights = tuple(w * 0 if isinstance(w, torch.Tensor) else w for w in adapter.weights)
+    assert torch.equal(net(x), plain)
+    for injection in (first, second):
+        injection.eject(patcher)
+    assert "forward" not in vars(net[0]) and torch.equal(net(x), plain)
+
+    for other in (None, linear()[1].model[0]):  # no patcher, or one of something else: the model that they were made for
+        net, patcher, adapter, manager = linear()
+        (injection,) = manager.create_injections(net)
+        injection.inject(other)
+        assert "forward" in vars(net[0])
+        manager.hooks[0].eject()
+        injection.inject(patcher)
+        assert net[0].forward.__self__ is manager.hooks[0]
+        injection.eject(other)
+        assert "forward" not in vars(net[0])
+
+
+def test_a_layer_that_is_no_submodule_and_a_strength_for_each_channel(comfy, bypass):
+    net, patcher, _, manager = linear(torch.linspace(0, 1, 40))
+    hidden = torch.nn.Module()
+    hidden.layers = [net[0]]
+    manager.adapters = {"layers.0": manager.adapters["0"]}
+    (injection,) = manager.create_injections(hidden)
+    plain = net[0](torch.ones(1, 24))
+    injection.inject(patcher)
+    assert not torch.equal(net[0](torch.ones(1, 24)), plain)
+    injection.eject(patcher)
+    assert torch.equal(net[0](torch.ones(1, 24)), plain)
 
 
 def test_where_its_weights_find_no_memory_the_model_is_as_it_was(flux, sample, bypass, monkeypatch):
