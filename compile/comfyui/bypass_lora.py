@@ -54,6 +54,9 @@ class _Places:
         self._root: Callable[[], torch.nn.Module | None] = lambda: None
         self._copies: weakref.WeakKeyDictionary[torch.nn.Module, list] = weakref.WeakKeyDictionary()
 
+    def __deepcopy__(self, memo) -> _Places:
+        return self  # as core's functions are, which its methods stand for
+
     def were_made_for(self, root: torch.nn.Module) -> None:
         names = {id(layer): name for name, layer in root.named_modules()}
         self._names = {id(hook): names[id(hook.module)] for hook in self._hooks if id(hook.module) in names}

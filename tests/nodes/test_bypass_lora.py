@@ -1,6 +1,8 @@
 """ComfyUI's Load LoRA (Bypass) and INT8 layers: it takes hold of a model's layers when its node runs."""
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from toys import difference
@@ -175,6 +177,12 @@ def test_what_else_may_be_done_with_cores_hooks_may_be_done_still(comfy, bypass)
     for injection in (first, second):
         injection.eject(patcher)
     assert "forward" not in vars(net[0]) and torch.equal(net(x), plain)
+
+    net, patcher, adapter, manager = linear()
+    injections = manager.create_injections(net)
+    copy.deepcopy(injections)[0].inject(patcher)
+    assert torch.equal(net(x), net[0](x)) and net[0].forward.__self__ is manager.hooks[0]
+    injections[0].eject(patcher)
 
     for other in (None, linear()[1].model[0]):  # no patcher, or one of something else: the model that they were made for
         net, patcher, adapter, manager = linear()
