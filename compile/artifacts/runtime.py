@@ -250,12 +250,12 @@ class RegionArtifacts:
             self._note("loaded", self._name, entry.folder.name)
 
     def _request(self, block, call: Call, other_batch: bool):
+        if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
+            return  # code that was patched while this process ran may be put back
         patched = any("forward" in vars(module) for module in block.modules())
         asked = call.structure, patched, *[(leaf.dtype, leaf.shape) for leaf in call.leaves], *map(frozenset, call.options)
         if asked in self._asked:
             return
-        if self._refusal or any(not loaded.usable for loaded in self._loaded.get(call.structure, ())):
-            return  # code that was patched while this process ran may be put back
         self._asked.add(asked)
         others = any(loaded.artifact.is_for_other_numbers(call) for loaded in self._loaded.get(call.structure, ()))
         if others and self._numbers:

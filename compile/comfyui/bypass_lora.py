@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
 import weakref
 from collections.abc import Callable
 
 import comfy.utils
 import torch
 
+from ..torch_internals.block_tree import has_own_forward
 from . import core as comfy_core
 
 try:
@@ -75,7 +75,7 @@ class _Places:
         for hook in self._of(patcher):
             is_on = hook.original_forward is not None
             hook.eject()
-            if is_on and _is_own(hook.module, vars(hook.module).get("forward")):
+            if is_on and has_own_forward(vars(hook.module)):
                 del hook.module.forward
         if (model := _model_of(patcher)) is not None:
             self._copies.pop(model, None)
@@ -116,14 +116,10 @@ def _vary_strength(adapter) -> None:
         adapter.multiplier = torch.tensor(float(adapter.multiplier), dtype=torch.float64)
 
 
-def _is_own(layer: torch.nn.Module, forward) -> bool:
-    return type(forward) is types.MethodType and forward.__self__ is layer and forward.__func__ is type(layer).forward
-
-
 def state_without_bypass(layer: torch.nn.Module) -> dict:
     """layer's attributes, for a copy of it, which gets its bypass LoRAs when it is loaded."""
     state = dict(vars(layer))
-    forward = state.get("forward")
-    if _is_own(layer, forward) or (BypassForwardHook is not None and isinstance(getattr(forward, "__self__", None), BypassForwardHook)):
+    owner = getattr(state.get("forward"), "__self__", None)
+    if has_own_forward(vars(layer)) or (BypassForwardHook is not None and isinstance(owner, BypassForwardHook)):
         del state["forward"]
     return state

@@ -32,6 +32,14 @@ def attributes_of_tensors(tensors: list) -> frozenset[str]:
                      if "dynamo" not in name)
 
 
+def has_own_forward(state: dict) -> bool:
+    """Whether state, a module's own dict, holds the module's own method as forward: what core leaves of a bypass LoRA that it takes off
+    (BypassForwardHook.eject). It changes nothing that the layer computes, and looks like another pack's."""
+    forward = state.get("forward")
+    return (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state
+            and forward.__func__ is type(forward.__self__).forward)
+
+
 class BlockTree:
     """The modules below root. on_gone: called when one of them is freed."""
 
@@ -99,12 +107,9 @@ class Interior:
         return attributes_of_tensors(list(_chain(map(dict.values, spaces))))
 
     def drop_own_forwards(self) -> None:
-        """When a bypass LoRA is taken off, core (BypassForwardHook.eject) sets layer.forward to the layer's own method, which then looks
-        like another pack's. This removes that attribute, which changes nothing that the layer computes."""
-        for state in [state for state in (*self._states, *self._blocks) if "forward" in state]:
-            forward = state["forward"]
-            if (type(forward) is types.MethodType and getattr(forward.__self__, "__dict__", None) is state
-                    and forward.__func__ is type(forward.__self__).forward):
+        """See has_own_forward."""
+        for state in (*self._states, *self._blocks):
+            if has_own_forward(state):
                 del state["forward"]
 
     def bypasses_foreign(self) -> bool:

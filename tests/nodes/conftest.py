@@ -51,6 +51,20 @@ def lora(comfy, models_dir):
     return lora
 
 
+@pytest.fixture
+def bypass(comfy, models_dir):
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRAs")
+    from int8_compile.compile.comfyui.bypass_lora import patch_bypass_loras
+
+    patch_bypass_loras()  # as the pack's start does
+
+    def bypass(model, name="tiny_flux_a", strength=1.0):
+        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / f"{name}.safetensors"))
+        return comfy.sd.load_bypass_lora_for_models(model, None, weights, strength, 0)[0]
+    return bypass
+
+
 def random_conds(tokens=20) -> list:
     """A positive and a negative conditioning, as a text encoder gives them."""
     generator = torch.Generator().manual_seed(7)

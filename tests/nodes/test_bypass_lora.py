@@ -12,20 +12,6 @@ from .test_compile import CHEAP
 pytestmark = pytest.mark.comfy
 
 
-@pytest.fixture
-def bypass(comfy, models_dir):
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass LoRAs")
-    from int8_compile.compile.comfyui.bypass_lora import patch_bypass_loras
-
-    patch_bypass_loras()  # as the pack's start does
-
-    def bypass(model, name="tiny_flux_a", strength=1.0):
-        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / f"{name}.safetensors"))
-        return comfy.sd.load_bypass_lora_for_models(model, None, weights, strength, 0)[0]
-    return bypass
-
-
 @pytest.mark.rotating
 @pytest.mark.parametrize("method", ["convrot", "auto"])
 def test_its_effect_is_the_same_before_and_behind_int8_layers_whoever_sampled_last(flux, nodes, sample, bypass, method):

@@ -197,13 +197,10 @@ def test_a_folder_that_cannot_be_used_is_one_warning(restart, flux, nodes, sampl
     assert sum("cannot be used" in record.message for record in caplog.records) == 1
 
 
-def test_after_a_bypass_lora_the_model_without_it_is_built(comfy, load, nodes, sample, restart, models_dir, tmp_path, monkeypatch):
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass LoRAs")
+def test_after_a_bypass_lora_the_model_without_it_is_built(load, nodes, sample, bypass, restart, tmp_path, monkeypatch):
     monkeypatch.setenv("INT8_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     cache, model = restart(), load("tiny_flux")
-    weights = comfy.utils.load_torch_file(str(models_dir / "models" / "loras" / "tiny_flux_a.safetensors"))
-    with_lora = nodes.CompileModel(comfy.sd.load_bypass_lora_for_models(model, None, weights, 1.0, 0)[0], background=True)
+    with_lora = nodes.CompileModel(bypass(model), background=True)
     plain = nodes.CompileModel(model, background=True)
     sample(with_lora)
     (said,) = {text.partition(": ")[2] for text in report(with_lora).warnings()}
