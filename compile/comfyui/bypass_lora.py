@@ -46,13 +46,15 @@ def patch_bypass_loras() -> None:
 
 class _Places:
     """Where the hooks of one manager are: these themselves on the model that they were made for, copies of them on any other that has such
-    layers. What else core's allow stays: hooks that somebody else puts on or takes off, changed adapters, no patcher."""
+    layers (but not to train it: core trains a copy of a model without its bypass LoRAs). What else core's allow stays: hooks that somebody
+    else puts on or takes off, changed adapters, no patcher."""
 
     def __init__(self, hooks: list):
         self._hooks = hooks  # the manager's list, which core fills anew
         self._names: dict[int, str] = {}  # id of a hook -> its layer
         self._root: Callable[[], torch.nn.Module | None] = lambda: None
         self._copies: weakref.WeakKeyDictionary[torch.nn.Module, list] = weakref.WeakKeyDictionary()
+        self._trained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # without copies, as in core
 
     def __deepcopy__(self, memo) -> _Places:
         return self  # as core's functions are, which its methods stand for
@@ -63,6 +65,8 @@ class _Places:
         self._root = weakref.ref(root)
 
     def inject(self, patcher) -> None:
+        if torch.is_grad_enabled() and (model := _model_of(patcher)) is not None:
+            self._trained.add(model)
         try:
             for hook in self._of(patcher):
                 _vary_strength(hook.adapter)
@@ -79,10 +83,13 @@ class _Places:
                 del hook.module.forward
         if (model := _model_of(patcher)) is not None:
             self._copies.pop(model, None)
+            self._trained.discard(model)
 
     def _of(self, patcher) -> list:
         """The hooks for patcher's model: those that are off, for the layers that it has now."""
         model = _model_of(patcher)
+        if model in self._trained:
+            model = self._root()
         layers = [self._layer(hook, model) for hook in self._hooks]
         if model is not self._root() and any(layer is not None for layer in layers):
             if model not in self._copies:

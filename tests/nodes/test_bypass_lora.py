@@ -212,3 +212,24 @@ def test_where_its_weights_find_no_memory_the_model_is_as_it_was(flux, sample, b
         with pytest.raises(torch.OutOfMemoryError):
             sample(patched)
     assert torch.equal(sample(flux), plain) and torch.equal(sample(patched), want)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_core_trains_a_copy_of_the_model_without_it(wan, sample, bypass, sampled):
+    training = pytest.importorskip("comfy_extras.nodes_train", reason="this ComfyUI trains no LoRA")
+    plain, patched = sample(wan), bypass(wan, "tiny_wan_a")
+    want = sample(patched)
+    if not sampled:
+        sample(wan)
+    random = torch.Generator().manual_seed(3)
+    inputs = {item.id: [getattr(item, "default", None)] for item in training.TrainLoraNode.define_schema().inputs}
+    inputs |= {"latents": [{"samples": torch.randn(1, 16, 2, 8, 8, generator=random)}], "positive": [[[
+        torch.randn(1, 20, 4096, generator=random), {}]]], "steps": [2], "seed": [3], "existing_lora": ["[None]"], "rank": [2]}
+
+    def losses(model, bypass_mode):
+        torch.manual_seed(4)
+        with torch.inference_mode():
+            return training.TrainLoraNode.execute(**inputs | {"model": [model], "bypass_mode": [bypass_mode]}).args[1]["loss"]
+    for bypass_mode in (False, True):
+        assert losses(patched, bypass_mode) == losses(wan, bypass_mode)
+    assert torch.equal(sample(wan), plain) and torch.equal(sample(patched), want)
