@@ -1,5 +1,5 @@
-"""IPAdapter and ControlNets on SD1.5, in one server and one after the other: how many graphs each compiles, and whether the image is that
-of the same prompt without the compile node.
+"""IPAdapter, ControlNets and ComfyUI's own patches on SD1.5, in one server and one after the other: how many graphs each compiles, and
+whether the image is that of the same prompt without the compile node.
 
     python benchmarks/beside_patches.py --packs FOLDER [--node INT8LazyTorchCompile] [--backend inductor] [--json FILE]
 
@@ -42,6 +42,15 @@ IMAGES = (
     ("CFG 1", (0.7, "b"), (ADVANCED, 0.8), {"cfg": 1.0}),
     ("both off", None, None, {}),
     ("IPAdapter again", (0.9, "a"), None, {}),
+    *((name, None, None, {"patch": patch}) for name, patch in (
+        ("PAG", ("PerturbedAttentionGuidance", {"scale": 3.0})), ("PAG, another scale", ("PerturbedAttentionGuidance", {"scale": 5.0})),
+        ("SAG", ("SelfAttentionGuidance", {})), ("SAG, another scale", ("SelfAttentionGuidance", {"scale": 0.9})),
+        ("FreeU", ("FreeU_V2", {})), ("FreeU, another b1", ("FreeU_V2", {"b1": 1.1})),
+        ("HyperTile", ("HyperTile", {})), ("HyperTile, another size", ("HyperTile", {"tile_size": 128})),
+        ("ToMe", ("TomePatchModel", {})), ("ToMe, another ratio", ("TomePatchModel", {"ratio": 0.5})))),
+    ("all off", None, None, {}),
+    ("PAG again", None, None, {"patch": ("PerturbedAttentionGuidance", {"scale": 3.0})}),
+    ("PAG, another size", None, None, {"patch": ("PerturbedAttentionGuidance", {"scale": 3.0}), "width": 192}),
 )
 MAKE = """
 import sys
@@ -73,7 +82,8 @@ torch.save(torch.zeros(1, 1024), base / "input" / "none.ipadpt")
 
 
 def prompt(server: ComfyServer, adapter, control, arguments: dict, compile_node: tuple[str, dict] | None) -> dict:
-    made = sd15_prompt(**arguments)
+    patch = arguments.get("patch")
+    made = sd15_prompt(**{key: value for key, value in arguments.items() if key != "patch"})
 
     def node(name, kind, **inputs):
         specs = server.object_info(kind)["input"]["required"]
@@ -86,6 +96,8 @@ def prompt(server: ComfyServer, adapter, control, arguments: dict, compile_node:
         model = node("adapted", "IPAdapterEmbeds", model=model, weight=weight, ipadapter=node("adapter", "IPAdapterModelLoader"),
                      pos_embed=node("embeds", "IPAdapterLoadEmbeds", embeds=f"{picture}.ipadpt"),
                      neg_embed=node("none", "IPAdapterLoadEmbeds", embeds="none.ipadpt"))
+    if patch is not None:
+        model = node("patched", patch[0], model=model, **patch[1])
     if compile_node is not None:
         kind, inputs = compile_node
         model = node("compiled", kind, model=model, **inputs)

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_map_only
 from ..int8.global_hooks import has_global_hooks
 from .arguments import call_compiled, kind_of_call
 from .artifacts import attention
-from .artifacts.attention_override import OVERRIDE, Overriding
 from .artifacts.closures import closed_over
 from .artifacts.key import is_inference
 from .artifacts.runtime import MISSING, BlockInfo, Cache
+from .artifacts.stand_ins import StandIns
 from .artifacts.values import CallAgain
 from .block_calls import Slots
 from .errors import is_models_own
@@ -208,11 +208,8 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         options = options_of(args, kwargs)
         try:
-            if OVERRIDE in options and step.filter_guards and step.takes_override(block, module, options):
-                with Overriding(options) as overriding:
-                    result = self._compiled_result(step, block, module, args, kwargs, options, False, overriding)
-            else:
-                result = self._compiled_result(step, block, module, args, kwargs, options, has_patches(options))
+            with step.stand_ins(block, module, options) or contextlib.nullcontext() as standing:
+                result = self._compiled_result(step, block, module, args, kwargs, options, standing)
         except Exception as error:
             failure = attention.take_failure()
             if failure is None or failure is error:
@@ -223,29 +220,30 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         return result
 
-    def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
-                         overriding: Overriding | None = None):
+    def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args, kwargs, options: dict, standing: StandIns | None):
         """MISSING where the block is to run eager."""
-        if step.use_artifacts and not patched:
-            artifacts = block.region.artifacts
-            try:
-                result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes,
-                                       self._verification if overriding is None else None, block.region.distrust)
-            except Exception as error:
-                if step.passthrough(error) or is_models_own(error) or attention.has_failed() or not artifacts.give_up(error):
-                    raise
-                result = MISSING
-            if result is not MISSING:
-                step.calls["artifact"] += 1
+        patched = standing is None and has_patches(options)
+        if step.use_artifacts:
+            artifacts, result = block.region.artifacts, MISSING
+            if not patched and (standing is None or not standing.replaces):
+                try:
+                    result = artifacts.run(module, block.info, args, kwargs, step.tensor_attributes, self._verifier(standing),
+                                           block.region.distrust, comfyuis=standing is not None)
+                except Exception as error:
+                    if step.passthrough(error) or is_models_own(error) or attention.has_failed() or not artifacts.give_up(error):
+                        raise
+            if result is not MISSING or artifacts.eager_fallback:
+                step.calls["artifact"] += result is not MISSING
                 return result
-            if artifacts.eager_fallback:
-                return MISSING
-        return self._by_graph(step, block, module, args, kwargs, options, patched, overriding)
+        return self._by_graph(step, block, module, args, kwargs, options, patched, standing)
+
+    def _verifier(self, standing: StandIns | None) -> Verification | None:
+        return None if standing is not None and standing.calls_operations else self._verification  # another pack's code may keep a state
 
     def _by_graph(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict, patched: bool,
-                  overriding: Overriding | None):
+                  standing: StandIns | None):
         """The block's result by what torch compiled; MISSING where it is to run eager: now, or, since it cannot be compiled, from now on.
-        What the model has done before this block is not done again then. overriding: see there; the first time the block runs eager."""
+        What the model has done before this block is not done again then. standing: the first time the block runs eager."""
         compiled = None
         try:
             compiled = step.compiled_for(block, step.filter_guards and not patched, own_methods(module), options, self._events)
@@ -255,18 +253,21 @@ class CompiledModule:
             if difference := step.beyond_guards(block, compiled, args, kwargs, inside):
                 self._events.fall_back(difference)
                 return MISSING
-            if overriding is not None and compiled.takes_override is None:
-                step.calls["eager"] += 1
-                compiled.takes_override, result = overriding.probe(lambda: module._call_impl(*args, **kwargs))
-                return result
-            if overriding is None or compiled.takes_override:
-                before = dict(options) if overriding else {}
-                run = functools.partial(call_compiled, compiled, module, args, kwargs, inside, block.mark, block.region.numbers)
-                verification = self._verification if not patched and overriding is None else None
+            if standing is not None:
+                standing.known = compiled.stand_ins
+                if standing.kinds not in standing.known:
+                    step.probes(block)
+                    fits, result = standing.probe(lambda: module._call_impl(*args, **kwargs))
+                    standing.known[standing.kinds] = fits and compiled.is_comfyuis
+                    return result
+            if standing is None or standing.known[standing.kinds]:
+                before = dict(options) if standing else {}
+                run = functools.partial(call_compiled, compiled, module, args, kwargs, inside, step.marks(block), block.region.numbers)
+                verification = None if patched else self._verifier(standing)
                 result = run() if verification is None or not verification.is_due(compiled) else verification.call(
                     compiled, "graph", block.region.name, module, args, kwargs, run, block.region.distrust)
-                if overriding is not None and not overriding.is_unchanged(before):
-                    compiled.takes_override = False  # in another branch than it was probed in
+                if standing is not None and not standing.is_unchanged(before):
+                    standing.distrust()  # in another branch than it was probed in
                 step.calls["graph"] += 1
                 return result
         except Exception as error:
@@ -274,8 +275,8 @@ class CompiledModule:
                     compiled is not None and compiled.may_have_run(error)):
                 raise  # the model is called again, see run()
             cause = f"{type(error).__name__}: {error}"
-        else:  # the override is traced with it, as any patch
-            options[OVERRIDE] = overriding.override
+        else:  # the patches are traced with it
+            standing.withdraw()
             return self._by_graph(step, block, module, args, kwargs, options, True, None)
         if compiled is None or not self._has_worked(block):
             step.failure, step.blocks, step.use_artifacts = cause, {}, False

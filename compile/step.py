@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .artifacts.attention_override import OVERRIDE, may_be_operation, takes_overrides
 from .artifacts.closures import kept_object
 from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
+from .artifacts.stand_ins import StandIns, stand_ins, takes_stand_ins
 from .events import Events
 from .options import CompileOptions
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode
 from .torch_internals.block_tree import attributes_of_tensors
-from .torch_internals.guard_filter import INNER_PATCHES, has_patches
+from .torch_internals.guard_filter import has_patches
 
 
 @dataclass
@@ -60,18 +60,31 @@ class Step:
     scope: CompileScope
     blocks: dict[int, Block] | None = None  # by id of the module, from the first call of a block on
     compiled: dict[tuple, Compiled | None] = field(default_factory=dict)  # by what RegionCode.find is asked
-    takes_overrides: dict[int, bool] = field(default_factory=dict)  # by id of the region
+    takes_stand_ins: dict[int, bool] = field(default_factory=dict)  # by id of the region
+    probed: set[int] = field(default_factory=set)  # ids of regions: the first block, with its sizes marked, was not compiled
     tensor_attributes: frozenset[str] = frozenset()  # names of what Python code has put on the blocks' weights
     compiling: str = ""  # the region that is called
     passthrough: Callable[[Exception], bool] = bool  # whether an error is no failure of compiling, see CompiledModule.run
     failure: str = ""  # of compiling a block; that block, and all after it, then ran eager
     calls: dict[str, int] = field(default_factory=lambda: {"artifact": 0, "graph": 0, "eager": 0})
 
-    def takes_override(self, block: Block, module: torch.nn.Module, options: dict) -> bool:
-        """Whether the attention override in options is called by what is compiled, and there is no other patch."""
-        if id(block.region) not in self.takes_overrides:
-            self.takes_overrides[id(block.region)] = takes_overrides(module)
-        return self.takes_overrides[id(block.region)] and may_be_operation(options[OVERRIDE]) and not has_patches(options, INNER_PATCHES)
+    def stand_ins(self, block: Block, module: torch.nn.Module, options: dict) -> StandIns | None:
+        """What stands for the patches in options while what was compiled of the block is called; None where nothing can, or is to."""
+        if not self.filter_guards or not has_patches(options):
+            return None
+        if id(block.region) not in self.takes_stand_ins:
+            self.takes_stand_ins[id(block.region)] = not block.region.code.whole_model and takes_stand_ins(module)
+        return stand_ins(module, options) if self.takes_stand_ins[id(block.region)] else None
+
+    def probes(self, block: Block) -> None:
+        """A block runs eager to be looked at."""
+        self.calls["eager"] += 1
+        if block.mark:
+            self.probed.add(id(block.region))
+
+    def marks(self, block: Block) -> bool:
+        """Whether its sizes are to be marked as varying, see arguments."""
+        return block.mark or id(block.region) in self.probed
 
     def beyond_guards(self, block: Block, compiled: Compiled, args: tuple, kwargs: dict, inside: list) -> str:
         """In what this call differs from what was compiled that dynamo's guards do not see, empty where it does not."""

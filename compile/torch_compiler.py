@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .artifacts import attention_override
+from .artifacts import attention_override, replaced_attention
 from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
@@ -97,7 +97,8 @@ class Compiled:
     classes: ClassGuards | None = None
     names: Names | None = None  # of attributes that it can read
     own_methods: OwnMethods = ()  # of the blocks that it is for
-    takes_override: bool | None = None  # see Overriding.probe; None: nobody has looked
+    stand_ins: dict[frozenset, bool] = field(default_factory=dict)  # whether they may, see StandIns.known
+    is_comfyuis: bool = True  # all that was traced, installed libraries aside
     failed: set = field(default_factory=set)  # kinds of calls that could not be compiled, see kind_of_call
     seen_right: set = field(default_factory=set)  # see Verification
 
@@ -146,7 +147,9 @@ class Compiled:
             self.described = counts
             self.seen_right.clear()  # there is another graph
             found = Recording.of(self.backend.traced)
-            self.takes_override = self.takes_override and found.is_comfyuis()
+            if not found.is_comfyuis():
+                self.is_comfyuis = False
+                self.stand_ins.update(dict.fromkeys(self.stand_ins, False))
             self.names = names = found.names()
             self.code = CodeFingerprint(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
@@ -162,7 +165,7 @@ class RegionCode:
     def __init__(self, name: str, options: CompileOptions, whole_model: bool = False):
         self.name = f"{name}_{next(_NUMBERS)}"
         self._options = options
-        self._whole_model = whole_model
+        self.whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
     def option_keys(self, filter_guards: bool, options: dict) -> frozenset | None:
@@ -186,7 +189,8 @@ class RegionCode:
             if len(known) >= MAX_STATES:
                 return None
             entry = _entry(self.name)
-            guards = GuardFilter(filter_guards, self._whole_model, entry.__code__)
+            guards = GuardFilter(filter_guards, self.whole_model, entry.__code__)
+            guards.option_keys = keys  # before its first compile another block's call may come
             found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
             guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
@@ -233,6 +237,7 @@ class CompileScope:
         self._stack.enter_context(interruptible(self._interrupted))
         self._stack.enter_context(compile_settings(self._options.cache_size_limit))
         attention_override.prepare()
+        replaced_attention.prepare()
         self._stack.enter_context(traced_as_operation())
 
     def close(self) -> bool:

@@ -40,7 +40,7 @@ def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset(), trac
     cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
     if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
         return
-    _define()
+    define()
     _functions[name] = function
     if traced:
         return
@@ -148,9 +148,11 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
     try:
         if " " in function:
             from .attention_override import call_override
+            from .replaced_attention import OPERATION, call_replaced
             given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
                       "skip_output_reshape": skip_output_reshape}
-            return call_override(function, (q, k, v), given, numbers).contiguous()
+            call = call_replaced if function.startswith(OPERATION) else call_override
+            return call(function, (q, k, v), given, numbers).contiguous()
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
@@ -199,7 +201,8 @@ def _shape(q, k, v, heads, skip_reshape, skip_output_reshape) -> tuple:
     return (batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim)
 
 
-def _define() -> None:
+def define() -> None:
+    """Makes the operation."""
     global _library
     if _library is None and not hasattr(getattr(torch.ops, NAMESPACE), "attention"):  # else a sibling copy of this pack has
         _library = torch.library.Library(NAMESPACE, "FRAGMENT")

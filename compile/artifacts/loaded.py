@@ -1,6 +1,7 @@
 """An artifact that is loaded, and who looks at what it computes."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import torch
 
 from .artifact import Artifact
 from .block_guards import ClassGuards
+from .origins import are_comfyuis
 from .source_guards import CodeFingerprint
 
 # Steps in which all that an artifact was made of is looked at before each block: whether the model patches between blocks what they run.
@@ -26,6 +28,14 @@ class Loaded:
     usable: bool = True
     young: float = YOUNG
     seen_right: set = field(default_factory=set)
+
+    def may_serve(self, leaves: list, comfyuis: bool) -> bool:
+        """Whether it can be called with these. comfyuis: it must call no other code than ComfyUI's."""
+        return self.usable and self.artifact.accepts(leaves) and (not comfyuis or self._is_comfyuis)
+
+    @functools.cached_property
+    def _is_comfyuis(self) -> bool:
+        return are_comfyuis(module for module, _ in self.sources.called)
 
     def change(self) -> str:
         """What is not as the artifact was made of it, empty where all is."""

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -85,3 +86,8 @@ def _package_folder(module: str) -> str:
     if is_pristine_package(module):
         return str(Path(path).parent) if path and package == "torch" else _SKIPPED_FOLDERS[1]
     return str(Path(path).parent) if path and "site-packages" in path and package not in COMFYUI else ""
+
+
+def are_comfyuis(modules: Iterable[str]) -> bool:
+    """ComfyUI's own, and installed libraries that it calls."""
+    return all(is_comfyuis(module) or _package_folder(module) for module in modules)

@@ -118,9 +118,9 @@ class RegionArtifacts:
                         self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
 
     def run(self, block: torch.nn.Module, info: BlockInfo, args: tuple, kwargs: dict, attributes: frozenset[str],
-            verification: Verifier | None = None, distrust: Callable[[str], None] = logger.error):
+            verification: Verifier | None = None, distrust: Callable[[str], None] = logger.error, comfyuis: bool = False):
         """The block's result by an artifact; MISSING where none fits this call. attributes: names of what Python code has put on
-        weights. verification: looks at the call, and tells distrust."""
+        weights. verification: looks at the call, and tells distrust. comfyuis: by one that calls no other code."""
         self._running = None
         if self._differs or (self._refusal and not self._loaded):
             return MISSING
@@ -137,7 +137,7 @@ class RegionArtifacts:
             for loaded in self._loaded.get(call.structure, ()):
                 if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artifact.names), "")):
                     raise Unsupported(f"it reads the attribute {read} of a tensor")
-                if not loaded.usable or not loaded.artifact.accepts(call.leaves):
+                if not loaded.may_serve(call.leaves, comfyuis):
                     continue
                 other_batch = False
                 if self._fits(block, info, loaded, call):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from ...pack import PACKAGE
 from .code_names import attribute_names, code_asks_of_integers, computed_names, has_alias, identifiers, written_globals
 from .describe import Names
-from .origins import _SKIPPED_FOLDERS, COMFYUI, _package_folder, is_comfyuis
+from .origins import _SKIPPED_FOLDERS, COMFYUI, _package_folder, are_comfyuis
 from .values import Unsupported
 
 # What torch calls while it traces.
@@ -87,7 +87,7 @@ class Recording:
 
     def is_comfyuis(self) -> bool:
         """ComfyUI's own code, and installed libraries that it calls."""
-        return all(is_comfyuis(module) or _package_folder(module) for module, _ in self.functions)
+        return are_comfyuis(module for module, _ in self.functions)
 
     def require_pure(self) -> None:
         """Raises Unsupported where what the trace did would not be done again."""

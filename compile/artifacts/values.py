@@ -14,4 +14,4 @@ def constant(value) -> tuple:
 
 
 class CallAgain(RuntimeError):
-    """The model is to be called once more: an artifact that could not finish may have written into what it got."""
+    """The model is to be called once more: what was compiled could not finish, and may have written into what it got."""

@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...int8.echo import echo
 from ...int8.structure import repeated_blocks
+from ..artifacts.stand_ins import reach_blocks
 from ..engine import CompiledModule
 from ..errors import is_out_of_memory
 from ..events import OnProgress
@@ -25,7 +26,6 @@ from ..gain import COMPILED, EAGER, WITHOUT, CallTimes
 from ..options import CompileOptions
 from ..report import WEIGHTS, CompileReport
 from ..torch_internals import warmup
-from ..torch_internals.guard_filter import INNER_PATCHES, has_patches
 from ..torch_internals.interrupt import Interrupted
 from . import core as comfy_core
 from .artifact_cache import get_cache
@@ -132,7 +132,7 @@ class LazyCompile:
             report = _state_of(model, self.target, self.options, x.device).compiled.report
             before = _extra_work(report)
             result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
-                          not has_patches(transformer_options, INNER_PATCHES), self.on_progress, situation)
+                          not reach_blocks(transformer_options), self.on_progress, situation)
             self.times.end(begun, size, self._what_ran(report, x.device) if before == _extra_work(report) else "")
             self._gained(report, size)
         if self.judge is not None:

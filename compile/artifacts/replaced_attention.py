@@ -1,0 +1,71 @@
+"""What a pack puts in the place of a UNet block's attention (transformer_options["patches_replace"]: IPAdapter, PAG, SAG) as an operation
+of compiled code: it is called at run time, with the tensors and the options that eager gives it. See stand_ins.
+
+Source: BasicTransformerBlock.forward in comfy/ldm/modules/attention.py (0.33), which hands on the options that it gets, without the patches
+and with what it adds of its own.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from . import attention
+from .current_block import current
+from .values import CallAgain
+
+KINDS = "attn1", "attn2"
+INDEX, SHAPE = "block_index", "activations_shape"  # what a SpatialTransformer writes into its transformer_options
+ADDED = "n_heads", "dim_head", "attn_precision"  # what the block adds to those that a replacement gets
+OPERATION = "replaced "
+
+
+def replaced_attn1(q, k, v, extra_options):
+    return _replaced(KINDS[0], q, k, v, extra_options)
+
+
+def replaced_attn2(q, k, v, extra_options):
+    return _replaced(KINDS[1], q, k, v, extra_options)
+
+
+STAND_INS = dict(zip(KINDS, (replaced_attn1, replaced_attn2)))
+
+
+def _replaced(kind: str, q, k, v, extra_options):
+    """In the place of a replacement of one kind."""
+    if attention.is_tracing() and torch.compiler.is_dynamo_compiling():
+        return attention.call_operation(f"{OPERATION}{kind} {extra_options[INDEX]}", q, k, v, extra_options["n_heads"],
+                                        attn_precision=extra_options["attn_precision"],
+                                        numbers=(extra_options["dim_head"], *extra_options[SHAPE]))
+    return _call_now(kind, q, k, v, extra_options)
+
+
+def _call_now(kind: str, q, k, v, extra_options):  # between two graphs it is called as Python
+    return current().call_replacement(kind, (q, k, v), {name: extra_options[name] for name in (INDEX, SHAPE, *ADDED)})
+
+
+@functools.cache
+def prepare() -> None:
+    """Before torch.compile. Imports dynamo."""
+    global _call_now
+    attention.define()
+    _call_now = torch.compiler.disable(_call_now)
+
+
+def call_replaced(function: str, tensors: tuple, given: dict, numbers: list[int]) -> torch.Tensor:
+    """What the operation does."""
+    kind, index = function.removeprefix(OPERATION).split(" ")
+    dim_head, *shape = numbers
+    written = {INDEX: int(index), SHAPE: shape, "n_heads": given["heads"], "dim_head": dim_head, "attn_precision": given["attn_precision"]}
+    result = current().call_replacement(kind, tensors, written)
+    if not attention.is_as_expected(result, *tensors, given["heads"]):
+        current().distrust()
+        raise CallAgain
+    memory = result.untyped_storage().data_ptr()
+    return result.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in tensors) else result
+
+
+def finds(replacements: dict, block: tuple, index: int) -> Callable | None:
+    """As BasicTransformerBlock looks for its own."""
+    return replacements.get((block[0], block[1], index), replacements.get(block))

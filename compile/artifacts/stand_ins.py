@@ -1,0 +1,275 @@
+"""What a compiled block gets in its transformer_options in the place of other packs' patches, while it is called:
+
+- attention that a pack puts in the place of ComfyUI's is an operation (attention_override, replaced_attention), called at run time as eager
+  calls it. So it may depend on the step and the block, and keep a state;
+- patches that ComfyUI calls around its blocks (FreeU, SLG, a control of double blocks) are not there: blocks do not read them.
+
+It is right for blocks of ComfyUI's own code that hand on the transformer_options that they get: ``probe`` looks at what one does.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from ...pack import PACKAGE
+from ..torch_internals.guard_filter import INNER_PATCHES
+from . import attention, current_block
+from .attention_override import OVERRIDE, overridden
+from .origins import is_comfyuis
+from .replaced_attention import ADDED, INDEX, KINDS, SHAPE, STAND_INS, finds
+from .values import CallAgain
+
+# What ComfyUI's models call before, between and after their blocks (comfy/ldm, 0.3.64 to 0.33).
+OUTSIDE = {"patches": frozenset({"input_block_patch", "input_block_patch_after_skip", "middle_block_after_patch", "output_block_patch",
+                                 "emb_patch", "double_block", "single_block", "post_input", "noise_refiner"}),
+           "patches_replace": frozenset({"dit"})}
+_ABSENT = object()
+_BLOCK = ("block", 0)  # for all: which one it is nothing but a replacement reads
+_UNWRITTEN = {INDEX: -1, SHAPE: ()}  # there at the first block as at others
+
+
+def reach_blocks(options: dict) -> bool:
+    """Whether there are patches for which nothing can stand."""
+    return any(name not in OUTSIDE[key] and (key, name) not in _REPLACED for key in INNER_PATCHES for name in options.get(key) or ())
+
+
+_REPLACED = {("patches_replace", kind) for kind in KINDS}
+
+
+def takes_stand_ins(block: torch.nn.Module) -> bool:
+    """Whether it is ComfyUI's, and runs its own code: what a pack's block does with patches is not known."""
+    return all(_is_known(type(module), module.__dict__.get("forward", type(module).forward)) for module in block.modules())
+
+
+def _is_known(kind: type, forward: Callable) -> bool:
+    return all(is_comfyuis(name) or f"{name}.".startswith(("torch.", f"{PACKAGE}."))
+               for name in (kind.__module__, getattr(forward, "__module__", None) or ""))
+
+
+def stand_ins(module: torch.nn.Module, options: dict) -> StandIns | None:
+    """For a block that takes them. None where something is there for which nothing can stand."""
+    if reach_blocks(options) or (OVERRIDE in options and not _may_be_operation(options[OVERRIDE])):
+        return None
+    replaced = _replacements(module, options)
+    return None if replaced is None else StandIns(options, replaced)
+
+
+def _may_be_operation(override) -> bool:
+    """Whether it is called in one way only. What ComfyUI's own do with a container is to free its memory sooner."""
+    if override is None or not hasattr(override, "container_function"):
+        return override is not None
+    return is_comfyuis(getattr(override, "__module__", None) or "")
+
+
+def _replacements(module: torch.nn.Module, options: dict) -> dict[str, dict[int, Callable]] | None:
+    """{kind: {index of a block in module: function}}. None where module is none that tells its blocks their index."""
+    given = {kind: found for kind in KINDS if (found := (options.get("patches_replace") or {}).get(kind))}
+    if not given:
+        return {}
+    depth, block = len(getattr(module, "transformer_blocks", ())), options.get("block")
+    if not depth or type(block) is not tuple or len(block) != 2:
+        return None
+    found = {kind: {index: function for index in range(depth) if (function := finds(functions, block, index)) is not None}
+             for kind, functions in given.items()}
+    return {kind: functions for kind, functions in found.items() if functions}
+
+
+class StandIns:
+    """While it is entered, in this thread: a block with these transformer_options is called by what was compiled. kinds: of what stands.
+    known: whether they may, by kinds; missing: nobody has looked."""
+
+    def __init__(self, options: dict, replaced: dict[str, dict[int, Callable]]):
+        self.options = options
+        self.known: dict[frozenset, bool] = {}
+        self._given = dict(options)
+        self._replaced = replaced
+        self._stood: dict = {key: _ABSENT for key in INNER_PATCHES if key in options}
+        if OVERRIDE in options:
+            self._stood[OVERRIDE] = overridden
+        if replaced:
+            self._stood |= {"block": _BLOCK, **_UNWRITTEN, "patches_replace": {
+                kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}}
+        self.kinds = frozenset((*replaced, *(key for key in self._stood if key in INNER_PATCHES or key == OVERRIDE)))
+        _put(options, self._stood)
+
+    @property
+    def calls_operations(self) -> bool:
+        """Whether something of another pack is called by what is compiled."""
+        return bool(self._replaced) or OVERRIDE in self._stood
+
+    @property
+    def hides(self) -> bool:
+        """Whether there are patches that the block does not get."""
+        return any(key in self._stood for key in INNER_PATCHES)
+
+    @property
+    def replaces(self) -> bool:
+        return bool(self._replaced)
+
+    def __enter__(self) -> StandIns:
+        current_block.enter(self)
+        return self
+
+    def __exit__(self, *_):
+        current_block.leave()
+        self.withdraw()
+
+    def _show(self, options: dict) -> dict:
+        """Puts what was given where something stands; what that was."""
+        shown = {key: value for key, value in self._stood.items() if options.get(key, _ABSENT) is value}
+        _put(options, {key: self._given.get(key, _ABSENT) for key in shown})
+        return shown
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """While other code than the block's runs."""
+        shown = self._show(self.options)
+        try:
+            yield
+        finally:  # what it has taken away, or put another in its place, stays so
+            _put(self.options, {key: value for key, value in shown.items()
+                                if self.options.get(key, _ABSENT) is self._given.get(key, _ABSENT)})
+
+    def withdraw(self) -> None:
+        """The options are as they were given, but for what was written since. In their order: who goes through them sees it."""
+        self._show(self.options)
+        now = dict(self.options)
+        self.options.clear()
+        self.options.update({key: now[key] for key in (*self._given, *now) if key in now})
+        self._stood = {}
+
+    def distrust(self) -> None:
+        """What stood was not right."""
+        self.known[self.kinds] = False
+
+    def _told(self) -> tuple[str, ...]:
+        """The keys of what a block may write into its options: an operation is told what."""
+        return (INDEX, SHAPE) if self._replaced else ()
+
+    def is_unchanged(self, before: dict) -> bool:
+        """Whether the block has written nothing else into its options, which were as before."""
+        return not self.calls_operations or _is_same(self.options, before, but=(OVERRIDE, *self._told()))
+
+    def call(self, function: Callable, args: tuple, kwargs: dict):
+        """The override's result. It finds itself, and other patches, where they were put."""
+        given = kwargs.get("transformer_options")
+        if isinstance(given, dict) and given is not self.options:
+            self._show(given)  # a copy
+        with self._shown():
+            return self._given[OVERRIDE](function, *args, **kwargs)
+
+    def call_successor(self, call: Callable, args: tuple, kwargs: dict):
+        """The result of what the override has left in its place."""
+        with self._shown():
+            return call(*args, **kwargs)
+
+    def call_replacement(self, kind: str, tensors: tuple, written: dict):
+        """Its result. written: what the block adds to the options that it hands on."""
+        extra = {key: value for key, value in self._given.items() if key not in INNER_PATCHES} | written
+        before = dict(extra)
+        result = self._replaced[kind][written[INDEX]](*tensors, extra)
+        if not _is_same(extra, before):
+            self.distrust()
+            raise CallAgain  # a later patch of the block may read what it has written there
+        return result
+
+    def probe(self, call: Callable) -> tuple[bool, object]:
+        """(whether what stands may, call()): a block is called as it is, and what it reads and hands on is looked at. Nothing stands any
+        more then."""
+        told = (*self._told(), *ADDED)
+        operations, options, fits = self.calls_operations, self.options, True
+        self.withdraw()
+        before = dict(options)
+
+        def doubt(is_right: bool) -> None:
+            nonlocal fits
+            fits = fits and is_right
+
+        def overriding(function, *args, **kwargs):
+            doubt(kwargs.get("transformer_options") is options and _is_same(options, before, but=(*put,)))
+            result = self.call(function, args, kwargs)
+            doubt(attention.is_as_expected(result, *args, **kwargs))
+            return result
+
+        def replacing(function, index, q, k, v, extra):
+            self._show(extra)
+            found = dict(extra)
+            doubt(found.get(INDEX) == index and type(found.get(SHAPE)) is list and found.keys() >= {*ADDED}
+                  and _is_same(found, before, but=(*told, *INNER_PATCHES)))
+            result = function(q, k, v, extra)
+            doubt(_is_same(extra, found) and attention.is_as_expected(result, q, k, v, found.get("n_heads", 1)))
+            return result
+        put: dict = {key: _Watched(before[key], OUTSIDE[key], doubt) for key in INNER_PATCHES if isinstance(before.get(key), dict)}
+        if OVERRIDE in before:
+            put[OVERRIDE] = overriding
+        for kind, functions in self._replaced.items():
+            put["patches_replace"].update({kind: {**before["patches_replace"][kind], **{
+                (*before["block"], index): functools.partial(replacing, function, index) for index, function in functions.items()}}})
+        self._stood = put
+        _put(options, put)
+        try:
+            result = call()
+            if operations:
+                doubt(_is_same(options, before, but=(*told, *put)))
+            return fits, result
+        finally:
+            self.withdraw()
+
+
+def _put(options: dict, values: dict) -> None:
+    for key, value in values.items():
+        if value is _ABSENT:
+            options.pop(key, None)
+        else:
+            options[key] = value
+
+
+def _is_same(one: dict, other: dict, but: Iterable = ()) -> bool:
+    keys = one.keys() - but
+    return keys == other.keys() - but and all(one[key] is other[key] for key in keys)
+
+
+class _Watched(dict):
+    """The patches of one kind. doubt: told False where one of those is asked for that only ComfyUI's models call, or all."""
+
+    def __init__(self, patches: dict, outside: frozenset[str], doubt: Callable[[bool], None]):
+        super().__init__(patches)
+        self._outside = outside
+        self._doubt = doubt
+
+    def __contains__(self, key):
+        self._doubt(key not in self._outside)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self._doubt(key not in self._outside)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self._doubt(key not in self._outside)
+        return super().get(key, default)
+
+    def _all(self):
+        self._doubt(False)
+        return super()
+
+    def __len__(self):
+        return self._all().__len__()
+
+    def __iter__(self):
+        return self._all().__iter__()
+
+    def keys(self):
+        return self._all().keys()
+
+    def values(self):
+        return self._all().values()
+
+    def items(self):
+        return self._all().items()
+
+    def copy(self):
+        return self._all().copy()
