@@ -74,7 +74,9 @@ class Step:
             return None
         if id(block.region) not in self.takes_stand_ins:
             self.takes_stand_ins[id(block.region)] = not block.region.code.whole_model and takes_stand_ins(module)
-        return stand_ins(module, options) if self.takes_stand_ins[id(block.region)] else None
+        # A CUDA graph would do again what another pack's code did while it was recorded, without calling it.
+        operations = not block.region.code.options.cuda_graphs
+        return stand_ins(module, options, operations) if self.takes_stand_ins[id(block.region)] else None
 
     def probes(self, block: Block) -> None:
         """A block runs eager to be looked at."""

@@ -164,7 +164,7 @@ class RegionCode:
 
     def __init__(self, name: str, options: CompileOptions, whole_model: bool = False):
         self.name = f"{name}_{next(_NUMBERS)}"
-        self._options = options
+        self.options = options
         self.whole_model = whole_model
         self._compiled: dict[bool, list[Compiled]] = {False: [], True: []}  # by whether guards on bookkeeping are left out
 
@@ -191,7 +191,7 @@ class RegionCode:
             entry = _entry(self.name)
             guards = GuardFilter(filter_guards, self.whole_model, entry.__code__)
             guards.option_keys = keys  # before its first compile another block's call may come
-            found = Compiled(entry, *_torch_compile(entry, self._options, guards), guards, own_methods=methods)
+            found = Compiled(entry, *_torch_compile(entry, self.options, guards), guards, own_methods=methods)
             guards.traced = found.backend.traced if found.backend is not None else ()
             weakref.finalize(entry, _forget, entry.__code__, found.backend).atexit = False
             known.insert(0, found)

@@ -49,12 +49,13 @@ def _is_known(kind: type, forward: Callable) -> bool:
                for name in (kind.__module__, getattr(forward, "__module__", None) or ""))
 
 
-def stand_ins(module: torch.nn.Module, options: dict) -> StandIns | None:
-    """For a block that takes them. None where something is there for which nothing can stand."""
-    if reach_blocks(options) or (OVERRIDE in options and not _may_be_operation(options[OVERRIDE])):
+def stand_ins(module: torch.nn.Module, options: dict, operations: bool = True) -> StandIns | None:
+    """For a block that takes them. operations: compiled code may call another pack's. None where something is there for which nothing can
+    stand."""
+    if reach_blocks(options) or (OVERRIDE in options and not (operations and _may_be_operation(options[OVERRIDE]))):
         return None
     replaced = _replacements(module, options)
-    return None if replaced is None else StandIns(options, replaced)
+    return None if replaced is None or (replaced and not operations) else StandIns(options, replaced)
 
 
 def _may_be_operation(override) -> bool:

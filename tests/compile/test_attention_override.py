@@ -374,3 +374,27 @@ def test_an_override_with_two_ways_to_be_called_is_called_as_comfyui_does():
     for _ in range(3):
         x = torch.randn(2, 9, 32)
         assert torch.allclose(run(compiled, net, x, {"sigmas": 1, KEY: Two()}), net(x, {"sigmas": 1, KEY: Two()}), atol=1e-6)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_no_operation_of_another_pack_is_recorded_into_a_cuda_graph(cuda_graphs):
+    """It would be done again, not called again."""
+    from int8_compile.compile.artifacts.runtime import BlockInfo
+    from int8_compile.compile.step import Block as Called
+    from int8_compile.compile.step import RegionState, Step
+    from int8_compile.compile.torch_compiler import RegionCode
+
+    block = Block()
+    options = CompileOptions(mode="reduce-overhead" if cuda_graphs else "default")
+    assert options.cuda_graphs == cuda_graphs
+    called = Called(RegionState("Block", RegionCode("Block", options)), BlockInfo(block), True, True)
+    step = Step(0, True, False, None)
+    for given, stands in (({KEY: Pack()}, not cuda_graphs), ({"patches": {"double_block": [Pack()]}}, True), ({}, False)):
+        before = dict(given)
+        standing = step.stand_ins(called, block, given)
+        assert (standing is not None) == stands
+        if standing is not None:
+            assert given != before
+            with standing:
+                pass
+        assert given == before
