@@ -24,7 +24,8 @@ from benchmarks.tiny_models import DEFAULT_NAMES, cache_dir, make_models  # noqa
 from benchmarks.workflows import reports, sd15_prompt  # noqa: E402
 
 PACKS = ("ComfyUI_IPAdapter_plus", "ComfyUI-Advanced-ControlNet")
-# (what is said, IPAdapter's weight and picture or None, ControlNet's node and strength or None, further arguments of the prompt)
+# (what is said, IPAdapter's weight and picture or None, ControlNet's node and strength or None, further arguments of the prompt;
+# patch: a node of ComfyUI's and its inputs)
 CONTROLNET, ADVANCED = "ControlNetApplyAdvanced", "ACN_AdvancedControlNetApply_v2"
 IMAGES = (
     ("plain", None, None, {}),
@@ -82,8 +83,9 @@ torch.save(torch.zeros(1, 1024), base / "input" / "none.ipadpt")
 
 
 def prompt(server: ComfyServer, adapter, control, arguments: dict, compile_node: tuple[str, dict] | None) -> dict:
-    patch = arguments.get("patch")
-    made = sd15_prompt(**{key: value for key, value in arguments.items() if key != "patch"})
+    arguments = {**arguments}
+    patch = arguments.pop("patch", None)
+    made = sd15_prompt(**arguments)
 
     def node(name, kind, **inputs):
         specs = server.object_info(kind)["input"]["required"]

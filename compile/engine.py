@@ -220,7 +220,8 @@ class CompiledModule:
             return module._call_impl(*args, **kwargs)
         return result
 
-    def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args, kwargs, options: dict, standing: StandIns | None):
+    def _compiled_result(self, step: Step, block: Block, module: torch.nn.Module, args: tuple, kwargs: dict, options: dict,
+                         standing: StandIns | None):
         """MISSING where the block is to run eager."""
         patched = standing is None and has_patches(options)
         if step.use_artifacts:
@@ -232,8 +233,9 @@ class CompiledModule:
                 except Exception as error:
                     if step.passthrough(error) or is_models_own(error) or attention.has_failed() or not artifacts.give_up(error):
                         raise
+            if result is not MISSING:
+                step.calls["artifact"] += 1
             if result is not MISSING or artifacts.eager_fallback:
-                step.calls["artifact"] += result is not MISSING
                 return result
         return self._by_graph(step, block, module, args, kwargs, options, patched, standing)
 
@@ -257,10 +259,8 @@ class CompiledModule:
                 standing.known = compiled.stand_ins
                 if standing.kinds not in standing.known:
                     step.probes(block)
-                    fits, result = standing.probe(lambda: module._call_impl(*args, **kwargs))
-                    standing.known[standing.kinds] = fits and compiled.is_comfyuis
-                    return result
-            if standing is None or standing.known[standing.kinds]:
+                    return standing.probe(lambda: module._call_impl(*args, **kwargs))
+            if standing is None or (compiled.is_comfyuis and standing.known[standing.kinds]):
                 before = dict(options) if standing else {}
                 run = functools.partial(call_compiled, compiled, module, args, kwargs, inside, step.marks(block), block.region.numbers)
                 verification = None if patched else self._verifier(standing)

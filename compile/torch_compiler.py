@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .artifacts import attention_override, replaced_attention
+from .artifacts import current_block
 from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
@@ -147,9 +147,7 @@ class Compiled:
             self.described = counts
             self.seen_right.clear()  # there is another graph
             found = Recording.of(self.backend.traced)
-            if not found.is_comfyuis():
-                self.is_comfyuis = False
-                self.stand_ins.update(dict.fromkeys(self.stand_ins, False))
+            self.is_comfyuis = found.is_comfyuis()
             self.names = names = found.names()
             self.code = CodeFingerprint(sources_of(found, names, lenient=True), names, lenient=True)
             kinds = module_classes(block)
@@ -236,8 +234,7 @@ class CompileScope:
         self._stack.enter_context(on_compile(lambda *_: self._on_start()))
         self._stack.enter_context(interruptible(self._interrupted))
         self._stack.enter_context(compile_settings(self._options.cache_size_limit))
-        attention_override.prepare()
-        replaced_attention.prepare()
+        current_block.prepare()
         self._stack.enter_context(traced_as_operation())
 
     def close(self) -> bool:

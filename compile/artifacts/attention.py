@@ -40,7 +40,7 @@ def add(name: str, wrapper: Callable, unread: frozenset[str] = frozenset(), trac
     cell = next((cell for cell in getattr(wrapper, "__closure__", None) or () if _content(cell) is function), None)
     if name in _functions or not isinstance(function, types.FunctionType) or cell is None:
         return
-    define()
+    _define()
     _functions[name] = function
     if traced:
         return
@@ -96,6 +96,7 @@ def is_tracing() -> bool:
 def traced_as_operation() -> Iterator[None]:
     """In this thread, by torch.compile."""
     global _known_to_dynamo
+    _define()
     torch.compiler.assume_constant_result(is_tracing)  # not before: imports dynamo
     for _, function, attention in _cells[_known_to_dynamo:]:
         with contextlib.suppress(ValueError):  # a sibling copy of this pack has done so
@@ -152,7 +153,7 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
             given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
                       "skip_output_reshape": skip_output_reshape}
             call = call_replaced if function.startswith(OPERATION) else call_override
-            return call(function, (q, k, v), given, numbers).contiguous()
+            return _apart(call(function, (q, k, v), given, numbers), (q, k, v)).contiguous()
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
@@ -160,6 +161,12 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
         keep_failure(error)
         raise
     return result.contiguous()
+
+
+def _apart(result: torch.Tensor, tensors: tuple) -> torch.Tensor:
+    """An operation's result is none of its inputs."""
+    memory = result.untyped_storage().data_ptr()
+    return result.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in tensors) else result
 
 
 def keep_failure(error: Exception) -> None:
@@ -201,8 +208,7 @@ def _shape(q, k, v, heads, skip_reshape, skip_output_reshape) -> tuple:
     return (batch, heads, tokens, dim) if skip_output_reshape else (batch, tokens, heads * dim)
 
 
-def define() -> None:
-    """Makes the operation."""
+def _define() -> None:
     global _library
     if _library is None and not hasattr(getattr(torch.ops, NAMESPACE), "attention"):  # else a sibling copy of this pack has
         _library = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import attention
-from .current_block import current
+from . import attention, current_block
 from .values import Unsupported
 
 OVERRIDE = "optimized_attention_override"
@@ -36,7 +35,7 @@ def overridden(function: Callable, *args, **kwargs):
         return attention.call_operation(f"{name} {len(args)} {','.join(kwargs)} {written}", *args, **{**kwargs, "numbers": numbers})
     if attention.is_exporting():
         raise Unsupported(f"it calls the attention {getattr(function, '__name__', function)} in a way of its own")
-    return _call_now(function, args, kwargs)
+    return current_block.call_now("call", function, args, kwargs)
 
 
 def _written(values: dict) -> tuple[str, list]:
@@ -59,21 +58,10 @@ def _read(written: str, numbers: list[int]) -> dict:
     return {key: make[kind](numbers[place[0]:place[1]]) if kind in make else place[0] for key, kind, *place in json.loads(written)}
 
 
-def _call_now(function: Callable, args: tuple, kwargs: dict):
-    return current().call(function, args, kwargs)
-
-
-@functools.cache
-def prepare() -> None:
-    """Before torch.compile. Imports dynamo."""
-    global _call_now
-    _call_now = torch.compiler.disable(_call_now)
-
-
 def call_override(function: str, tensors: tuple, given: dict, numbers: list[int]):
     """What the operation does."""
     name, positional, keywords, written = function.split(" ", 3)
-    block, args = current(), (*tensors, given["heads"], given["mask"])[:int(positional)]
+    block, args = current_block.current(), (*tensors, given["heads"], given["mask"])[:int(positional)]
     given = {**given, "transformer_options": block.options, "_inside_attn_wrapper": True}
     block.options.update(_read(written, numbers))
     kwargs, standing = {key: given[key] for key in keywords.split(",")}, block.options.get(OVERRIDE)
@@ -84,5 +72,4 @@ def call_override(function: str, tensors: tuple, given: dict, numbers: list[int]
         result = block.call_successor(successor, args, kwargs)
     if not attention.is_as_expected(result, *tensors, **given):
         raise RuntimeError(f"another pack's {OVERRIDE} gave another kind of result than before")
-    memory = result.untyped_storage().data_ptr()
-    return result.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in tensors) else result
+    return result

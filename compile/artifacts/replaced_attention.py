@@ -6,13 +6,11 @@ and with what it adds of its own.
 """
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 
-from . import attention
-from .current_block import current
+from . import attention, current_block
 from .values import CallAgain
 
 KINDS = "attn1", "attn2"
@@ -38,19 +36,8 @@ def _replaced(kind: str, q, k, v, extra_options):
         return attention.call_operation(f"{OPERATION}{kind} {extra_options[INDEX]}", q, k, v, extra_options["n_heads"],
                                         attn_precision=extra_options["attn_precision"],
                                         numbers=(extra_options["dim_head"], *extra_options[SHAPE]))
-    return _call_now(kind, q, k, v, extra_options)
-
-
-def _call_now(kind: str, q, k, v, extra_options):  # between two graphs it is called as Python
-    return current().call_replacement(kind, (q, k, v), {name: extra_options[name] for name in (INDEX, SHAPE, *ADDED)})
-
-
-@functools.cache
-def prepare() -> None:
-    """Before torch.compile. Imports dynamo."""
-    global _call_now
-    attention.define()
-    _call_now = torch.compiler.disable(_call_now)
+    written = {name: extra_options[name] for name in (INDEX, SHAPE, *ADDED)}
+    return current_block.call_now("call_replacement", kind, (q, k, v), written)
 
 
 def call_replaced(function: str, tensors: tuple, given: dict, numbers: list[int]) -> torch.Tensor:
@@ -58,12 +45,12 @@ def call_replaced(function: str, tensors: tuple, given: dict, numbers: list[int]
     kind, index = function.removeprefix(OPERATION).split(" ")
     dim_head, *shape = numbers
     written = {INDEX: int(index), SHAPE: shape, "n_heads": given["heads"], "dim_head": dim_head, "attn_precision": given["attn_precision"]}
-    result = current().call_replacement(kind, tensors, written)
+    block = current_block.current()
+    result = block.call_replacement(kind, tensors, written)
     if not attention.is_as_expected(result, *tensors, given["heads"]):
-        current().distrust()
+        block.distrust()
         raise CallAgain
-    memory = result.untyped_storage().data_ptr()
-    return result.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in tensors) else result
+    return result
 
 
 def finds(replacements: dict, block: tuple, index: int) -> Callable | None:

@@ -80,13 +80,16 @@ def _replacements(module: torch.nn.Module, options: dict) -> dict[str, dict[int,
 
 class StandIns:
     """While it is entered, in this thread: a block with these transformer_options is called by what was compiled. kinds: of what stands.
-    known: whether they may, by kinds; missing: nobody has looked."""
+    known: whether they may, by kinds; missing: nobody has looked. calls_operations: something of another pack is called by what is
+    compiled; replaces: that is no override."""
 
     def __init__(self, options: dict, replaced: dict[str, dict[int, Callable]]):
         self.options = options
         self.known: dict[frozenset, bool] = {}
         self._given = dict(options)
         self._replaced = replaced
+        self.replaces = bool(replaced)
+        self.calls_operations = self.replaces or OVERRIDE in options
         self._stood: dict = {key: _ABSENT for key in INNER_PATCHES if key in options}
         if OVERRIDE in options:
             self._stood[OVERRIDE] = overridden
@@ -95,20 +98,6 @@ class StandIns:
                 kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}}
         self.kinds = frozenset((*replaced, *(key for key in self._stood if key in INNER_PATCHES or key == OVERRIDE)))
         _put(options, self._stood)
-
-    @property
-    def calls_operations(self) -> bool:
-        """Whether something of another pack is called by what is compiled."""
-        return bool(self._replaced) or OVERRIDE in self._stood
-
-    @property
-    def hides(self) -> bool:
-        """Whether there are patches that the block does not get."""
-        return any(key in self._stood for key in INNER_PATCHES)
-
-    @property
-    def replaces(self) -> bool:
-        return bool(self._replaced)
 
     def __enter__(self) -> StandIns:
         current_block.enter(self)
@@ -177,11 +166,10 @@ class StandIns:
             raise CallAgain  # a later patch of the block may read what it has written there
         return result
 
-    def probe(self, call: Callable) -> tuple[bool, object]:
-        """(whether what stands may, call()): a block is called as it is, and what it reads and hands on is looked at. Nothing stands any
-        more then."""
+    def probe(self, call: Callable):
+        """call(): a block is called as it is, and what it reads and hands on is looked at, for known. Nothing stands any more then."""
         told = (*self._told(), *ADDED)
-        operations, options, fits = self.calls_operations, self.options, True
+        options, fits = self.options, True
         self.withdraw()
         before = dict(options)
 
@@ -213,9 +201,10 @@ class StandIns:
         _put(options, put)
         try:
             result = call()
-            if operations:
+            if self.calls_operations:
                 doubt(_is_same(options, before, but=(*told, *put)))
-            return fits, result
+            self.known[self.kinds] = fits
+            return result
         finally:
             self.withdraw()
 
