@@ -150,10 +150,10 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
         if " " in function:
             from .attention_override import call_override
             from .replaced_attention import OPERATION, call_replaced
-            given |= {"heads": heads, "mask": mask, "attn_precision": precision, "skip_reshape": skip_reshape,
-                      "skip_output_reshape": skip_output_reshape}
+            given |= {"heads": heads, "mask": mask if mask is None else mask.clone(), "attn_precision": precision,
+                      "skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
             call = call_replaced if function.startswith(OPERATION) else call_override
-            return _apart(call(function, (q, k, v), given, numbers), (q, k, v)).contiguous()
+            return _copy(call(function, (_copy(q), _copy(k), _copy(v)), given, numbers))
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
@@ -163,10 +163,9 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
     return result.contiguous()
 
 
-def _apart(result: torch.Tensor, tensors: tuple) -> torch.Tensor:
-    """An operation's result is none of its inputs."""
-    memory = result.untyped_storage().data_ptr()
-    return result.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in tensors) else result
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Of what another pack gets, or gives, and may keep: compiled code writes other things into that memory, once it has used it."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def keep_failure(error: Exception) -> None:
@@ -187,16 +186,17 @@ def take_failure() -> Exception | None:
 
 
 def _fake_attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, *_):
-    return q.new_empty(_shape(q, k, v, heads, skip_reshape, skip_output_reshape))
+    return q.new_empty(shape_of(q, k, v, heads, skip_reshape, skip_output_reshape))
 
 
 def is_as_expected(result, q, k, v, heads, *_, skip_reshape=False, skip_output_reshape=False, **others) -> bool:
     """Whether result is of the kind that the operation gives."""
     return (type(result) is torch.Tensor and result.dtype is q.dtype and result.device == q.device
-            and result.shape == _shape(q, k, v, heads, skip_reshape, skip_output_reshape))
+            and result.shape == shape_of(q, k, v, heads, skip_reshape, skip_output_reshape))
 
 
-def _shape(q, k, v, heads, skip_reshape, skip_output_reshape) -> tuple:
+def shape_of(q, k, v, heads, skip_reshape=False, skip_output_reshape=False) -> tuple:
+    """Of the operation's result."""
     if skip_reshape:
         batch, _, tokens, _ = q.shape
         dim = v.shape[-1]

@@ -6,6 +6,7 @@ and with what it adds of its own.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -40,17 +41,26 @@ def _replaced(kind: str, q, k, v, extra_options):
     return current_block.call_now("call_replacement", kind, (q, k, v), written)
 
 
-def call_replaced(function: str, tensors: tuple, given: dict, numbers: list[int]) -> torch.Tensor:
+def call_replaced(function: str, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], given: dict, numbers: list[int]) -> torch.Tensor:
     """What the operation does."""
     kind, index = function.removeprefix(OPERATION).split(" ")
     dim_head, *shape = numbers
     written = {INDEX: int(index), SHAPE: shape, "n_heads": given["heads"], "dim_head": dim_head, "attn_precision": given["attn_precision"]}
     block = current_block.current()
-    result = block.call_replacement(kind, tensors, written)
-    if not attention.is_as_expected(result, *tensors, given["heads"]):
+    result = as_expected(block.call_replacement(kind, tensors, written), *tensors, given["heads"])
+    if result is None:
         block.distrust()
         raise CallAgain
     return result
+
+
+def as_expected(result, q, k, v, heads: int) -> torch.Tensor | None:
+    """A replacement's result in the shape that the operation gives: what it gave for all rows or tokens as one for each of them, of which
+    the block computes the same. None for one of another kind."""
+    shape = attention.shape_of(q, k, v, heads)
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+        result = result.expand(shape)
+    return result if attention.is_as_expected(result, q, k, v, heads) else None
 
 
 def finds(replacements: dict, block: tuple, index: int) -> Callable | None:

@@ -19,8 +19,8 @@ from ..torch_internals.guard_filter import INNER_PATCHES
 from . import attention, current_block
 from .attention_override import OVERRIDE, overridden
 from .origins import is_comfyuis
-from .replaced_attention import ADDED, INDEX, KINDS, SHAPE, STAND_INS, finds
-from .values import CallAgain
+from .replaced_attention import ADDED, INDEX, KINDS, SHAPE, STAND_INS, as_expected, finds
+from .traced_calls import not_recorded, recording
 
 # What ComfyUI's models call before, between and after their blocks (comfy/ldm, 0.3.64 to 0.33).
 OUTSIDE = {"patches": frozenset({"input_block_patch", "input_block_patch_after_skip", "middle_block_after_patch", "output_block_patch",
@@ -28,7 +28,7 @@ OUTSIDE = {"patches": frozenset({"input_block_patch", "input_block_patch_after_s
            "patches_replace": frozenset({"dit"})}
 _ABSENT = object()
 _BLOCK = ("block", 0)  # for all: which one it is nothing but a replacement reads
-_UNWRITTEN = {INDEX: -1, SHAPE: ()}  # there at the first block as at others
+_UNWRITTEN = {SHAPE: (), INDEX: -1}  # there at the first block as at others, in the order in which they are written
 
 
 def reach_blocks(options: dict) -> bool:
@@ -96,7 +96,12 @@ class StandIns:
         if replaced:
             self._stood |= {"block": _BLOCK, **_UNWRITTEN, "patches_replace": {
                 kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}}
-        self.kinds = frozenset((*replaced, *(key for key in self._stood if key in INNER_PATCHES or key == OVERRIDE)))
+        # By whose they are: how one behaves says nothing of another.
+        self.kinds = frozenset((*(key for key in self._stood if key in INNER_PATCHES), *(
+            (kind, _code(function)) for kind, functions in {OVERRIDE: {0: options.get(OVERRIDE)}, **replaced}.items()
+            for function in functions.values() if function is not None)))
+        self._extra: dict = {}  # what the last replacement got
+        self._served: set[str] = set()  # the kinds of those that got it
         _put(options, self._stood)
 
     def __enter__(self) -> StandIns:
@@ -158,13 +163,11 @@ class StandIns:
 
     def call_replacement(self, kind: str, tensors: tuple, written: dict):
         """Its result. written: what the block adds to the options that it hands on."""
-        extra = {key: value for key, value in self._given.items() if key not in INNER_PATCHES} | written
-        before = dict(extra)
-        result = self._replaced[kind][written[INDEX]](*tensors, extra)
-        if not _is_same(extra, before):
-            self.distrust()
-            raise CallAgain  # a later patch of the block may read what it has written there
-        return result
+        if kind != KINDS[1] or kind in self._served or self._extra.get(INDEX) != written[INDEX]:  # else of the same block
+            self._served = set()
+            self._extra = {key: value for key, value in self._given.items() if key not in INNER_PATCHES} | written
+        self._served.add(kind)
+        return self._replaced[kind][written[INDEX]](*tensors, self._extra)
 
     def probe(self, call: Callable):
         """call(): a block is called as it is, and what it reads and hands on is looked at, for known. Nothing stands any more then."""
@@ -179,7 +182,8 @@ class StandIns:
 
         def overriding(function, *args, **kwargs):
             doubt(kwargs.get("transformer_options") is options and _is_same(options, before, but=(*put,)))
-            result = self.call(function, args, kwargs)
+            with not_recorded():
+                result = self.call(function, args, kwargs)
             doubt(attention.is_as_expected(result, *args, **kwargs))
             return result
 
@@ -188,8 +192,9 @@ class StandIns:
             found = dict(extra)
             doubt(found.get(INDEX) == index and type(found.get(SHAPE)) is list and found.keys() >= {*ADDED}
                   and _is_same(found, before, but=(*told, *INNER_PATCHES)))
-            result = function(q, k, v, extra)
-            doubt(_is_same(extra, found) and attention.is_as_expected(result, q, k, v, found.get("n_heads", 1)))
+            with not_recorded():
+                result = function(q, k, v, extra)
+            doubt(as_expected(result, q, k, v, found.get("n_heads", 1)) is not None)
             return result
         put: dict = {key: _Watched(before[key], OUTSIDE[key], doubt) for key in INNER_PATCHES if isinstance(before.get(key), dict)}
         if OVERRIDE in before:
@@ -200,13 +205,19 @@ class StandIns:
         self._stood = put
         _put(options, put)
         try:
-            result = call()
+            with recording() as found:
+                result = call()
+            doubt(found.is_comfyuis())  # other code may ask for what is not there
             if self.calls_operations:
                 doubt(_is_same(options, before, but=(*told, *put)))
             self.known[self.kinds] = fits
             return result
         finally:
             self.withdraw()
+
+
+def _code(function):
+    return getattr(function, "__code__", type(function))
 
 
 def _put(options: dict, values: dict) -> None:

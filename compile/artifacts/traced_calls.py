@@ -178,6 +178,17 @@ def recording() -> Iterator[Recording]:
         gc.callbacks.remove(collection_ends)
 
 
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """In the midst of a recording."""
+    profile = sys.getprofile()
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        sys.setprofile(profile)
+
+
 class _Origin(enum.Enum):
     """Whose a file is: of the code that is traced, Python's own (or generated), or what is left out of a recording."""
 

@@ -398,3 +398,33 @@ def test_no_operation_of_another_pack_is_recorded_into_a_cuda_graph(cuda_graphs)
             with standing:
                 pass
         assert given == before
+
+
+class Long(Block):
+    def forward(self, x, transformer_options=None):
+        q, k, v = (part.sin() for part in self.qkv(x).chunk(3, dim=-1))
+        for _ in range(3):
+            q = self.out(self.attend(q, k, v, transformer_options).cos() * 2).sin()
+        return x + q
+
+
+def test_what_an_override_keeps_is_not_written_over():
+    """Inductor uses the memory of its inputs, and of its result, for what it computes after it."""
+    net, compiled = Net(Long), CompiledModule(CompileOptions(mark_sizes=True))
+
+    def keeps():
+        kept = []
+
+        def override(function, q, k, v, *args, **kwargs):
+            result = function(q, k, v, *args, **kwargs)
+            kept.extend([q, k, v, result])
+            return result if len(kept) < 80 else kept[len(kept) % 36 + 3]
+        return override, kept
+    (ours, mine), (theirs, eagers) = keeps(), keeps()
+    for step in range(6):
+        x = torch.randn(2, 6, 32)
+        want, got = net(x, {"sigmas": step, KEY: theirs}), run(compiled, net, x, {"sigmas": step, KEY: ours})
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        for one, other in zip(mine, eagers):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert compiled.report.last_calls["graph"] == 3

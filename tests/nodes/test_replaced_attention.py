@@ -28,11 +28,11 @@ def compiled(comfy):
     return in_process()
 
 
-def in_process():
+def in_process(backend="aot_eager"):
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
 
-    return CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
+    return CompiledModule(CompileOptions(backend=backend, mark_sizes=True))
 
 
 class Replacement:
@@ -124,6 +124,102 @@ def test_one_that_does_something_else_later_is_run_as_eager_runs_it(compiled, th
         want = run(None, family, model, everywhere(fickle, "attn1"), batch=2)
         assert torch.allclose(run(compiled, family, model, everywhere(fickle, "attn1"), batch=2), want, atol=1e-5)
     assert not compiled.report.failure
+
+
+class Keeps:
+    """What another pack keeps of its inputs or its result is its own."""
+
+    def __init__(self, what):
+        self.what, self.kept, self.sums, self.results = what, [], [], {}
+
+    def __call__(self, q, k, v, extra_options):
+        self.sums.append(sum(float(tensor.abs().sum()) for tensor in self.kept))
+        if self.what == "inputs":
+            self.kept = [*self.kept, q, k, v][-24:]
+            return q + sum(kept.mean() for kept in self.kept) * 0.1
+        key = (extra_options["block"], extra_options["block_index"])
+        if key not in self.results:
+            self.results[key] = q * 0.5 + v.mean()
+        self.kept = [*self.results.values()]
+        return self.results[key]
+
+
+@pytest.mark.parametrize("what", ["inputs", "result"])
+def test_what_a_replacement_keeps_is_not_written_over(comfy, what):
+    family = SMALL["SDXL"]
+    model, compiled = family.build(), in_process("inductor")  # which uses memory again
+    ours, theirs = Keeps(what), Keeps(what)
+    for _ in range(3):
+        want, got = run(None, family, model, everywhere(theirs, "attn1")), run(compiled, family, model, everywhere(ours, "attn1"))
+        assert torch.allclose(got, want, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(ours.sums), torch.tensor(theirs.sums), rtol=1e-4, atol=1e-2)
+    assert compiled.report.last_calls["graph"] and not compiled.report.failure
+
+
+def test_one_that_writes_into_its_options_tells_the_next_of_its_block_and_is_called_as_often(compiled):
+    family, model = SMALL["SDXL"], SMALL["SDXL"].build()
+    counts = []
+
+    def patches():
+        state = {"calls": 0}
+        counts.append(state)
+
+        def first(q, k, v, extra_options):
+            state["calls"] += 1
+            extra_options["mine"] = state["calls"]
+            return q * 0.5
+
+        def second(q, k, v, extra_options):
+            state["calls"] += 1
+            return q * 0.1 * extra_options.pop("mine", 0) + state["calls"]
+        return {"patches_replace": {**everywhere(first, "attn1")["patches_replace"], **everywhere(second)["patches_replace"]}}
+    ours, theirs = patches(), patches()
+    for _ in range(3):
+        want = run(None, family, model, theirs)
+        assert torch.equal(run(compiled, family, model, ours), want)
+        assert counts[0] == counts[1]
+    assert not compiled.report.last_calls["eager"]
+
+
+def test_one_pack_that_does_not_fit_takes_nothing_from_another(compiled):
+    family, model = SMALL["SD1.5"], SMALL["SD1.5"].build()
+    graphs = []
+    for function in (Replacement(1.0), lambda q, k, v, extra_options: q[:, :, :1], Replacement(0.5), Replacement(2.0)):
+        patches = everywhere(function, "attn1")
+        try:
+            want = run(None, family, model, patches)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)[:20]):
+                run(compiled, family, model, patches)
+        else:
+            for _ in range(2):
+                assert torch.equal(run(compiled, family, model, patches), want)
+        graphs.append(compiled.report.graphs)
+    assert graphs[2:] == graphs[1:2] * 2 and not compiled.report.last_calls["eager"]
+
+
+@pytest.mark.parametrize("reads", ["in", "get", "late"])
+def test_code_of_a_pack_that_torch_does_not_trace_sees_the_patches_around_blocks(comfy, monkeypatch, reads):
+    import comfy.ldm.modules.attention as core
+
+    compiled = in_process("eager")
+    attend, calls = core.optimized_attention, []
+
+    @torch.compiler.disable
+    def other(q, k, v, *args, transformer_options=None, **kwargs):
+        calls.append(1)
+        options = transformer_options or {}
+        there = {"in": lambda: "patches" in options, "get": lambda: options.get("patches") is not None,
+                 "late": lambda: len(calls) > 10 and "input_block_patch" in options.get("patches", {})}[reads]()
+        return attend(q, k, v, *args, **kwargs) * (0.5 if there else 1.0)
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(core, name, other)
+    family, model = SMALL["SD1.5"], SMALL["SD1.5"].build()
+    for patches in ({}, *[{"patches": {"input_block_patch": [lambda h, options: h]}}] * 2):
+        calls.clear()
+        want = run(None, family, model, patches)
+        calls.clear()
+        assert torch.equal(run(compiled, family, model, patches), want)
 
 
 def test_several_kinds_come_and_go_on_one_model(compiled):
