@@ -284,8 +284,12 @@ def a_block_is_traced_for_the_card(state):
 
 @step
 def cuda_graphs_are_had_or_left_out_with_a_reason(state):
+    from int8_compile.compile.artifacts.attention_override import OVERRIDE
+    from int8_compile.compile.artifacts.runtime import BlockInfo
     from int8_compile.compile.engine import CompiledModule
     from int8_compile.compile.options import CompileOptions
+    from int8_compile.compile.step import Block, RegionState, Step
+    from int8_compile.compile.torch_compiler import RegionCode
 
     class Net(torch.nn.Module):
         def __init__(self):
@@ -315,6 +319,12 @@ def cuda_graphs_are_had_or_left_out_with_a_reason(state):
             got = engine.run(net, lambda net=net, x=x: net(x), filter_guards=True, passthrough=lambda error: False)
             assert not engine.report.failure, engine.report.failure
             assert torch.equal(got, net(x)) and engine.options.backend == backend and engine.report.graphs
+    # A graph would repeat another pack's attention without calling it.
+    for options in (CompileOptions(mode="reduce-overhead"), CompileOptions(backend="cudagraphs"), plain):
+        net, code = Net(), RegionCode("Linear", options.on_device(CUDA)[0])
+        block = Block(RegionState("Linear", code), BlockInfo(net.blocks[0]), True, True)
+        stands = Step(0, True, False, None).stand_ins(block, net.blocks[0], {OVERRIDE: lambda function, *args, **kwargs: args[0]})
+        assert (stands is None) == options.cuda_graphs
 
 
 @contextlib.contextmanager
