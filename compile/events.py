@@ -27,7 +27,7 @@ class Events:
         self._background = background
         self._on_progress: OnProgress | None = None
         self._notified = False  # of all that is in the report
-        self._unused: dict[str, list[str]] = {}  # why artifacts are not used, by region; until one of it is loaded
+        self._unused: dict[str, list[str]] = {}  # why artifacts are not used, by region; until one of it is loaded, see _show_unused
 
     def listen(self, on_progress: OnProgress | None) -> None:
         if on_progress is not self._on_progress:
@@ -68,8 +68,18 @@ class Events:
             self.report.last_calls, self._notified = dict(calls), False
         if _ELSEWHERE in self.report.fallbacks and calls["artifact"] + calls["graph"]:  # that node is gone
             self.report.fallbacks.remove(_ELSEWHERE)
+        self._show_unused(calls["eager"] + calls["graph"] > 0)
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
+
+    def _show_unused(self, shown: bool) -> None:
+        """Why artifacts are not used is in the report while something is not served by one: a bypass LoRA may be gone, and back."""
+        fallbacks = self.report.fallbacks
+        unused = [reason for reasons in self._unused.values() for reason in reasons]
+        changed = [reason for reason in unused if (reason in fallbacks) != shown]
+        if changed:
+            self.report.fallbacks = [*fallbacks, *changed] if shown else [reason for reason in fallbacks if reason not in changed]
+            self._notified = False
 
     def checked(self, region: str, dtype: str, in_roundings: float) -> None:
         """What was compiled of a region was compared with eager. in_roundings: the difference in roundings of dtype."""
@@ -111,7 +121,8 @@ class Events:
         if event == "ended":
             report.building = [building for building in report.building if building != text]
         elif event == "loaded":
-            report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in self._unused.pop(name, ())]
+            over = self._unused.pop(name, ())
+            report.fallbacks = [fallback for fallback in report.fallbacks if fallback not in over]
             report.artifacts.append(text)
             report.compiled_from_step = report.compiled_from_step or report.steps
             logger.info("%s: step %d on runs %s from the compile cache", self._title, report.steps, text)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
 from int8_compile.compile.artifacts import artifact
 from int8_compile.compile.engine import CompiledModule
+from int8_compile.compile.events import Events
 from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, exported, inference, inputs, refused, run  # noqa: F401
 from toys import difference
@@ -61,6 +62,30 @@ def test_why_an_artifact_is_not_used_is_in_the_report(tmp_path):
     assert code.endswith("is not the code that its artifact was made of: running uncompiled while it is so.")
     assert attribute == ("Block: gain is not as in the blocks that its artifact was made of: running uncompiled while it is so.")
     assert code in compiled.report.text() and attribute in compiled.report.text()
+
+
+def test_why_an_artifact_is_not_used_is_in_the_report_only_while_it_is_so(tmp_path, monkeypatch):
+    net, compiled, x = nets.make(), cached(tmp_path / "cache"), inputs()
+    for _ in range(2):
+        run(compiled, net, *x)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(nets.scaled, "__defaults__", (2.0,))
+            run(compiled, net, *x)
+        assert [text for text in compiled.report.fallbacks if "is not the code that its artifact was made of" in text]
+        run(compiled, net, *x)
+        assert compiled.report.last_calls["artifact"] == len(net.blocks) and not compiled.report.fallbacks
+
+
+def test_a_loaded_artifact_ends_only_what_was_said_of_its_own_region():
+    events = Events("Compile Model", background=True)
+    events.in_step = True
+    events.fall_back("something else")
+    for region in ("Block", "Block", "Other"):
+        events.on_artifact("not used", region, f"reason {len(events.report.fallbacks)}")
+    events.on_artifact("loaded", "Block", "0123")
+    kept, other = events.report.fallbacks
+    assert kept == "something else" and other.startswith("Other: reason 3")
 
 
 class Zeros(nets.Small):
