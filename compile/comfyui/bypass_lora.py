@@ -19,7 +19,7 @@ from ..torch_internals.block_tree import has_own_forward
 from . import core as comfy_core
 
 try:
-    from comfy.weight_adapter import BypassInjectionManager, LoRAAdapter
+    from comfy.weight_adapter import BypassInjectionManager, LoHaAdapter, LoKrAdapter, LoRAAdapter
     from comfy.weight_adapter.bypass import BypassForwardHook
 except ImportError:  # a core without bypass LoRAs
     BypassInjectionManager = BypassForwardHook = None
@@ -118,8 +118,10 @@ def _copy(hook, layer: torch.nn.Module):
 
 
 def _vary_strength(adapter) -> None:
-    """A number would be a constant of compiled blocks, of which each strength would compile another."""
-    if type(adapter) is LoRAAdapter and type(adapter.multiplier) in (int, float) and not isinstance(adapter.weights[2], torch.Tensor):
+    """A number would be a constant of compiled blocks, of which each strength would compile another. Only for those that do nothing but
+    multiply with it; alpha, which may be a tensor too, would be in another type then."""
+    if (type(adapter) in (LoRAAdapter, LoHaAdapter, LoKrAdapter) and type(adapter.multiplier) in (int, float)
+            and not isinstance(adapter.weights[2], torch.Tensor)):
         adapter.multiplier = torch.tensor(float(adapter.multiplier), dtype=torch.float64)
 
 

@@ -120,23 +120,51 @@ def test_another_strength_compiles_nothing(load, nodes, sample, bypass, name):
     assert graphs == graphs[:1] * 4
 
 
-def linear(value: float = 0.7, dtype=torch.float32):
-    """(net of one layer, a patcher of it, LoRAAdapter for it, manager with it at the strength value)"""
+FACTORS = {"lora": ("lora_up.weight", "lora_down.weight"), "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+           "lokr": ("lokr_w1", "lokr_w2_a", "lokr_w2_b")}
+
+
+def factors(kind: str, out: int, ins: int) -> dict[str, torch.Tensor]:
+    """Of a layer of out x ins, as files have them."""
+    shapes = {"lora": ((out, 4), (4, ins)), "loha": ((out, 4), (4, ins)) * 2, "lokr": ((2, 4), (out // 2, 4), (4, ins // 4))}[kind]
+    return {name: torch.randn(shape) * shape[1] ** -0.5 for name, shape in zip(FACTORS[kind], shapes)} | {"alpha": torch.tensor(3.0)}
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_another_strength_of_a_loha_or_lokr_compiles_nothing(flux, nodes, sample, bypass, comfy, kind):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    weights = {f"lora_unet_{name.replace('.', '_')}.{factor}": tensor for name, layer in flux.model.diffusion_model.named_modules()
+               if name.endswith((".0.img_mlp.0", ".1.linear2")) for factor, tensor in factors(kind, *layer.weight.shape).items()}
+    graphs = []
+    for strength in (1.0, -0.5, 0.3, 1.0):
+        patched = comfy.sd.load_bypass_lora_for_models(flux, None, weights, strength, 0)[0]
+        compiled = nodes.CompileModel(patched, **CHEAP)
+        image = sample(patched)
+        assert torch.equal(sample(compiled), image) and difference(image, sample(flux)) > 1e-3
+        graphs.append(reports(compiled)[0].graphs)
+    assert graphs == graphs[:1] * 4
+
+
+def linear(value: float = 0.7, dtype=torch.float32, kind: str = "lora"):
+    """(net of one layer, a patcher of it, an adapter for it, manager with it at the strength value)"""
     import comfy.model_patcher
-    from comfy.weight_adapter import BypassInjectionManager, LoRAAdapter
+    from comfy.weight_adapter import BypassInjectionManager, adapters
 
     net = torch.nn.Sequential(torch.nn.Linear(24, 40, dtype=dtype))
-    adapter = LoRAAdapter(set(), (torch.randn(40, 4), torch.randn(4, 24), 3.0, None, None, None))
+    adapter = next(filter(None, (each.load("0", {f"0.{name}": tensor for name, tensor in factors(kind, 40, 24).items()}, 3.0, None)
+                                 for each in adapters)))
     manager = BypassInjectionManager()
     manager.add_adapter("0", adapter, strength=value)
     return net, comfy.model_patcher.ModelPatcher(net, torch.device("cpu"), torch.device("cpu")), adapter, manager
 
 
+@pytest.mark.parametrize("kind", [*FACTORS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, dtype):
+def test_a_strength_that_is_a_tensor_computes_what_a_number_does(comfy, bypass, dtype, kind):
     x = torch.randn(3, 5, 24, dtype=dtype)
     for strength in (0.3, -1.7, 0.0, 1):
-        net, patcher, adapter, manager = linear(strength, dtype)
+        net, patcher, adapter, manager = linear(strength, dtype, kind)
         (injection,) = manager.create_injections(net)
         assert adapter.multiplier == strength
         want = net[0](x) + adapter.h(x, None)
