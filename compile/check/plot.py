@@ -27,13 +27,11 @@ def plot(check: Check) -> torch.Tensor:
     """Bars of times as fast as the baseline, a group for each layer, the fastest first: [H, W, 3] float in 0..1. Raises RuntimeError
     without matplotlib."""
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = [(title, row, base, sorted(row.ratios(base).items(), key=lambda item: -item[1])) for title, row, base in check.groups()]
     bars = sum(len(ratios) + 2 for *_, ratios in groups)
     figure = Figure(figsize=(WIDTH, 1.5 + INCHES_A_BAR * max(bars, 4)), dpi=DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     longest = max((ratio for *_, ratios in groups for _, ratio in ratios), default=1.0)
     y, ticks, names = 0.0, [], []
@@ -53,10 +51,17 @@ def plot(check: Check) -> torch.Tensor:
     axes.set_xlabel(f"times as fast as {check.baseline}; milliseconds of one call. Dark blue: what the nodes run by default")
     axes.set_title(f"INT8 Compile Check: {check.device}, {check.date[:10]}", size=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    return pixels(figure)
+
+
+def pixels(figure) -> torch.Tensor:
+    """[H, W, 3] float in 0..1, of a matplotlib Figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
     width, height = canvas.get_width_height()
-    return pixels.view(height, width, 4)[..., :3].float() / 255
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(height, width, 4)[..., :3].float() / 255
 
 
 def _number(ms: float) -> str:

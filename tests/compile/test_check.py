@@ -16,6 +16,7 @@ from int8_compile.compile.check import linear_table, machine
 from int8_compile.compile.check.block import measure_block
 from int8_compile.compile.check.linear_table import FULL, QUICK, Row, Shape, Sizes, measure, sizes, sizes_of
 from int8_compile.compile.check.plot import plot
+from int8_compile.compile.check.ways import advice, all_ways, measure_way, plot_ways, psnr_db, table
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -208,3 +209,27 @@ def test_the_command_measures_and_writes_json_without_comfyui(tmp_path):
     assert data["block"]["failed"].keys() == {"compiled", "INT8 + compiled"}
     assert data["advice"] in done.stdout and "Compile needs what is missing below" in data["advice"]
     assert "COMFYUI_PATH" in done.stdout
+
+
+def test_ways_to_run_a_model_are_timed_compared_and_advised_on():
+    ways, images = all_ways()[:3], []
+
+    def image(seed):
+        images.append(seed)
+        return torch.full((1, 4, 4, 3), 0.5)
+    for way in ways[:2]:
+        settled = []
+        measure_way(way, image, lambda: settled.append(len(images)))
+        assert way.first > 0 and way.later > 0
+    assert images == [1, 2, 3] * 2 and settled == [4]  # the first image, then the others
+    eager, compiled, failed = ways
+    eager.later, compiled.later, compiled.decibels, failed.error = 3.0, 2.0, psnr_db(image(1), image(1) + 0.01), "no memory"
+    assert abs(compiled.decibels - 40) < 0.1 and psnr_db(image(1), image(1)) == 99
+    lines = table(ways, "PSNR")
+    assert lines[0].endswith("PSNR, dB") and "1.50x" in lines[2] and lines[2].endswith("40.0") and lines[-1] == "  INT8 rowwise: no memory"
+    assert advice(ways, "PSNR") == "This model: compiled is fastest, 1.50x as fast as eager."
+    compiled.later = 2.95
+    assert advice(ways, "PSNR") == "This model: nothing was faster than eager by 5 %."
+    eager.later = None
+    assert advice(ways, "PSNR") == "This model could not be measured."
+    assert plot_ways(ways, "PSNR").shape[-1] == 3

@@ -52,6 +52,16 @@ def lora(comfy, models_dir):
 
 
 @pytest.fixture
+def vae(comfy, models_dir):
+    sd = {}
+    for part in ("encoder", "decoder"):
+        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "vae_approx" / f"taef1_{part}.safetensors"))
+        sd.update({f"taesd_{part}.{name}": w for name, w in weights.items()})
+    sd["vae_scale"], sd["vae_shift"] = torch.tensor(0.3611), torch.tensor(0.1159)
+    return comfy.sd.VAE(sd=sd)
+
+
+@pytest.fixture
 def bypass(comfy, models_dir):
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
         pytest.skip("this ComfyUI has no bypass LoRAs")
@@ -121,7 +131,7 @@ def nodes(comfy):
 
     for cls in nodes.NODES:
         schema = cls.define_schema()
-        defaults = {i.id: i.default for i in schema.inputs if i.id not in ("model", "after")}
+        defaults = {i.id: i.default for i in schema.inputs if i.id not in ("model", "after") and hasattr(i, "default")}
 
         def run(*model, _cls=cls, _defaults=defaults, _id=schema.node_id, **inputs):
             needs_for(_id)

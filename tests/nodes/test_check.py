@@ -33,12 +33,13 @@ def run_node(comfy_nodes, monkeypatch):
     monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
     monkeypatch.setattr(node, "sizes_named", lambda name, device: Sizes([Shape("Tiny", 32, 64, 128)], Shape("Tiny", 32, 64, 64)))
     monkeypatch.setattr(check, "measure_block", lambda *arguments: measure_block(*arguments, backend="aot_eager"))
-    return lambda: node.INT8CompileCheck.execute("quick")
+    return lambda sizes="quick", **inputs: node.INT8CompileCheck.execute(sizes, **inputs)
 
 
 def test_the_node_gives_text_json_and_a_picture(run_node):
     output = run_node()
-    text, data, picture = output.args
+    text, data, picture, pictures = output.args
+    assert pictures.message.startswith("There are no pictures: connect model")
     data = json.loads(data)
     facts = {fact["name"]: fact for fact in data["facts"]}
     assert facts["native INT8"]["status"] == "ok" and facts["ComfyUI"]["value"].count(".") == 2
@@ -50,6 +51,57 @@ def test_the_node_gives_text_json_and_a_picture(run_node):
         assert "pip install matplotlib" in picture.message and "images" not in output.ui
     else:
         assert isinstance(picture, torch.Tensor) and picture.dim() == 4 and len(output.ui["images"]) == 1
+
+
+@pytest.fixture
+def model_inputs(flux, conds):
+    return {"model": flux, "positive": conds[0], "latent_image": {"samples": torch.zeros(1, 16, 16, 16)}, "steps": 2}
+
+
+def test_a_model_is_measured_in_each_way(run_node, model_inputs, flux, sample, vae, monkeypatch):
+    from int8_compile.compile.comfyui import model_check
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    before = sample(flux)
+    monkeypatch.setattr(model_check, "COMPILE", {"name": "compile", "config": {"backend": "aot_eager"}})
+    text, data, _, pictures = run_node("full", vae=vae, **model_inputs).args
+    model = json.loads(data)["model"]
+    assert [way["title"] for way in model["ways"]] == ["eager", "compiled", "INT8 rowwise", "INT8 rowwise + compiled", "INT8 convrot",
+                                                       "INT8 convrot + compiled", "INT8 auto", "INT8 auto + compiled"]
+    assert not [way["error"] for way in model["ways"] if way["error"]] and all(way["later"] > 0 for way in model["ways"])
+    eager, compiled, rowwise, *_ = model["ways"]
+    assert eager["decibels"] is None and compiled["decibels"] > 90 > rowwise["decibels"] > 20
+    assert rowwise["weights_mb"] < 0.6 * eager["weights_mb"]
+    assert "INT8 convrot + compiled" in text and "PSNR of the picture" in text and text.startswith(("This model: ", "INT8"))
+    assert pictures.shape[0] == 8 and pictures.shape[-1] == 3 and (pictures[0] - pictures[1]).abs().max() < 1e-3
+    assert torch.equal(sample(flux), before) and not reports(flux)
+
+
+def test_without_a_vae_latents_are_compared_and_what_fails_is_named(run_node, model_inputs, monkeypatch):
+    from int8_compile.compile.comfyui import model_check
+
+    quantize = model_check.quantize_and_record
+
+    def failing(model, options, *more):
+        if options.method == "auto":
+            raise RuntimeError("no memory\nand more")
+        return quantize(model, options, *more)
+    monkeypatch.setattr(model_check, "quantize_and_record", failing)
+    monkeypatch.setattr(model_check, "all_ways", lambda: [model_check.Way(), model_check.Way("convrot"), model_check.Way("auto")])
+    text, data, _, pictures = run_node("full", **model_inputs).args
+    ways = json.loads(data)["model"]["ways"]
+    assert ways[1]["decibels"] > 20 and ways[2]["error"] == "no memory" and "INT8 auto: no memory" in text
+    assert "SQNR of the latent" in text and pictures.message
+
+
+def test_a_model_that_cannot_be_measured_is_refused_before_anything_is(run_node, model_inputs, nodes, flux):
+    for wrong, says in (({"positive": None}, "Connect positive and latent_image"), ({"latent_image": None}, "Connect positive"),
+                        ({"model": nodes.INT8QuantizeModel(flux)}, "INT8 layers or is compiled already"),
+                        ({"model": nodes.INT8QuantizeModel(flux, method="auto")}, "INT8 layers or is compiled already"),
+                        ({"model": nodes.CompileModel(flux, backend="aot_eager")}, "INT8 layers or is compiled already")):
+        with pytest.raises(ValueError, match=says):
+            run_node("full", **{**model_inputs, **wrong})
+    assert "was not measured: for that set sizes to full" in run_node("quick", **model_inputs).args[0]
 
 
 @pytest.mark.rotating

@@ -166,16 +166,6 @@ def clip(comfy, models_dir):
     return comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.SD3)
 
 
-@pytest.fixture
-def vae(comfy, models_dir):
-    sd = {}
-    for part in ("encoder", "decoder"):
-        weights = comfy.utils.load_torch_file(str(models_dir / "models" / "vae_approx" / f"taef1_{part}.safetensors"))
-        sd.update({f"taesd_{part}.{name}": w for name, w in weights.items()})
-    sd["vae_scale"], sd["vae_shift"] = torch.tensor(0.3611), torch.tensor(0.1159)
-    return comfy.sd.VAE(sd=sd)
-
-
 def test_a_text_encoder_compiles_on_a_clone_and_encodes_the_same(clip, nodes, graphs):
     from int8_compile.compile.comfyui.compile_model import reports
 
