@@ -18,6 +18,10 @@ class HasArtifactTensors(Protocol):
         """Its plain tensors by name; none while it computes otherwise."""
         ...
 
+    def artifact_constants(self) -> tuple:
+        """What else its result depends on, and may be changed while it lives."""
+        ...
+
 
 class HasArtifactReplacement(HasArtifactTensors, Protocol):
     def artifact_replacement(self) -> tuple[Callable[..., torch.nn.Module], tuple]:

@@ -46,6 +46,9 @@ class ArtifactLinear(torch.nn.Module):
     def artifact_tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
+    def artifact_constants(self) -> tuple:
+        return self.group, self.kernel
+
     def forward(self, x: torch.Tensor, act: str = "none") -> torch.Tensor:
         """x [..., K] float ([..., 2K] for swiglu) -> [..., N]."""
         return ops.int8_linear(x, self.qweight, self.weight_scale, self.bias, self.group, act, self.pre_quant_scale, self.kernel)

@@ -5,13 +5,14 @@ import functools
 import operator
 import types
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...int8.artifact_layer import HasArtifactTensors, has_artifact_tensors
-from .block import TensorSpec
+from .block import TensorSpec, tensor_spec, tensors_of
 from .call import layout
 from .code_names import identifiers
 from .describe import Describer, Names
@@ -168,14 +169,30 @@ def _differing(found: list[list], expected: list[list]) -> list[list]:
     return [item for item in found if item not in expected] or [item for item in expected if item not in found]
 
 
+@dataclass(frozen=True)
+class WeightSpecs:
+    """specs: of a block's plain tensors, in the order of tensors_of. constants: of its layers with artifact tensors."""
+
+    specs: list[TensorSpec]
+    constants: list[tuple]
+
+    @classmethod
+    def of(cls, block: torch.nn.Module) -> WeightSpecs:
+        return cls([tensor_spec(tensor) for _, tensor in tensors_of(block)],
+                   [module.artifact_constants() for module in block.modules() if has_artifact_tensors(module)])
+
+
 class Weights:
     """The plain tensors of a block, looked up at every call: an offload, a LoRA or a loader may have put others there.
 
-    specs: those the artifact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
+    wanted: those the artifact was made for, on device. INT8 layers are held weakly: one that is replaced takes its weights with it."""
 
-    __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layouts", "_owners", "_shapes", "_sizes", "_spaces", "_ties")
+    __slots__ = ("_absent", "_checked", "_columns", "_devices", "_dtypes", "_layers", "_layouts", "_owners", "_shapes", "_sizes", "_spaces",
+                 "_ties")
 
-    def __init__(self, block: torch.nn.Module, specs: list[TensorSpec], device: torch.device):
+    def __init__(self, block: torch.nn.Module, wanted: WeightSpecs, device: torch.device):
+        specs, constants = wanted.specs, iter(wanted.constants)
+        self._layers: list[tuple[weakref.ref, int, tuple]] = []  # (layer, its number of tensors, its constants)
         self._owners: list[tuple[Any, str]] = []
         self._absent: list[tuple[Any, str]] = []  # what was None
         self._ties: list[tuple[Any, str, int]] = []  # what was the same tensor as that of the index
@@ -184,6 +201,7 @@ class Weights:
         for _, module in block.named_modules():
             if has_artifact_tensors(module):
                 space, tensors = weakref.ref(module), module.artifact_tensors()
+                self._layers.append((space, len(tensors), next(constants, ())))
             else:
                 space, tensors = None, {**module._parameters, **module._buffers}
                 self._spaces += [module._parameters, module._buffers]
@@ -214,6 +232,10 @@ class Weights:
             result = list(map(dict.get, *self._columns))
         else:
             result = [owner.get(name) if isinstance(owner, dict) else _of_layer(owner, made).get(name) for owner, name in self._owners]
+            for reference, count, constants in self._layers:  # one tensor more is not asked for by name
+                layer = reference()
+                if layer is None or len(_of_layer(reference, made)) != count or layer.artifact_constants() != constants:
+                    return None
         if result and (self._checked is None or not self._checked.check(*result)):
             if not self._are_right(result):
                 return None

@@ -25,8 +25,8 @@ from ..torch_internals import warmup
 from ..torch_internals.block_tree import Hooks
 from . import key as cache_key
 from .artifact import FILES, Artifact
-from .block import copy_skeleton, structure_of, tensor_spec, tensors_of
-from .block_guards import BlockGuards, ClassGuards, Weights, classes_of, module_classes
+from .block import copy_skeleton, structure_of
+from .block_guards import BlockGuards, ClassGuards, Weights, WeightSpecs, classes_of, module_classes
 from .call import Call, flatten
 from .compilers import READABLE
 from .describe import Names
@@ -229,7 +229,7 @@ class _Method:
         if changed := self.sources.mismatch():
             raise Unsupported(f"{changed} has changed")
         self.artifact = Artifact(entry, _device(call))
-        self.weights = Weights(module, [tensor_spec(tensor) for _, tensor in tensors_of(module)], _device(call))
+        self.weights = Weights(module, WeightSpecs.of(module), _device(call))
         self._guards = BlockGuards(module, self.artifact.attributes, names)
         self._classes = ClassGuards([*module_classes(module), *classes_in(self.artifact.structure)], self.artifact.classes, names)
         self._hooks = Hooks(module)

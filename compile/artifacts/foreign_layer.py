@@ -58,6 +58,9 @@ class ForeignLayer(torch.nn.Module):
             return {}
         return vars(self)[FOREIGN]
 
+    def artifact_constants(self) -> tuple:
+        return self.in_features, self.out_features
+
     def artifact_replacement(self) -> tuple:
         return ForeignArtifactLayer, (self.in_features, self.out_features)
 

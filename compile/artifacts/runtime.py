@@ -15,8 +15,8 @@ from ..torch_internals.block_tree import attributes_of_tensors
 from . import key as cache_key
 from .artifact import Artifact
 from .attention_override import OVERRIDE
-from .block import structure_of, tensor_spec, tensors_of
-from .block_guards import BlockGuards, ClassGuards, Weights, module_classes
+from .block import structure_of
+from .block_guards import BlockGuards, ClassGuards, Weights, WeightSpecs, module_classes
 from .builder import Builder, BuildRequest
 from .call import Call, flatten, numbers_in, with_numbers, without_numbers
 from .describe import Names
@@ -76,7 +76,7 @@ class RegionArtifacts:
         self._place = ""
         self._settings: dict = {}  # torch's, that the place is for
         self._differs = False  # they are others in this step
-        self._specs: list = []
+        self._weights = WeightSpecs([], [])
         self._kinds: list[type] = []  # classes of the blocks' modules
         self._loaded: dict[tuple, list[Loaded]] = {}
         self._seen: set[str] = set()
@@ -198,12 +198,12 @@ class RegionArtifacts:
         if not self._place:
             structure = structure_of(block)
             self._kinds = module_classes(block)
-            self._specs = [tensor_spec(tensor) for _, tensor in tensors_of(block)]
+            self._weights = WeightSpecs.of(block)
             self._settings = cache_key.settings()
             group = cache_key.group(self._name, self._dynamic, "aoti", structure, self._config, self._device, self._cache.host())
             self._place = f"{group}/{cache_key.distribution() or 'single'}/forward"
             self._load()
-        info.weights = Weights(block, self._specs, self._device)
+        info.weights = Weights(block, self._weights, self._device)
 
     def _fits(self, block: torch.nn.Module, info: BlockInfo, loaded: Loaded, call: Call) -> bool:
         artifact = loaded.artifact

@@ -143,6 +143,10 @@ class _Int8Forward(Int8Lora):
                  "pre_quant_scale": getattr(self, "pre_quant_scale", None)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def artifact_constants(self) -> tuple:
+        params = getattr(self._parameters["weight"], "_params", None)
+        return params and params.convrot and params.convrot_groupsize, self.kernel
+
     def artifact_replacement(self) -> tuple:
         params = self.weight._params
         # What models ask of a layer beside calling it.

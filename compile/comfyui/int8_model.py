@@ -43,7 +43,7 @@ from .int8_layer import (
 )
 from .int8_lora import patch_as_core
 from .int8_merge import patch_merging_and_saving
-from .int8_source import pristine_weight, rounded_as, source_of, weight_of
+from .int8_source import pristine_weight, rounded_as, source_of, values_of, weight_of
 
 try:
     from comfy import quant_ops
@@ -117,14 +117,15 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
         on_progress(None, f"quantizing {number}/{len(plans)}")
         comfy.model_management.throw_exception_if_processing_interrupted()
         key = (plan.name, plan.method, plan.pre_quant_scale, kernel, compute_dtype, weakref.ref(_origin(patcher, plan.name)))
-        layer = layers.get(key)
-        if layer is None:
+        layer, values = layers.get(key), values_of(patcher, plan.name)
+        if layer is None or layer.source_values != values or not is_int8(layer.weight):  # another pack has put or written others there
             try:
                 layer = _int8_layer(*source_of(patcher, plan.name), plan, kernel, patcher.load_device, patcher.offload_device,
                                     compute_dtype, is_encoder(patcher))
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
             layer.source = weight_of(patcher.get_model_object(prefix + plan.name))
+            layer.source_values = values
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
         patches[prefix + plan.name] = layer

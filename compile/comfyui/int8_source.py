@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
@@ -83,6 +84,28 @@ def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     layer = patcher.get_model_object(full)
     weight, bias = (pristine_parameter(patcher, f"{full}.{key}") for key in ("weight", "bias"))
     return float_values(layer, weight), None if bias is None else float_values(layer, bias)
+
+
+def values_of(patcher, name: str) -> bytes:
+    """A digest of what source_of is computed from: another when somebody has written into it. Of large weights 32 runs of a kB are read:
+    those of a big model may have to come from its file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in ("weight", "bias"):
+        tensor = pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.{key}")
+        packed = QuantizedTensor is not None and isinstance(tensor, QuantizedTensor)
+        for part in (tensor._qdata, tensor._params.scale) if packed else (tensor,):
+            if isinstance(part, torch.Tensor):
+                digest.update(f"{part.dtype} {list(part.shape)}".encode())
+                digest.update(_some(part.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)).cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _some(values: torch.Tensor, runs: int = 32, length: int = 1024) -> torch.Tensor:
+    """[N] -> all of few, else runs of length."""
+    if values.numel() <= 4 * runs * length:
+        return values
+    starts = torch.linspace(0, values.numel() - length, runs, dtype=torch.float64).long()
+    return values[(starts[:, None] + torch.arange(length)).to(values.device)].reshape(-1)
 
 
 def source_of_layers(patcher, names: Iterable[str]) -> str:

@@ -489,6 +489,9 @@ class Unpacked(torch.nn.Linear):
     def artifact_tensors(self):
         return dict(self._parameters)
 
+    def artifact_constants(self):
+        return ()
+
 
 class Packed(Unpacked):
     """As a layer of this pack: gives its tensors by a mapping, none while it computes otherwise."""

@@ -1,6 +1,8 @@
 """The compile cache on real models: built in the background, found after a restart, right with LoRA, offload and patches."""
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from toys import difference, wait_for_builder
@@ -112,6 +114,27 @@ def test_offloaded_weights_are_fetched_for_artifacts(artifacts, nodes, lora, app
         want = apply(model, share)
         assert difference(apply(compiled, share), want) < (NOISE if int8 else EXACT)
     assert report(compiled).graphs == 0 and report(compiled).artifacts
+
+
+def test_an_int8_layer_that_was_changed_in_place_is_not_served_by_its_artifact(artifacts, nodes, sample):
+    model = artifacts("tiny_flux", int8=True)
+    compiled = nodes.CompileModel(model, background=True)
+    image = sample(compiled)
+    assert report(compiled).last_calls["artifact"] == 5
+    layer = next(layer for name, layer in model.object_patches.items() if "single_blocks.1.linear1" in name)
+    smoothing = torch.rand(layer.in_features) * 4 + 4
+    params = layer.weight._params
+    changes = {"smoothed": (lambda: layer.register_buffer("pre_quant_scale", smoothing), lambda: delattr(layer, "pre_quant_scale")),
+               "not rotated": (lambda: setattr(layer.weight, "_params", dataclasses.replace(params, convrot=False)),
+                               lambda: setattr(layer.weight, "_params", params))}
+    for name, (change, back) in changes.items():
+        change()
+        want = sample(model)
+        assert difference(want, image) > 5 * NOISE, name
+        assert difference(sample(compiled), want) < NOISE, name
+        assert report(compiled).last_calls["artifact"] == 4, name
+        back()
+        assert difference(sample(compiled), image) < NOISE and report(compiled).last_calls["artifact"] == 5, name
 
 
 @pytest.mark.rotating

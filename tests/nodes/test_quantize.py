@@ -112,6 +112,60 @@ def test_running_again_reuses_the_layers(flux, nodes):
     assert not any(a.object_patches[k] is other.object_patches[k] for k in a.object_patches)
 
 
+@pytest.mark.parametrize("method", ["rowwise", "convrot"])
+def test_what_another_pack_writes_into_weights_is_in_layers_that_are_made_after_it(load, nodes, sample, method):
+    def scale(layer):
+        layer.weight.data.mul_(1.5)
+
+    def replace(layer):
+        layer.weight = torch.nn.Parameter(layer.weight * 1.5, requires_grad=False)
+
+    def shift(layer):
+        layer.bias.data.add_(1.0)
+
+    def layer_of(model):
+        return model.get_model_object("diffusion_model.double_blocks.0.img_mlp.0")
+    model = load()
+    layer = layer_of(model)
+    for number, edit in enumerate((scale, replace, shift), 1):
+        before = nodes.INT8QuantizeModel(model, method=method)
+        image = sample(before)
+        edit(layer)
+        after = nodes.INT8QuantizeModel(model, method=method)
+        fresh = load()
+        for done in (scale, replace, shift)[:number]:
+            done(layer_of(fresh))
+        want = sample(nodes.INT8QuantizeModel(fresh, method=method))
+        assert torch.equal(sample(after), want) and difference(want, image) > 1e-4, edit
+        assert torch.equal(sample(before), image)
+        kept = [name for name in before.object_patches if before.object_patches[name] is after.object_patches[name]]
+        assert len(kept) == len(before.object_patches) - 1
+
+
+def test_of_a_large_weight_any_dense_change_is_seen(flux):
+    from int8_compile.compile.comfyui.int8_source import values_of
+
+    name = "double_blocks.0.img_mlp.0"
+    model = flux.clone()
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        weight = torch.randn(1000, 3000).to(dtype)
+        model.object_patches[f"diffusion_model.{name}.weight"] = torch.nn.Parameter(weight, requires_grad=False)
+        before = values_of(model, name)
+        assert values_of(model, name) == before
+        weight[:, 7::8] = (weight[:, 7::8].float() * 1.5).to(dtype)  # by columns, as a merge of some channels
+        assert values_of(model, name) != before
+
+
+def test_a_layer_whose_weight_another_pack_has_replaced_is_made_again(flux, nodes, sample):
+    want = sample(nodes.INT8QuantizeModel(flux, method="rowwise"))
+    sample(flux)
+    model = nodes.INT8QuantizeModel(flux, method="rowwise")
+    name, layer = next(iter(model.object_patches.items()))
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)
+    again = nodes.INT8QuantizeModel(flux, method="rowwise")
+    assert again.object_patches[name] is not layer and torch.equal(sample(again), want)
+
+
 def test_layers_go_with_the_model(load, nodes):
     from int8_compile.compile.comfyui import int8_layer
 
