@@ -139,13 +139,13 @@ def parse_options(text: str, backend: str) -> str:
 
     Returns canonical JSON. Raises ValueError that starts with INVALID_OPTIONS and names the key and its near matches.
     """
-    if not text.strip():
+    if isinstance(text, str) and not text.strip():
         return "{}"
-    if len(text) > MAX_CHARACTERS:
+    if isinstance(text, str) and len(text) > MAX_CHARACTERS:
         raise ValueError(f"{INVALID_OPTIONS}: {len(text)} characters; {MAX_CHARACTERS} are the limit.")
     try:
         options = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, TypeError) as error:  # over the API it may be anything
         raise ValueError(f'{INVALID_OPTIONS}: not JSON ({echo(str(error))}). '
                          'Write an object such as {"epilogue_fusion": true}.') from None
     if not isinstance(options, dict):

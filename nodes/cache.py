@@ -96,7 +96,8 @@ class LoadCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, bundle, trust) -> io.NodeOutput:
-        with (found := read_bundle(_path_of(bundle.strip()))).copy:
+        interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+        with (found := read_bundle(_path_of(bundle.strip()), tick=interrupted)).copy:
             _require_trust(found, trust.strip().lower())
             added, present = load_bundle(artifact_cache.open_store(), found)
         text = f"{echo(found.path.name)}: {added} compiled added, {present} were there already.\n{found.contents()}"

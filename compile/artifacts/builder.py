@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -30,6 +28,7 @@ from ...int8.files.folders import folder_size, make_folder, remove
 from ...int8.kernels.native import cache_folder
 from ...pack import PACKAGE, ROOT
 from . import worker
+from .builder_process import BUILD_SECONDS, END_SECONDS, BuilderProcess, Disturbed, collect_frames, send_orders
 from .job import BuildSpec
 from .store import CacheError, CacheStore
 
@@ -37,10 +36,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 3.0
 SHARE = 0.2  # of a step's time, which the other process gets after it where sampling takes all cores
-SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, the other process is taken to hang
-BUILD_SECONDS = 1800  # for one artifact
 INDUCTOR_LIMIT = 1 << 30  # bytes of inductor's own cache
-END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
 GPU_MEMORY = 2 << 30  # bytes that must be free before the builder begins: a CUDA context takes about 0.5 GB
 URGENT, LATE, WAITING = range(3)  # in this order
 
@@ -49,7 +45,7 @@ URGENT, LATE, WAITING = range(3)  # in this order
 class BuildRequest:
     """A job and where its artifact goes. done: called in the builder's thread with the reason why there is none, empty for success.
     urgent: sampling waits for it; others are built when nothing samples. replaces: the sources of the entry that it is built in the place
-    of, which was made of other code than this process runs."""
+    of, which was made of other code than this process runs. retried: it was tried already, and something else was at fault."""
 
     job: BuildSpec
     place: str
@@ -57,40 +53,11 @@ class BuildRequest:
     done: Callable[[str], None]
     urgent: bool
     replaces: list | None = None
+    retried: bool = False
 
 
 class _Refused(Exception):
     """The other process could not build it, and why."""
-
-
-@dataclass
-class _Running:
-    """The other process. orders: what is sent to it. frames: what it sent, None at its end. errors: what it printed. scope: what is of no
-    use after it."""
-
-    process: subprocess.Popen
-    orders: queue.SimpleQueue
-    frames: queue.SimpleQueue
-    errors: BinaryIO
-    scope: contextlib.ExitStack
-
-    def end(self) -> None:
-        """It and the compilers that it has started."""
-        with contextlib.suppress(OSError):
-            if os.name == "posix":
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:
-                self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(END_SECONDS)
-        self.orders.put(None)
-        self.scope.close()
-
-    def last_words(self) -> str:
-        """The last line that it wrote before it ended."""
-        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 2000))
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
 
 
 class Builder:
@@ -105,7 +72,7 @@ class Builder:
         self._unfinished = 0
         self.built: list[tuple[str, Path]] = []  # (class, folder) of what it has made
         self._thread: threading.Thread | None = None
-        self._running: _Running | None = None
+        self._running: BuilderProcess | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._busy = 0
@@ -175,24 +142,13 @@ class Builder:
                 self._put_back(order)
                 continue
             self._builds_urgent = order.urgent
-            try:
-                if not self._build(order):
-                    self._builds_urgent = False
-                    self._put_back(order)
-                    continue
-                reason = ""
-            except _Refused as refusal:
-                reason = str(refusal)
-            except (EOFError, queue.Empty, TimeoutError) as error:
-                running = self._running
-                reason = {
-                    EOFError: f"the builder process ended{running.last_words() if running else ''}",
-                    queue.Empty: f"the builder process gave no sign of life for {SILENT_SECONDS:.0f} s and was ended",
-                }.get(type(error), f"the builder process was ended after {BUILD_SECONDS} s")
-                self.stop()
-            except Exception as error:  # a full disk, a job that cannot be pickled: sampling goes on without
-                reason = f"{type(error).__name__}: {error}"
-                self.stop()
+            reason = self._try(order)
+            if self._closed:
+                return
+            if reason is None:
+                self._builds_urgent = False
+                self._put_back(order)
+                continue
             if not reason:
                 self.built.append((order.job.name, self.store.base / order.place / order.entry))
             try:
@@ -201,6 +157,26 @@ class Builder:
                 self._builds_urgent = False
                 with self._lock:
                     self._unfinished -= 1
+
+    def _try(self, order: BuildRequest) -> str | None:
+        """Why it cannot be built, empty where it was; None where that is to be seen another time."""
+        try:
+            return "" if self._build(order) else None
+        except _Refused as refusal:
+            return str(refusal)
+        except Exception as error:  # a full disk, a job that cannot be pickled: sampling goes on without
+            running = self._running
+            reason = {
+                EOFError: f"the builder process ended{running.last_words() if running else ''}",
+                TimeoutError: f"the builder process was ended after {BUILD_SECONDS} s",
+                Disturbed: str(error),
+            }.get(type(error), f"{type(error).__name__}: {error}")
+            self.stop()
+            if not isinstance(error, Disturbed) or order.retried:
+                return reason
+            order.retried = True
+            logger.warning("compile cache: %s: %s. It is tried once more.", order.job.name, reason)
+            return None
 
     def _put_back(self, order: BuildRequest):
         """Behind the others: it is not their fault that it cannot be built yet."""
@@ -215,7 +191,10 @@ class Builder:
 
     def _build(self, order: BuildRequest) -> bool:
         """False: another server is building it."""
-        return self.store.try_build(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
+        try:
+            return self.store.try_build(order.place, order.entry, functools.partial(self._ask, order), order.replaces is not None)
+        except FileNotFoundError as error:  # this process stood still, and another has taken it for dead
+            raise Disturbed(f"{type(error).__name__}: {error}") from error
 
     def _ask(self, order: BuildRequest, folder: Path) -> dict:
         start = time.monotonic()
@@ -224,28 +203,16 @@ class Builder:
             self.stop()
             running = self._running = self._start()
         running.orders.put(pickle.dumps((order.job, str(folder))))
-        while not (frame := self._frame(running)):
-            if frame is None:
-                raise EOFError
-            if time.monotonic() - start > BUILD_SECONDS:
-                raise TimeoutError
-        answer = json.loads(frame)
+        answer = json.loads(running.answer())
+        if "error" in answer and not folder.exists():
+            raise FileNotFoundError(answer["error"])
         if "error" in answer:
             raise _Refused(answer["error"])
         if answer["body"]["sources"] == order.replaces:
             raise _Refused("other code runs here than in a new process (another pack's patch?)")
         return {**answer["body"], "seconds": round(time.monotonic() - start, 1), "created": int(time.time())}
 
-    def _frame(self, running: _Running) -> bytes | None:
-        """What the other process has sent. Raises queue.Empty where it gives no sign of life, unless it waits for a core."""
-        while True:
-            try:
-                return running.frames.get(timeout=SILENT_SECONDS)
-            except queue.Empty:
-                if not worker.waits_for_a_core(running.process.pid):
-                    raise
-
-    def _start(self) -> _Running:
+    def _start(self) -> BuilderProcess:
         if self._closed:
             raise EOFError
         with contextlib.ExitStack() as scope:
@@ -259,10 +226,10 @@ class Builder:
                                        stdout=subprocess.PIPE, stderr=errors, **_apart())
             orders: queue.SimpleQueue = queue.SimpleQueue()
             frames: queue.SimpleQueue = queue.SimpleQueue()
-            for target, stream, items in ((_collect, process.stdout, frames), (_send, process.stdin, orders)):
+            for target, stream, items in ((collect_frames, process.stdout, frames), (send_orders, process.stdin, orders)):
                 threading.Thread(target=target, args=(stream, items), name="int8-compile builder's pipe", daemon=True).start()
             orders.put(pickle.dumps(self._setup))
-            return _Running(process, orders, frames, errors, scope.pop_all())
+            return BuilderProcess(process, orders, frames, errors, scope.pop_all())
 
 
 def _cores() -> int:
@@ -290,23 +257,6 @@ def inductor_folder(otherwise: Path) -> Path:
     except (CacheError, OSError):
         return otherwise
     return folder
-
-
-def _send(stream, orders: queue.SimpleQueue):
-    """In a thread: what hangs takes no more than a pipe holds."""
-    with contextlib.suppress(OSError, ValueError):  # it has ended: its frames say so
-        while (content := orders.get()) is not None:
-            worker.send(stream, content)
-    with contextlib.suppress(OSError):
-        stream.close()
-
-
-def _collect(stream, frames: queue.SimpleQueue):
-    with contextlib.suppress(EOFError, OSError, ValueError):
-        while True:
-            frames.put(worker.receive(stream))
-    frames.put(None)
-    stream.close()
 
 
 def _has_memory(device: str) -> bool:

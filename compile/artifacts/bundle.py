@@ -19,6 +19,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -38,9 +39,11 @@ MIB = 1 << 20
 MAX_BYTES = 4096 * MIB  # of a bundle, packed and unpacked
 MAX_FILE_BYTES = 1024 * MIB
 MAX_MANIFEST_BYTES = MIB  # they have 10 kB
+MAX_MANIFESTS_BYTES = 64 * MIB  # of all of a bundle: 6 s of a core, for what is written to take long
+MAX_DIRECTORY_BYTES = 4 * MIB  # Python reads all of a zip's before anything can be asked of it: a second, 100 MB
 MAX_ENTRIES = 4096
 MAX_FILES = 16  # of an entry, its manifest included
-MAX_LINES = 40  # of what is shown of it
+MAX_LINES = 10  # of what is shown of it
 PREFIX = ".bundle-"  # of what is being written
 YOUNG = 2.0  # seconds in which what is being written may not be locked yet
 LABELS = "name", "device", "torch"  # of a manifest, for a person
@@ -82,7 +85,7 @@ class Bundle:
         for held in self.held:
             counts[held.labels] += 1
             sizes[held.labels] += held.size
-        lines = [f"{name} for {device}, torch {torch}: {counts[name, device, torch]} compiled, "
+        lines = [f"{name[:60]} for {device[:60]}, torch {torch[:40]}: {counts[name, device, torch]} compiled, "
                  f"{sizes[name, device, torch] / 1e6:.1f} MB" for name, device, torch in sorted(counts)]
         more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         return "\n".join(lines[:MAX_LINES] + more)
@@ -144,22 +147,34 @@ def _pack(store: CacheStore, folder: Path, archive: zipfile.ZipFile):
         archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), content, zipfile.ZIP_DEFLATED)
 
 
-def read_bundle(path: Path, scratch: Path | None = None) -> Bundle:
-    """Copies it, into the folder scratch or that of path, and checks all of the copy; runs nothing. Raises ValueError for what is damaged
-    or no bundle, OSError where there is no room for the copy."""
+def read_bundle(path: Path, scratch: Path | None = None, tick: Callable[[], object] = lambda: None) -> Bundle:
+    """Copies it, into the folder scratch or that of path, and checks all of the copy; runs nothing. tick: called now and then; what it
+    raises, as an interrupt does, ends it.
+
+    Raises ValueError for what is damaged or no bundle, OSError where there is no room for the copy."""
     with _open(path) as file, contextlib.ExitStack() as stack:
+        with _named(path):
+            _require_small_directory(file)  # before a large file of something else is copied
         copy = stack.enter_context(tempfile.TemporaryFile(dir=scratch or path.parent, prefix=PREFIX))
-        digest = _copy(file, copy)
-        try:
+        digest = _copy(file, copy, tick)
+        with _named(path):
+            _require_small_directory(copy)
             with zipfile.ZipFile(copy) as archive:
                 if archive.comment:  # any bytes: room to look for another file of a wanted digest
                     raise ValueError("it has a comment")
-                held = tuple(_check(archive, place, files) for place, files in sorted(_folders(archive).items()))
-        except _DAMAGE as error:
-            raise ValueError(f"{echo(path.name)} is damaged or no bundle of compiled code ({echo(str(error))}): copy it again from where "
-                             "it was saved") from None
+                held = tuple(_check(archive, place, files, tick) for place, files in sorted(_folders(archive).items()))
         stack.pop_all()  # the copy stays open for as long as the bundle lives
         return Bundle(path, digest, held, copy)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the content say which file it is of."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ValueError(f"{echo(path.name)} is damaged or no bundle of compiled code ({echo(str(error))}): copy it again from where "
+                         "it was saved") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -177,10 +192,21 @@ def _open(path: Path) -> IO[bytes]:
     raise ValueError(f"{name} is larger than a bundle can be ({MAX_BYTES // MIB} MiB)" if stat.S_ISREG(info.st_mode) else refusal)
 
 
-def _copy(file: IO[bytes], copy: IO[bytes]) -> str:
+def _require_small_directory(file: IO[bytes]) -> None:
+    """Asks as ZipFile does, before it does."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if not end:
+        raise ValueError("it is no zip file")
+    if end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
+        raise ValueError("its directory is larger than that of a bundle can be")
+
+
+def _copy(file: IO[bytes], copy: IO[bytes], tick: Callable[[], object]) -> str:
     """Copies as much as a bundle can have: -> the digest of what was written."""
     hashed, left = hashlib.sha256(), MAX_BYTES + 1
+    file.seek(0)
     while left and (content := file.read(min(left, MIB))):
+        tick()
         hashed.update(content)
         copy.write(content)
         left -= len(content)
@@ -241,12 +267,14 @@ def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:
             raise ValueError(f"{parts[-1]} in it is too large")
         seen.add(info.orig_filename.casefold())
         folders.setdefault("/".join(parts[:-1]), {})[parts[-1]] = info
-    if not 0 < len(folders) <= MAX_ENTRIES or max(map(len, folders.values())) > MAX_FILES:
+    manifests = sum(found[MANIFEST].file_size for found in folders.values() if MANIFEST in found)
+    if not 0 < len(folders) <= MAX_ENTRIES or max(map(len, folders.values())) > MAX_FILES or manifests > MAX_MANIFESTS_BYTES:
         raise ValueError("it holds nothing, or more than a bundle can hold")
     return folders
 
 
-def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipInfo]) -> BundleEntry:
+def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipInfo], tick: Callable[[], object]) -> BundleEntry:
+    tick()
     place, _, name = folder.rpartition("/")
     if MANIFEST not in files:
         raise ValueError(f"{name} has no {MANIFEST}")
@@ -263,16 +291,17 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     size = len(manifest)  # as read: a zip may say more
     for file, digest in digests.items():
         with archive.open(files[file]) as stream:
-            if _digest_of(stream) != digest:
+            if _digest_of(stream, tick) != digest:
                 raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
             size += stream.tell()
     return BundleEntry(place, name, labels, size)
 
 
-def _digest_of(file: IO[bytes]) -> str:
+def _digest_of(file: IO[bytes], tick: Callable[[], object] = lambda: None) -> str:
     """From its beginning."""
     file.seek(0)
     hashed = hashlib.sha256()
     while content := file.read(MIB):
+        tick()
         hashed.update(content)
     return hashed.hexdigest()

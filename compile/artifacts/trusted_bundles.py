@@ -41,6 +41,9 @@ def trusted() -> dict[str, str]:
         if path.is_symlink():
             raise CacheError(f"{path} is a symbolic link: put the list itself there") from None
         raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CacheError(f"{path} is no file")
     with os.fdopen(handle, "rb") as file:
         _require_safe(path, os.fstat(file.fileno()))
         _require_safe(path.parent, path.parent.stat())
@@ -51,8 +54,6 @@ def trusted() -> dict[str, str]:
 
 
 def _require_safe(path: Path, info: os.stat_result) -> None:
-    if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
-        raise CacheError(f"{path} is no file")
     if is_of_others(path, info):
         raise CacheError(f"{path} belongs to another user or can be written by others: chown it to the user that runs ComfyUI and "
                          "chmod go-w it")

@@ -128,14 +128,6 @@ def _give_way() -> None:
             Path("/proc/self/autogroup").write_text("19")
 
 
-def waits_for_a_core(process: int) -> bool:
-    """Whether Linux has a thread of it that would run: see _give_way."""
-    states = []
-    with contextlib.suppress(OSError):
-        states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{process}/task").glob("*/stat")]
-    return "R" in states
-
-
 class _Output:
     """Thread-safe."""
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pickle
+import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -245,7 +247,8 @@ def test_what_a_person_is_to_read_must_be_readable(tmp_path, body):
 
 @pytest.mark.parametrize("limit, value, message", [
     ("MAX_BYTES", 5 << 20, "unpacks to more"), ("MAX_FILE_BYTES", 1 << 20, "x in it is too large"), ("MAX_MANIFEST_BYTES", 10, "too large"),
-    ("MAX_ENTRIES", 1, "more than a bundle can hold"), ("MAX_FILES", 1, "more than a bundle can hold")])
+    ("MAX_ENTRIES", 1, "more than a bundle can hold"), ("MAX_FILES", 1, "more than a bundle can hold"),
+    ("MAX_MANIFESTS_BYTES", 300, "more than a bundle can hold"), ("MAX_DIRECTORY_BYTES", 300, "its directory is larger")])
 def test_sizes_are_checked_before_anything_is_unpacked(tmp_path, monkeypatch, limit, value, message):
     path = hostile(tmp_path, {f"{PLACE}/entry/x": bytes(10 << 20)})
     assert path.stat().st_size < 100_000
@@ -253,6 +256,36 @@ def test_sizes_are_checked_before_anything_is_unpacked(tmp_path, monkeypatch, li
     monkeypatch.setattr(cache_bundle, limit, value)
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
     rejected(path, message)
+
+
+def test_a_file_of_very_many_names_is_refused_at_once(tmp_path):
+    """Python would read them all before anything can be asked."""
+    path, record = tmp_path / "names.zip", struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
+    content = (record + b"x") * 1_000_000
+    path.write_bytes(content + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(content), 0, 0))
+    start = time.monotonic()
+    rejected(path, "its directory is larger")
+    assert time.monotonic() - start < 10
+
+
+def test_a_large_file_that_is_no_zip_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_bundle, "_copy", None)
+    path = tmp_path / "large.zip"
+    path.write_bytes(b"x" * 10_000)
+    rejected(path, "it is no zip file")
+
+
+def test_reading_can_be_interrupted_at_each_entry_and_each_mb(tmp_path):
+    class Interrupted(Exception):
+        pass
+    path, ticks = hostile(tmp_path, {f"{PLACE}/bbbbbbbbbbbb/{ARTEFACT}": os.urandom(3 << 20)}), []
+    read_bundle(path, tick=lambda: ticks.append(1)).copy.close()
+    assert len(ticks) >= 4 + 2 + 3 + 1
+
+    def interrupt():
+        raise Interrupted
+    with pytest.raises(Interrupted):
+        read_bundle(path, tick=interrupt)
 
 
 def test_a_file_larger_than_a_bundle_can_be_is_not_read(bundle, monkeypatch):

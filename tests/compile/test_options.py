@@ -47,6 +47,8 @@ def test_xelerate_is_used_when_importable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text, message", [
     ("{", "not JSON"),
+    ([1], "not JSON"),
+    ({"a": 1}, "not JSON"),
     ("[1]", "a JSON list, not an object"),
     ("3", "a JSON int, not an object"),
     ('{"epilog_fusion": true}', "inductor has no option 'epilog_fusion'. Did you mean epilogue_fusion"),

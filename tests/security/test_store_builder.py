@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from int8_compile.compile.artifacts import builder as builder_module
-from int8_compile.compile.artifacts import worker
+from int8_compile.compile.artifacts import builder_process, worker
 from int8_compile.compile.artifacts.builder import Builder, BuildRequest
+from int8_compile.compile.artifacts.builder_process import Disturbed
 from int8_compile.compile.artifacts.entry import MANIFEST
+from int8_compile.compile.artifacts.process_watch import ProcessWatch
 from int8_compile.compile.artifacts.store import CacheStore
 from toys import wait_until
 
@@ -124,8 +126,8 @@ def test_inductors_files_are_deleted_when_they_have_grown_too_large(tmp_path, mo
 
 
 @posix_only
-def test_a_hung_builder_is_noticed_and_the_next_order_is_built_and_nothing_stays(builder, monkeypatch):
-    monkeypatch.setattr(builder_module, "SILENT_SECONDS", 3.0)
+def test_a_hung_builder_is_noticed_and_the_next_order_is_built_and_nothing_stays(builder, monkeypatch, caplog):
+    monkeypatch.setattr(builder_process, "SILENT_SECONDS", 3.0)
     told = Told(builder)
     told.order("first")
     while builder._process is None:
@@ -133,11 +135,13 @@ def test_a_hung_builder_is_noticed_and_the_next_order_is_built_and_nothing_stays
     first = builder._process
     os.kill(first.pid, signal.SIGSTOP)
     start = time.monotonic()
-    assert "gave no sign of life for 3 s and was ended" in told.wait("first", 20)
+    wait_until(lambda: "gave no sign of life or of work for 3 s and was ended. It is tried once more." in caplog.text, 20)
     assert time.monotonic() - start < 10 and first.returncode is not None
     monkeypatch.undo()
     told.order("second")
-    assert "has no attribute" in told.wait("second"), "this one ran, and could not build what is no job"
+    for order in ("second", "first"):  # the hung one behind the other
+        assert "has no attribute" in told.wait(order), "this one ran, and could not build what is no job"
+    assert told.times["second"] < told.times["first"]
     second = builder._process or first
     wait_until(lambda: builder._thread is None, 20)
     assert second.returncode is not None and not Path(f"/proc/{second.pid}").exists(), "a zombie"
@@ -227,22 +231,94 @@ def test_where_sampling_takes_all_cores_what_is_urgent_gets_a_share(builder, sto
             pass
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for its idle class")
-def test_a_builder_that_waits_for_a_core_is_not_taken_to_hang(builder, monkeypatch):
-    monkeypatch.setattr(builder_module, "SILENT_SECONDS", 0.2)
-    for code, hangs in (("import time; time.sleep(60)", True), ("while True: pass", False)):
-        with subprocess.Popen([sys.executable, "-c", code]) as process:
-            try:
-                running = types.SimpleNamespace(frames=queue.SimpleQueue(), process=process)
-                time.sleep(1)
-                threading.Timer(0.7, running.frames.put, [b"alive"]).start()
-                if hangs:
-                    with pytest.raises(queue.Empty):
-                        builder._frame(running)
-                else:
-                    assert builder._frame(running) == b"alive"
-            finally:
-                process.kill()
+def test_an_order_whose_process_hangs_twice_is_given_up(builder, monkeypatch):
+    def hang(order, folder):
+        asked.append(order)
+        raise Disturbed("it hung")
+    asked: list = []
+    monkeypatch.setattr(builder, "_ask", hang)
+    told = Told(builder)
+    told.order("entry")
+    assert told.wait("entry", 10) == "it hung" and len(asked) == 2
+
+
+def test_a_server_that_stood_still_finds_what_another_has_built_meanwhile(builder, store, monkeypatch):
+    other = CacheStore(store.layout.parent, store.layout.parent.with_name("key"))
+
+    def stands_still(order, folder):
+        shutil.rmtree(folder)  # the other's sweep, which took this server for dead
+        with other.writing(PLACE, "entry") as (theirs, finish):
+            finish(made(None, theirs))
+        raise FileNotFoundError(str(folder))
+    monkeypatch.setattr(builder, "_ask", stands_still)
+    told = Told(builder)
+    told.order("entry")
+    assert told.wait("entry", 10) == "" and len(store.own()) == 1
+
+
+def test_nothing_is_said_of_an_order_that_ends_with_the_server(builder):
+    told = Told(builder)
+    told.order("entry")
+    wait_until(lambda: builder._process is not None, 20)
+    builder._close()
+    builder._thread.join(10)
+    assert not told.reasons
+
+
+SPIN, SLEEP = "while True: pass", "import time; time.sleep(60)"
+HELD = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # spins in C and lets no other thread of its run
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for /proc")
+
+
+@contextlib.contextmanager
+def group(code: str, before: str = ""):
+    """A process that leads a group."""
+    with subprocess.Popen([sys.executable, "-c", f"import os; os.setpgid(0, 0); {before}\n{code}"]) as process:
+        try:
+            time.sleep(0.5)
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def hangs(watch: ProcessWatch, beats: bool, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if beats:
+            watch.beat()
+        if watch.hangs():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@linux_only
+@pytest.mark.parametrize("code", [SLEEP, HELD], ids=["sleeps", "computes and answers nothing"])
+def test_a_process_without_a_sign_of_life_hangs(code):
+    with group(code) as process:
+        assert hangs(ProcessWatch(process.pid, 1.0), False, 20)
+
+
+@linux_only
+def test_a_process_that_waits_for_a_core_does_not_hang():
+    core = min(os.sched_getaffinity(0))
+    pinned = f"os.sched_setaffinity(0, [{core}])"
+    with group(SPIN, pinned), group(SPIN, f"{pinned}; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))") as process:
+        assert not hangs(ProcessWatch(process.pid, 1.0), False, 4)
+
+
+@linux_only
+def test_a_process_whose_compiler_hangs_hangs_though_it_gives_signs_of_life():
+    compile = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])".format
+    with group(compile(SLEEP)) as process:
+        assert hangs(ProcessWatch(process.pid, 1.0), True, 20)
+    with group(compile(SPIN)) as process:
+        assert not hangs(ProcessWatch(process.pid, 1.0), True, 4)
+        for stat in Path("/proc").glob("[0-9]*/stat"):  # its compiler stands still
+            with contextlib.suppress(OSError):
+                if stat.read_text().rpartition(")")[2].split()[2] == str(process.pid) and stat.parent.name != str(process.pid):
+                    os.kill(int(stat.parent.name), signal.SIGSTOP)
+        assert hangs(ProcessWatch(process.pid, 1.0), True, 20)
 
 
 def test_the_builder_is_no_session_of_its_own():

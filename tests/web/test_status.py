@@ -117,7 +117,8 @@ def test_text_while_it_works_and_a_report_that_stays(page):
     for entry in history(page)[before:]:  # what API clients get
         ((report,),) = entry["outputs"]["6"]["int8_compile"]
         assert "ready: 2 regions, 5 blocks" in report["text"] and report["details"]["graphs"] == 2
-    assert report["short"] == compiled and f"{report['details']['gain']['ratio']:.2f}x" in compiled
+    ratio = report["details"]["gain"]["ratio"]  # of three digits
+    assert report["short"] == compiled and abs(ratio - float(compiled.partition("x")[0])) < 0.006
 
     sizes = "app.graph.nodes.map(n => n.size[1])"
     before_reload = page.evaluate(sizes)

@@ -1,0 +1,85 @@
+"""The process of a Builder, seen from the server."""
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from . import worker
+from .process_watch import ProcessWatch
+
+SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEAT_SECONDS, or of work: the other process is taken to hang
+LOOKS = 9  # at it, in that time
+BUILD_SECONDS = 1800  # for one artifact
+END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
+
+
+class Disturbed(Exception):
+    """It was not built, for what need not be so another time, and why."""
+
+
+@dataclass
+class BuilderProcess:
+    """The other process. orders: what is sent to it. frames: what it sent, None at its end. errors: what it printed. scope: what is of no
+    use after it."""
+
+    process: subprocess.Popen
+    orders: queue.SimpleQueue
+    frames: queue.SimpleQueue
+    errors: BinaryIO
+    scope: contextlib.ExitStack
+
+    def end(self) -> None:
+        """It and the compilers that it has started."""
+        with contextlib.suppress(OSError):
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
+        self.orders.put(None)
+        self.scope.close()
+
+    def last_words(self) -> str:
+        """The last line that it wrote before it ended."""
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 2000))
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def answer(self) -> bytes:
+        """Of the other process. Raises EOFError where it has ended, Disturbed where it hangs, TimeoutError after BUILD_SECONDS."""
+        start, watch = time.monotonic(), ProcessWatch(self.process.pid, SILENT_SECONDS)
+        while time.monotonic() - start < BUILD_SECONDS:
+            with contextlib.suppress(queue.Empty):
+                frame = self.frames.get(timeout=SILENT_SECONDS / LOOKS)
+                if frame is None:
+                    raise EOFError
+                if frame:
+                    return frame
+                watch.beat()
+            if watch.hangs():
+                raise Disturbed(f"the builder process gave no sign of life or of work for {SILENT_SECONDS:.0f} s and was ended")
+        raise TimeoutError
+
+
+def send_orders(stream, orders: queue.SimpleQueue):
+    """In a thread: what hangs takes no more than a pipe holds."""
+    with contextlib.suppress(OSError, ValueError):  # it has ended: its frames say so
+        while (content := orders.get()) is not None:
+            worker.send(stream, content)
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def collect_frames(stream, frames: queue.SimpleQueue):
+    with contextlib.suppress(EOFError, OSError, ValueError):
+        while True:
+            frames.put(worker.receive(stream))
+    frames.put(None)
+    stream.close()

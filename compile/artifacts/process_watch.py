@@ -1,0 +1,62 @@
+"""Whether a process, and the compilers that it has started, get on. Where there is no /proc only its signs of life count."""
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+IDLE_SECONDS = 0.5  # of processor time, which what only beats does not take while it is watched for long
+_PROC = Path("/proc")
+_WAITS = "RD"  # for a core, for a disk: states of Linux
+
+
+class ProcessWatch:
+    """Of the process that leads a group. silent: seconds after which it is taken to hang
+
+    - without a sign of life, where it waits for nothing, or has computed all that time;
+    - with signs of life, where no process of the group has done anything, nor waits for a core or a disk: its compiler hangs."""
+
+    def __init__(self, leader: int, silent: float):
+        self._leader = leader
+        self._silent = silent
+        self._beat = self._worked = time.monotonic()
+        self._cpu_at_beat = self._cpu_at_work = self._cpu()[0]
+
+    def beat(self) -> None:
+        """It has given a sign of life."""
+        self._beat, self._cpu_at_beat = time.monotonic(), self._cpu()[0]
+
+    def hangs(self) -> bool:
+        now = time.monotonic()
+        cpu, waits = self._cpu()
+        if cpu - self._cpu_at_work > IDLE_SECONDS or waits:
+            self._worked, self._cpu_at_work = now, cpu
+        if now - self._beat > self._silent and (not waits_for_a_core(self._leader) or cpu - self._cpu_at_beat > self._silent / 2):
+            return True
+        return _PROC.is_dir() and now - self._worked > self._silent
+
+    def _cpu(self) -> tuple[float, bool]:
+        """(seconds that the group has computed, with what has ended; whether one of it waits)."""
+        ticks, waits = 0, False
+        for fields in _stats(_PROC.glob("[0-9]*")):
+            if fields[2] == str(self._leader):
+                ticks += sum(map(int, fields[11:15]))
+                waits = waits or fields[0] in _WAITS
+        return ticks / _TICKS, waits
+
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def waits_for_a_core(process: int) -> bool:
+    """Whether Linux has a thread of it that would run: see worker._give_way."""
+    return any(fields[0] == "R" for fields in _stats(_PROC.glob(f"{process}/task/*")))
+
+
+def _stats(folders: Iterable[Path]):
+    """Of each process or thread what its stat says behind its name: state, parent, group, ... (man 5 proc)."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it has ended
+            yield (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
