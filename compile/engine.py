@@ -168,7 +168,7 @@ class CompiledModule:
         try:
             if foreign := slots.fill(self._regions.blocks, self.call_block, around_block):
                 step.calls["eager"] += foreign
-                self._events.fall_back("some blocks are compiled by another pack, or by nn.Module.compile: they run as that compiled them.")
+                self._events.fall_back("some blocks are compiled by another pack, or by nn.Module.compile: as that compiled them.", True)
             with self._cache.builder.sampling(self._device) if self._cache else contextlib.nullcontext():
                 result = call()
         finally:
@@ -203,7 +203,7 @@ class CompiledModule:
         block = step.blocks.get(id(module))
         if block is None or block.region.wrong or self._regions.has_hooks(module):
             if block is not None and not block.region.wrong:
-                self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.")
+                self._events.fall_back("some blocks have forward hooks: they run uncompiled while these are there.", True)
             step.calls["eager"] += 1
             return module._call_impl(*args, **kwargs)
         options = options_of(args, kwargs)
@@ -253,7 +253,7 @@ class CompiledModule:
                 return MISSING
             inside = closed_over((*args, *kwargs.values()))
             if difference := step.beyond_guards(block, compiled, args, kwargs, inside):
-                self._events.fall_back(difference)
+                self._events.fall_back(difference, True)
                 return MISSING
             if standing is not None:
                 standing.known = compiled.stand_ins
@@ -305,10 +305,10 @@ class CompiledModule:
         foreign, step.tensor_attributes = self._regions.look_inside()
         if foreign:
             step.blocks = {key: block for key, block in self._blocks.items() if key not in foreign}
-            self._events.fall_back("in some blocks another pack has compiled a module or bypasses a layer: they run uncompiled meanwhile.")
+            self._events.fall_back("in some blocks another pack has compiled a module or bypasses a layer: they run uncompiled.", True)
         if has_global_hooks():
             step.blocks = {}
-            self._events.fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.")
+            self._events.fall_back("there are forward hooks on all modules of the process: running uncompiled while they are there.", True)
         if step.use_artifacts:
             for region in self._regions:
                 self._states[region.key].begin(self._cache, self._device, self.options, self._events)

@@ -27,7 +27,9 @@ class Events:
         self._background = background
         self._on_progress: OnProgress | None = None
         self._notified = False  # of all that is in the report
-        self._unused: dict[str, list[str]] = {}  # why artifacts are not used, by region; until one of it is loaded, see _show_unused
+        self._unused: dict[str, list[str]] = {}  # why artifacts are not used, by region; until one of it is loaded
+        self._passing: list[str] = []  # why blocks ran eager
+        self._said: set[str] = set()
 
     def listen(self, on_progress: OnProgress | None) -> None:
         if on_progress is not self._on_progress:
@@ -43,11 +45,15 @@ class Events:
         """Something was written into the report."""
         self._notified = False
 
-    def fall_back(self, message: str) -> None:
-        """Warns, once, that something runs uncompiled, and why."""
+    def fall_back(self, message: str, passing: bool = False) -> None:
+        """Warns, once, that something runs uncompiled, and why. passing: it is in the report only while blocks run so."""
+        if passing and message not in self._passing:
+            self._passing.append(message)
         if message not in self.report.fallbacks:
             self.report.fallbacks.append(message)
             self._notified = False
+        if message not in self._said:
+            self._said.add(message)
             logger.warning("%s: %s", self._title, message)
 
     def uncompiled_step(self, elsewhere: bool, blocks: int) -> None:
@@ -68,15 +74,15 @@ class Events:
             self.report.last_calls, self._notified = dict(calls), False
         if _ELSEWHERE in self.report.fallbacks and calls["artifact"] + calls["graph"]:  # that node is gone
             self.report.fallbacks.remove(_ELSEWHERE)
-        self._show_unused(calls["eager"] + calls["graph"] > 0)
+        self._show([reason for reasons in self._unused.values() for reason in reasons], calls["eager"] + calls["graph"] > 0)
+        self._show(self._passing, calls["eager"] > 0)
         for kind, number in calls.items():
             self.report.calls[kind] = self.report.calls.get(kind, 0) + number
 
-    def _show_unused(self, shown: bool) -> None:
-        """Why artifacts are not used is in the report while something is not served by one: a bypass LoRA may be gone, and back."""
+    def _show(self, reasons: list[str], shown: bool) -> None:
+        """They are in the report, or not: a bypass LoRA, a hook may be gone, and back."""
         fallbacks = self.report.fallbacks
-        unused = [reason for reasons in self._unused.values() for reason in reasons]
-        changed = [reason for reason in unused if (reason in fallbacks) != shown]
+        changed = [reason for reason in reasons if (reason in fallbacks) != shown]
         if changed:
             self.report.fallbacks = [*fallbacks, *changed] if shown else [reason for reason in fallbacks if reason not in changed]
             self._notified = False

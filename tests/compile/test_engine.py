@@ -671,3 +671,16 @@ def test_of_what_the_builders_compiler_wrote_a_report_has_the_remedy_and_one_lin
 def test_a_compilers_command_line_is_in_no_warning(cause, kept):
     (warning,) = CompileReport("Compile Model", failure=cause).warnings()
     assert kept in warning and "-O3" not in warning and "running uncompiled" in warning
+
+
+def test_why_blocks_run_uncompiled_is_in_the_report_only_while_they_do(caplog):
+    net, compiled, x = Net(), CompiledModule(CompileOptions(backend="aot_eager")), torch.randn(3, 64)
+    run(compiled, net, x)
+    for _ in range(2):
+        hook = net.get_submodule(next(name for name, _ in net.named_modules() if name.count("."))).register_forward_hook(lambda *_: None)
+        run(compiled, net, x)
+        assert any("forward hooks" in text for text in compiled.report.fallbacks) and compiled.report.last_calls["eager"]
+        hook.remove()
+        run(compiled, net, x)
+        assert not compiled.report.fallbacks and not compiled.report.last_calls["eager"]
+    assert caplog.text.count("some blocks have forward hooks") == 1

@@ -45,7 +45,7 @@ CONTRACT = {
     "ClearCompileCache": ("Clear Compile Cache", []),
     "INT8CompileCheck": ("INT8 Compile Check", [("sizes", ["quick", "full"], "quick")]),
 }
-OUTPUTS = {"SaveINT8Model": 0, "SaveCompileCache": 2, "INT8CompileCheck": 3}
+OUTPUTS = {"SaveINT8Model": 0, "SaveCompileCache": 2, "INT8CompileCheck": 4}
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
@@ -69,6 +69,13 @@ def test_object_info_matches_the_contract(server, node_id):
 def test_background_is_the_last_and_optional_input(server, node_id):
     (name, (kind, options)), = server.object_info(node_id)["input"]["optional"].items()
     assert (name, kind, options["default"]) == ("background", "BOOLEAN", False)
+
+
+def test_what_the_check_may_be_given_of_a_model_is_optional(server):
+    optional = server.object_info("INT8CompileCheck")["input"]["optional"]
+    assert {name: (spec[0], spec[1].get("default")) for name, spec in optional.items()} == {
+        "model": ("MODEL", None), "positive": ("CONDITIONING", None), "negative": ("CONDITIONING", None), "latent_image": ("LATENT", None),
+        "vae": ("VAE", None), "steps": ("INT", 8), "cfg": ("FLOAT", 1.0)}
 
 
 @pytest.mark.parametrize("node_id, types", [("CompileModel", "MODEL,CLIP,VAE,CONTROL_NET"), ("INT8QuantizeModel", "MODEL,CLIP"),

@@ -123,7 +123,7 @@ def warnings_of_the_code() -> list[str]:
     for path in (REPO / "compile").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "fall_back":
-                (message,) = call.args
+                message = call.args[0]
                 if not isinstance(message, (ast.JoinedStr, ast.Constant)):
                     continue
                 parts = message.values if isinstance(message, ast.JoinedStr) else [message]

@@ -273,9 +273,10 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 @contextlib.contextmanager
 def group(code: str, before: str = ""):
     """A process that leads a group."""
-    with subprocess.Popen([sys.executable, "-c", f"import os; os.setpgid(0, 0); {before}\n{code}"]) as process:
+    ready = "import os; os.setpgid(0, 0); {}\nprint(flush=True)\n{}"
+    with subprocess.Popen([sys.executable, "-c", ready.format(before, code)], stdout=subprocess.PIPE) as process:
         try:
-            time.sleep(0.5)
+            assert process.stdout.readline()
             yield process
         finally:
             os.killpg(process.pid, signal.SIGKILL)
