@@ -205,7 +205,7 @@ class Builder:
         running.orders.put(pickle.dumps((order.job, str(folder))))
         answer = json.loads(running.answer())
         if "error" in answer and not folder.exists():
-            raise FileNotFoundError(answer["error"])
+            raise Disturbed(answer["error"])
         if "error" in answer:
             raise _Refused(answer["error"])
         if answer["body"]["sources"] == order.replaces:
