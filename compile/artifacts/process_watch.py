@@ -30,29 +30,29 @@ class ProcessWatch:
 
     def hangs(self) -> bool:
         now = time.monotonic()
-        cpu, waits = self._cpu()
-        if cpu - self._cpu_at_work > IDLE_SECONDS or waits:
+        cpu, waiting = self._cpu()
+        if cpu - self._cpu_at_work > IDLE_SECONDS or waiting:
             self._worked, self._cpu_at_work = now, cpu
-        if now - self._beat > self._silent and (not waits_for_a_core(self._leader) or cpu - self._cpu_at_beat > self._silent / 2):
+        if now - self._beat > self._silent and (not waits(self._leader) or cpu - self._cpu_at_beat > self._silent / 2):
             return True
         return _PROC.is_dir() and now - self._worked > self._silent
 
     def _cpu(self) -> tuple[float, bool]:
         """(seconds that the group has computed, with what has ended; whether one of it waits)."""
-        ticks, waits = 0, False
+        ticks, waiting = 0, False
         for fields in _stats(_PROC.glob("[0-9]*")):
             if fields[2] == str(self._leader):
                 ticks += sum(map(int, fields[11:15]))
-                waits = waits or fields[0] in _WAITS
-        return ticks / _TICKS, waits
+                waiting = waiting or fields[0] in _WAITS
+        return ticks / _TICKS, waiting
 
 
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def waits_for_a_core(process: int) -> bool:
-    """Whether Linux has a thread of it that would run: see worker._give_way."""
-    return any(fields[0] == "R" for fields in _stats(_PROC.glob(f"{process}/task/*")))
+def waits(process: int) -> bool:
+    """Whether a thread of it would run and gets no core (see worker._give_way), or no answer from a disk."""
+    return any(fields[0] in _WAITS for fields in _stats(_PROC.glob(f"{process}/task/*")))
 
 
 def _stats(folders: Iterable[Path]):

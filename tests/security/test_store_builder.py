@@ -305,7 +305,8 @@ def test_a_process_that_waits_for_a_core_does_not_hang():
     core = min(os.sched_getaffinity(0))
     pinned = f"os.sched_setaffinity(0, [{core}])"
     with group(SPIN, pinned), group(SPIN, f"{pinned}; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))") as process:
-        assert not hangs(ProcessWatch(process.pid, 1.0), False, 4)
+        watch = ProcessWatch(process.pid, 2.0)  # a host that takes the core away for a while charges the process with that
+        assert not hangs(watch, False, 8), vars(watch) | {"now": watch._cpu()}
 
 
 @linux_only
