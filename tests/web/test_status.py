@@ -130,6 +130,19 @@ def test_text_while_it_works_and_a_report_that_stays(page):
         assert page.evaluate(sizes) == before_reload, "a node grew"
 
 
+def test_nodes_in_a_subgraph_show_their_reports(page):
+    page.load(workflow())
+    inside = page.evaluate("""(() => {
+        app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(n => ['INT8QuantizeModel', 'CompileModel'].includes(n.type))));
+        window.inside = app.graph.nodes.find(n => n.subgraph).subgraph;
+        return inside.nodes.map(n => n.type); })()""")
+    assert sorted(inside) == ["CompileModel", "INT8QuantizeModel"]
+    run(page)
+    shown = page.evaluate("inside.nodes.map(n => n.widgets.find(w => w.name === 'shown')?.value ?? '')")
+    texts = dict(zip(inside, shown))
+    assert "compiled: 5 blocks" in texts["CompileModel"] and texts["INT8QuantizeModel"].startswith("quantized 29 layers")
+
+
 def test_a_node_is_found_by_search_dropped_connected_and_queued(page):
     page.load(without_compile_model())
     page.evaluate("app.canvas.ds.scale = 0.7, app.canvas.ds.offset = [120, 60], app.canvas.setDirty(true, true)")
