@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..torch_internals.guard_filter import OVERRIDE
 from . import attention, current_block
 from .values import Unsupported
-
-OVERRIDE = "optimized_attention_override"
 
 
 def overridden(function: Callable, *args, **kwargs):

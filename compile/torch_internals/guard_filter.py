@@ -25,10 +25,9 @@ BOOKKEEPING = {
 # Of these, what the model itself writes for its blocks. The model as a whole does read the others (wrappers run inside it).
 WRITTEN_BY_MODEL = {"block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
                     "activations_shape"}
-# Where patches are that reach into blocks, and may read the bookkeeping.
-PATCH_KEYS = ("patches", "patches_replace", "optimized_attention_override")
-# Of these, what is no attention, which can be an operation of compiled code.
-INNER_PATCHES = PATCH_KEYS[:2]
+# Where patches are that reach into blocks, and may read the bookkeeping: by kind, and attention, which can be an operation of compiled code.
+INNER_PATCHES = ("patches", "patches_replace")
+OVERRIDE = "optimized_attention_override"
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).
 # Or in a function among the arguments (args[3].__closure__[1].cell_contents['block']).
 _OPTIONS = re.compile(r"transformer_options'\]|(?:L\[')?args(?:'\])?\[\d+\](?=\['\w+'\])|\.cell_contents(?=\['\w+'\])")
@@ -52,9 +51,9 @@ def options_of(args: tuple, kwargs: dict) -> dict:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, dict)), {})
 
 
-def has_patches(options: dict, keys: tuple[str, ...] = PATCH_KEYS) -> bool:
+def has_patches(options: dict) -> bool:
     # As ComfyUI asks for them.
-    return any(map(options.get, keys)) or (PATCH_KEYS[-1] in keys and PATCH_KEYS[-1] in options)
+    return any(map(options.get, INNER_PATCHES)) or OVERRIDE in options
 
 
 def keep_guard(name: str, guard_type: str, value=None, by_core: bool = True, unread: Iterable[str] = frozenset(BOOKKEEPING)) -> bool:
