@@ -1,6 +1,7 @@
 """How each layer is quantized, decided by what it costs in the layer's own output."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,9 +59,14 @@ def smoothing_scale(weight: torch.Tensor, amax: torch.Tensor, alpha: float) -> t
 
 
 def sqnr_db(want: torch.Tensor, got: torch.Tensor) -> float:
-    """Signal to quantization noise ratio in dB; infinite where the two are equal."""
-    noise = (want - got).double().square().sum()
-    return (10 * torch.log10(want.double().square().sum() / noise)).item()
+    """Signal to quantization noise ratio in dB, of what is finite in want; infinite where the two are equal there, minus infinity where got
+    is not finite."""
+    known = want.isfinite()
+    noise = (want - got)[known].double().square().sum().item()
+    if noise == 0:
+        return math.inf
+    ratio = want[known].double().square().sum().item() / noise
+    return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
 
 
 def measure(weight: torch.Tensor, x: torch.Tensor, rotate: bool, pre_quant_scale: torch.Tensor | None = None) -> float:

@@ -11,6 +11,11 @@ KEPT_BY_NAME = "by keep_layers"
 MOST_DB = 200.0  # of an output that is exact: JSON has no infinity
 
 
+def as_number(db: float) -> float:
+    """dB as JSON can have it."""
+    return max(-MOST_DB, min(MOST_DB, db))
+
+
 @dataclass(frozen=True)
 class ShapeDecision:
     """Layers from k to n channels over rows tokens. int8: how many of them are INT8. float_ms, int8_ms: milliseconds of one, 0 where it
@@ -33,7 +38,7 @@ def shape_decisions(plans: Iterable[LayerPlan]) -> list[ShapeDecision]:
         if plan.sqnr and plan.shape:
             groups.setdefault((*plan.shape[::-1], plan.tokens, *(plan.times or (0.0, 0.0))), []).append(plan)
     found = [ShapeDecision(k, n, rows, len(group), sum(plan.method != "float" for plan in group), float_ms, int8_ms,
-                           round(min(min(max(plan.sqnr.values()), MOST_DB) for plan in group), 1))
+                           round(min(as_number(max(plan.sqnr.values())) for plan in group), 1))
              for (k, n, rows, float_ms, int8_ms), group in groups.items()]
     return sorted(found, key=lambda shape: -shape.layers * shape.k * shape.n * shape.rows)
 

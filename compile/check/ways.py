@@ -51,7 +51,7 @@ def measure_way(way: Way, image: Callable[[int], torch.Tensor], settle: Callable
 
 
 def psnr_db(picture: torch.Tensor, other: torch.Tensor) -> float:
-    """Of two pictures in 0..1."""
+    """Of two pictures in 0..1, without NaN."""
     error = (picture.double() - other.double()).square().mean().item()
     return min(NO_LIMIT_DB, -10 * math.log10(error)) if error else NO_LIMIT_DB
 

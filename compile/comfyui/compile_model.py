@@ -274,6 +274,11 @@ def reports(patcher) -> list:
             if (target, options) == (w.target, w.options)]
 
 
+def is_compiled_by_core(patcher) -> bool:
+    """Whether a node that uses ComfyUI's own set_torch_compile_wrapper is in front of it."""
+    return CORE_KEY in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
+
+
 def all_reports() -> list[tuple[str, CompileReport]]:
     """(class of the model, report) of all that is compiled in this process."""
     with _LOCK:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..check.ways import NO_LIMIT_DB, Way, all_ways, measure_way, psnr_db
 from ..modes.compile import Compile
 from ..report import CompileReport
 from .artifact_cache import get_cache
-from .compile_model import reports
+from .compile_model import is_compiled_by_core, reports
 from .int8_calibrate import planned_layers
 from .int8_model import int8_layers
 from .mode_records import apply_to_patcher, quantize_and_record
@@ -44,8 +45,16 @@ class ModelInputs:
         """Raises ValueError where they cannot be measured."""
         if self.positive is None or self.latent_image is None:
             raise ValueError(f"{TITLE}: a model is measured by sampling it. Connect positive and latent_image too, or disconnect model.")
+        for name, conditioning in (("positive", self.positive), ("negative", self.positive if self.negative is None else self.negative)):
+            if not (isinstance(conditioning, list) and conditioning and all(map(_is_conditioning, conditioning))):
+                raise ValueError(f"{TITLE}: {name} is not what a sampler takes: a list of a tensor and a dict each, at least one. "
+                                 "Connect CLIP Text Encode.")
+        if not isinstance(self.latent_image, dict) or not isinstance(self.latent_image.get("samples"), torch.Tensor):
+            raise ValueError(f"{TITLE}: latent_image has no tensor as samples. Connect a node for an empty latent.")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"{TITLE}: cfg is no number. 1 is without a negative prompt.")
         if (Compile.name in PATCHER_MODES.host.get_state(self.model).names or reports(self.model) or planned_layers(self.model)
-                or int8_layers(self.model)):
+                or int8_layers(self.model) or is_compiled_by_core(self.model)):
             raise ValueError(f"{TITLE}: this model has INT8 layers or is compiled already. Connect what is before those nodes.")
 
     @property
@@ -66,16 +75,26 @@ def measure_model(inputs: ModelInputs, tick: Callable[[int, int], object]) -> tu
             made = _run(way, inputs, functools.partial(tick, done, len(ways)))
             if inputs.vae is not None:
                 made = _decoded(inputs.vae, made)
-                pictures.append(made[:1])
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # torch's are RuntimeErrors, no memory too
-            way.error = str(error).partition("\n")[0] or type(error).__name__
+                pictures.append(made[:1].nan_to_num())
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:  # of the model, the VAE, or another pack's code
+            line = str(error).partition("\n")[0]
+            way.error = line if line and isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {line}"
+            continue
+        if not made.isfinite().all():
+            way.error = way.error or "what it gives is NaN or infinite"
             continue
         if way is ways[0]:
             reference = made
         elif reference is not None and reference.shape == made.shape:
-            way.decibels = min(NO_LIMIT_DB, sqnr_db(reference, made)) if inputs.vae is None else psnr_db(made, reference)
+            way.decibels = max(-NO_LIMIT_DB, min(NO_LIMIT_DB, sqnr_db(reference, made))) if inputs.vae is None else psnr_db(made, reference)
     tick(len(ways), len(ways))
     return ways, torch.cat(pictures) if pictures else None
+
+
+def _is_conditioning(entry) -> bool:
+    return (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], torch.Tensor) and isinstance(entry[1], dict))
 
 
 class _Reports:

@@ -15,12 +15,12 @@ from ...int8.echo import echo
 from ...int8.hadamard import group_size
 from ...int8.options import KERNELS, Int8Options
 from ...int8.plan import LayerPlan
-from ...int8.report import ProgressCallback, no_progress
+from ...int8.report import ProgressCallback, as_number, no_progress
 from ..modes.compile import Compile, CompileConfig
 from ..modes.convrot import ConvRot
 from ..modes.errors import ApplyModeError, ModeConfigError
 from ..modes.export import Export
-from ..modes.int8 import Int8, finite
+from ..modes.int8 import Int8
 from ..modes.layers import check_record
 from ..modes.mode import Mode, NoConfig
 from ..modes.record import METADATA_KEY
@@ -217,7 +217,7 @@ def int8_metadata(patcher) -> dict:
     """The values of Int8Record that say something."""
     layers, planned = _layers(patcher), plans(patcher)
     waiting = 0 if planned else len([name for name in planned_layers(patcher) if name not in layers])
-    measured = [[plan.name, finite(plan.sqnr[plan.method])] for plan in planned if plan.method in plan.sqnr]
+    measured = [[plan.name, as_number(plan.sqnr[plan.method])] for plan in planned if plan.method in plan.sqnr]
     return {"layers": [[name, group, smoothed] for name, (group, smoothed) in layers.items()],
             **({"waiting": waiting} if waiting else {}), **({"sqnr_db": measured} if measured else {})}
 

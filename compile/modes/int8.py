@@ -14,6 +14,7 @@ from ...int8.hadamard import group_size
 from ...int8.linear import Int8Linear, marker
 from ...int8.plan import measure
 from ...int8.precision import FLOAT, choose_precision
+from ...int8.report import as_number
 from ...int8.structure import equivalent_layers
 from .errors import ApplyModeError, ModeConfigError
 from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
@@ -22,8 +23,6 @@ from .registry import MODES
 from .search import Searcher
 from .smoothquant import observe
 
-# dB of a layer whose output is exact, or all noise: JSON has no infinity.
-MOST_DB = 200.0
 # Elements of a weight that tell it from another of the same shape.
 SAMPLED = 4096
 
@@ -124,7 +123,7 @@ class PrecisionSearch(Searcher):
         weight = layer.weight.detach()
         x = self.stats.pop(step).sample().to(weight.device)
         try:
-            return {method: finite(measure(weight, x, method == "convrot", getattr(layer, "pre_quant_scale", None)))
+            return {method: as_number(measure(weight, x, method == "convrot", getattr(layer, "pre_quant_scale", None)))
                     for method in self._methods(layer)}
         except ValueError as error:
             raise ApplyModeError(f"{self.owner}: layer '{step}': {error}. Check the checkpoint file.") from error
@@ -152,8 +151,3 @@ class PrecisionSearch(Searcher):
 def _bytes_saved(weight: torch.Tensor) -> int:
     """At least, as INT8: the longest marker is counted."""
     return weight.nbytes - (weight.numel() + 4 * weight.shape[0] + marker(group_size(weight.shape[1])).nbytes)
-
-
-def finite(db: float) -> float:
-    """db as JSON can hold it; of an output that is zero and stays so (0/0), the best."""
-    return MOST_DB if db != db else max(-MOST_DB, min(MOST_DB, db))

@@ -25,7 +25,7 @@ BOOKKEEPING = {
 # Of these, what the model itself writes for its blocks. The model as a whole does read the others (wrappers run inside it).
 WRITTEN_BY_MODEL = {"block", "block_index", "block_type", "total_blocks", "transformer_index", "img_slice", "grid_sizes", "original_shape",
                     "activations_shape"}
-# Where patches are that reach into blocks, and may read the bookkeeping: by kind, and attention, which can be an operation of compiled code.
+# Where patches are that reach into blocks, and may read the bookkeeping; attention can be an operation of compiled code.
 INNER_PATCHES = ("patches", "patches_replace")
 OVERRIDE = "optimized_attention_override"
 # The options as keyword (kwargs['transformer_options']['block']) or, in UNets, by position: a block takes no other dict (args[2]['block']).

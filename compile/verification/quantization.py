@@ -10,7 +10,7 @@ import torch
 from ...int8.artifact_layer import HasFloatWeight, has_float_weight
 from ...int8.kernels import ops
 from ...int8.plan import sqnr_db
-from ...int8.report import MOST_DB
+from ...int8.report import MOST_DB, as_number
 from ..arguments import tensors_in
 from .second_run import CallCopy
 from .state import nothing_left
@@ -53,8 +53,7 @@ def quantization_error(module: torch.nn.Module, args: tuple, kwargs: dict, resul
 
 
 def _db(exact: torch.Tensor, found: torch.Tensor) -> float:
-    db = sqnr_db(exact.float(), found.float())
-    return min(db, MOST_DB) if db == db else MOST_DB  # of zeros that are zeros it is no number
+    return as_number(sqnr_db(exact.float(), found.float()))
 
 
 @contextlib.contextmanager

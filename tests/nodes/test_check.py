@@ -94,8 +94,41 @@ def test_without_a_vae_latents_are_compared_and_what_fails_is_named(run_node, mo
     assert "SQNR of the latent" in text and pictures.message
 
 
+@pytest.mark.parametrize("with_vae", [True, False], ids=["pictures", "latents"])
+def test_a_way_that_gives_no_numbers_or_whose_code_fails_is_never_advised(run_node, model_inputs, vae, with_vae, monkeypatch):
+    from int8_compile.compile.comfyui import model_check
+
+    run = model_check._run
+
+    def broken(way, *more):
+        if way.method == "auto":
+            raise KeyError("samples")  # another pack's
+        made = run(way, *more)
+        if way.method:
+            made[0, 0, 0, 0] = float("nan" if way.method == "convrot" else "inf")
+            way.later = way.first / 100
+        return made
+    monkeypatch.setattr(model_check, "_run", broken)
+    ways = [model_check.Way(method) for method in ("", "convrot", "rowwise", "auto")]
+    monkeypatch.setattr(model_check, "all_ways", lambda: ways)
+    if with_vae:  # which makes NaN of the one
+        monkeypatch.setattr(model_check, "_decoded", lambda vae, made: made.movedim(1, -1).clamp(0, 1))
+        ways.remove(ways[2])
+    text, data, _, pictures = run_node("full", **model_inputs, **({"vae": vae} if with_vae else {})).args
+    assert text.startswith("This model: nothing was faster"), text
+    for way in json.loads(data)["model"]["ways"][1:]:
+        assert way["decibels"] is None and way["error"] == ("KeyError: 'samples'" if way["method"] == "auto" else "what it gives is NaN or infinite")
+    assert not with_vae or pictures.isfinite().all()
+
+
 def test_a_model_that_cannot_be_measured_is_refused_before_anything_is(run_node, model_inputs, nodes, flux):
-    for wrong, says in (({"positive": None}, "Connect positive and latent_image"), ({"latent_image": None}, "Connect positive"),
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    for wrong, says in (({"positive": []}, "positive is not what a sampler takes"), ({"negative": [[None, {}]]}, "negative is not what"),
+                        ({"positive": [[torch.zeros(1)]]}, "positive is not what"), ({"latent_image": {}}, "has no tensor as samples"),
+                        ({"latent_image": []}, "has no tensor as samples"), ({"cfg": float("nan")}, "cfg is no number"),
+                        ({"model": TorchCompileModel.execute(flux, "inductor").args[0]}, "is compiled already"),
+                        ({"positive": None}, "Connect positive and latent_image"), ({"latent_image": None}, "Connect positive"),
                         ({"model": nodes.INT8QuantizeModel(flux)}, "INT8 layers or is compiled already"),
                         ({"model": nodes.INT8QuantizeModel(flux, method="auto")}, "INT8 layers or is compiled already"),
                         ({"model": nodes.CompileModel(flux, backend="aot_eager")}, "INT8 layers or is compiled already")):
