@@ -66,7 +66,7 @@ class SaveCompileCache(io.ComfyNode):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(artifact_cache.bundles()))
         path = Path(folder) / f"{name}_{counter:05}_.zip"
         digest = save_bundle(store, entries, path, artifact_cache.room_for_bundles())
-        with (saved := read_bundle(path)).copy:
+        with (saved := read_bundle(path, tick=comfy.model_management.throw_exception_if_processing_interrupted)).copy:
             text = f"{path}\n{path.stat().st_size / 1e6:.1f} MB\n{saved.contents()}\ndigest: {digest}"
         return io.NodeOutput(str(path), digest, ui=ui.PreviewText(text))
 

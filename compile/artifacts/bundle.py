@@ -235,10 +235,10 @@ def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
 
 def _unpack(store: CacheStore, held: BundleEntry, archive: zipfile.ZipFile):
     prefix = f"{held.place}/{held.name}/"
-    body = json.loads(archive.read(prefix + MANIFEST))["body"]  # checked, and of a copy that is ours
+    body = json.loads(_content(archive, archive.getinfo(prefix + MANIFEST)))["body"]  # checked, and of a copy that is ours
     with store.writing(held.place, held.name) as (folder, finish):
         for name, digest in body["files"].items():
-            content = archive.read(prefix + name)
+            content = _content(archive, archive.getinfo(prefix + name))
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"{name} was changed after it was checked")
             (folder / name).write_bytes(content)
@@ -278,7 +278,7 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
     place, _, name = folder.rpartition("/")
     if MANIFEST not in files:
         raise ValueError(f"{name} has no {MANIFEST}")
-    manifest = archive.read(files[MANIFEST])
+    manifest = _content(archive, files[MANIFEST])
     content = json.loads(manifest)
     body = content.get("body") if isinstance(content, dict) else None
     digests = body.get("files") if isinstance(body, dict) else None
@@ -295,6 +295,12 @@ def _check(archive: zipfile.ZipFile, folder: str, files: dict[str, zipfile.ZipIn
                 raise ValueError(f"{file} of {name} is not what its {MANIFEST} says")
             size += stream.tell()
     return BundleEntry(place, name, labels, size)
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """archive.read unpacks up to a GiB, however little the zip says that it is."""
+    with archive.open(info) as stream:
+        return b"".join(iter(lambda: stream.read(min(MIB, info.file_size + 1)), b""))
 
 
 def _digest_of(file: IO[bytes], tick: Callable[[], object] = lambda: None) -> str:

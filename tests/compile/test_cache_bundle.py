@@ -7,7 +7,9 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -299,6 +301,25 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_refused(tmp_path):
     assert content.count((1 << 20).to_bytes(4, "little")) == 2
     path.write_bytes(content.replace((1 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little")))
     rejected(path)
+
+
+def test_what_a_file_says_of_its_size_is_all_that_is_unpacked(here, tmp_path):
+    """zipfile's read() unpacks up to a GiB, and then cuts it."""
+    size, digest = 300 << 20, hashlib.sha256(b"code").hexdigest()
+    head = json.dumps({"body": {**BODY, "files": {ARTEFACT: digest}}}).encode()
+    path = hostile(tmp_path, {f"{PLACE}/entry/{MANIFEST}": head + b" " * size, f"{PLACE}/entry/{ARTEFACT}": b"code"})
+    content = path.read_bytes()
+    for is_said, instead in ((len(head) + size, len(head)), (zlib.crc32(head + b" " * size), zlib.crc32(head))):
+        assert content.count(is_said.to_bytes(4, "little")) == 2
+        content = content.replace(is_said.to_bytes(4, "little"), instead.to_bytes(4, "little"))
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with (found := read_bundle(path)).copy:
+            load_bundle(here, found)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
