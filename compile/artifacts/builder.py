@@ -89,7 +89,7 @@ class Builder:
             self._count += 1
             self._unfinished += 1
             self._orders.put((URGENT if order.urgent else LATE, self._count, order))
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="int8-compile builder", daemon=True)
                 self._thread.start()
 
@@ -172,7 +172,7 @@ class Builder:
                 Disturbed: str(error),
             }.get(type(error), f"{type(error).__name__}: {error}")
             self.stop()
-            if not isinstance(error, Disturbed) or order.retried:
+            if not isinstance(error, Disturbed) or order.retried or self._closed:
                 return reason
             order.retried = True
             logger.warning("compile cache: %s: %s. It is tried once more.", order.job.name, reason)

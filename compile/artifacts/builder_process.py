@@ -53,12 +53,14 @@ class BuilderProcess:
         return f": {lines[-1]}" if lines else ""
 
     def answer(self) -> bytes:
-        """Of the other process. Raises EOFError where it has ended, Disturbed where it hangs, TimeoutError after BUILD_SECONDS."""
+        """Of the other process. Raises EOFError where it has ended, Disturbed where it hangs or was killed, TimeoutError after
+        BUILD_SECONDS."""
         start, watch = time.monotonic(), ProcessWatch(self.process.pid, SILENT_SECONDS)
         while time.monotonic() - start < BUILD_SECONDS:
             with contextlib.suppress(queue.Empty):
                 frame = self.frames.get(timeout=SILENT_SECONDS / LOOKS)
                 if frame is None:
+                    self._require_own_end()
                     raise EOFError
                 if frame:
                     return frame
@@ -66,6 +68,11 @@ class BuilderProcess:
             if watch.hangs():
                 raise Disturbed(f"the builder process gave no sign of life or of work for {SILENT_SECONDS:.0f} s and was ended")
         raise TimeoutError
+
+    def _require_own_end(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if os.name == "posix" and self.process.wait(END_SECONDS) == -signal.SIGKILL:
+                raise Disturbed("the builder process was killed, as Linux does when there is no memory left")
 
 
 def send_orders(stream, orders: queue.SimpleQueue):

@@ -5,6 +5,7 @@ Both directions are frames: a size, and a pickle to it, JSON from it. An empty f
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 BEAT_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1  # man 2 prctl
 TEMPORARY = "TMPDIR", "TEMP", "TMP"  # the variables for it of all systems
 # The server's path before anything is imported: python -c looks into the current folder first. Then this pack under the name that it has
 # here (ComfyUI names packs by their path), so that what is pickled is found.
@@ -62,6 +64,7 @@ def receive(stream) -> bytes:
 def main(folder: str, beat_seconds: float) -> None:
     """folder: for temporary files."""
     _give_way()
+    _end_with_the_server()
     jobs: queue.Queue = queue.Queue()
     output = _Output(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # what compilers print is no answer
@@ -126,6 +129,13 @@ def _give_way() -> None:
     if hasattr(os, "getsid") and os.getsid(0) == os.getpid():  # a session of its own: see builder
         with contextlib.suppress(OSError):
             Path("/proc/self/autogroup").write_text("19")
+
+
+def _end_with_the_server() -> None:
+    """What is stopped does not see that its input has ended."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # at the end of the thread that started it, which ends it itself
 
 
 class _Output:

@@ -19,6 +19,7 @@ from ..errors import is_out_of_memory
 from ..options import CompileOptions
 from ..regions import find_regions
 from ..report import first_lines
+from .object_patches import undo_in_reverse
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
             _ADAPTED[layer] = beside(layer, kind, patcher.load_device)
         vars(layer)[_UNPACKS] = not options.background
         patcher.add_object_patch(name, _ADAPTED[layer])
+        undo_in_reverse(patcher)
 
 
 def _is_foreign(layer: torch.nn.Module) -> bool:

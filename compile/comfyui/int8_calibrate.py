@@ -25,7 +25,7 @@ from . import core as comfy_core
 from .allocation_recording import unrecorded
 from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
-from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
+from .int8_model import adopt_native_layers, as_it_computes, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
 
@@ -96,6 +96,7 @@ def quantize_model(patcher, options: Int8Options, on_progress: ProgressCallback 
 
 def put_and_tell(patcher, plans: list[LayerPlan], options: Int8Options, on_progress: ProgressCallback, kept: tuple[str, ...]):
     """put_int8_layers, with its report."""
+    plans = [as_it_computes(patcher, plan) for plan in plans]
     before, source = patcher.model_size(), source_of_layers(patcher, [plan.name for plan in plans if plan.method != "float"])
     put_int8_layers(patcher, plans, options.kernel, on_progress)
     report = QuantizeReport.of(plans, before, patcher.model_size(), kept, is_encoder(patcher))

@@ -7,6 +7,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import Any
 
 import comfy.utils
@@ -44,6 +45,7 @@ from .int8_layer import (
 from .int8_lora import patch_as_core
 from .int8_merge import patch_merging_and_saving
 from .int8_source import pristine_weight, rounded_as, source_of, values_of, weight_of
+from .object_patches import undo_in_reverse
 
 try:
     from comfy import quant_ops
@@ -52,6 +54,7 @@ except ImportError:  # cores without native quantization: the compile nodes work
 
 
 logger = logging.getLogger(__name__)
+CHANGED = "where another pack has changed how they compute"
 
 
 def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
@@ -96,6 +99,19 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     for name in names:
         _check_float(name, pristine_weight(patcher, name))
     return names
+
+
+def as_it_computes(patcher, plan: LayerPlan) -> LayerPlan:
+    """plan, float where another pack has put something around the layer, or its own in the place of its forward: an INT8 layer has its
+    weights and nothing else of it."""
+    name = prefix_of(patcher) + plan.name
+    layer = patcher.get_model_object(name)
+    patched = any(key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in ("weight", "bias") for key in patcher.object_patches)
+    # What another clone has patched there while it is loaded is not this one's.
+    replaced = "forward" in state_without_bypass(layer) and f"{name}.forward" not in patcher.object_patches_backup
+    if plan.method != "float" and (patched or replaced or layer._forward_hooks or layer._forward_pre_hooks):
+        return replace(plan, method="float", pre_quant_scale=None, reason=CHANGED)
+    return plan
 
 
 def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progress: ProgressCallback = no_progress) -> None:
@@ -161,7 +177,9 @@ _NOTES_OF_A_LOAD = re.compile(r"_v(_|$)|_pin|_prefetch$|_patched_weights$|(.*_)?
 
 def keep_apart(patcher) -> None:
     """From now on each clone of patcher that is of another model (without dynamic VRAM, on another GPU) gets its own of what patcher's
-    object patches hold weights in: ComfyUI loads, moves and patches the weights of two models at different times."""
+    object patches hold weights in: ComfyUI loads, moves and patches the weights of two models at different times. And what other packs
+    patch in these layers is taken off them."""
+    undo_in_reverse(patcher)
     if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, LAYER_KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_CLONE, LAYER_KEY, own_weights)
 

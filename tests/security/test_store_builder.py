@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,13 @@ from int8_compile.compile.artifacts.builder_process import Disturbed
 from int8_compile.compile.artifacts.entry import MANIFEST
 from int8_compile.compile.artifacts.process_watch import ProcessWatch
 from int8_compile.compile.artifacts.store import CacheStore
+from int8_compile.pack import PACKAGE
 from toys import wait_until
 
 PLACE = "Block_dynamic_aoti_0123/single/forward"
 REPO = Path(worker.__file__).parents[2]
+SPIN, SLEEP = "while True: pass", "import time; time.sleep(60)"
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for /proc")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 
 
@@ -242,6 +246,45 @@ def test_an_order_whose_process_hangs_twice_is_given_up(builder, monkeypatch):
     assert told.wait("entry", 10) == "it hung" and len(asked) == 2
 
 
+@posix_only
+def test_an_order_whose_process_is_killed_is_tried_once_more(builder):
+    told = Told(builder)
+    told.order("entry")
+    killed = []
+    while len(killed) < 2:
+        wait_until(lambda: builder._process is not None and builder._process.pid not in killed, 20)
+        killed.append(builder._process.pid)
+        os.kill(killed[-1], signal.SIGKILL)
+    assert told.wait("entry", 20).startswith("the builder process was killed")
+
+
+def test_an_answer_that_nobody_can_take_stops_no_other_order(builder):
+    def failing(reason):
+        raise RuntimeError("the receiver's own")
+    job = types.SimpleNamespace(device="cpu", name="Block")
+    builder.submit(BuildRequest(job, PLACE, "first", failing, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
+        wait_until(lambda: builder._thread is not None and not builder._thread.is_alive(), 60)
+    told = Told(builder)
+    told.order("next")
+    assert told.wait("next", 60)
+
+
+@linux_only
+def test_a_process_that_stands_still_ends_with_the_server(tmp_path):
+    server = "import subprocess; p = subprocess.Popen({!r}, stdin=subprocess.PIPE, start_new_session=True); print(p.pid, flush=True); {}"
+    command = worker.command(PACKAGE, REPO, tmp_path)
+    with subprocess.Popen([sys.executable, "-c", server.format(command, SLEEP)], stdout=subprocess.PIPE) as process:
+        stands = int(process.stdout.readline())
+        wait_until(lambda: os.sched_getscheduler(stands) == os.SCHED_IDLE, 20)
+        time.sleep(0.5)
+        os.kill(stands, signal.SIGSTOP)
+        process.kill()
+    stat = Path(f"/proc/{stands}/stat")
+    wait_until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", 10)
+
+
 def test_a_server_that_stood_still_finds_what_another_has_built_meanwhile(builder, store, monkeypatch):
     other = CacheStore(store.layout.parent, store.layout.parent.with_name("key"))
 
@@ -265,9 +308,7 @@ def test_nothing_is_said_of_an_order_that_ends_with_the_server(builder):
     assert not told.reasons
 
 
-SPIN, SLEEP = "while True: pass", "import time; time.sleep(60)"
 HELD = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # spins in C and lets no other thread of its run
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for /proc")
 
 
 @contextlib.contextmanager
