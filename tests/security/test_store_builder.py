@@ -12,7 +12,6 @@ import textwrap
 import threading
 import time
 import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -258,14 +257,13 @@ def test_an_order_whose_process_is_killed_is_tried_once_more(builder):
     assert told.wait("entry", 20).startswith("the builder process was killed")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_answer_that_nobody_can_take_stops_no_other_order(builder):
     def failing(reason):
         raise RuntimeError("the receiver's own")
     job = types.SimpleNamespace(device="cpu", name="Block")
     builder.submit(BuildRequest(job, PLACE, "first", failing, True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
-        wait_until(lambda: builder._thread is not None and not builder._thread.is_alive(), 60)
+    wait_until(lambda: builder._thread is not None and not builder._thread.is_alive(), 60)
     told = Told(builder)
     told.order("next")
     assert told.wait("next", 60)
