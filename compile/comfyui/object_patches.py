@@ -9,8 +9,9 @@ KEY = "int8_compile.object_patches"
 def undo_in_reverse(patcher) -> None:
     """From now on patcher and its clones take off their object patches in the reverse of the order in which they were put on. Core does it
     in the same order: of a layer and of its forward, the model's layer would be back first and get the other layer's forward, for good."""
-    if _in_reverse not in patcher.get_callbacks(CallbacksMP.ON_LOAD, KEY):
-        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _in_reverse)
+    for moment in (CallbacksMP.ON_LOAD, CallbacksMP.ON_PRE_RUN):  # a clone of what is loaded is patched without being loaded
+        if _in_reverse not in patcher.get_callbacks(moment, KEY):
+            patcher.add_callback_with_key(moment, KEY, _in_reverse)
 
 
 def _in_reverse(patcher, *_) -> None:

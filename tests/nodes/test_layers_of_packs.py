@@ -37,6 +37,30 @@ def test_a_forward_that_another_pack_patches_is_in_effect_and_gone_with_it(nodes
         assert torch.equal(sample(with_forward(flux)), patched)
 
 
+@pytest.mark.parametrize("name", ["forward", "bias", "weight"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_what_a_pack_patches_in_a_layer_comes_off_a_clone_of_what_is_loaded(nodes, flux, sample, name, before):
+    """ComfyUI puts it on the loaded model, which it does not load again."""
+    def quantize(model):
+        return nodes.INT8QuantizeModel(model, method="convrot")
+
+    def patch(model):
+        if name == "forward":
+            return with_forward(model)
+        value = flux.get_model_object(f"{FULL}.{name}")
+        clone = model.clone()
+        clone.add_object_patch(f"{FULL}.{name}", torch.nn.Parameter(torch.randn_like(value) * value.std() * 2, requires_grad=False))
+        return clone
+    torch.manual_seed(0)
+    eager, quantized = sample(flux), sample(quantize(flux))
+    int8 = quantize(flux)
+    for _ in range(2):
+        sample(int8)
+        sample(quantize(patch(flux)) if before else patch(int8))
+        assert torch.equal(sample(flux), eager)
+        assert torch.equal(sample(quantize(flux)), quantized)
+
+
 @pytest.mark.parametrize("kind", ["forward", "hook", "pre-hook"])
 def test_what_a_pack_puts_on_a_layer_keeps_it_in_high_precision(nodes, flux, sample, kind):
     from int8_compile.compile.comfyui.int8_calibrate import quantize_model
