@@ -114,6 +114,11 @@ def as_it_computes(patcher, plan: LayerPlan) -> LayerPlan:
     return plan
 
 
+def bytes_saved(patcher, name: str, layer: torch.nn.Module) -> int:
+    """By layer, of INT8, in the place of the float layer of that name below the root."""
+    return pristine_weight(patcher, name).nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
+
+
 def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progress: ProgressCallback = no_progress) -> None:
     """Makes the planned layers of patcher (a clone) INT8, as object patches: the model it was cloned from keeps its weights.
 
@@ -145,7 +150,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
         patches[prefix + plan.name] = layer
-        saved += pristine_weight(patcher, plan.name).nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
+        saved += bytes_saved(patcher, plan.name, layer)
         progress.update(1)
     if not patches:
         return

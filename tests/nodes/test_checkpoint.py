@@ -110,6 +110,9 @@ def test_smoothed_and_unmeasured_layers_are_saved_as_convrot(comfy, flux, nodes,
         saved = nodes.INT8QuantizeModel(comfy.sd.load_diffusion_model(path))
         assert difference(sample(saved), want) < NOISE
     assert torch.equal(sample(measured), smoothed)
+    from int8_compile.compile.comfyui.int8_checkpoint import native_model
+
+    assert 0 < native_model(measured).model_size() <= measured.model_size() < flux.model_size()
 
 
 def test_a_model_without_int8_layers_is_not_saved(flux, save):
