@@ -343,9 +343,12 @@ def test_a_process_without_a_sign_of_life_hangs(code):
 def test_a_process_that_waits_for_a_core_does_not_hang():
     core = min(os.sched_getaffinity(0))
     pinned = f"os.sched_setaffinity(0, [{core}])"
-    with group(SPIN, pinned), group(SPIN, f"{pinned}; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))") as process:
-        watch = ProcessWatch(process.pid, 2.0)  # a host that takes the core away for a while charges the process with that
-        assert not hangs(watch, False, 8), vars(watch) | {"now": watch._cpu()}
+    with contextlib.ExitStack() as stack:
+        for _ in range(9):  # of this process's own class, which may be the idle one, too
+            stack.enter_context(group(SPIN, pinned))
+        process = stack.enter_context(group(SPIN, f"{pinned}; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"))
+        watch = ProcessWatch(process.pid, 2.0)
+        assert not hangs(watch, False, 4), vars(watch) | {"now": watch._cpu()}
 
 
 @linux_only
