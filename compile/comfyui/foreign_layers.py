@@ -64,10 +64,18 @@ def _has_foreign_tensors(layer: torch.nn.Module) -> bool:
     return any(is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None)
 
 
+def computes_as_a_pack_says(layer: torch.nn.Module) -> bool:
+    """Whether its class is neither torch's nor ComfyUI's, nor one that multiplies with what unpacking() knows."""
+    return _is_class_of_a_pack(type(layer)) and not _has_foreign_tensors(layer)
+
+
 def is_of_a_pack(tensor: torch.Tensor) -> bool:
     """Whether its class is neither torch's, nor ComfyUI's, nor one that torch can trace."""
-    module = type(tensor).__module__
-    return not (f"{module}.".startswith("torch.") or is_comfyuis(module) or is_traceable_wrapper_subclass(tensor))
+    return _is_class_of_a_pack(type(tensor)) and not is_traceable_wrapper_subclass(tensor)
+
+
+def _is_class_of_a_pack(kind: type) -> bool:
+    return not (f"{kind.__module__}.".startswith("torch.") or is_comfyuis(kind.__module__))
 
 
 @functools.cache

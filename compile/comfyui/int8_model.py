@@ -24,7 +24,7 @@ from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
 from .bypass_lora import patch_bypass_loras, state_without_bypass
-from .foreign_layers import is_of_a_pack
+from .foreign_layers import computes_as_a_pack_says, is_of_a_pack
 from .int8_layer import (
     _LAYERS,
     INT8_LAYOUT,
@@ -109,7 +109,7 @@ def as_it_computes(patcher, plan: LayerPlan) -> LayerPlan:
     patched = any(key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in ("weight", "bias") for key in patcher.object_patches)
     # What another clone has patched there while it is loaded is not this one's.
     replaced = "forward" in state_without_bypass(layer) and f"{name}.forward" not in patcher.object_patches_backup
-    if plan.method != "float" and (patched or replaced or layer._forward_hooks or layer._forward_pre_hooks):
+    if plan.method != "float" and (patched or replaced or layer._forward_hooks or layer._forward_pre_hooks or computes_as_a_pack_says(layer)):
         return replace(plan, method="float", pre_quant_scale=None, reason=CHANGED)
     return plan
 

@@ -61,7 +61,7 @@ def test_what_a_pack_patches_in_a_layer_comes_off_a_clone_of_what_is_loaded(node
         assert torch.equal(sample(quantize(flux)), quantized)
 
 
-@pytest.mark.parametrize("kind", ["forward", "hook", "pre-hook"])
+@pytest.mark.parametrize("kind", ["forward", "hook", "pre-hook", "class"])
 def test_what_a_pack_puts_on_a_layer_keeps_it_in_high_precision(nodes, flux, sample, kind):
     from int8_compile.compile.comfyui.int8_calibrate import quantize_model
     from int8_compile.int8.options import Int8Options
@@ -72,6 +72,10 @@ def test_what_a_pack_puts_on_a_layer_keeps_it_in_high_precision(nodes, flux, sam
     if kind == "forward":
         layer.forward = types.MethodType(lambda self, *args: type(self).forward(self, *args) * 1.5, layer)
         off = lambda: layer.__dict__.pop("forward")  # noqa: E731
+    elif kind == "class":
+        own = type(layer)
+        layer.__class__ = type("Louder", (own,), {"forward": lambda self, *args: own.forward(self, *args) * 1.5})
+        off = lambda: setattr(layer, "__class__", own)  # noqa: E731
     elif kind == "hook":
         off = layer.register_forward_hook(lambda module, args, result: result * 1.5).remove
     else:
