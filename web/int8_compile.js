@@ -98,12 +98,12 @@ function showStatus(node) {
     show(node, inUsersLanguage(short), inUsersLanguage(text.split("\n").filter((line) => !above.includes(line)).join("\n")));
 }
 
-// id: of the prompt, "5:3" for node 3 in subgraph 5.
+// id: of the prompt, "5:3" for node 3 in subgraph 5; a word where a prompt in API format was opened that names its nodes so.
 function findNode(id) {
     let graph = app.rootGraph ?? app.graph;
-    const path = String(id).split(":");
-    for (const part of path.slice(0, -1)) graph = graph?.getNodeById(Number(part))?.subgraph;
-    const node = graph?.getNodeById(Number(path.at(-1)));
+    const path = String(id).split(":").map((part) => (isNaN(part) ? part : Number(part)));
+    for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph;
+    const node = graph?.getNodeById(path.at(-1));
     return node && WORKING.includes(node.type) ? node : undefined;
 }
 

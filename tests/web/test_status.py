@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from benchmarks.workflows import flux_prompt
+
 from .conftest import open_comfy
 
 pytestmark = pytest.mark.e2e
@@ -141,6 +143,14 @@ def test_nodes_in_a_subgraph_show_their_reports(page):
     shown = page.evaluate("inside.nodes.map(n => n.widgets.find(w => w.name === 'shown')?.value ?? '')")
     texts = dict(zip(inside, shown))
     assert "compiled: 5 blocks" in texts["CompileModel"] and texts["INT8QuantizeModel"].startswith("quantized 29 layers")
+
+
+def test_nodes_of_a_prompt_in_api_format_that_have_words_for_numbers_show_their_reports(page):
+    nodes = [("INT8QuantizeModel", page.server.defaults("INT8QuantizeModel")), ("CompileModel", {**page.server.defaults("CompileModel"), "backend": "aot_eager"})]
+    prompt = flux_prompt(width=64, height=64, steps=1, model_nodes=nodes)
+    page.evaluate(f"app.loadApiJson({json.dumps(prompt)}, 'prompt'), new Promise(r => setTimeout(r, 1000))")
+    run(page)
+    assert "compiled: 5 blocks" in page.text("CompileModel") and page.text("INT8QuantizeModel").startswith("quantized 29 layers")
 
 
 def test_a_node_is_found_by_search_dropped_connected_and_queued(page):
