@@ -125,6 +125,13 @@ def _vary_strength(adapter) -> None:
         adapter.multiplier = torch.tensor(float(adapter.multiplier), dtype=torch.float64)
 
 
+def is_own_forward(layer: torch.nn.Module, forward) -> bool:
+    """Whether forward is what layer's class computes, or a bypass LoRA's."""
+    owner = getattr(forward, "__self__", None)
+    return (owner is layer and forward.__func__ is type(layer).forward) or (
+        BypassForwardHook is not None and isinstance(owner, BypassForwardHook))
+
+
 def state_without_bypass(layer: torch.nn.Module) -> dict:
     """layer's attributes, for a copy of it, which gets its bypass LoRAs when it is loaded."""
     state = dict(vars(layer))

@@ -8,20 +8,25 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...int8.plan import LayerPlan
 from ..artifacts.foreign_layer import ForeignLayer, beside
 from ..artifacts.origins import is_comfyuis
 from ..errors import is_out_of_memory
 from ..options import CompileOptions
 from ..regions import find_regions
 from ..report import first_lines
-from .object_patches import undo_in_reverse
+from .bypass_lora import is_own_forward
+from .int8_layer import prefix_of
+from .object_patches import model_of, object_of, undo_in_reverse
 
 logger = logging.getLogger(__name__)
+CHANGED = "where another pack has changed how they compute"
 
 # Where unpacking a weight is many small kernels, which inductor makes one of.
 COMPILES_UNPACKING = {"cuda"}
@@ -36,16 +41,15 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
     """Puts object patches on patcher (a clone): layers that compute as those that they stand for, with the same parameters. Not with CUDA
     graphs, which would replay the LoRA of the call that was recorded; nor with convolutions of such weights in what is compiled, as torch
     2.11 cannot compile a graph that has both these and operations."""
-    root = patcher.model.get_submodule(target)
+    root = model_of(patcher).get_submodule(target)
     compiled = (module for region in find_regions(root, options.blocks_only) for block in region.modules for module in block.modules())
     if options.on_device(patcher.load_device)[0].cuda_graphs or any(
             _has_foreign_tensors(module) and not isinstance(module, torch.nn.Linear) for module in compiled):
         return
     prefix = f"{target}." if target else ""
-    for name, layer in root.named_modules():
-        name = prefix + name
-        if name in patcher.object_patches_backup:
-            layer = patcher.object_patches_backup[name]  # as loaded
+    for name, _ in root.named_modules():
+        name = (prefix + name).removesuffix(".")
+        layer = object_of(patcher, name)
         if name in patcher.object_patches or isinstance(layer, ForeignLayer) or not _is_foreign(layer):
             continue
         if layer not in _ADAPTED or not _ADAPTED[layer].is_on(patcher.load_device):
@@ -53,7 +57,7 @@ def adapt_layers(patcher, target: str, options: CompileOptions) -> None:
             _ADAPTED[layer] = beside(layer, kind, patcher.load_device)
         vars(layer)[_UNPACKS] = not options.background
         patcher.add_object_patch(name, _ADAPTED[layer])
-        undo_in_reverse(patcher)
+        undo_in_reverse()
 
 
 def _is_foreign(layer: torch.nn.Module) -> bool:
@@ -62,6 +66,18 @@ def _is_foreign(layer: torch.nn.Module) -> bool:
 
 def _has_foreign_tensors(layer: torch.nn.Module) -> bool:
     return any(is_of_a_pack(tensor) for tensor in layer._parameters.values() if tensor is not None)
+
+
+def as_it_computes(patcher, plan: LayerPlan) -> LayerPlan:
+    """plan, float where another pack has put something around the layer, or its own in the place of its forward: an INT8 layer has its
+    weights and nothing else of it."""
+    name = prefix_of(patcher) + plan.name
+    layer, forward = object_of(patcher, name), object_of(patcher, f"{name}.forward")
+    below = {key.removeprefix(f"{name}.") for key in patcher.object_patches if key.startswith(f"{name}.")}
+    changed = below - {"weight", "bias"} or not is_own_forward(layer, forward) or computes_as_a_pack_says(layer)
+    if plan.method != "float" and (changed or layer._forward_hooks or layer._forward_pre_hooks):
+        return replace(plan, method="float", pre_quant_scale=None, reason=CHANGED)
+    return plan
 
 
 def computes_as_a_pack_says(layer: torch.nn.Module) -> bool:

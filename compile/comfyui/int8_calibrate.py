@@ -23,11 +23,13 @@ from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
 from . import core as comfy_core
 from .allocation_recording import unrecorded
+from .foreign_layers import as_it_computes
 from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora
-from .int8_model import adopt_native_layers, as_it_computes, int8_layers, layers_to_quantize, put_int8_layers
+from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
+from .object_patches import object_of
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ class Quantizer:
 
     def collect(self, patcher):
         """See calibrate.collect. The layers are those that loading this patcher puts: another clone's may be in the model now."""
-        return collect({name: patcher.get_model_object(prefix_of(patcher) + name) for name in self.names})
+        return collect({name: object_of(patcher, prefix_of(patcher) + name) for name in self.names})
 
     def keep(self, patcher, stats: dict[str, LayerStats]) -> None:
         """A run in which no layer was called says nothing: the next one is looked at instead."""

@@ -25,7 +25,7 @@ from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
 from ...int8.report import ProgressCallback, QuantizeReport, no_progress
 from .int8_calibrate import planned_layers, plans
 from .int8_layer import QUANT_FORMAT, prefix_of, require_native_int8
-from .int8_model import adopt_native_layers, bytes_saved, int8_layers, is_int8, put_int8_layers
+from .int8_model import adopt_native_layers, bytes_saved, int8_layers, is_int8, put_int8_layers, take_off
 from .int8_source import FLOATS, unpack_others
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def native_model(patcher):
     smoothed = [name.removeprefix(prefix) for name, layer in patcher.object_patches.items()
                 if getattr(layer, "pre_quant_scale", None) is not None]
     for name in smoothed:
-        layer = patcher.object_patches.pop(prefix + name)
+        layer = take_off(patcher, prefix + name)
         patcher.size = patcher.model_size() + bytes_saved(patcher, name, layer)
     if smoothed or waiting:
         logger.info("INT8: %d smoothed layers and %d that were not measured yet are written as convrot.", len(smoothed),

@@ -18,7 +18,7 @@ from ..options import check_path
 from .int8_calibrate import Quantizer, quantizers
 from .int8_checkpoint import native_model
 from .int8_lora import Int8Lora
-from .int8_model import int8_layers
+from .int8_model import int8_layers, take_off
 from .int8_source import unpack_others
 from .patched_method import PatchedMethod, put_method
 
@@ -141,7 +141,7 @@ def with_float_parts(clip, all_parts: bool = False):
         return clip
     clip = clip.clone()
     for name in [name for name in layers if name.partition(".")[0] in parts]:
-        del clip.patcher.object_patches[name]
+        take_off(clip.patcher, name)
     clip.patcher.patches_uuid = uuid.uuid4()
     unpack_others(clip.patcher)
     return clip

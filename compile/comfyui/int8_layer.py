@@ -27,6 +27,7 @@ from ...int8.shared_input import SharedActivationQuant
 from . import core as comfy_core
 from .allocation_recording import outside_recording
 from .int8_lora import Int8Lora
+from .object_patches import model_of
 from .verification_settings import watch_kernels
 
 try:
@@ -51,8 +52,10 @@ _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakValueDictionary]
 
 
 def root_of(patcher) -> torch.nn.Module:
-    """What of a patcher's model is quantized: the diffusion model of a MODEL, all of a text encoder (CLIP)."""
-    return getattr(patcher.model, "diffusion_model", patcher.model)
+    """What of a patcher's model is quantized, as patcher has it (see model_of): the diffusion model of a MODEL, all of a text encoder
+    (CLIP)."""
+    model = model_of(patcher)
+    return getattr(model, "diffusion_model", model)
 
 
 def is_encoder(patcher) -> bool:

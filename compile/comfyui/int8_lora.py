@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import comfy.float
 import comfy.model_management
 import comfy.utils
 import torch
@@ -83,10 +84,14 @@ class Int8Lora:
         if inplace_update:
             raise RuntimeError("INT8 Quantize Model: hook LoRAs (Create Hook LoRA) cannot change quantized weights in this ComfyUI "
                                "version. Use Load LoRA instead, or connect the model without INT8 Quantize Model.")
-        quantized = self._quantized(weight)
+        own = self._parameters["weight"]
+        if isinstance(own, QuantizedTensor):
+            patched = self._quantized(weight)
+        else:  # another pack's, float, in its place
+            patched = comfy.float.stochastic_rounding(weight, own.dtype, seed=seed or 0)
         if return_weight:
-            return quantized
-        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+            return patched
+        self.weight = torch.nn.Parameter(patched, requires_grad=False)
 
     def float_weight(self, device: torch.device) -> torch.Tensor | None:
         """See artifact_layer.HasFloatWeight."""
@@ -101,7 +106,7 @@ class Int8Lora:
         """The layer with the LoRA of a partial load in its INT8 weight, instead of added to the dequantized weight at every call:
         computed once on device, kept where the layer's weight is for as long as the patch lives."""
         patches, weight = self.weight_function, self._parameters["weight"]
-        if len(patches) != 1 or not isinstance(patches[0], LowVramPatch):
+        if len(patches) != 1 or not isinstance(patches[0], LowVramPatch) or not isinstance(weight, QuantizedTensor):
             yield
             return
         patched = self.__dict__.setdefault("_patched_weights", weakref.WeakKeyDictionary())

@@ -7,7 +7,6 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Container, Iterable
-from dataclasses import replace
 from typing import Any
 
 import comfy.utils
@@ -24,7 +23,7 @@ from ...int8.report import ProgressCallback, no_progress
 from ...int8.shared_input import share_inputs
 from . import core as comfy_core
 from .bypass_lora import patch_bypass_loras, state_without_bypass
-from .foreign_layers import computes_as_a_pack_says, is_of_a_pack
+from .foreign_layers import is_of_a_pack
 from .int8_layer import (
     _LAYERS,
     INT8_LAYOUT,
@@ -45,7 +44,7 @@ from .int8_layer import (
 from .int8_lora import patch_as_core
 from .int8_merge import patch_merging_and_saving
 from .int8_source import pristine_weight, rounded_as, source_of, values_of, weight_of
-from .object_patches import undo_in_reverse
+from .object_patches import object_of, undo_in_reverse
 
 try:
     from comfy import quant_ops
@@ -54,7 +53,6 @@ except ImportError:  # cores without native quantization: the compile nodes work
 
 
 logger = logging.getLogger(__name__)
-CHANGED = "where another pack has changed how they compute"
 
 
 def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
@@ -62,7 +60,7 @@ def _origin(patcher, name: str) -> torch.nn.Module | torch.Tensor:
     identity stays while weights are moved, patched with a LoRA, and swapped by other clones."""
     layer = prefix_of(patcher) + name
     weight = f"{layer}.weight"
-    return patcher.object_patches[weight] if weight in patcher.object_patches else patcher.get_model_object(layer)
+    return patcher.object_patches[weight] if weight in patcher.object_patches else object_of(patcher, layer)
 
 
 def _check_float(name: str, weight: torch.Tensor):
@@ -90,7 +88,7 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     if native_layers(patcher):
         return []  # what its file left in high precision was left so on purpose
     eligible = eligible_linears(root)
-    names = [n for n in eligible if n not in planned and not is_int8(patcher.get_model_object(prefix + n).weight)]
+    names = [n for n in eligible if n not in planned and not is_int8(object_of(patcher, f"{prefix}{n}.weight"))]
     if not names:
         why = "all of its layers are INT8 already, or wait for it" if eligible else "none of float type in its blocks"
         raise ValueError(f"INT8 Quantize Model: this model has no Linear layers to quantize ({type(root).__name__}: {why}). "
@@ -101,22 +99,16 @@ def layers_to_quantize(patcher, options: Int8Options, planned: Container[str] = 
     return names
 
 
-def as_it_computes(patcher, plan: LayerPlan) -> LayerPlan:
-    """plan, float where another pack has put something around the layer, or its own in the place of its forward: an INT8 layer has its
-    weights and nothing else of it."""
-    name = prefix_of(patcher) + plan.name
-    layer = patcher.get_model_object(name)
-    patched = any(key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in ("weight", "bias") for key in patcher.object_patches)
-    # What another clone has patched there while it is loaded is not this one's.
-    replaced = "forward" in state_without_bypass(layer) and f"{name}.forward" not in patcher.object_patches_backup
-    if plan.method != "float" and (patched or replaced or layer._forward_hooks or layer._forward_pre_hooks or computes_as_a_pack_says(layer)):
-        return replace(plan, method="float", pre_quant_scale=None, reason=CHANGED)
-    return plan
-
-
 def bytes_saved(patcher, name: str, layer: torch.nn.Module) -> int:
     """By layer, of INT8, in the place of the float layer of that name below the root."""
     return pristine_weight(patcher, name).nbytes - layer.weight.nbytes - layer.weight._params.scale.nbytes
+
+
+def take_off(patcher, name: str) -> torch.nn.Module:
+    """Takes the INT8 layer of that name off patcher (a clone), and puts back what other packs had put into the float layer. Returns it."""
+    layer = patcher.object_patches.pop(name)
+    patcher.object_patches.update(getattr(layer, "taken", ()))
+    return layer
 
 
 def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progress: ProgressCallback = no_progress) -> None:
@@ -145,7 +137,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
                                     compute_dtype, is_encoder(patcher))
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
-            layer.source = weight_of(patcher.get_model_object(prefix + plan.name))
+            layer.source = weight_of(object_of(patcher, prefix + plan.name))
             layer.source_values = values
             layer.planned_sqnr = plan.sqnr.get(plan.method, 0.0)
             layers[key] = layer
@@ -157,6 +149,10 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     _share_inputs(patches)
     size = patcher.model_size()
     for name, layer in patches.items():
+        # What another pack has put into the float layer, and this one is made of: in its place in the order, a later one of that name would
+        # be put into the float layer, too.
+        layer.taken = tuple((key, patcher.object_patches.pop(key)) for key in (f"{name}.weight", f"{name}.bias")
+                            if key in patcher.object_patches)
         patcher.add_object_patch(name, layer)
     keep_apart(patcher)
     # A new identity of the weights: ComfyUI then reloads when it changes between this model and its other clones.
@@ -184,7 +180,7 @@ def keep_apart(patcher) -> None:
     """From now on each clone of patcher that is of another model (without dynamic VRAM, on another GPU) gets its own of what patcher's
     object patches hold weights in: ComfyUI loads, moves and patches the weights of two models at different times. And what other packs
     patch in these layers is taken off them."""
-    undo_in_reverse(patcher)
+    undo_in_reverse()
     if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, LAYER_KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_CLONE, LAYER_KEY, own_weights)
 
@@ -195,7 +191,7 @@ def own_weights(patcher, clone) -> None:
     if clone.model is patcher.model:
         return
     layers = _LAYERS.setdefault(clone.model, weakref.WeakValueDictionary())
-    copies = {}
+    copies, order = {}, list(clone.object_patches)
     for name, value in patcher.object_patches.items():
         if clone.object_patches.get(name) is not value:
             continue
@@ -206,10 +202,11 @@ def own_weights(patcher, clone) -> None:
                 copy = layers[key] = _copy_of_layer(patcher, name, value)
                 if "source" in vars(value):
                     del clone.object_patches[name]
-                    copy.source = weight_of(clone.get_model_object(name))
+                    copy.source = weight_of(object_of(clone, name))
             clone.object_patches[name] = copies[name] = copy
         elif isinstance(value, torch.nn.Parameter):
             clone.object_patches[name] = torch.nn.Parameter(value.detach(), requires_grad=False)
+    clone.object_patches = {name: clone.object_patches[name] for name in order}
     _share_inputs(copies)
 
 
@@ -235,9 +232,7 @@ def is_int8(weight) -> bool:
 
 def _current_layers(patcher) -> dict[str, torch.nn.Module]:
     """{name below the root: layer} of those that have a weight, with patcher's object patches."""
-    names = [name for name, m in root_of(patcher).named_modules() if name and hasattr(m, "weight")]
-    current = {name: patcher.get_model_object(prefix_of(patcher) + name) for name in names}
-    return {name: layer for name, layer in current.items() if hasattr(layer, "weight")}
+    return {name: layer for name, layer in root_of(patcher).named_modules() if name and hasattr(layer, "weight")}
 
 
 def int8_layers(patcher) -> dict[str, tuple[int, bool]]:
@@ -294,7 +289,7 @@ def adopt_native_layers(patcher, kernel: str):
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     adopted = {}
     for name in native_layers(patcher):
-        layer = patcher.get_model_object(prefix + name)
+        layer = object_of(patcher, prefix + name)
         if not _is_core_linear(layer):
             continue
         _check_layer(name, layer)

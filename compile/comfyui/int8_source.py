@@ -8,10 +8,12 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import comfy.ops
+import comfy.utils
 import torch
 
 from .foreign_layers import is_of_a_pack, unpacking
 from .int8_layer import compute_dtype_of, prefix_of
+from .object_patches import model_of, object_of
 
 try:
     from comfy.quant_ops import QuantizedTensor
@@ -31,12 +33,10 @@ LAYOUTS = {"TensorCoreFP8Layout": torch.float8_e4m3fn, "TensorCoreFP8E4M3Layout"
 
 def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
     """A parameter as loaded from the file: without the LoRA, or the swapped layer, of a clone that is active in the shared model."""
-    if name in patcher.object_patches or name in patcher.object_patches_backup:
-        return patcher.get_model_object(name)
-    layer, key = name.rsplit(".", 1)
-    if layer not in patcher.object_patches_backup and name in patcher.backup:
+    found = object_of(patcher, name)
+    if name in patcher.backup and comfy.utils.get_attr(patcher.model, name) is found:
         return patcher.backup[name].weight
-    return getattr(patcher.get_model_object(layer), key)
+    return found
 
 
 def pristine_weight(patcher, name: str) -> torch.Tensor:
@@ -81,7 +81,7 @@ def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
 def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, bias) in float of the layer of that name below the root, as loaded from the file."""
     full = prefix_of(patcher) + name
-    layer = patcher.get_model_object(full)
+    layer = object_of(patcher, full)
     weight, bias = (pristine_parameter(patcher, f"{full}.{key}") for key in ("weight", "bias"))
     return float_values(layer, weight), None if bias is None else float_values(layer, bias)
 
@@ -129,8 +129,8 @@ def _noise(kind: torch.dtype | str) -> str:
 def unpack_others(patcher) -> None:
     """Puts Linear layers of float weights, as object patches on patcher, in the place of those whose weights another pack has packed: a
     state_dict of these has no values. Raises ValueError for packed weights of another kind of layer."""
-    for name, _ in list(patcher.model.named_modules()):
-        layer = patcher.get_model_object(name) if name else patcher.model
+    for name, _ in list(model_of(patcher).named_modules()):
+        layer = object_of(patcher, name)
         packed = [key for key, tensor in layer._parameters.items() if tensor is not None and is_of_a_pack(tensor)]
         if packed and not (isinstance(layer, torch.nn.Linear) and unpacking(type(layer._parameters[packed[0]]))):  # type: ignore[arg-type]
             raise ValueError(f"Save INT8 Model: '{name}' is a {type(layer).__name__} with weights of another pack's loader, which "

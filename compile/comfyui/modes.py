@@ -33,6 +33,7 @@ from .compile_model import LazyCompile, add_compile, check_target, non_dynamic_c
 from .int8_calibrate import planned_layers, plans, put_and_tell, quantize_model
 from .int8_layer import prefix_of
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize
+from .object_patches import object_of
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _layers(patcher) -> dict[str, tuple[int, bool]]:
     layers = int8_layers(patcher)
     for plan in plans(patcher):
         if plan.method != "float" and plan.name not in layers:
-            weight = patcher.get_model_object(prefix_of(patcher) + plan.name).weight
+            weight = object_of(patcher, f"{prefix_of(patcher)}{plan.name}.weight")
             layers[plan.name] = group_size(weight.shape[1]) if plan.rotate else 0, plan.pre_quant_scale is not None
     return layers
 

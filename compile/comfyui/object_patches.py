@@ -1,21 +1,83 @@
-"""Layers that are put in the place of a model's, where other packs patch what is in a layer."""
+"""A model as a patcher has it: with its own object patches, and without those of whichever clone was loaded last."""
 from __future__ import annotations
 
-from comfy.patcher_extension import CallbacksMP
+import functools
+from collections.abc import Iterable
 
-KEY = "int8_compile.object_patches"
+import torch
+from comfy.model_patcher import ModelPatcher
 
-
-def undo_in_reverse(patcher) -> None:
-    """From now on patcher and its clones take off their object patches in the reverse of the order in which they were put on. Core does it
-    in the same order: of a layer and of its forward, the model's layer would be back first and get the other layer's forward, for good."""
-    for moment in (CallbacksMP.ON_LOAD, CallbacksMP.ON_PRE_RUN):  # a clone of what is loaded is patched without being loaded
-        if _in_reverse not in patcher.get_callbacks(moment, KEY):
-            patcher.add_callback_with_key(moment, KEY, _in_reverse)
+_MISSING = object()
 
 
-def _in_reverse(patcher, *_) -> None:
-    order = {name: index for index, name in enumerate(patcher.object_patches)}
-    backups = sorted(patcher.object_patches_backup.items(), key=lambda backup: -order.get(backup[0], -1))
-    patcher.object_patches_backup.clear()
-    patcher.object_patches_backup.update(backups)
+def object_of(patcher, name: str):
+    """What patcher's model has by that name once it is loaded. (get_model_object looks for the whole name alone: a block that is patched,
+    or was by the clone that is loaded now, has other layers.) Raises AttributeError where there is none."""
+    prefixes = [name]
+    while "." in prefixes[-1]:
+        prefixes.append(prefixes[-1].rpartition(".")[0])
+    return _View(patcher, prefixes).get(name)
+
+
+def model_of(patcher) -> torch.nn.Module:
+    """patcher's model, as object_of has it; to look at: modules with others in them are shallow copies."""
+    if not patcher.object_patches and not patcher.object_patches_backup:
+        return patcher.model
+    return _View(patcher, (*patcher.object_patches, *patcher.object_patches_backup)).tree(patcher.model)
+
+
+class _View:
+    """What object patches change, without a change of the model. names: of those that count."""
+
+    def __init__(self, patcher, names: Iterable[str]):
+        self._model = patcher.model
+        self._changed: dict[int, dict[str, object]] = {}  # by id of a module
+        names = set(names)
+        for patches, in_order in ((patcher.object_patches_backup, reversed), (patcher.object_patches, iter)):
+            found = names.intersection(patches)
+            for name in in_order([name for name in patches if name in found]) if len(found) > 1 else found:
+                parent, _, last = name.rpartition(".")
+                self._changed.setdefault(id(self.get(parent)), {})[last] = patches[name]
+
+    def get(self, name: str):
+        found = self._model
+        for part in name.split(".") if name else ():
+            value = self._changed.get(id(found), {}).get(part, _MISSING)
+            found = getattr(found, part) if value is _MISSING else value
+        return found
+
+    def tree(self, module: torch.nn.Module) -> torch.nn.Module:
+        changed = self._changed.get(id(module), {})
+        children = {**module._modules, **{name: value for name, value in changed.items() if isinstance(value, torch.nn.Module)}}
+        children = {name: child if child is None else self.tree(child) for name, child in children.items()}
+        others = {name: value for name, value in changed.items() if name not in children}
+        if not others and all(child is module._modules.get(name) for name, child in children.items()):
+            return module
+        made = object.__new__(type(module))
+        made.__dict__ = {**vars(module), "_modules": children, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+        for name, value in others.items():
+            setattr(made, name, value)
+        return made
+
+
+@functools.cache
+def undo_in_reverse() -> None:
+    """Makes ComfyUI take object patches off in the reverse of the order in which they were put on. Core does it in the same order: of a
+    layer and of its forward, the model's layer would be back first and get the other layer's forward, for good."""
+    original = ModelPatcher.unpatch_model
+
+    @functools.wraps(original)
+    def unpatch_model(self, *args, **kwargs):
+        _turn_round(self.object_patches_backup)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _turn_round(self.object_patches_backup)  # an error has left them on
+
+    ModelPatcher.unpatch_model = unpatch_model
+
+
+def _turn_round(patches: dict) -> None:
+    items = list(patches.items())
+    patches.clear()
+    patches.update(reversed(items))

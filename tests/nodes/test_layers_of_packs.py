@@ -1,7 +1,9 @@
 """INT8 Quantize Model beside packs that change how a layer computes: their change stays in effect, and goes with them."""
 from __future__ import annotations
 
+import copy
 import types
+import uuid
 
 import pytest
 import torch
@@ -92,3 +94,126 @@ def test_what_a_pack_puts_on_a_layer_keeps_it_in_high_precision(nodes, flux, sam
         off()
     assert torch.equal(sample(nodes.INT8QuantizeModel(flux, method="convrot")), quantized)
     assert torch.equal(sample(flux), before)
+
+
+class Around(torch.nn.Module):
+    """A module of another pack around one of the model's."""
+
+    def __init__(self, inner, factor: float):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, *args, **kwargs):
+        result = self.inner(*args, **kwargs)
+        return tuple(part * self.factor for part in result) if isinstance(result, tuple) else result * self.factor
+
+
+def with_another_block(model):
+    block = copy.deepcopy(model.get_model_object("diffusion_model.double_blocks.0"))
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.mul_(1.5 if "img_mlp" in name else 1)
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.double_blocks.0", block)
+    return clone
+
+
+def with_something_around(name):
+    def patched(model):
+        clone = model.clone()
+        clone.add_object_patch(name, Around(model.get_model_object(name), 1.3))
+        return clone
+    return patched
+
+
+PATCHES = {"block": with_another_block, "around a block": with_something_around("diffusion_model.double_blocks.0"),
+           "around a layer": with_something_around(FULL), "forward": with_forward}
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_a_model_is_quantized_as_it_is_whichever_clone_was_loaded_last(nodes, flux, sample, kind):
+    def quantize(model):
+        return nodes.INT8QuantizeModel(model, method="convrot")
+    eager, other = sample(flux), PATCHES[kind](flux)
+    quantized = sample(quantize(flux))
+    first = sample(quantize(other))  # behind a model that was loaded plain
+    patched = sample(other)
+    assert difference(patched, eager) > 0.02 and difference(first, patched) < 0.04
+    assert torch.equal(sample(quantize(flux)), quantized)
+    sample(other)
+    assert torch.equal(sample(quantize(other)), first)
+    sample(quantize(other))
+    assert torch.equal(sample(quantize(flux)), quantized) and torch.equal(sample(other), patched) and torch.equal(sample(flux), eager)
+
+
+def with_a_parameter(model, key: str, seed: int):
+    value = model.get_model_object(f"{FULL}.{key}")
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+    clone = model.clone()
+    clone.add_object_patch(f"{FULL}.{key}", torch.nn.Parameter(noise * (1 if key == "bias" else 0.1), requires_grad=False))
+    return clone
+
+
+@pytest.mark.parametrize("key", ["bias", "weight"])
+def test_of_two_packs_that_patch_a_parameter_the_one_behind_int8_counts(nodes, flux, sample, key):
+    def both(model, between):
+        return with_a_parameter(between(with_a_parameter(model, key, 1)), key, 2)
+    wanted = sample(both(flux, lambda model: model))
+    assert difference(sample(with_a_parameter(flux, key, 1)), wanted) > 0.05
+    assert difference(sample(both(flux, lambda model: nodes.INT8QuantizeModel(model, method="convrot"))), wanted) < 0.04
+
+
+def test_what_an_int8_layer_was_made_of_is_back_where_it_is_taken_off(nodes, flux, sample):
+    from int8_compile.compile.comfyui.int8_checkpoint import native_model
+    from int8_compile.compile.comfyui.int8_model import int8_layers
+
+    patched = with_a_parameter(flux, "weight", 1)
+    smoothed = nodes.INT8QuantizeModel(patched, method="smoothquant")
+    wanted = sample(smoothed)
+    native = native_model(smoothed)
+    assert not any(is_smoothed for _, is_smoothed in int8_layers(native).values())
+    assert difference(sample(native), wanted) < 0.06
+
+
+def test_a_lora_on_a_layer_whose_weight_another_pack_has_put_behind_int8(nodes, flux, sample):
+    """ComfyUI's own way: the LoRA is added to that weight."""
+    def both(model):
+        clone = with_a_parameter(model, "weight", 1).clone()
+        clone.add_patches({f"{FULL}.weight": (torch.ones_like(flux.get_model_object(f"{FULL}.weight")) * 0.01,)}, 1.0)
+        return clone
+    eager, quantized = sample(flux), sample(nodes.INT8QuantizeModel(flux, method="convrot"))
+    wanted = sample(both(flux))
+    assert difference(sample(both(nodes.INT8QuantizeModel(flux, method="convrot"))), wanted) < 0.04
+    assert torch.equal(sample(flux), eager)
+    assert torch.equal(sample(nodes.INT8QuantizeModel(flux, method="convrot")), quantized)
+
+
+@pytest.mark.parametrize("name", ["forward", "weight"])
+def test_patches_come_off_in_reverse_after_a_load_that_failed_or_without_sampling(nodes, flux, sample, name, monkeypatch):
+    import comfy.model_management
+    from comfy.model_patcher import ModelPatcher
+
+    def patched(model):
+        return with_forward(model) if name == "forward" else with_a_parameter(model, name, 1)
+    eager, quantized = sample(flux), sample(nodes.INT8QuantizeModel(flux, method="convrot"))
+    int8 = nodes.INT8QuantizeModel(flux, method="convrot")
+    sample(int8)
+    comfy.model_management.load_models_gpu([patched(int8)])
+    assert torch.equal(sample(flux), eager)
+
+    with monkeypatch.context() as failing:
+        def load(*args, **kwargs):
+            raise RuntimeError("no memory")
+        failing.setattr(ModelPatcher, "load", load)
+        with pytest.raises(RuntimeError, match="no memory"):
+            comfy.model_management.load_models_gpu([patched(nodes.INT8QuantizeModel(flux, method="convrot", keep_layers="*linear2"))])
+    assert torch.equal(sample(flux), eager)
+    assert torch.equal(sample(nodes.INT8QuantizeModel(flux, method="convrot")), quantized)
+
+
+def test_a_float_model_is_quantized_again_while_a_parameter_is_patched_in_its_int8_layer(nodes, flux, sample):
+    quantized = sample(nodes.INT8QuantizeModel(flux, method="convrot"))
+    sample(with_a_parameter(nodes.INT8QuantizeModel(flux, method="convrot"), "weight", 1))
+    clone = flux.clone()
+    clone.patches_uuid = uuid.uuid4()
+    assert torch.equal(sample(nodes.INT8QuantizeModel(clone, method="convrot")), quantized)

@@ -146,7 +146,8 @@ def test_nodes_in_a_subgraph_show_their_reports(page):
 
 
 def test_nodes_of_a_prompt_in_api_format_that_have_words_for_numbers_show_their_reports(page):
-    nodes = [("INT8QuantizeModel", page.server.defaults("INT8QuantizeModel")), ("CompileModel", {**page.server.defaults("CompileModel"), "backend": "aot_eager"})]
+    nodes = [("INT8QuantizeModel", page.server.defaults("INT8QuantizeModel")),
+             ("CompileModel", {**page.server.defaults("CompileModel"), "backend": "aot_eager"})]
     prompt = flux_prompt(width=64, height=64, steps=1, model_nodes=nodes)
     page.evaluate(f"app.loadApiJson({json.dumps(prompt)}, 'prompt'), new Promise(r => setTimeout(r, 1000))")
     run(page)
