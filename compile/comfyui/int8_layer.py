@@ -107,6 +107,12 @@ class _Int8Forward(Int8Lora):
         """Whether core is to take the layer out of full precision for a while (comfy.ops.use_quantized_matmul)."""
         return self.is_full_precision and super().can_use_quantized_matmul(disabled_formats)
 
+    def _apply(self, fn, recurse=True):
+        """Core frees models outside inference mode, where it copies weights that were made in it. On a CPU, whose weights move nowhere,
+        the next load would then fail: torch cannot detach a tensor subclass of the one mode in the other."""
+        with torch.inference_mode(torch.is_inference_mode_enabled() or self.weight.is_inference()):
+            return super()._apply(fn, recurse)
+
     def forward(self, input, act="none"):
         """Linear(act(input)): x [..., K] float ([..., 2K] for swiglu) -> [..., N]. act: see kernels.reference.activation."""
         with self.lora_in_weight(input.device) if self.weight_function else contextlib.nullcontext():

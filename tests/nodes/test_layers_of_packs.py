@@ -217,3 +217,16 @@ def test_a_float_model_is_quantized_again_while_a_parameter_is_patched_in_its_in
     clone = flux.clone()
     clone.patches_uuid = uuid.uuid4()
     assert torch.equal(sample(nodes.INT8QuantizeModel(clone, method="convrot")), quantized)
+
+
+def test_a_model_that_was_unloaded_is_loaded_again(nodes, flux, sample):
+    """ComfyUI's Unload Models: the server frees models outside inference mode."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+        before = sample(quantized)
+    with torch.inference_mode(False):
+        comfy.model_management.unload_all_models()
+    with torch.inference_mode():
+        assert torch.equal(sample(quantized), before)
