@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .any_batch import is_batch_of_one, with_more
 from .artifacts import records
 from .artifacts.call import may_be_size
 from .artifacts.job import dynamic_dims_of_rank
 from .artifacts.origins import is_comfyuis
+from .errors import is_out_of_memory
 from .torch_compiler import Compiled
 from .torch_internals.settings import varying
 
@@ -34,6 +36,9 @@ def _mark(value):
         value._dynamo_static_indices = ones  # it may be there to broadcast, which a size that varies does not
     elif isinstance(value, (tuple, list)):
         for item in value:
+            _mark(item)
+    elif records.is_record(value):
+        for item in records.state(value).values():
             _mark(item)
 
 
@@ -105,6 +110,8 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     one_apart = compiled.one_apart
     try:
         with varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext():
+            if mark and not one_apart and not compiled.backend.has_made and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
+                _compile_for_more(compiled, module, args, kwargs, copies)
             result = _call_with_copies(compiled, module, args, kwargs, copies)
     except Exception as error:
         if compiled.one_apart == one_apart:
@@ -114,6 +121,19 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
         return call_compiled(compiled, module, args, kwargs, inside, mark, numbers)
     compiled.look(module)
     return result
+
+
+def _compile_for_more(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, copies: dict) -> None:
+    """What torch makes of a call of a batch of 1, for any batch, if that can be."""
+    made: dict = {id(value): with_more(copy, {}) for value, copy in copies.values()}
+    try:
+        more, more_kwargs = with_more(args, made), {key: with_more(value, made) for key, value in kwargs.items()}
+        _mark((*more, *more_kwargs.values()))
+        with compiled.given_copies() if copies else contextlib.nullcontext():
+            compiled.compile_for_more(module, *more, **more_kwargs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def _call_with_copies(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, copies: dict):

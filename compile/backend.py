@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .any_batch import Unrun, require_one
 from .artifacts.layouts import depends_on_layout
 from .artifacts.origins import is_own
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
@@ -52,6 +53,7 @@ class _Backend:
         self.by_layout = False  # see depends_on_layout
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.one_apart = False  # a size that is 1 is compiled for by itself, see varying
+        self.compiles_for_more = False  # see any_batch.py
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
         self._has_made = False  # a graph
@@ -88,14 +90,21 @@ class _Backend:
         _guard_squeezed(graph)
         if environment is not None:
             _bound_sizes(environment)
+        if self.compiles_for_more and environment is not None:
+            require_one(environment)
         made = self._inner(graph, inputs, **options)
         self._has_made = True
-        return made
+        return Unrun(made, self) if self.compiles_for_more else made
 
     def compile_one_apart(self) -> None:
         """From the next compile on, to which the breaks of those before are nothing."""
         self.one_apart = True
         self._breaks = len(graph_break_reasons())
+
+    @property
+    def has_made(self) -> bool:
+        """Whether there is a graph."""
+        return self._has_made
 
     @property
     def has_breaks(self) -> bool:

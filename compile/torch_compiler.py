@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .any_batch import NotRun
 from .artifacts import current_block
 from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
@@ -124,6 +125,24 @@ class Compiled:
     def one_apart(self) -> bool:
         """Whether a size that is 1 is compiled for by itself, as with another package's backend, whose graphs nobody sees."""
         return self.backend is None or self.backend.one_apart
+
+    def compile_for_more(self, *args, **kwargs) -> None:
+        """Compiles for a call with these, without running anything of the model; nothing where that would take more than one graph or
+        the graph would not do for a batch of 1, too."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        whole = getattr(torch._dynamo, "error_on_graph_break", None)  # from torch 2.9 on
+        if whole is None:
+            return
+        self.backend.compiles_for_more = True
+        try:
+            with whole(True):
+                self.call(*args, **kwargs)
+        except (NotRun, TorchDynamoException):
+            if self.backend.refused is not None or self.backend.one_apart:
+                raise
+        finally:
+            self.backend.compiles_for_more = False
 
     @property
     def takes_copies(self) -> bool:

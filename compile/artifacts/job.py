@@ -71,6 +71,11 @@ def dynamic_dims_of_rank(rank: int) -> range:
     return range(rank - 1 if rank in (2, 3) else rank - 3 if rank > 5 else rank)
 
 
+def is_table_of_positions(shape: Sequence[int]) -> bool:
+    """Whether it is one [1, tokens, 1, D/2, 2, 2] for all batches, as Wan and Z-Image have it; Flux has [batch, 1, tokens, D/2, 2, 2]."""
+    return len(shape) > 5 and shape[0] == 1 and shape[1] > 1
+
+
 def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, dynamic_dims: Callable[[Tensor], Sequence[int]],
            config: dict, method: str = "forward", skeleton: Callable = dump_skeleton) -> BuildSpec:
     """dynamic_dims: of an input, those compiled for any size. Raises Unsupported for a block that cannot be described."""
@@ -78,7 +83,7 @@ def job_of(name: str, block: torch.nn.Module, call: Call, device: torch.device, 
     leaves = [(dtype, shape, kind or "c") for dtype, shape, kind in map(tensor_spec, call.leaves)]
     batch = next((shape[0] for index, (_, shape, _) in enumerate(leaves) if len(shape) > 1 and index not in call.sizes), 0)
     batch_leaves = [index for index, (_, shape, _) in enumerate(leaves) if shape and shape[0] == batch and index not in call.sizes
-                    ] if batch else []
+                    and not is_table_of_positions(shape)] if batch else []
     tensors = [(path, *tensor_spec(tensor)) for path, tensor in tensors_of(block)]
     if not all(kind for *_, kind in tensors):
         raise Unsupported("one of its weights is not contiguous")

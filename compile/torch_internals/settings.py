@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -97,6 +98,7 @@ class _Varying:
 
     def _count(self, sources: list[str], one: bool, by: int) -> None:
         import torch.fx.experimental._config as shape_config  # compile machinery: at the first compile, not at import
+        from torch._subclasses import fake_impls
 
         for source in sources:
             self._sources[source] += by
@@ -106,12 +108,19 @@ class _Varying:
         self._set(getattr(torch.compiler, "config", None), "dynamic_sources", bool(self._sources),
                   lambda before: ",".join(filter(None, (before, *self._sources))))
         self._set(shape_config, "backed_size_oblivious", self._ones > 0, lambda before: True)
+        self._set(fake_impls, "_compute_stride", self._ones > 0, _without_guards)
 
     def _set(self, config, name: str, wanted: bool, value) -> None:
         if wanted and hasattr(config, name):
             setattr(config, name, value(self._before.setdefault(name, getattr(config, name))))
         elif name in self._before:
             setattr(config, name, self._before.pop(name))
+
+
+@functools.cache
+def _without_guards(compute_stride: Callable) -> Callable:
+    """How a view of what is not dense lies in memory, for any size: inductor asks whether sizes are 1, unless they are unbacked."""
+    return lambda *sizes_and_strides, size_oblivious=False: compute_stride(*sizes_and_strides, size_oblivious=True)
 
 
 varying = _Varying()

@@ -76,9 +76,13 @@ def test_a_batch_of_1_is_served_by_the_graph_of_2_unless_it_is_computed_otherwis
     assert compiled() == graphs
 
 
-def test_a_batch_of_1_first_is_compiled_for_1_and_the_next_for_all():
-    both, compiled = sampling(WAYS["modulated"][0], "aot_eager")
-    for batch, graphs in ((1, 1), (2, 2), (1, 2), (4, 2)):
+@pytest.mark.parametrize("way, counts", [("linear", (1, 1, 1, 1)), ("normed", (1, 1, 1, 1)), ("heads", (1, 1, 1, 1)),
+                                         ("concatenated", (1, 1, 1, 1)), ("modulated", (1, 2, 2, 2)), ("halved", (1, 2, 2, 2)),
+                                         ("asked", (1, 2, 2, 2)), ("squeezed", (1, 2, 2, 2))])
+def test_a_batch_of_1_first_is_compiled_for_all(way, counts):
+    """But where another is computed otherwise, or an input has a batch of 1 always."""
+    both, compiled = sampling(WAYS[way][0], "inductor")
+    for batch, graphs in zip((1, 2, 1, 4), counts, strict=True):
         assert_same(*both(batch, 6))
         assert compiled() == graphs
 

@@ -19,6 +19,7 @@ class Internal(NamedTuple):
 
 
 _CACHE = "the block is compiled when it runs, and not kept"
+_ALONE = "a batch of 1 is compiled by itself"
 _FAILED = "compile fails, and the model runs uncompiled with a warning"
 _WARM = "the first compile does it itself, seconds later: the warm-up says so at debug level"
 _MODULE = "torch/nn/modules/module.py"
@@ -76,6 +77,10 @@ INTERNALS = (
     Internal("torch._C._dispatch_dump", "which of these are torch's own", _FAILED),
     Internal("torch.library._impls", "kernels that another pack has put in the place of torch's", _FAILED),
     Internal("torch.fx.experimental._config.patch", "equal sizes are not taken for the same size", _FAILED),
+    Internal("torch._subclasses.fake_impls", "views ask nothing of a batch", _ALONE, needed=False),
+    Internal("._compute_stride", "views ask nothing of a batch", _ALONE, needed=False, file="torch/_subclasses/fake_impls.py"),
+    Internal("torch._C.DispatchKey.CompositeImplicitAutograd", "F.linear asks nothing of a batch", _ALONE, needed=False),
+    Internal("._op_dk", "F.linear asks nothing of a batch", _ALONE, needed=False, file="torch/_ops.py"),
     Internal("torch._inductor.list_mode_options", "what a mode is in options", "compile nodes with a mode fail"),
     Internal("torch._inductor.config.get_config_copy", "names and types of options are checked", "options are refused"),
     Internal("torch._inductor.config.patch", "threads and options of an artifact", _CACHE),

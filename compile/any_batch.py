@@ -1,0 +1,86 @@
+"""A block that is called with a batch of 1 first is compiled for any batch. Torch makes no size of a 1 that it traces: it is given a call
+of more, which it compiles and never runs; the graph serves 1 too, where torch's guards let it in."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .artifacts import records
+from .artifacts.job import dynamic_dims_of_rank, is_table_of_positions
+
+BATCH = 2
+
+
+class NotRun(RuntimeError):
+    """What a graph gives that is compiled and not run."""
+
+
+class NotForOne(RuntimeError):
+    """A graph for a larger batch is none for a batch of 1."""
+
+
+def is_batch_of_one(tensors: Iterable[Tensor]) -> bool:
+    """tensors: of a call."""
+    first = next((tensor for tensor in tensors if tensor.dim() > 1), None)
+    return first is not None and first.shape[0] == 1
+
+
+def with_more(value, made: dict):
+    """value, an argument of a block, with a batch of BATCH in the place of 1, and nothing in it. made: {id: the same of what it holds}."""
+    if id(value) in made:
+        return made[id(value)]
+    result = value
+    if isinstance(value, Tensor):
+        if value.shape[:1] == (1,) and 0 in dynamic_dims_of_rank(value.dim()) and not is_table_of_positions(value.shape):
+            with torch.inference_mode(value.is_inference()):
+                result = _empty(value)
+    elif type(value) in (tuple, list):
+        result = type(value)(with_more(item, made) for item in value)
+    elif records.is_record(value):
+        state = {key: with_more(item, made) for key, item in records.state(value).items()}
+        result = records.filled(object.__new__(type(value)), state)
+    made[id(value)] = result
+    return result
+
+
+def _empty(value: Tensor) -> Tensor:
+    """[BATCH, ...] in the layout of value [1, ...]."""
+    shape, (of_batch, *strides) = (BATCH, *value.shape[1:]), value.stride()
+    if of_batch > sum((size - 1) * stride for size, stride in zip(shape[1:], strides)):
+        return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device=value.device)
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def require_one(environment) -> None:
+    """environment: what torch has found out of sizes (ShapeEnv) in a trace of BATCH. Raises NotForOne where its guards keep a batch of 1
+    out."""
+    import sympy  # compile machinery: at the first compile, not at import
+
+    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    batches = {symbol for symbol, sources in environment.var_to_sources.items()
+               if values.get(symbol) == BATCH and any(_name(source).endswith(".size()[0]") for source in sources)}
+    values = {**values, **dict.fromkeys(batches, 1)}
+    if any(guard.expr.xreplace(values) == sympy.false for guard in environment.guards):
+        raise NotForOne
+    for symbol in batches:
+        replacement = environment.replacements.get(symbol)
+        if environment.var_to_range[symbol].lower > 1 if replacement is None else replacement.is_number:
+            raise NotForOne
+
+
+def _name(source) -> str:
+    return source.name() if callable(source.name) else source.name  # a method in older torch
+
+
+class Unrun:
+    """A graph that is not run while its backend compiles for more."""
+
+    def __init__(self, graph: Callable, backend):
+        self._graph, self._backend = graph, backend
+
+    def __call__(self, *args):
+        if self._backend.compiles_for_more:
+            raise NotRun
+        return self._graph(*args)
