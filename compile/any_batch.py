@@ -2,7 +2,9 @@
 of more, which it compiles and never runs; the graph serves 1 too, where torch's guards let it in."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def with_more(value, made: dict):
     if id(value) in made:
         return made[id(value)]
     result = value
-    if isinstance(value, Tensor):
+    if type(value) is Tensor:
         if value.shape[:1] == (1,) and 0 in dynamic_dims_of_rank(value.dim()) and not is_table_of_positions(value.shape):
             with torch.inference_mode(value.is_inference()):
                 result = _empty(value)
@@ -72,6 +74,42 @@ def require_one(environment) -> None:
 
 def _name(source) -> str:
     return source.name() if callable(source.name) else source.name  # a method in older torch
+
+
+@dataclass
+class Writes:
+    """by_batch: something is written into what is a view of another tensor for a batch of 1 and a copy for more, or the other way round.
+    into_inputs: of the block."""
+    by_batch: bool
+    into_inputs: list[torch.fx.Node]
+
+    def into(self, shared: Container[int]) -> bool:
+        """Whether into one of the inputs with these ids, or one that dynamo does not tell."""
+        examples = [getattr(node.meta.get("grapharg"), "example", None) for node in self.into_inputs]
+        return any(example is None or id(example) in shared for example in examples)
+
+    @classmethod
+    def of(cls, graph: torch.fx.Graph) -> Writes:
+        family: dict[torch.fx.Node, torch.fx.Node] = {}  # node -> what it may be a view of
+        copied, written = set(), set()
+        for node in graph.nodes:
+            name = str(getattr(node.target, "__name__", node.target))
+            source = next(iter(node.all_input_nodes), None)
+            writes = source is not None and (name == "setitem" or _WRITES.fullmatch(name))
+            family[node] = family[source] if source is not None and (writes or name in _VIEWS or name in _COPIES) else node
+            copied |= {family[node]} if name in _COPIES else set()
+            written |= {family[source]} if writes else set()
+            if isinstance(out := node.kwargs.get("out"), torch.fx.Node):
+                written.add(family[out])
+        return cls(not copied.isdisjoint(written), [node for node in written if node.op == "placeholder"])
+
+
+_COPIES = frozenset({"reshape", "contiguous", "flatten", "ravel", "reshape_as", "unflatten"})
+_VIEWS = frozenset({
+    "view", "view_as", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "expand_as", "chunk", "split", "unbind", "narrow",
+    "select", "swapaxes", "swapdims", "movedim", "moveaxis", "tensor_split", "getitem", "getattr", "to", "detach"})
+# mul_, iadd; not __getitem__.
+_WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift|matmul)")
 
 
 class Unrun:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Hashable, Iterator
 
 import torch
@@ -111,7 +112,7 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     try:
         with varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext():
             if mark and not one_apart and not compiled.backend.has_made and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
-                _compile_for_more(compiled, module, args, kwargs, copies)
+                _compile_for_more(compiled, module, args, kwargs, inside, copies)
             result = _call_with_copies(compiled, module, args, kwargs, copies)
     except Exception as error:
         if compiled.one_apart == one_apart:
@@ -123,14 +124,18 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     return result
 
 
-def _compile_for_more(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, copies: dict) -> None:
+def _compile_for_more(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, copies: dict) -> None:
     """What torch makes of a call of a batch of 1, for any batch, if that can be."""
     made: dict = {id(value): with_more(copy, {}) for value, copy in copies.values()}
     try:
         more, more_kwargs = with_more(args, made), {key: with_more(value, made) for key, value in kwargs.items()}
         _mark((*more, *more_kwargs.values()))
+        memory = {id(tensor): _memory(tensor) for tensor in (*tensors_in((*args, *kwargs.values(), *inside)), *module.parameters(),
+                                                             *module.buffers())}
+        often = {where for where, count in Counter(memory.values()).items() if where and count > 1}
+        shared = {id(made[key]) if key in made else key for key, where in memory.items() if where in often}
         with compiled.given_copies() if copies else contextlib.nullcontext():
-            compiled.compile_for_more(module, *more, **more_kwargs)
+            compiled.compile_for_more(shared, module, *more, **more_kwargs)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .any_batch import Unrun, require_one
+from .any_batch import NotForOne, Unrun, Writes, require_one
 from .artifacts.layouts import depends_on_layout
 from .artifacts.origins import is_own
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
@@ -54,6 +54,7 @@ class _Backend:
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.one_apart = False  # a size that is 1 is compiled for by itself, see varying
         self.compiles_for_more = False  # see any_batch.py
+        self.shared: set[int] = set()  # ids of what it is then given in the place of tensors that share memory
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
         self._has_made = False  # a graph
@@ -90,8 +91,15 @@ class _Backend:
         _guard_squeezed(graph)
         if environment is not None:
             _bound_sizes(environment)
-        if self.compiles_for_more and environment is not None:
-            require_one(environment)
+        writes = Writes.of(graph.graph)
+        if writes.by_batch and not self.one_apart:
+            self.compile_one_apart()
+            raise OneApart("something is written into what is a copy for some batches only")
+        if self.compiles_for_more:
+            if self.shared and writes.into(self.shared):
+                raise NotForOne  # it is another graph where inputs share memory, which these do not
+            if environment is not None:
+                require_one(environment)
         made = self._inner(graph, inputs, **options)
         self._has_made = True
         return Unrun(made, self) if self.compiles_for_more else made

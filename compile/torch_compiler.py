@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import os
+import random
 import time
 import types
 import weakref
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .any_batch import NotRun
-from .artifacts import current_block
+from .artifacts import current_block, linear
 from .artifacts.attention import traced_as_operation
 from .artifacts.block_guards import ClassGuards, classes_of, module_classes
 from .artifacts.describe import Names
@@ -126,23 +127,24 @@ class Compiled:
         """Whether a size that is 1 is compiled for by itself, as with another package's backend, whose graphs nobody sees."""
         return self.backend is None or self.backend.one_apart
 
-    def compile_for_more(self, *args, **kwargs) -> None:
+    def compile_for_more(self, shared: set[int], *args, **kwargs) -> None:
         """Compiles for a call with these, without running anything of the model; nothing where that would take more than one graph or
-        the graph would not do for a batch of 1, too."""
+        the graph would not do for a batch of 1, too. shared: ids of tensors among them that stand for some that share memory."""
         from torch._dynamo.exc import TorchDynamoException
 
         whole = getattr(torch._dynamo, "error_on_graph_break", None)  # from torch 2.9 on
         if whole is None:
             return
-        self.backend.compiles_for_more = True
+        self.backend.compiles_for_more, self.backend.shared, drawn = True, shared, random.getstate()
         try:
-            with whole(True):
+            with whole(True), linear.kept_whole():
                 self.call(*args, **kwargs)
         except (NotRun, TorchDynamoException):
             if self.backend.refused is not None or self.backend.one_apart:
                 raise
         finally:
-            self.backend.compiles_for_more = False
+            self.backend.compiles_for_more, self.backend.shared = False, set()
+            random.setstate(drawn)  # what torch compiled draws before it is run
 
     @property
     def takes_copies(self) -> bool:

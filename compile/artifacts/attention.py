@@ -97,8 +97,6 @@ def traced_as_operation() -> Iterator[None]:
     """In this thread, by torch.compile."""
     global _known_to_dynamo
     _define()
-    from .linear import keep_whole
-    keep_whole()
     torch.compiler.assume_constant_result(is_tracing)  # not before: imports dynamo
     for _, function, attention in _cells[_known_to_dynamo:]:
         with contextlib.suppress(ValueError):  # a sibling copy of this pack has done so

@@ -3,16 +3,30 @@
 """
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 
-from .attention import NAMESPACE, is_exporting, is_tracing
+from .attention import NAMESPACE
+
+
+@contextlib.contextmanager
+def kept_whole() -> Iterator[None]:
+    """In this thread, where nothing but a compile of this pack's own is under way: torch keeps other compilers' results by what they are
+    given, in which F.linear is F.linear."""
+    _define()
+    _calls.whole = True
+    try:
+        yield
+    finally:
+        _calls.whole = False
 
 
 @functools.cache
-def keep_whole() -> None:
-    """From now on, wherever this pack traces. Others get what torch makes of F.linear."""
+def _define() -> None:
     operator, key = torch.ops.aten.linear.default, torch._C.DispatchKey.CompositeImplicitAutograd
     if key in operator.py_kernels or not hasattr(operator, "_op_dk") or hasattr(getattr(torch.ops, NAMESPACE), "float_linear"):
         return  # another pack, or a sibling copy of this one, was first
@@ -25,21 +39,21 @@ def keep_whole() -> None:
 
     @operator.py_impl(key)
     def linear(x, weight, bias=None):
-        if is_tracing() and not is_exporting() and not torch.is_grad_enabled() and x.dim() > 2 and not _is_contiguous(x):
+        if getattr(_calls, "whole", False) and not torch.is_grad_enabled() and weight.dim() == 2 and _is_part_of_tokens(x):
             return getattr(torch.ops, NAMESPACE).float_linear(x, weight, bias)
         return operator._op_dk(key, x, weight, bias)
 
 
+_calls = threading.local()
 _LIBRARIES: list = []  # they take their operations with them
 
 
-def _is_contiguous(x: torch.Tensor) -> bool:
-    """Whether it is for all sizes, without a guard."""
+def _is_part_of_tokens(x: torch.Tensor) -> bool:
+    """Whether it is [batch, some of the tokens, channels] of what is dense; told without a guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    dense = 1
-    for size, stride in zip(reversed(x.shape), reversed(x.stride())):
-        if not statically_known_true(stride == dense):
-            return False
-        dense = dense * size
-    return True
+    if x.dim() != 3:
+        return False
+    of_batch, of_tokens, of_channels = x.stride()
+    return (statically_known_true(of_channels == 1) and statically_known_true(of_tokens == x.shape[2])
+            and not statically_known_true(of_batch == 0) and not statically_known_true(of_batch == x.shape[1] * x.shape[2]))

@@ -1,6 +1,8 @@
 """What was compiled for a batch of 2 serves a batch of 1, and is never wrong for it."""
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
@@ -8,9 +10,28 @@ from int8_compile.compile.options import CompileOptions
 from int8_compile.compile.torch_internals.settings import varying
 
 WIDTH = 16
+
+
+def written(copy):
+    def way(x, y, one):
+        x = x * 2
+        copy(x[:, :3]).mul_(2)  # a view for a batch of 1
+        return x
+    return way
+
+
+def linear_of(part, weight=lambda x: x[0, :2], bias=None):
+    return lambda x, y, one: x.mean((1, 2), keepdim=True) + torch.nn.functional.linear(part(x), weight(x), bias).sum((1, 2), keepdim=True)
+
+
 # name: (of x [batch, tokens, width], y [batch, 1, width] and one [1, tokens, width], graphs for batches of 2, 1, 3, 1, 5)
 WAYS = {
     "linear": (lambda x, y, one: x, 1),
+    "linear of the whole": (linear_of(lambda x: x.mean(0, keepdim=True).expand(x.shape)), 2),
+    "linear of one": (lambda x, y, one: x + torch.nn.functional.linear(x[:, 1:], x[0, 0])[:, :1, None], 2),
+    "written to flat": (written(lambda part: part.flatten(0, 1)), 2),
+    "written to reshaped": (written(lambda part: part.reshape(-1, WIDTH)), 2),
+    "written to contiguous": (written(lambda part: part.contiguous()), 2),
     "modulated": (lambda x, y, one: x * (1 + y) + one, 1),
     "normed": (lambda x, y, one: torch.nn.functional.layer_norm(x, (WIDTH,)) * y, 1),
     "heads": (lambda x, y, one: (x * y).view(x.shape[0], -1, 2, 8).transpose(1, 2).flatten(2), 1),
@@ -85,6 +106,79 @@ def test_a_batch_of_1_first_is_compiled_for_all(way, counts):
     for batch, graphs in zip((1, 2, 1, 4), counts, strict=True):
         assert_same(*both(batch, 6))
         assert compiled() == graphs
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_of_1_first_is_right_however_it_is_computed(way):
+    both, compiled = sampling(WAYS[way][0], "inductor")
+    for batch in (1, 2, 3, 1):
+        assert_same(*both(batch, 6))
+    assert compiled() <= 2
+
+
+class Writing(Block):
+    def forward(self, x, y):
+        x.add_(1)
+        return x + y * 2
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_inputs_that_share_memory_stay_seen(shares):
+    root, compiled = torch.nn.ModuleList([torch.nn.ModuleList([Writing(None), Writing(None)])]), CompiledModule(
+        CompileOptions(backend="aot_eager", mark_sizes=True))
+    for batch in (1, 2, 1):
+        results = []
+        for run in (lambda call: call(), lambda call: compiled.run(root, call, filter_guards=True, passthrough=lambda error: False)):
+            x = torch.ones(batch, 6, WIDTH)
+            y = x[:, :] if shares else torch.ones(batch, 6, WIDTH)
+            with torch.inference_mode():
+                results.append(run(lambda x=x, y=y: root[0][0](x, y)))
+        assert_same(*results)
+    assert compiled.report.graphs <= (2 if shares else 1)
+
+
+class Drawing(Block):
+    def forward(self, x):
+        return x * random.randint(1, 1000)
+
+
+def test_nothing_is_drawn_for_what_is_not_run():
+    root, compiled = torch.nn.ModuleList([torch.nn.ModuleList([Drawing(None), Drawing(None)])]), CompiledModule(
+        CompileOptions(backend="aot_eager", mark_sizes=True))
+    x = torch.ones(1, 6, WIDTH)
+    for _ in range(2):
+        random.seed(3)
+        expected, after = root[0][0](x), random.random()
+        random.seed(3)
+        with torch.inference_mode():
+            got = compiled.run(root, lambda: root[0][0](x), filter_guards=True, passthrough=lambda error: False)
+        assert torch.equal(got, expected) and random.random() == after
+
+
+class Asking(Block):
+    """A block in whose model another pack compiles a function of its own."""
+
+    def forward(self, x):
+        return self.layers[0](x[:, 1:])
+
+
+def test_what_others_compile_meanwhile_has_torchs_own_linear():
+    graphs, blocks = [], torch.nn.ModuleList([Asking(None), Asking(None)])
+
+    def keep(graph, inputs):
+        from torch._dynamo.backends.common import aot_autograd
+        return aot_autograd(fw_compiler=lambda graph, inputs: graphs.append(str(graph.code)) or graph.forward)(graph, inputs)
+    theirs = torch.compile(lambda x: blocks[1].layers[0](x[:, 1:]), backend=keep, dynamic=True)
+    root, compiled = torch.nn.ModuleList([blocks]), CompiledModule(CompileOptions(backend="aot_eager", mark_sizes=True))
+    x = torch.randn(2, 6, WIDTH)
+    with torch.inference_mode():
+        for batch in (1, 2):
+            part = x[:batch]
+            got = compiled.run(root, lambda part=part: (blocks[0](part), theirs(part)), filter_guards=True, passthrough=lambda error: False)
+            assert_same(got[1], blocks[1](part))
+            assert_same(got[0], blocks[0](part))
+    assert graphs and not any("float_linear" in graph for graph in graphs)
+    assert compiled.report.graphs == 1 + len(graphs)  # torch's counter is the process's
 
 
 def test_an_input_that_is_broadcast_in_one_call_and_not_in_the_next_is_right():
