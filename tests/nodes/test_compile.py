@@ -60,7 +60,7 @@ def test_the_report_says_what_was_compiled_for_what_users_change(flux, nodes, sa
         return reports(compiled)[0]
     assert image(flux).changes == []
     for given, said in (({}, []), ({"height": 24}, ["new size of the latent 24x16: nothing compiled"]),
-                        ({"tokens": 24}, ["new prompt length 24: nothing compiled"]), ({"batch": 2}, ["new batch 2: 2 graphs compiled"]),
+                        ({"tokens": 24}, ["new prompt length 24: nothing compiled"]), ({"batch": 2}, ["new batch 2: nothing compiled"]),
                         ({"batch": 3, "width": 32}, ["new size of the latent 16x32, batch 3: nothing compiled"]), ({"height": 24}, [])):
         before = list(reports(nodes.CompileModel(flux, **CHEAP))[0].changes)
         report = image(flux, **given)
@@ -68,6 +68,10 @@ def test_the_report_says_what_was_compiled_for_what_users_change(flux, nodes, sa
     report = image(lora(flux))
     assert report.changes[-1] == "new LoRA or strength: nothing compiled" and report.changes[-1] in report.text()
     assert image(lora(flux), batch=4).changes[-1].startswith("new batch 4") and len(report.changes) <= 6
+    for height in (16, 24):
+        each = nodes.INT8LazyTorchCompile(flux, dynamic="false", backend="aot_eager")
+        sample(each, height=height)
+    assert reports(each)[0].changes == ["new size of the latent 24x16: 2 graphs compiled"]
 
 
 def test_the_upstream_model_is_untouched_and_gets_its_bits_back(flux, nodes, sample):
