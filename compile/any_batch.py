@@ -62,7 +62,7 @@ def require_one(environment) -> None:
 
     values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
     batches = {symbol for symbol, sources in environment.var_to_sources.items()
-               if values.get(symbol) == BATCH and any(_name(source).endswith(".size()[0]") for source in sources)}
+               if values.get(symbol) == BATCH and any(name_of(source).endswith(".size()[0]") for source in sources)}
     values = {**values, **dict.fromkeys(batches, 1)}
     if any(guard.expr.xreplace(values) == sympy.false for guard in environment.guards):
         raise NotForOne
@@ -72,7 +72,7 @@ def require_one(environment) -> None:
             raise NotForOne
 
 
-def _name(source) -> str:
+def name_of(source) -> str:
     return source.name() if callable(source.name) else source.name  # a method in older torch
 
 

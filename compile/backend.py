@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .any_batch import NotForOne, Unrun, Writes, require_one
+from .any_batch import NotForOne, Unrun, Writes, name_of, require_one
 from .artifacts.layouts import depends_on_layout
 from .artifacts.origins import is_own
 from .artifacts.source_guards import cached_function, made_by_metaclass, replaced_operators
@@ -57,7 +57,7 @@ class _Backend:
         self.shared: set[int] = set()  # ids of what it is then given in the place of tensors that share memory
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
-        self._has_made = False  # a graph
+        self.has_made = False  # a graph
         self._breaks = len(graph_break_reasons())
 
     def __call__(self, graph: torch.fx.GraphModule, inputs, **options):
@@ -101,18 +101,13 @@ class _Backend:
             if environment is not None:
                 require_one(environment)
         made = self._inner(graph, inputs, **options)
-        self._has_made = True
+        self.has_made = True
         return Unrun(made, self) if self.compiles_for_more else made
 
     def compile_one_apart(self) -> None:
         """From the next compile on, to which the breaks of those before are nothing."""
         self.one_apart = True
         self._breaks = len(graph_break_reasons())
-
-    @property
-    def has_made(self) -> bool:
-        """Whether there is a graph."""
-        return self._has_made
 
     @property
     def has_breaks(self) -> bool:
@@ -122,7 +117,7 @@ class _Backend:
     @property
     def may_have_run(self) -> bool:
         """Whether a call that the compiler ended may have run a graph before."""
-        return self._has_made and self.has_breaks
+        return self.has_made and self.has_breaks
 
     def __getattr__(self, name):
         return getattr(self._inner, name)  # reset, for cudagraphs
@@ -150,18 +145,14 @@ def _bound_sizes(environment) -> None:
 
     if getattr(shape_config, "backed_size_oblivious", False):  # from torch 2.8 on
         for symbol, sources in environment.var_to_sources.items():
-            if any(".size()[" in _name(source) for source in sources):
+            if any(".size()[" in name_of(source) for source in sources):
                 environment.constrain_symbol_range(symbol, 0, _MOST)
-
-
-def _name(source) -> str:
-    return source.name() if callable(source.name) else source.name  # a method in older torch
 
 
 def _has_globals(graph: torch.fx.GraphModule) -> bool:
     """Whether an input is neither of the call nor of the module."""
     sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.graph.nodes if node.op == "placeholder"]
-    return not all(_name(source).startswith("L[") for source in sources if source is not None)
+    return not all(name_of(source).startswith("L[") for source in sources if source is not None)
 
 
 def _require_torchs_own(graph: torch.fx.GraphModule) -> None:

@@ -128,14 +128,13 @@ def _vary_strength(adapter) -> None:
 def is_own_forward(layer: torch.nn.Module, forward) -> bool:
     """Whether forward is what layer's class computes, or a bypass LoRA's."""
     owner = getattr(forward, "__self__", None)
-    return (owner is layer and forward.__func__ is type(layer).forward) or (
+    return (owner is layer and getattr(forward, "__func__", None) is type(layer).forward) or (
         BypassForwardHook is not None and isinstance(owner, BypassForwardHook))
 
 
 def state_without_bypass(layer: torch.nn.Module) -> dict:
     """layer's attributes, for a copy of it, which gets its bypass LoRAs when it is loaded."""
     state = dict(vars(layer))
-    owner = getattr(state.get("forward"), "__self__", None)
-    if has_own_forward(vars(layer)) or (BypassForwardHook is not None and isinstance(owner, BypassForwardHook)):
+    if "forward" in state and is_own_forward(layer, state["forward"]):
         del state["forward"]
     return state
