@@ -65,9 +65,12 @@ def page(request, models_dir, tmp_path_factory):
 def watch(page):
     """From now on: seen, the texts that nodes have shown, and bars, the types of those that have shown progress."""
     page.evaluate("""(() => { clearInterval(window.watching); window.seen = []; window.bars = [];
-        window.watching = setInterval(() => app.graph.nodes.forEach(n => {
+        const look = () => app.graph.nodes.forEach(n => {
             const text = n.widgets?.find(w => w.name === 'shown')?.value; if (text && !seen.includes(text)) seen.push(text);
-            if (n.progress !== undefined && !bars.includes(n.type)) bars.push(n.type); }), 20); })()""")
+            if (n.progress !== undefined && !bars.includes(n.type)) bars.push(n.type); });
+        // At each message as well: a busy page gets many between two looks.
+        if (!window.look) app.api.addEventListener('int8_compile', () => window.look());
+        window.look = look; window.watching = setInterval(look, 20); })()""")
 
 
 def history(page) -> list:
