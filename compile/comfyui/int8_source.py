@@ -23,12 +23,14 @@ except ImportError:  # cores without native quantization have no INT8 layers
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What the rounding of a format costs against the weights that it was made of, as SQNR in dB (of normally distributed values).
 FP8_DB = {torch.float8_e4m3fn: 31, torch.float8_e5m2: 25}
+FOUR_BITS_DB = {"NVFP4": 20, "W4A8": 23, "W4A4": 17}
 # The same of GGUF's types, measured with the package gguf; K and I types, which it does not write, without a figure.
 GGUF_DB = {"Q4_0": 21, "Q4_1": 22, "Q5_0": 27, "Q5_1": 28, "Q8_0": 45}
 GGUF_FLOATS = ("F32", "F16", "BF16")
-# Core's layouts of more than four bits a value whose layers multiply with what dequantize() gives, and of these the type of the values.
+# Core's layouts whose values dequantize() gives, as they are before any rotation, and the type that these were rounded to.
 LAYOUTS = {"TensorCoreFP8Layout": torch.float8_e4m3fn, "TensorCoreFP8E4M3Layout": torch.float8_e4m3fn,
-           "TensorCoreFP8E5M2Layout": torch.float8_e5m2, "TensorCoreMXFP8Layout": torch.float8_e4m3fn}
+           "TensorCoreFP8E5M2Layout": torch.float8_e5m2, "TensorCoreMXFP8Layout": torch.float8_e4m3fn,
+           "TensorCoreNVFP4Layout": "NVFP4", "AsymW4A8Int8Layout": "W4A8", "TensorCoreConvRotW4A4Layout": "W4A4"}
 
 
 def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
@@ -45,7 +47,7 @@ def pristine_weight(patcher, name: str) -> torch.Tensor:
 
 
 def rounded_as(weight: torch.Tensor) -> torch.dtype | str | None:
-    """The type that weight's values were rounded to before they are quantized to INT8, by name where it is another pack's; None for floats
+    """The type that weight's values were rounded to before they are quantized to INT8, by name where it is none of torch's; None for floats
     of 16 bits and more.
 
     Raises ValueError, with what it is, for a weight whose float values are not known here.
@@ -93,7 +95,7 @@ def values_of(patcher, name: str) -> bytes:
     for key in ("weight", "bias"):
         tensor = pristine_parameter(patcher, f"{prefix_of(patcher)}{name}.{key}")
         packed = QuantizedTensor is not None and isinstance(tensor, QuantizedTensor)
-        for part in (tensor._qdata, tensor._params.scale) if packed else (tensor,):
+        for part in (tensor._qdata, *vars(tensor._params).values()) if packed else (tensor,):
             if isinstance(part, torch.Tensor):
                 digest.update(f"{part.dtype} {list(part.shape)}".encode())
                 digest.update(_some(part.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)).cpu().numpy().tobytes())
@@ -122,7 +124,7 @@ def _name(kind: torch.dtype | str) -> str:
 
 
 def _noise(kind: torch.dtype | str) -> str:
-    figure = GGUF_DB.get(kind) if isinstance(kind, str) else FP8_DB[kind]
+    figure = {**GGUF_DB, **FOUR_BITS_DB}.get(kind) if isinstance(kind, str) else FP8_DB[kind]
     return f" (about {figure} dB)" if figure else ""
 
 
