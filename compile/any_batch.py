@@ -2,6 +2,8 @@
 of more, which it compiles and never runs; the graph serves 1 too, where torch's guards let it in."""
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -90,24 +92,47 @@ class Writes:
 
     @classmethod
     def of(cls, graph: torch.fx.Graph) -> Writes:
-        family: dict[torch.fx.Node, torch.fx.Node] = {}  # node -> what it may be a view of
+        family: dict[torch.fx.Node, torch.fx.Node] = {}  # node -> the first of those that its memory is, or may be for another batch
         copied, written = set(), set()
         for node in graph.nodes:
             name = str(getattr(node.target, "__name__", node.target))
             source = next(iter(node.all_input_nodes), None)
-            writes = source is not None and (name == "setitem" or _WRITES.fullmatch(name))
-            family[node] = family[source] if source is not None and (writes or name in _VIEWS or name in _COPIES) else node
-            copied |= {family[node]} if name in _COPIES else set()
-            written |= {family[source]} if writes else set()
+            shares = next((given for given in node.all_input_nodes if _memory(given) & _memory(node)), None)
+            family[node] = node if shares is None else family[shares]
+            if shares is None and source is not None and _may_be_view(node, name, source):
+                family[node] = family[source]
+                copied.add(family[node])
+            in_place = shares is not None and getattr(node.target, "__module__", None) == "torch.nn.functional"
+            if source is not None and (name == "setitem" or _WRITES.fullmatch(name) or in_place):
+                written.add(family[source])
             if isinstance(out := node.kwargs.get("out"), torch.fx.Node):
                 written.add(family[out])
         return cls(not copied.isdisjoint(written), [node for node in written if node.op == "placeholder"])
 
 
-_COPIES = frozenset({"reshape", "contiguous", "flatten", "ravel", "reshape_as", "unflatten"})
-_VIEWS = frozenset({
-    "view", "view_as", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "expand_as", "chunk", "split", "unbind", "narrow",
-    "select", "swapaxes", "swapdims", "movedim", "moveaxis", "tensor_split", "getitem", "getattr", "to", "detach"})
+def _memory(node: torch.fx.Node) -> set[int]:
+    """Of its tensors in the trace."""
+    value, found = node.meta.get("example_value"), set()
+    for tensor in value if isinstance(value, (tuple, list)) else (value,):
+        with contextlib.suppress(RuntimeError):  # of a class that is made of others
+            found |= {tensor.untyped_storage()._cdata} if isinstance(tensor, Tensor) else set()
+    return found
+
+
+def _may_be_view(node: torch.fx.Node, name: str, source: torch.fx.Node) -> bool:
+    """Whether a node that shares no memory with source may do so for another batch."""
+    of, to = source.meta.get("example_value"), node.meta.get("example_value")
+    if isinstance(of, Tensor) and isinstance(to, Tensor) and of.dtype != to.dtype:
+        return False
+    is_torchs = node.op == "call_method" or (getattr(node.target, "__module__", None) or "torch").split(".")[0] in _TORCHS
+    return node.op in ("call_function", "call_method") and (name in _COPIES or not is_torchs)
+
+
+# Torch's functions that give a view where they can and a copy where not; who else's (einops') may be such.
+_COPIES = frozenset({
+    "reshape", "contiguous", "flatten", "ravel", "reshape_as", "unflatten", "to", "einsum", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "native_channel_shuffle"})
+_TORCHS = ("torch", "builtins", "math", operator.add.__module__)
 # mul_, iadd; not __getitem__.
 _WRITES = re.compile(r"[a-z0-9_]*[a-z0-9]_|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift|matmul)")
 

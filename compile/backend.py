@@ -18,6 +18,9 @@ from .artifacts.traced_calls import Recording
 
 _AFTER_A_BREAK = "torch_dynamo_resume_in_"  # how dynamo names the rest of a function after a break
 _SQUEEZE = re.compile(r"squeeze(_|_copy)?(\.\w+)?")
+_DROPOUT = re.compile("(feature_)?(alpha_)?dropout[123]?d?_?")
+_LIKE = {torch.rand_like: "uniform_", torch.randn_like: "normal_", torch.randint_like: "random_"}
+_BY_NAME = frozenset({"input", "low", "high"})
 _MOST = 2 ** 40  # elements of a dimension
 
 
@@ -89,6 +92,7 @@ class _Backend:
         if self.by_layout and self.gets_copies:
             raise ByLayout("the block writes into its inputs, or returns them, by their layout")
         _guard_squeezed(graph)
+        _as_eager_computes(graph)
         if environment is not None:
             _bound_sizes(environment)
         writes = Writes.of(graph.graph)
@@ -136,6 +140,29 @@ def _guard_squeezed(graph: torch.fx.GraphModule) -> None:
             chosen = (dims[0],) if dims and isinstance(dims[0], int) else dims[0] if dims else range(len(shape))
             for dim in chosen if shape else ():
                 bool(shape[dim] == 1)  # asked of a size that varies this is a guard
+
+
+def _as_eager_computes(graph: torch.fx.GraphModule) -> None:
+    """Writes out what torch computes otherwise than eager. A dropout that is off gives its input, before torch 2.14 a copy, by which what
+    is written into it is lost; randn_like(x) draws in the order in which x lies in memory, in inductor in the order of indices."""
+    for module in graph.modules():
+        for node in list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else ():
+            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            same = None
+            if _DROPOUT.fullmatch(name):
+                value, training = ((node.args[place:] or (node.kwargs.get(key),))[0] for place, key in ((0, "input"), (2, "training")))
+                same = value if training is False else None
+            elif node.target in _LIKE and not _BY_NAME.intersection(node.kwargs) and all(type(n) is int for n in node.args[1:]):
+                with module.graph.inserting_before(node):
+                    empty = module.graph.call_function(torch.empty_like, node.args[:1], dict(node.kwargs))
+                    *low, high = node.args[1:] or (None,)  # of randint_like; torch cannot write random_(low, high) down
+                    bound = () if high is None else (high - sum(low),)
+                    same = module.graph.call_method(_LIKE[node.target], (empty, *bound))
+                    same = module.graph.call_method("add_", (same, *low)) if low else same
+            if isinstance(same, torch.fx.Node):
+                node.replace_all_uses_with(same)
+                module.graph.erase_node(node)
+                module.recompile()
 
 
 def _bound_sizes(environment) -> None:

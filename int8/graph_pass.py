@@ -23,6 +23,6 @@ class DeduplicateActivationQuant(CustomGraphPass):
                     graph.erase_node(node)
 
     def uuid(self) -> bytes:
-        """Part of the key of inductor's disk cache, which does not tell what was traced for sizes from 2 on from what was for 1 too: 2,
-        where views ask nothing of sizes either."""
-        return get_hash_for_files((__file__,)) + bytes([2 * getattr(shape_config, "backed_size_oblivious", False)])
+        """Part of the key of inductor's disk cache, which does not tell what was traced for sizes from 2 on from what was for 1 too: 3,
+        where views and convolutions ask nothing of sizes either."""
+        return get_hash_for_files((__file__,)) + bytes([3 * getattr(shape_config, "backed_size_oblivious", False)])

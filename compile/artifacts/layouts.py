@@ -1,5 +1,6 @@
 """Whether a block does something else for another layout of its inputs: contiguous() and reshape() give the tensor itself for one and a
-copy for another, and what is written into that, or returned, is then the caller's tensor or is not."""
+copy for another, and what is written into that, or returned, is then the caller's tensor or is not; random numbers are drawn in the order
+of memory."""
 from __future__ import annotations
 
 import itertools
@@ -12,14 +13,14 @@ MAX_DIMS = 4  # all orders of so many dims are tried, of more dims two neighbour
 
 
 def depends_on_layout(call: Callable, inputs: list, device: str | None = None, writes: bool = False) -> bool:
-    """Whether call(*inputs) writes into other inputs, or returns parts of others, where an input has another layout than a dense one; also
-    where that cannot be found out. writes: or where it writes into one at all: a copy of that would hide it from who holds the memory
-    under a name that no input has. inputs: tensors, of which parameters stay as they are, and numbers. device: instead of theirs.
-    Nothing is computed: a run without data takes some ms."""
+    """Whether call(*inputs) writes into other inputs, returns parts of others, or draws random numbers in another order, where an input has
+    another layout than a dense one; also where that cannot be found out. writes: or where it writes into one at all: a copy of that would
+    hide it from who holds the memory under a name that no input has. inputs: tensors, of which parameters stay as they are, and numbers.
+    device: instead of theirs. Nothing is computed: a run without data takes some ms."""
     base = _run(call, inputs, device, {})
     if base is None or base.returns_part or (writes and any(base.written)):
         return True
-    if isinstance(call, torch.fx.GraphModule) and not base.writes and not _may_return_copy(call):
+    if isinstance(call, torch.fx.GraphModule) and not base.writes and not base.drawn and not _may_return_copy(call):
         return False
     orders = {dims: _orders(dims) for dims in {value.dim() for value in inputs if _is_activation(value)}}
     # At once for all inputs: the orders of each number of dims in turn.
@@ -29,27 +30,31 @@ def depends_on_layout(call: Callable, inputs: list, device: str | None = None, w
 
 class _Effects:
     """writes: whether any tensor is written into. written: inputs that are. returned: of each output the input whose memory it is.
-    returns_part: whether one is part of an input, or another view of it."""
+    returns_part: whether one is part of an input, or another view of it. drawn: the strides of what is random."""
 
-    def __init__(self, writes: bool, written: list[bool], returned: list[int], returns_part: bool):
-        self.writes, self.written, self.returned, self.returns_part = writes, written, returned, returns_part
+    def __init__(self, writes: bool, written: list[bool], returned: list[int], returns_part: bool, drawn: list[tuple]):
+        self.writes, self.written, self.returned, self.returns_part, self.drawn = writes, written, returned, returns_part, drawn
 
     def __eq__(self, other):
-        return other is not None and (self.written, self.returned, self.returns_part) == (other.written, other.returned, other.returns_part)
+        return other is not None and ((self.written, self.returned, self.returns_part, self.drawn)
+                                      == (other.written, other.returned, other.returns_part, other.drawn))
 
     __hash__ = None
 
 
 class _Writes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes whether an operator writes into what it gets."""
+    """Notes whether an operator writes into what it gets, and the strides of what one draws."""
 
     def __init__(self):
         super().__init__()
-        self.found = False
+        self.found, self.drawn = False, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.found |= func._schema.is_mutable
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn += [value.stride() for value in torch.utils._pytree.tree_leaves(result) if isinstance(value, Tensor)]
+        return result
 
 
 def _is_activation(value) -> bool:
@@ -86,14 +91,14 @@ def _run(call: Callable, inputs: list, device: str | None, orders: dict[int, tup
     try:
         with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Writes() as writes:
             values = list(map(make, inputs))
-            writes.found = False
+            writes.found, writes.drawn = False, []
             tensors = [(index, value) for index, value in enumerate(values) if isinstance(value, Tensor)]
             before = [value._version for _, value in tensors]
             outputs = [value for value in torch.utils._pytree.tree_leaves(call(*values)) if isinstance(value, Tensor)]
             memory = {value.untyped_storage()._cdata: index for index, value in tensors}
             returned = [memory.get(value.untyped_storage()._cdata, -1) for value in outputs]
             return _Effects(writes.found, [value._version != version for (_, value), version in zip(tensors, before)], returned,
-                            any(index >= 0 and value is not values[index] for value, index in zip(outputs, returned)))
+                            any(index >= 0 and value is not values[index] for value, index in zip(outputs, returned)), writes.drawn)
     except Exception:
         return None
 

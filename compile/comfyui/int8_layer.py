@@ -24,6 +24,7 @@ from ...int8.plain_layer import ArtifactLinear
 from ...int8.plan import LayerPlan
 from ...int8.quantize import quantize_weight
 from ...int8.shared_input import SharedActivationQuant
+from ..artifacts.linear import dense
 from . import core as comfy_core
 from .allocation_recording import outside_recording
 from .int8_lora import Int8Lora
@@ -196,7 +197,7 @@ def _linear_of_quantized(x, weight, bias, act, pre_quant_scale, kernel, layer=No
         return ops.float_linear(x, weight.dequantize().to(x.dtype), bias, act, pre_quant_scale)
     group = params.convrot_groupsize if params.convrot else 0
     if layer is None or layer.shared_input is None:
-        return ops.int8_linear(x, weight._qdata, params.scale, bias, group, act, pre_quant_scale, kernel)
+        return ops.int8_linear(dense(x), weight._qdata, params.scale, bias, group, act, pre_quant_scale, kernel)
     rows = layer.shared_input.quant_rows(layer, x, group, act, pre_quant_scale, kernel)
     return ops.int8_linear_prequantized(x, rows, weight._qdata, params.scale, bias, kernel)
 

@@ -16,14 +16,20 @@ def object_of(patcher, name: str):
     prefixes = [name]
     while "." in prefixes[-1]:
         prefixes.append(prefixes[-1].rpartition(".")[0])
-    return _View(patcher, prefixes).get(name)
+    # Below a patch of its own may be what was there before, of which others patch a part by another name.
+    below = any(prefix in patcher.object_patches for prefix in prefixes[1:])
+    return _View(patcher, _all_names(patcher) if below else prefixes).get(name)
 
 
 def model_of(patcher) -> torch.nn.Module:
     """patcher's model, as object_of has it; to look at: modules with others in them are shallow copies."""
     if not patcher.object_patches and not patcher.object_patches_backup:
         return patcher.model
-    return _View(patcher, (*patcher.object_patches, *patcher.object_patches_backup)).tree(patcher.model)
+    return _View(patcher, _all_names(patcher)).tree(patcher.model)
+
+
+def _all_names(patcher) -> tuple[str, ...]:
+    return *patcher.object_patches, *patcher.object_patches_backup
 
 
 class _View:

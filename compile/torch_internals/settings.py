@@ -109,6 +109,8 @@ class _Varying:
                   lambda before: ",".join(filter(None, (before, *self._sources))))
         self._set(shape_config, "backed_size_oblivious", self._ones > 0, lambda before: True)
         self._set(fake_impls, "_compute_stride", self._ones > 0, _without_guards)
+        for name in ("_select_conv_backend", "_conv_determine_backend_memory_format"):
+            self._set(torch._C, name, self._ones > 0, _any_batch)
 
     def _set(self, config, name: str, wanted: bool, value) -> None:
         if wanted and hasattr(config, name):
@@ -121,6 +123,21 @@ class _Varying:
 def _without_guards(compute_stride: Callable) -> Callable:
     """How a view of what is not dense lies in memory, for any size: inductor asks whether sizes are 1, unless they are unbacked."""
     return lambda *sizes_and_strides, size_oblivious=False: compute_stride(*sizes_and_strides, size_oblivious=True)
+
+
+@functools.cache
+def _any_batch(of_convolution: Callable) -> Callable:
+    """What torch asks of a convolution while it traces: which library is for it, which on a CPU is another for a batch of 1, and how its
+    result lies in memory, which is the same for all batches. The call that is compiled chooses its library anew."""
+    def answer(*args, **kwargs):
+        of_batch, _, *others = kwargs.get("input", args[0] if args else None).shape
+        if not isinstance(of_batch, torch.SymInt):
+            return of_convolution(*args, **kwargs)
+        for size in others:
+            bool(size > 1)  # by which the layout may be another
+        with of_batch.node.shape_env.suppress_guards():
+            return of_convolution(*args, **kwargs)
+    return answer
 
 
 varying = _Varying()

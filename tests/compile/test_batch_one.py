@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import random
 
+import einops
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
@@ -32,6 +33,11 @@ WAYS = {
     "written to flat": (written(lambda part: part.flatten(0, 1)), 2),
     "written to reshaped": (written(lambda part: part.reshape(-1, WIDTH)), 2),
     "written to contiguous": (written(lambda part: part.contiguous()), 2),
+    "written to einops'": (written(lambda part: einops.rearrange(part, "b n (h d) -> (b n) h d", h=2)), 2),
+    "written to a cast": (written(lambda part: part.to(torch.float32).reshape(-1, WIDTH)), 2),
+    "written to a dropped": (written(lambda part: torch.nn.functional.dropout(part.reshape(-1, WIDTH), 0.5, False)), 2),
+    "written by a function": (written(lambda part: torch.nn.functional.silu(part.reshape(-1, WIDTH), inplace=True)), 2),
+    "written to a product": (written(lambda part: torch.einsum("bnd->nbd", part).reshape(-1, WIDTH)), 2),
     "modulated": (lambda x, y, one: x * (1 + y) + one, 1),
     "normed": (lambda x, y, one: torch.nn.functional.layer_norm(x, (WIDTH,)) * y, 1),
     "heads": (lambda x, y, one: (x * y).view(x.shape[0], -1, 2, 8).transpose(1, 2).flatten(2), 1),

@@ -37,10 +37,7 @@ ASK_AFTER_MORE = {"HunyuanVideo": 1, "HiDream-O1": 2}
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """No kernel chosen by its input's size: oneDNN takes a convolution of more than 20480 values or of more than one image,
-    which is a guard, and a graph more, that only CPUs have."""
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+def sampling():
     with torch.inference_mode():
         yield
 

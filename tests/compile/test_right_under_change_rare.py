@@ -114,6 +114,8 @@ def reads(monkeypatch):
 DRAWS = {
     "rand": lambda block, x, number: torch.rand(x.shape),
     "randn_like": lambda block, x, number: torch.randn_like(x),
+    "rand_like": lambda block, x, number: torch.rand_like(x, dtype=torch.float64).float(),
+    "randint_like": lambda block, x, number: torch.randint_like(x, 9) + torch.randint_like(x, 3, 9) + torch.randint_like(x, high=2),
     "randint": lambda block, x, number: torch.randint(0, 9, x.shape),
     "bernoulli": lambda block, x, number: torch.bernoulli(x.sigmoid()),
     "exponential_": lambda block, x, number: torch.empty_like(x).exponential_(),
@@ -128,8 +130,8 @@ DRAWS = {
 @pytest.mark.parametrize("what", DRAWS)
 def test_a_compiled_block_draws_eagers_random_numbers(tmp_path, reads, what):
     reads(DRAWS[what])
-    net, compiled, x = nets.make(Reads, depth=2), made(tmp_path, "inductor"), inputs()[0]
-    for seed in (1, 2):
+    net, compiled = nets.make(Reads, depth=2), made(tmp_path, "inductor")
+    for seed, x in enumerate((dense(), dense(), loose(), dense())):  # numbers are drawn in the order of memory
         torch.manual_seed(seed)
         want, state = net(x), torch.get_rng_state()
         torch.manual_seed(seed)

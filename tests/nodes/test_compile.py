@@ -51,6 +51,15 @@ def test_another_lora_or_strength_compiles_nothing_new(flux, nodes, sample, lora
     assert graphs() == 2
 
 
+@pytest.mark.parametrize("method", ["rowwise", "convrot", "smoothquant"])
+def test_another_batch_of_an_int8_model_compiles_nothing_new(flux, nodes, sample, graphs, method):
+    quantized = nodes.INT8QuantizeModel(flux, method=method)
+    sample(quantized)  # smoothquant looks at the first sampling
+    for batch in (1, 2, 1, 3):
+        assert difference(sample(nodes.CompileModel(quantized, **CHEAP), batch=batch), sample(quantized, batch=batch)) < 1e-3
+    assert graphs() == 2
+
+
 def test_the_report_says_what_was_compiled_for_what_users_change(flux, nodes, sample, lora):
     from int8_compile.compile.comfyui.compile_model import reports
 

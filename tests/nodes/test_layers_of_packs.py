@@ -146,6 +146,17 @@ def test_a_model_is_quantized_as_it_is_whichever_clone_was_loaded_last(nodes, fl
     assert torch.equal(sample(quantize(flux)), quantized) and torch.equal(sample(other), patched) and torch.equal(sample(flux), eager)
 
 
+def test_a_layer_below_what_a_pack_has_put_around_its_block_is_the_models_own(nodes, flux, sample):
+    from int8_compile.compile.comfyui.object_patches import model_of, object_of
+
+    block, layer = "diffusion_model.single_blocks.0", flux.get_model_object("diffusion_model.single_blocks.0.linear1")
+    other, name = with_something_around(block)(flux), f"{block}.inner.linear1"
+    sample(nodes.INT8QuantizeModel(flux))
+    assert flux.model.get_submodule(f"{block}.linear1") is not layer
+    assert object_of(other, name) is layer and object_of(other, f"{name}.weight") is layer.weight
+    assert model_of(other).get_submodule(name) is layer
+
+
 def with_a_parameter(model, key: str, seed: int):
     value = model.get_model_object(f"{FULL}.{key}")
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
