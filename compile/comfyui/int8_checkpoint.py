@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def _modules(patcher) -> Iterator[torch.nn.Module]:
     yield from patcher.object_patches.values()
 
 
+def _written(file) -> tuple[int, int, int]:
+    """Another once somebody has written into an open file, or put another in its place."""
+    state = os.fstat(file.fileno())
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
 class _Checkpoint(Mapping):
     """A safetensors file as {key: tensor}; large tensors without their values. Raises ValueError for a file that is damaged."""
 
@@ -93,6 +100,7 @@ class _Checkpoint(Mapping):
         self.path = path
         try:
             with open(path, "rb") as file:
+                self._written = _written(file)
                 size = int.from_bytes(file.read(8), "little")
                 if size > MAX_HEADER_BYTES:
                     raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
@@ -130,7 +138,9 @@ class _Checkpoint(Mapping):
         raw = torch.empty(end - start, dtype=torch.uint8) if memory is None else memory[:end - start]
         with open(self.path, "rb") as file:
             file.seek(self._start + start)
-            file.readinto(memoryview(raw.numpy()))
+            if file.readinto(memoryview(raw.numpy())) < end - start or _written(file) != self._written:
+                raise ValueError(f"Load INT8 Model: '{echo(Path(self.path).name)}' changed while it was read. "
+                                 "Queue the prompt again once the file is whole.")
         return raw.view(self.dtype(key)).reshape(self.shape(key))
 
     def __getitem__(self, key):

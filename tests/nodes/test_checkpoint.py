@@ -208,6 +208,26 @@ def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp
         load_int8(method="smoothquant")
 
 
+@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged"])
+def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
+    from int8_compile.int8.options import Int8Options
+
+    path = edited(lambda tensors: None)
+    content = path.read_bytes()
+
+    def change(*_):
+        if how == "exchanged":
+            path.unlink()
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.write(content[:1000] if how == "written over" else content)
+            file.truncate(100_000 if how == "cut short" else len(content))
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load_int8_model(str(path), Int8Options("rowwise"), on_progress=change)
+    path.write_bytes(content)
+    load_int8_model(str(path), Int8Options("rowwise"))
+
+
 def test_a_native_file_with_wrong_scales_is_refused(comfy, flux, nodes, save, load_int8, tmp_path):
     tensors = load_file(save(nodes.INT8QuantizeModel(flux, method="convrot")))
     key = next(k for k in tensors if k.endswith(".weight_scale"))
