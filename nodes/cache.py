@@ -99,7 +99,7 @@ class LoadCompileCache(io.ComfyNode):
         interrupted = comfy.model_management.throw_exception_if_processing_interrupted
         with (found := read_bundle(_path_of(bundle.strip()), tick=interrupted)).copy:
             _require_trust(found, trust.strip().lower())
-            added, present = load_bundle(artifact_cache.open_store(), found)
+            added, present = load_bundle(artifact_cache.open_store(), found, interrupted)
         text = f"{echo(found.path.name)}: {added} compiled added, {present} were there already.\n{found.contents()}"
         if any(held.labels[-1] != torch.__version__ for held in found.held):
             text += f"\nThis is torch {torch.__version__}: what was compiled by another version is not used."

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..compile.artifacts.store import default_key_file
 from ..compile.comfyui import artifact_cache
+from ..compile.comfyui.server_status import OF_A_PROMPT
 from ..int8.echo import echo, without_folders, writable
 from ..pack import NAME, PACKAGE
 
@@ -57,7 +58,7 @@ def _clean(error: Exception) -> None:
         kind.__module__ = kind.__module__.replace(PACKAGE, NAME, 1)
     error.args = tuple(without_folders(part, folders)[:MAX_CHARACTERS] if isinstance(part, str) else part for part in error.args)
     if str(error) != before:
-        logger.error("%s", writable(before, lines=False))
+        logger.error("%s", writable(before, lines=False), extra={OF_A_PROMPT: True})
 
 
 def _make_writable(error: BaseException) -> None:

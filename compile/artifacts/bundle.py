@@ -214,8 +214,9 @@ def _copy(file: IO[bytes], copy: IO[bytes], tick: Callable[[], object]) -> str:
     return hashed.hexdigest()
 
 
-def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
-    """Signs what the store lacks and adds it: -> (added, already present). The caller has made sure that bundle is trusted.
+def load_bundle(store: CacheStore, bundle: Bundle, tick: Callable[[], object] = lambda: None) -> tuple[int, int]:
+    """Signs what the store lacks and adds it: -> (added, already present). The caller has made sure that bundle is trusted. tick: called
+    between two; what it raises ends it, with what was added until then.
 
     Raises ValueError where it does not fit the store's limit, OSError where it cannot be written.
     """
@@ -223,20 +224,24 @@ def load_bundle(store: CacheStore, bundle: Bundle) -> tuple[int, int]:
         raise ValueError(f"{echo(bundle.path.name)} holds {bundle.size / 1e6:.0f} MB and the limit of the compile cache is "
                          f"{store.limit / 1e6:.0f} MB: raise it in ComfyUI's settings, or with INT8_COMPILE_CACHE_SIZE (GB)")
     added = 0
-    with zipfile.ZipFile(bundle.copy) as archive:
-        for held in bundle.held:
-            with contextlib.suppress(CacheError):
-                store.touch(store.whole(store.base / held.place / held.name))
-                continue
-            _unpack(store, held, archive)
-            added += 1
+    try:
+        with zipfile.ZipFile(bundle.copy) as archive:
+            for held in bundle.held:
+                tick()
+                with contextlib.suppress(CacheError):
+                    store.touch(store.whole(store.base / held.place / held.name))
+                    continue
+                _unpack(store, held, archive)
+                added += 1
+    finally:
+        store.evict()  # once: it looks at all that there is
     return added, len(bundle.held) - added
 
 
 def _unpack(store: CacheStore, held: BundleEntry, archive: zipfile.ZipFile):
     prefix = f"{held.place}/{held.name}/"
     body = json.loads(_content(archive, archive.getinfo(prefix + MANIFEST)))["body"]  # checked, and of a copy that is ours
-    with store.writing(held.place, held.name) as (folder, finish):
+    with store.writing(held.place, held.name, within_limit=False) as (folder, finish):
         for name, digest in body["files"].items():
             content = _content(archive, archive.getinfo(prefix + name))
             if hashlib.sha256(content).hexdigest() != digest:

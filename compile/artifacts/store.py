@@ -144,9 +144,10 @@ class CacheStore:
         return temporary_folder(self.layout)
 
     @contextlib.contextmanager
-    def writing(self, place: str, name: str, replace: bool = False) -> Iterator[tuple[Path, Callable[[dict], None]]]:
+    def writing(self, place: str, name: str, replace: bool = False,
+                within_limit: bool = True) -> Iterator[tuple[Path, Callable[[dict], None]]]:
         """(a folder to put the files of an entry into, finish(body)): finish makes it the entry, unless there is one by then and replace
-        is not asked for. Without it, and after an OSError, nothing stays."""
+        is not asked for. Without it, and after an OSError, nothing stays. within_limit: the limit is seen to at the end."""
         parent = self._make(place)
         with temporary_folder(parent) as partial:
 
@@ -168,7 +169,8 @@ class CacheStore:
                         move(partial, parent / name)
                 flush(parent)
             yield partial, finish
-        self.evict()
+        if within_limit:
+            self.evict()
 
     @contextlib.contextmanager
     def lock(self, place: str, name: str) -> Iterator[bool]:
@@ -188,8 +190,8 @@ class CacheStore:
             with held(path):
                 yield True
         finally:
-            with contextlib.suppress(OSError):
-                if path.read_text() in (mark, ""):  # else it was taken over
+            with contextlib.suppress(OSError, CacheError):
+                if read_own(path).decode() in (mark, ""):  # else it was taken over
                     patiently(path.unlink)
 
     def try_build(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> bool:
@@ -216,7 +218,7 @@ class CacheStore:
             make_folder(folder)
         for part in parts:
             folder /= part
-            if folder.is_file() and not folder.is_symlink():
+            if os.path.lexists(folder) and not folder.is_dir():
                 _clear_way(folder)  # no folder, and in the way of one
             folder.mkdir(exist_ok=True, mode=0o700)
             require_own(folder)
@@ -279,8 +281,8 @@ class CacheStore:
 
     def _is_stale(self, lock: Path) -> bool:
         try:
-            where, pid, *_ = f"{lock.read_text()}  ".split(" ")
-        except (OSError, ValueError):
+            where, pid, *_ = f"{read_own(lock).decode()}  ".split(" ")
+        except (OSError, ValueError, CacheError):
             where = pid = ""
         return self._sweeper.is_abandoned(lock, where, pid, liveness.SILENT_SECONDS)
 

@@ -11,6 +11,8 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ...int8.echo import echo
+from ..errors import is_out_of_memory
 from .foreign_layers import is_of_a_pack, unpacking
 from .int8_layer import compute_dtype_of, prefix_of
 from .object_patches import model_of, object_of
@@ -31,6 +33,9 @@ GGUF_FLOATS = ("F32", "F16", "BF16")
 LAYOUTS = {"TensorCoreFP8Layout": torch.float8_e4m3fn, "TensorCoreFP8E4M3Layout": torch.float8_e4m3fn,
            "TensorCoreFP8E5M2Layout": torch.float8_e5m2, "TensorCoreMXFP8Layout": torch.float8_e4m3fn,
            "TensorCoreNVFP4Layout": "NVFP4", "AsymW4A8Int8Layout": "W4A8", "TensorCoreConvRotW4A4Layout": "W4A4"}
+
+BLOCKS = {"TensorCoreMXFP8Layout": 32, "TensorCoreNVFP4Layout": 16}
+ONE_SCALE = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout")
 
 
 def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
@@ -72,12 +77,37 @@ def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """The weight [N, K], or bias [N], of layer in float, as layer multiplies with it; fp8 in bf16, which holds it exactly, what another
     pack has packed in fp32, without the LoRA that it carries."""
     if QuantizedTensor is not None and isinstance(weight, QuantizedTensor):
-        smoothing = getattr(layer, "pre_quant_scale", None)
-        values = weight.dequantize()
-        return values if smoothing is None else (values.float() * smoothing.to(values.device)).to(values.dtype)
+        values, smoothing = _unpacked(weight), getattr(layer, "pre_quant_scale", None)
+        if smoothing is None:
+            return values
+        if not smoothing.numel() == smoothing.shape[-1] == values.shape[1]:
+            raise ValueError(f"its pre_quant_scale has the shape {list(smoothing.shape)}, and it has {values.shape[1]} channels")
+        return (values.float() * smoothing.reshape(-1).to(values.device)).to(values.dtype)
     if is_of_a_pack(weight) and (pack := unpacking(type(weight))) is not None:  # type: ignore[arg-type]
         return pack.dequantize_tensor(weight, torch.float32, torch.float32).as_subclass(torch.Tensor)
     return weight.to(torch.bfloat16) if weight.dtype in FP8_DB else weight
+
+
+def _unpacked(weight: QuantizedTensor) -> torch.Tensor:
+    """Raises ValueError for one of a damaged file: core's loader takes its parts unseen, and unpacking cuts what is too large."""
+    rows, columns = weight.shape
+    packed = 2 if weight._qdata.element_size() == 1 and LAYOUTS.get(weight._layout_cls) in FOUR_BITS_DB else 1
+    block = BLOCKS.get(weight._layout_cls, 1)  # to whose multiples the layout fills up
+    held = [-(-rows // block) * block, -(-columns // block) * block // packed]
+    reordered = getattr(weight._params, "mma_packed", False)
+    if weight._qdata.numel() != held[0] * held[1] or (not reordered and list(weight._qdata.shape) != held):
+        raise ValueError(f"its weight is stored as {list(weight._qdata.shape)}, which is none of {rows} x {columns}")
+    if weight._layout_cls in ONE_SCALE and weight._params.scale.numel() != 1:  # core takes it for one of rows here, of columns there
+        raise ValueError(f"its weight_scale has the shape {list(weight._params.scale.shape)}, and its format has one number")
+    try:
+        values = weight.dequantize()
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"its weight cannot be unpacked ({type(error).__name__}: {echo(str(error))})") from error
+    if not torch.isfinite(values).all():
+        raise ValueError("the weight has NaN or infinite values")
+    return values
 
 
 def source_of(patcher, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,17 +21,20 @@ from .node_status import for_client
 
 ROUTE = "/int8_compile/status"
 MOST_WARNINGS = 20
+OF_A_PROMPT = "of_a_prompt"  # what a record is marked with that may hold somebody's text
 CACHE_SECONDS = 10.0  # that the cache's size is not looked up again: it walks through a folder
 
 
 class _LastWarnings(logging.Handler):
-    """The pack's last warnings and errors, with their times."""
+    """The pack's last warnings and errors, with their times, without those that say what stands in a prompt."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
         self.kept: deque[dict] = deque(maxlen=MOST_WARNINGS)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, OF_A_PROMPT, False):
+            return
         try:
             self.kept.append({"time": int(record.created), "level": record.levelname.lower(), "text": record.getMessage()})
         except Exception:  # as every handler: a message that cannot be put together stops nobody

@@ -3,6 +3,7 @@ probe of its vector instructions (12 s as torch does it) and the precompiled hea
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def require_own_cache() -> None:
         return
     try:
         require_folder(folder)
-        require_folder(folder.resolve())
+        require_folder(Path(os.path.realpath(folder)))
     except CacheError:
         raise CacheError(f"{folder}, where torch keeps compiled code, belongs to another user or can be written by others: delete it, or "
                          "set TMPDIR to a folder of your own") from None

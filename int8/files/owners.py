@@ -8,6 +8,7 @@ from pathlib import Path
 from . import system
 
 FIRST_PERSON = 1000  # user id; those below are of services (useradd's UID_MIN)
+MOST_BYTES = 2 << 30  # of a file that is read at once
 
 
 class CacheError(RuntimeError):
@@ -31,7 +32,9 @@ def _require_own(path: Path, info: os.stat_result) -> None:
 def require_way(path: Path) -> None:
     """Raises CacheError where others than this user and root could put something else in the place of path: by owning or writing to one of
     the folders above it, those that links lead to included. A sticky folder (/tmp) keeps others' files from being replaced."""
-    root, *left = Path(os.path.abspath(path)).parts[:-1]
+    if not (folders := Path(os.path.abspath(path)).parts[:-1]):
+        raise CacheError(f"{path} is no file")
+    root, *left = folders
     at, links = Path(root), 0
     require_folder(at)
     while left:
@@ -95,7 +98,8 @@ def _own_users() -> tuple:
 
 
 def read_own(path: Path) -> bytes:
-    """The content of a regular file. Raises CacheError as require_own does, of the file that is read; OSError where there is none."""
+    """The content of a regular file of at most MOST_BYTES. Raises CacheError as require_own does, of the file that is read; OSError where
+    there is none."""
     require_own(path)
     # No link that is put there now is followed, and nobody waits for the other end of a pipe.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -104,6 +108,8 @@ def read_own(path: Path) -> bytes:
         _require_own(path, info)
         if not stat.S_ISREG(info.st_mode):
             raise CacheError(f"{path.name} is no file")
+        if info.st_size > MOST_BYTES:
+            raise CacheError(f"{path.name} has {info.st_size} bytes; {MOST_BYTES} are the limit")
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read()
     finally:

@@ -49,7 +49,7 @@ def signing_key(path: Path, *caches: Path) -> bytes:
         caches = (*caches, Path(chosen))
     path = Path(os.path.abspath(path))
     for cache in caches:
-        if path.is_relative_to(os.path.abspath(cache)) or path.resolve().is_relative_to(cache.resolve()):
+        if path.is_relative_to(os.path.abspath(cache)) or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache)):
             raise CacheError(f"the key {path} must not be in the cache that it signs ({cache}): move it (INT8_COMPILE_CACHE_KEY_FILE)")
     make_folders(path.parent)
     require_way(path)

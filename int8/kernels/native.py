@@ -120,7 +120,7 @@ def _load() -> ctypes.CDLL | None:
         content = _kept_or_built(compiler, openmp, name)
         library = load_privately({"kernel.so": content}, lambda folder: ctypes.CDLL(str(folder / "kernel.so")),
                                            cache_folder() / "native", lasting=False)
-    except (OSError, CacheError, subprocess.SubprocessError) as error:
+    except (OSError, CacheError, UnicodeError, subprocess.SubprocessError) as error:
         cause = writable(without_commands((getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]))
         logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
         return None

@@ -112,6 +112,21 @@ def test_a_bundle_larger_than_the_cache_may_be_is_refused(there, bundle):
     assert not there.all()
 
 
+def test_loading_looks_at_the_whole_cache_once_and_can_be_interrupted_between_two(there, bundle, monkeypatch):
+    looks, ticks = [], []
+    evict = CacheStore.evict
+    monkeypatch.setattr(CacheStore, "evict", lambda store: (looks.append(len(store.own())), evict(store)))
+
+    def tick():
+        ticks.append(None)
+        if len(ticks) == 2:
+            raise KeyboardInterrupt
+    found = read_bundle(bundle)
+    with pytest.raises(KeyboardInterrupt):
+        load_bundle(there, found, tick)
+    assert looks == [1] and load_bundle(there, found) == (2, 1) and looks == [1, 3]
+
+
 def test_a_bundle_that_is_changed_after_the_check_is_loaded_as_it_was_checked(here, there, bundle, tmp_path):
     """Written in place, as uploads do, or replaced."""
     found, again = read_bundle(bundle), read_bundle(bundle)

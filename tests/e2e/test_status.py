@@ -19,6 +19,8 @@ def test_the_status_says_what_is_compiled_and_nothing_of_a_prompt(serve):
         node = "CompileModel", {**server.defaults("CompileModel"), "backend": "eager"}
         prompt = flux_prompt(text="a secret meeting", lora=("tiny_flux_a.safetensors", 1.0), model_nodes=[node])
         assert server.run(prompt).status == "success"
+        wrong = "CompileModel", {**node[1], "object_to_patch": "/home/anna/secret picture"}  # a message that is cleaned for the client
+        assert server.run(flux_prompt(model_nodes=[wrong])).status == "error" and "secret picture" in server.log_text()
         found = server.get("/int8_compile/status")
     (model,) = found["models"]
     assert (model["model"], model["node"], model["state"][:5]) == ("Flux", "Compile Model", "ready") and model["steps"] > 0

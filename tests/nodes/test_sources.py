@@ -108,6 +108,41 @@ def test_an_int8_layer_holds_the_values_that_its_fp8_layer_multiplies_with(model
     assert torch.equal(layer.source().float(), weight.dequantize().float()) and layer.float_weight(torch.device("cpu")) is not None
 
 
+@pytest.mark.parametrize("source", ["scaled", "groups", "nvfp4", "w4a8", "w4a4"], indirect=True)
+@pytest.mark.parametrize("what", ["wider", "taller", "scale", "rows", "nan", "smoothing"])
+def test_a_damaged_file_of_rounded_weights_is_said_with_its_layer(comfy, model, source, nodes, tmp_path, what):
+    from safetensors.torch import load_file, save_file
+
+    name, path = "single_blocks.0.linear1", tmp_path / "source.safetensors"
+    tensors = load_file(path)
+    held = [key for key in tensors if key.startswith(f"{name}.weight")]
+    scales = sorted(set(held) - {f"{name}.weight"})
+    if what in ("wider", "taller"):
+        for key in held:
+            value = tensors[key]
+            tensors[key] = torch.cat([value, value], -1 if what == "wider" else 0) if value.dim() == 2 else value
+    elif what == "scale":
+        tensors[scales[0]] = tensors[scales[0]].flatten()[:1].repeat(3)
+    elif what == "rows":
+        tensors[scales[0]] = tensors[scales[0]].flatten()[:1].repeat(tensors[f"{name}.weight"].shape[0])
+    elif what == "smoothing":
+        tensors[f"{name}.pre_quant_scale"] = torch.ones(tensors[f"{name}.weight"].shape[0], 1)
+    else:
+        of_rows = next((key for key in scales if "channel" in key), scales[-1])
+        tensors[of_rows] = torch.full_like(tensors[of_rows].float(), float("nan")).to(tensors[of_rows].dtype)
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    try:
+        damaged = comfy.sd.load_diffusion_model(str(tmp_path / "damaged.safetensors"))
+    except Exception:
+        return  # core says it
+    knows_smoothing = hasattr(damaged.get_model_object(f"diffusion_model.{name}"), "pre_quant_scale")
+    if (what == "smoothing" and not knows_smoothing) or (what == "rows" and source != "scaled"):
+        return  # not of that format, or as it has them
+    said = "is none of|cannot be unpacked|NaN or infinite|channels|has one number"
+    with pytest.raises(ValueError, match=f"layer '{name}': .*({said}).* Check the checkpoint file"):
+        nodes.INT8QuantizeModel(damaged, method="rowwise")
+
+
 @pytest.mark.parametrize("source", ["e4m3"], indirect=True)
 def test_optimize_model_leaves_fp8_weights_as_they_are(model, nodes):
     from int8_compile.compile.comfyui.int8_calibrate import planned_layers

@@ -179,6 +179,38 @@ def test_choices_that_are_no_file_neither_hang_nor_raise(home, make):
     assert chosen == ["fast"] and not hidden(home)
 
 
+def sparse(path: Path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@posix_only
+@pytest.mark.parametrize("at", ["lock", "group", "manifest"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path), sparse],
+                         ids=["pipe", "endless", "loop", "huge"])
+def test_what_is_no_file_or_folder_of_the_cache_neither_hangs_nor_stays_in_the_way(home, make, at):
+    store = open_store(home)
+    put(store)
+    method = store.base / PLACE
+    if at == "group":
+        shutil.rmtree(method)
+    else:
+        path = method / "entry" / "manifest.json" if at == "manifest" else method / ".lock-entry"
+        path.unlink(missing_ok=True)
+    make({"lock": method / ".lock-entry", "group": method, "manifest": method / "entry" / "manifest.json"}[at])
+    served = []
+
+    def use():
+        again = open_store(home)
+        list(again.entries(PLACE))
+        put(again, "other")
+        served.extend(entry.folder.name for entry in again.entries(PLACE))
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert served == (["entry", "other"] if at == "lock" else ["other"])
+
+
 @posix_only
 def test_on_a_full_disk_choices_leave_nothing(home):
     disk = home / "disk"

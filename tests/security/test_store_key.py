@@ -81,9 +81,16 @@ def test_a_key_in_the_cache_that_it_signs_is_an_error(home, place, monkeypatch):
         CacheStore(home / "elsewhere", home / place)
 
 
+def test_a_key_file_that_names_no_file_is_an_error(home):
+    with pytest.raises(CacheError, match="is no file"):
+        CacheStore(home / "cache", Path(home.anchor))
+
+
 @posix_only
 @pytest.mark.parametrize("make", [lambda key: os.mkfifo(key, 0o600), lambda key: key.mkdir(mode=0o700),
-                                  lambda key: key.symlink_to("/dev/zero")], ids=["pipe", "folder", "link"])
+                                  lambda key: key.symlink_to("/dev/zero"), lambda key: key.symlink_to(key),
+                                  lambda key: os.truncate(os.open(key, os.O_CREAT | os.O_WRONLY, 0o600), 1 << 40)],
+                         ids=["pipe", "folder", "link", "loop", "huge"])
 def test_a_key_that_is_no_file_is_an_error_at_once(home, make):
     key = given(home)
     key.unlink()
