@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
 
@@ -111,9 +112,10 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
     one_apart = compiled.one_apart
     try:
         with varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext():
-            if mark and not one_apart and not compiled.backend.has_made and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
-                _compile_for_more(compiled, module, args, kwargs, inside, copies)
-            result = _call_with_copies(compiled, module, args, kwargs, copies)
+            if mark and not one_apart and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
+                result = _call_of_one(compiled, module, args, kwargs, inside, copies)
+            else:
+                result = _call_with_copies(compiled, module, args, kwargs, copies)
     except Exception as error:
         if compiled.one_apart == one_apart:
             if not mark or one_apart or compiled.may_have_run(error) or compiled.backend.refused is not None:
@@ -122,6 +124,22 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
         return call_compiled(compiled, module, args, kwargs, inside, mark, numbers)
     compiled.look(module)
     return result
+
+
+def _call_of_one(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, copies: dict):
+    """A call of a batch of 1. What is compiled for it is for any batch, if that can be."""
+    backend = compiled.backend
+    if backend.has_made:  # which may serve it
+        asks = backend.asks_for_more = threading.get_ident() if compiled.can_compile_for_more else 0
+        try:
+            return _call_with_copies(compiled, module, args, kwargs, copies)
+        except Exception:
+            if backend.asks_for_more == asks:
+                raise  # it has not asked
+        finally:
+            backend.asks_for_more = 0
+    _compile_for_more(compiled, module, args, kwargs, inside, copies)
+    return _call_with_copies(compiled, module, args, kwargs, copies)
 
 
 def _compile_for_more(compiled: Compiled, module: torch.nn.Module, args: tuple, kwargs: dict, inside: list, copies: dict) -> None:
@@ -175,4 +193,4 @@ def kind_of_call(args: tuple, kwargs: dict) -> Hashable:
         if isinstance(value, (tuple, list)):
             return type(value), *map(kind, value)
         return type(value), value if isinstance(value, (bool, int, float, str, bytes)) else None
-    return tuple(map(kind, args)), tuple((key, kind(value)) for key, value in kwargs.items())
+    return torch.is_grad_enabled(), tuple(map(kind, args)), tuple((key, kind(value)) for key, value in kwargs.items())

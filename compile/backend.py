@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,10 @@ class ByLayout(RuntimeError):
     """The block must have its inputs in the layout that they have."""
 
 
+class ForMore(RuntimeError):
+    """What is to be compiled for a batch of 1 is first to be tried for any."""
+
+
 class OneApart(RuntimeError):
     """The block is better compiled for a size of 1 by itself."""
 
@@ -57,6 +62,7 @@ class _Backend:
         self.gets_copies = False  # some inputs of the call that compiles are dense copies of the caller's
         self.one_apart = False  # a size that is 1 is compiled for by itself, see varying
         self.compiles_for_more = False  # see any_batch.py
+        self.asks_for_more = 0  # a compile by this thread raises ForMore
         self.shared: set[int] = set()  # ids of what it is then given in the place of tensors that share memory
         self.sizes: list = []  # what torch knows of them (ShapeEnv), of each compile
         self._inner = inner
@@ -73,6 +79,9 @@ class _Backend:
         if traced and not resumes and self.has_breaks and not self.one_apart:
             self.compile_one_apart()
             raise OneApart("there is a break in the graph, which may be one that asks whether a size is 1")
+        if self.asks_for_more == threading.get_ident() and not resumes:
+            self.asks_for_more = -1
+            raise ForMore
         try:
             _require_torchs_own(graph)
             if name := cached_function(self.traced):

@@ -271,8 +271,7 @@ class CompiledModule:
                 step.calls["graph"] += 1
                 return result
         except Exception as error:
-            if step.passthrough(error) or is_models_own(error) or attention.has_failed() or (
-                    compiled is not None and compiled.may_have_run(error)):
+            if step.passthrough(error) or is_models_own(error) or attention.has_failed() or (compiled and compiled.may_have_run(error)):
                 raise  # the model is called again, see run()
             cause = f"{type(error).__name__}: {error}"
         else:  # the patches are traced with it
@@ -290,8 +289,9 @@ class CompiledModule:
         return result
 
     def _has_worked(self, block: Block) -> bool:
-        """Whether a failure to compile says nothing of the model: other calls run compiled."""
-        return bool(self.report.compiled_from_step) and self._failed_kinds < MOST_FAILURES and not block.region.code.refusal()
+        """Whether a failure to compile says nothing of the model: other calls run compiled, or do not want gradients."""
+        others = self.report.compiled_from_step or torch.is_grad_enabled()
+        return bool(others) and self._failed_kinds < MOST_FAILURES and not block.region.code.refusal()
 
     def _begin(self, step: Step, args: tuple, kwargs: dict) -> None:
         """At the first block of a step, when every wrapper around the model has done what it does. args, kwargs: of that block."""

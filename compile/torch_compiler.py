@@ -127,14 +127,18 @@ class Compiled:
         """Whether a size that is 1 is compiled for by itself, as with another package's backend, whose graphs nobody sees."""
         return self.backend is None or self.backend.one_apart
 
+    @property
+    def can_compile_for_more(self) -> bool:
+        return hasattr(torch._dynamo, "error_on_graph_break")  # from torch 2.9 on
+
     def compile_for_more(self, shared: set[int], *args, **kwargs) -> None:
         """Compiles for a call with these, without running anything of the model; nothing where that would take more than one graph or
         the graph would not do for a batch of 1, too. shared: ids of tensors among them that stand for some that share memory."""
         from torch._dynamo.exc import TorchDynamoException
 
-        whole = getattr(torch._dynamo, "error_on_graph_break", None)  # from torch 2.9 on
-        if whole is None:
+        if not self.can_compile_for_more:
             return
+        whole = torch._dynamo.error_on_graph_break
         self.backend.compiles_for_more, self.backend.shared, drawn = True, shared, random.getstate()
         try:
             with whole(True), linear.kept_whole():

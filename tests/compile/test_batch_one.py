@@ -201,6 +201,44 @@ def test_tokens_may_be_one_too():
     assert compiled() <= 2
 
 
+class Masked(Block):
+    def forward(self, x, mask=None):
+        x = self.layers(x)
+        return x if mask is None else x * mask
+
+
+def test_another_kind_of_call_that_comes_with_a_batch_of_1_is_compiled_for_all_batches_too():
+    blocks = torch.nn.ModuleList([Masked(None), Masked(None)])
+    root, compiled = torch.nn.ModuleList([blocks]), CompiledModule(CompileOptions(backend="inductor", mark_sizes=True))
+    graphs = []
+    for batch, masked in ((1, False), (1, True), (2, True), (1, True), (3, False), (1, False), (4, True)):
+        x = torch.randn(batch, 6, WIDTH)
+        given = (x, torch.rand(batch, 6, 1)) if masked else (x,)
+        with torch.inference_mode():
+            got = compiled.run(root, lambda given=given: [block(*given) for block in blocks], filter_guards=True,
+                               passthrough=lambda error: False)
+            for block, result in zip(blocks, got, strict=True):
+                assert_same(result, block(*given))
+        graphs.append(compiled.report.graphs)
+    assert compiled.report.failure == "" and graphs == [1, 2, 2, 2, 2, 2, 2]
+
+
+def test_a_call_that_wants_gradients_and_cannot_be_compiled_leaves_the_others_compiled():
+    def no_gradients(graph, inputs):
+        if torch.is_grad_enabled():
+            raise NotImplementedError
+        return graph
+    blocks = torch.nn.ModuleList([Masked(None), Masked(None)])
+    root, compiled = torch.nn.ModuleList([blocks]), CompiledModule(CompileOptions(backend=no_gradients, mark_sizes=True))
+    x = torch.randn(2, 6, WIDTH)
+    for gradients in (True, False, True, False):
+        with torch.set_grad_enabled(gradients):
+            got = compiled.run(root, lambda: [block(x) for block in blocks], filter_guards=True, passthrough=lambda error: False)
+            assert_same(got[0], blocks[0](x))
+        assert compiled.report.failure == "" and compiled.report.last_calls == {"artifact": 0, "graph": 0 if gradients else 2,
+                                                                                "eager": 2 if gradients else 0}
+
+
 def test_where_torch_cannot_a_batch_of_1_is_compiled_for_by_itself():
     """A backend that asks whether a size may be 1, as one that cannot have that would."""
     def picky(graph, inputs):
