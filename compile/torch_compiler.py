@@ -129,16 +129,15 @@ class Compiled:
 
     @property
     def can_compile_for_more(self) -> bool:
-        return hasattr(torch._dynamo, "error_on_graph_break")  # from torch 2.9 on
+        return _breaks_as_errors() is not None
 
     def compile_for_more(self, shared: set[int], *args, **kwargs) -> None:
         """Compiles for a call with these, without running anything of the model; nothing where that would take more than one graph or
         the graph would not do for a batch of 1, too. shared: ids of tensors among them that stand for some that share memory."""
         from torch._dynamo.exc import TorchDynamoException
 
-        if not self.can_compile_for_more:
+        if (whole := _breaks_as_errors()) is None:
             return
-        whole = torch._dynamo.error_on_graph_break
         self.backend.compiles_for_more, self.backend.shared, drawn = True, shared, random.getstate()
         try:
             with whole(True), linear.kept_whole():
@@ -179,6 +178,11 @@ class Compiled:
             kinds += [kind for kind in self.guards.classes.difference(kinds) if not is_pristine_package(kind.__module__)]
             self.classes = ClassGuards(kinds, classes_of(kinds, names, lenient=True), names, lenient=True)
             self.fits()  # looks
+
+
+def _breaks_as_errors() -> Callable | None:
+    """torch's context in which a graph break is an error, from torch 2.9 on."""
+    return getattr(torch._dynamo, "error_on_graph_break", None)
 
 
 class RegionCode:
