@@ -129,14 +129,16 @@ class Compiled:
 
     @property
     def can_compile_for_more(self) -> bool:
-        return _breaks_as_errors() is not None
+        """Whether torch can, and would trace: what it leaves alone (under a mode of another's) would run."""
+        return (_breaks_as_errors() is not None and not torch._C._len_torch_dispatch_stack()
+                and not getattr(torch._dynamo.config, "disable", False))
 
     def compile_for_more(self, shared: set[int], *args, **kwargs) -> None:
         """Compiles for a call with these, without running anything of the model; nothing where that would take more than one graph or
         the graph would not do for a batch of 1, too. shared: ids of tensors among them that stand for some that share memory."""
         from torch._dynamo.exc import TorchDynamoException
 
-        if (whole := _breaks_as_errors()) is None:
+        if not self.can_compile_for_more or (whole := _breaks_as_errors()) is None:
             return
         self.backend.compiles_for_more, self.backend.shared, drawn = True, shared, random.getstate()
         try:

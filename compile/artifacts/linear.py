@@ -32,7 +32,7 @@ def _define() -> None:
         return  # another pack, or a sibling copy of this one, was first
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     library.define("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("float_linear", torch.nn.functional.linear, "CompositeExplicitAutograd")
+    library.impl("float_linear", _taken_apart, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::float_linear", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
                                 lib=library)
     _LIBRARIES.append(library)
@@ -42,6 +42,14 @@ def _define() -> None:
         if weight.dim() == 2 and _is_to_be_whole(x):
             return getattr(torch.ops, NAMESPACE).float_linear(x, weight, bias)
         return operator._op_dk(key, x, weight, bias)
+
+
+def _taken_apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    whole, _calls.whole = getattr(_calls, "whole", False), False  # a mode that runs it in a trace would come back here
+    try:
+        return torch.nn.functional.linear(x, weight, bias)
+    finally:
+        _calls.whole = whole
 
 
 _calls = threading.local()

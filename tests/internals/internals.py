@@ -97,6 +97,7 @@ INTERNALS = (
     Internal("torch._inductor.runtime.runtime_utils", "where torch keeps compiled code (default_cache_dir)", _FAILED),
     Internal("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "the probe of vector instructions", _WARM),
     Internal("._arch_flags", "the probe of vector instructions", _WARM, file="torch/_inductor/cpu_vec_isa.py"),
+    Internal("torch._C._len_torch_dispatch_stack", "nothing is compiled for all batches where torch would not trace", _FAILED),
     Internal("torch._C._len_torch_function_stack", "no artifact runs under a torch function mode", "the pack's compiled models fail"),
     Internal("torch._guards.TracingContext.try_get", "which code dynamo has traced", _FAILED),
     Internal("torch._TorchCompileInductorWrapper", "what torch.compile makes of the backend's name", _FAILED),
