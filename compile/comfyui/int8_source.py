@@ -33,7 +33,6 @@ GGUF_FLOATS = ("F32", "F16", "BF16")
 LAYOUTS = {"TensorCoreFP8Layout": torch.float8_e4m3fn, "TensorCoreFP8E4M3Layout": torch.float8_e4m3fn,
            "TensorCoreFP8E5M2Layout": torch.float8_e5m2, "TensorCoreMXFP8Layout": torch.float8_e4m3fn,
            "TensorCoreNVFP4Layout": "NVFP4", "AsymW4A8Int8Layout": "W4A8", "TensorCoreConvRotW4A4Layout": "W4A4"}
-
 BLOCKS = {"TensorCoreMXFP8Layout": 32, "TensorCoreNVFP4Layout": 16}
 ONE_SCALE = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout")
 
@@ -91,7 +90,7 @@ def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
 def _unpacked(weight: QuantizedTensor) -> torch.Tensor:
     """Raises ValueError for one of a damaged file: core's loader takes its parts unseen, and unpacking cuts what is too large."""
     rows, columns = weight.shape
-    packed = 2 if weight._qdata.element_size() == 1 and LAYOUTS.get(weight._layout_cls) in FOUR_BITS_DB else 1
+    packed = 2 if LAYOUTS.get(weight._layout_cls) in FOUR_BITS_DB else 1
     block = BLOCKS.get(weight._layout_cls, 1)  # to whose multiples the layout fills up
     held = [-(-rows // block) * block, -(-columns // block) * block // packed]
     reordered = getattr(weight._params, "mma_packed", False)
