@@ -52,8 +52,8 @@ class Gain:
 
 
 def number(seconds: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{seconds:.3g}" if 1e-4 < seconds < 1000 else f"{seconds:.0f}" if seconds >= 1000 else f"{seconds:.5f}"
+    """Three digits, zeros too, without an exponent."""
+    return f"{seconds:#.3g}".rstrip(".") if 1e-4 < seconds < 999.5 else f"{seconds:.0f}" if seconds > 1 else f"{seconds:.5f}"
 
 
 class CallTimes:

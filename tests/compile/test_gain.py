@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain
+from int8_compile.compile.gain import COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
 
 CPU = torch.device("cpu")
 
@@ -62,13 +62,21 @@ def test_a_call_is_timed_as_long_as_it_takes():
 
 
 @pytest.mark.parametrize(("gain", "text", "slower"), [
-    (Gain("s", 3.1, 2.18, (3, 3)), "1.42x: 3.1 -> 2.18 s a step", False),
-    (Gain("s", 1.0, 1.25, (3, 3)), "0.80x: 1 -> 1.25 s a step (slower than without: bypass this node)", True),
+    (Gain("s", 3.1, 2.18, (3, 3)), "1.42x: 3.10 -> 2.18 s a step", False),
+    (Gain("s", 1.0, 1.25, (3, 3)), "0.80x: 1.00 -> 1.25 s a step (slower than without: bypass this node)", True),
     (Gain("s", 0.0131, 0.0132, (2, 3)), "0.99x: 0.0131 -> 0.0132 s a step", False),
-    (Gain("s", 0.2, 0.1, (1, 1)), "2.00x: 0.2 -> 0.1 s a step, of one step each", False),
+    (Gain("s", 0.2, 0.1, (1, 1)), "2.00x: 0.200 -> 0.100 s a step, of one step each", False),
 ])
 def test_a_gain_in_words(gain, text, slower):
     assert gain.text() == text and gain.is_slower == slower
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (1.0, "1.00"), (0.6932, "0.693"), (12.34, "12.3"), (100.2, "100"), (999.9, "1000"), (1234.5, "1234"), (0.00012, "0.000120"),
+    (0.00002, "0.00002"),
+])
+def test_three_digits_whatever_the_number(seconds, text):
+    assert number(seconds) == text
 
 
 def test_one_step_of_each_is_no_reason_to_call_it_slower():

@@ -230,17 +230,17 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
     model, node = optimize(flux, "exact")
     steps = Steps(optimizer_of(model), compiled=0.5, eager=1.0)
     assert steps.run(20) == [False] * KEPT + [True] * KEPT + [False] * 14
-    assert node.report.text().startswith("2.00x: 1 -> 0.5 s a step") and node.details["compiled"] is True
+    assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step") and node.details["compiled"] is True
     restart()
     again, node = optimize(flux, "exact")
     assert Steps(optimizer_of(again), compiled=0.5, eager=1.0).run(6) == [False] * 6
-    assert node.report.text().startswith("2.00x: 1 -> 0.5 s a step")
+    assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step")
 
 
 def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optimize):
     model, node = optimize(flux, "exact")
     assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * 6
-    assert "passed on as it came" in node.report.status() and "compile: no, 1 -> 1.1 s a step" in node.report.text()
+    assert "passed on as it came" in node.report.status() and "compile: no, 1.00 -> 1.10 s a step" in node.report.text()
     restart()
     again, node = optimize(flux, "exact")
     assert not again.wrappers and not again.object_patches and names(again) == []
@@ -259,9 +259,9 @@ def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt
     steps.times._add(SIZE, WITHOUT, 1.0)
     steps.run(2 * KEPT)
     assert OptimizeModel.fingerprint_inputs() != before, "the node runs again"
-    assert "no INT8 from the next prompt on (1 -> 1.3 s a step with it)" in node.report.status() and decisions.revision()
+    assert "no INT8 from the next prompt on (1.00 -> 1.30 s a step with it)" in node.report.status() and decisions.revision()
     again, node = optimize(flux)
-    assert "no INT8 (1 -> 1.3 s a step with it)" in node.report.status()
+    assert "no INT8 (1.00 -> 1.30 s a step with it)" in node.report.status()
     assert names(again) == ["compile"] and not again.object_patches and node.details["compiled"] is None
 
 
