@@ -17,7 +17,7 @@ from pathlib import Path
 DEFAULT_NAMES = ("flux", "wan", "clip", "taef1", "loras")
 # flux_57: 57 blocks like the real Flux, a model for compile times. sd15: SD1.5 at its real width, with the first level only. zimage: one
 # layer and four refiners of the real width, by which ComfyUI knows it: 1.8 GB.
-ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "sd15", "zimage")
+ALL_NAMES = (*DEFAULT_NAMES, "flux_57", "flux_narrow", "sd15", "zimage")
 
 HIDDEN = 256  # two heads of 128, the head size that both families fix
 LORA_RANK = 4
@@ -61,6 +61,8 @@ def builders() -> dict:
     return {
         "flux": {"diffusion_models/tiny_flux.safetensors": lambda: flux_weights(2, 3, seed=1)},
         "flux_57": {"diffusion_models/flux_57.safetensors": lambda: flux_weights(19, 38, seed=2)},
+        # One head: too narrow for INT8 to pay.
+        "flux_narrow": {"diffusion_models/flux_narrow.safetensors": lambda: flux_weights(2, 3, seed=14, hidden=128)},
         "wan": {"diffusion_models/tiny_wan.safetensors": lambda: wan_weights(4, seed=3)},
         "sd15": {
             "diffusion_models/tiny_sd15.safetensors": lambda: sd15_weights(seed=10),
@@ -114,10 +116,10 @@ def flux(depth: int, depth_single: int, device: str, hidden: int = HIDDEN, dtype
     )
 
 
-def flux_weights(depth: int, depth_single: int, seed: int) -> dict:
+def flux_weights(depth: int, depth_single: int, seed: int, hidden: int = HIDDEN) -> dict:
     import torch
 
-    model = fill(flux(depth, depth_single, "cpu"), seed)
+    model = fill(flux(depth, depth_single, "cpu", hidden), seed)
     # BFL's checkpoints call the weight of a query or key norm "scale"; every ComfyUI reads that name.
     return {
         name.replace("_norm.weight", "_norm.scale"): weight.to(torch.bfloat16).contiguous()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 MAX_CHARACTERS = 200
+OF_A_PROMPT = "of_a_prompt"  # what a log record is marked with that may hold somebody's text or the name of a file: no client gets it
 # A POSIX path of two parts or more, also behind a compiler's -I, a Windows path, a share. Not an address (http://...), a unit (GB/s) or
 # a choice (float/int).
 _PATH = re.compile(r"""(?:(?<![\w/.~-])|(?<=\s-[A-Za-z])|(?<=file://))(?:~?/(?:[^\s/'"():,;]+/)+|[A-Za-z]:[\\/](?:[^\\/'"():,;\n]+[\\/])*|"""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -13,23 +14,24 @@ from comfy_api.latest import io
 
 from ..compile.artifacts.store import default_key_file
 from ..compile.comfyui import artifact_cache
-from ..compile.comfyui.server_status import OF_A_PROMPT
-from ..int8.echo import echo, without_folders, writable
+from ..int8.echo import OF_A_PROMPT, echo, without_folders, writable
 from ..pack import NAME, PACKAGE
 
 logger = logging.getLogger(__name__)
 
+VALUES = (bool, int, float, str, list, dict)  # of JSON
 MAX_CHARACTERS = 6000  # of what core or torch says; this pack's longest message lists the options of the compiler
 
 
 def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """node, whose errors of any type are raised on without absolute paths in their text, which any log can write."""
     execute = node.execute.__func__
+    signature = inspect.signature(execute)
 
     @functools.wraps(execute)
     def guarded(cls, *args, **kwargs):
         try:
-            _check_model(cls, kwargs.get("model", args[0] if args else None))
+            _check_model(cls, signature.bind_partial(cls, *args, **kwargs).arguments.get("model"))
             return execute(cls, *args, **kwargs)
         except Exception as error:
             _clean(error)
@@ -39,11 +41,14 @@ def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
 
 def _check_model(node: type[io.ComfyNode], model) -> None:
-    """Core takes what comes out of a node of several types for any of them."""
-    if isinstance(model, (CLIP, VAE, ControlNet)):
-        schema = node.define_schema()
-        if any(type(found) is io.Model.Input and found.id == "model" for found in schema.inputs):
-            raise ValueError(f"{schema.display_name}: this input is a {type(model).__name__}, not a MODEL. Connect it without this node.")
+    """Core takes what comes out of a node of several types for any of them, and what a prompt has in the place of a link as it is."""
+    if not isinstance(model, (CLIP, VAE, ControlNet, *VALUES)):
+        return
+    schema = node.define_schema()
+    if any(type(found) is io.Model.Input and found.id == "model" for found in schema.inputs):
+        if isinstance(model, VALUES):
+            raise ValueError(f"{schema.display_name}: the input model is a value, not a MODEL. Connect it to a node that loads a model.")
+        raise ValueError(f"{schema.display_name}: this input is a {type(model).__name__}, not a MODEL. Connect it without this node.")
 
 
 def _clean(error: Exception) -> None:

@@ -48,7 +48,7 @@ PREFIX = ".bundle-"  # of what is being written
 YOUNG = 2.0  # seconds in which what is being written may not be locked yet
 LABELS = "name", "device", "torch"  # of a manifest, for a person
 _DEPTH = 5
-_NAME = re.compile(r"\w(?:[\w.+-]{0,198}\w)?")
+_NAME, MAX_NAME = re.compile(r"\w(?:[\w.+-]*\w)?"), 200  # bytes
 _LABEL = re.compile(r"[\w .+:()/@-]{1,100}")  # shown to a person
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -252,7 +252,7 @@ def _unpack(store: CacheStore, held: BundleEntry, archive: zipfile.ZipFile):
 
 def is_name(text: str) -> bool:
     """Whether it is one for a file on every system."""
-    return bool(_NAME.fullmatch(text)) and not is_reserved(text)
+    return bool(_NAME.fullmatch(text)) and len(text.encode()) <= MAX_NAME and not is_reserved(text)
 
 
 def _folders(archive: zipfile.ZipFile) -> dict[str, dict[str, zipfile.ZipInfo]]:

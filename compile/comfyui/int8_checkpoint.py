@@ -5,8 +5,7 @@ import contextlib
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_detection
@@ -15,7 +14,6 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...int8.echo import echo
 from ...int8.files.whole import writing_whole
@@ -24,6 +22,7 @@ from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import drop_kept, eligible_linears, quantize_weight
 from ...int8.report import ProgressCallback, QuantizeReport, no_progress
+from .checkpoint_file import CheckpointFile
 from .int8_calibrate import planned_layers, plans
 from .int8_layer import QUANT_FORMAT, prefix_of, require_native_int8
 from .int8_model import adopt_native_layers, bytes_saved, int8_layers, is_int8, put_int8_layers, take_off
@@ -31,13 +30,7 @@ from .int8_source import FLOATS, unpack_others
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.utils.convert_old_quants reads it
-# Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
-SMALL_BYTES = 1 << 16
-MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
 MAX_ENTRY_BYTES = 4096  # of a layer's comfy_quant, which has about 100
 # Endings of keys by which other quantized formats are known.
 FOREIGN = {
@@ -87,75 +80,6 @@ def _modules(patcher) -> Iterator[torch.nn.Module]:
     yield from patcher.object_patches.values()
 
 
-def _written(file) -> tuple[int, int, int]:
-    """Another once somebody has written into an open file, or put another in its place."""
-    state = os.fstat(file.fileno())
-    return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-class _Checkpoint(Mapping):
-    """A safetensors file as {key: tensor}; large tensors without their values. Raises ValueError for a file that is damaged."""
-
-    def __init__(self, path: str):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                self._written = _written(file)
-                size = int.from_bytes(file.read(8), "little")
-                if size > MAX_HEADER_BYTES:
-                    raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
-                header = json.loads(file.read(size))
-            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
-                self.metadata = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
-                             f"({echo(str(error))}). Download it again.") from error
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
-                                 "which no model has.")
-        self._start = 8 + size
-        self._entries = header
-
-    def shape(self, key: str) -> list[int]:
-        return self._entries[key]["shape"] if key in self._entries else []
-
-    def dtype(self, key: str) -> torch.dtype:
-        return DTYPES[self._entries[key]["dtype"]]
-
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(end - start for start, end in (entry["data_offsets"] for entry in self._entries.values()))
-
-    def largest(self) -> int:
-        """Bytes of the largest tensor."""
-        return max((end - start for start, end in (entry["data_offsets"] for entry in self._entries.values())), default=0)
-
-    def read(self, key: str, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor of key, in memory (uint8, large enough) or in memory of its own; never a map of the file, whose pages would stay."""
-        start, end = self._entries[key]["data_offsets"]
-        raw = torch.empty(end - start, dtype=torch.uint8) if memory is None else memory[:end - start]
-        with open(self.path, "rb") as file:
-            file.seek(self._start + start)
-            if file.readinto(memoryview(raw.numpy())) < end - start or _written(file) != self._written:
-                raise ValueError(f"Load INT8 Model: '{echo(Path(self.path).name)}' changed while it was read. "
-                                 "Queue the prompt again once the file is whole.")
-        return raw.view(self.dtype(key)).reshape(self.shape(key))
-
-    def __getitem__(self, key):
-        start, end = self._entries[key]["data_offsets"]
-        if end - start <= SMALL_BYTES:
-            return self.read(key)
-        return torch.empty(self.shape(key), dtype=self.dtype(key), device="meta")
-
-    def __iter__(self):
-        return iter(self._entries)
-
-    def __len__(self):
-        return len(self._entries)
-
-
 def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = False, on_progress: ProgressCallback = no_progress):
     """A ModelPatcher of a diffusion model file, with its eligible Linear layers INT8: quantized one by one as they are read, so that the
     float model is never in memory as a whole; a file that is INT8 already (native format) is loaded as it is. Our kernels run both.
@@ -170,9 +94,9 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
     name = echo(Path(path).name)
     if not path.endswith((".safetensors", ".sft")):
         raise ValueError(f"Load INT8 Model: '{name}' is not a safetensors file. Use Load Diffusion Model and INT8 Quantize Model.")
-    checkpoint = _Checkpoint(path)
+    checkpoint = CheckpointFile(path)
     native = _check_format(checkpoint, name)
-    state = comfy.utils.load_torch_file(path) if native else _quantized(checkpoint, name, options, on_progress)
+    state = checkpoint.by_comfyui() if native else _quantized(checkpoint, name, options, on_progress)
     metadata = dict(checkpoint.metadata) or None
     with _explained(name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
@@ -195,7 +119,7 @@ def _explained(name: str) -> Iterator[None]:
         raise ValueError(f"Load INT8 Model: '{name}' could not be loaded: {echo(str(error)) or type(error).__name__}") from error
 
 
-def _report(checkpoint: _Checkpoint, patcher, native: bool, options: Int8Options) -> QuantizeReport:
+def _report(checkpoint: CheckpointFile, patcher, native: bool, options: Int8Options) -> QuantizeReport:
     layers = int8_layers(patcher)
     if native:
         return QuantizeReport(native=len(layers))
@@ -204,7 +128,7 @@ def _report(checkpoint: _Checkpoint, patcher, native: bool, options: Int8Options
     return QuantizeReport.of(plans, checkpoint.size(), patcher.model_size(), kept)
 
 
-def _check_format(checkpoint: _Checkpoint, name: str) -> bool:
+def _check_format(checkpoint: CheckpointFile, name: str) -> bool:
     """Whether the file is native INT8 already."""
     formats = set()
     for key in checkpoint:
@@ -256,14 +180,14 @@ def _format_of(entry, name: str, key: str) -> str:
     return entry["format"]
 
 
-def _check_scale(checkpoint: _Checkpoint, name: str, layer: str):
+def _check_scale(checkpoint: CheckpointFile, name: str, layer: str):
     weight, scale = checkpoint.shape(f"{layer}.weight"), checkpoint.shape(f"{layer}.weight_scale")
     if len(weight) == 2 and scale not in ([], [1], [weight[0]], [weight[0], 1]) and checkpoint.dtype(f"{layer}.weight") == torch.int8:
         raise ValueError(f"Load INT8 Model: '{name}' is damaged: {echo(layer)}.weight_scale has the shape {echo(scale)}, its weight "
                          f"{echo(weight)}.")
 
 
-def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, on_progress: ProgressCallback) -> dict[str, torch.Tensor]:
+def _quantized(checkpoint: CheckpointFile, name: str, options: Int8Options, on_progress: ProgressCallback) -> dict[str, torch.Tensor]:
     """The state dict in the native format, below the diffusion model's prefix."""
     with _explained(name):
         prefix = comfy.model_detection.unet_prefix_from_state_dict(checkpoint)
@@ -305,7 +229,7 @@ def _quantized(checkpoint: _Checkpoint, name: str, options: Int8Options, on_prog
     return state
 
 
-def _eligible(checkpoint: _Checkpoint, prefix: str, keys: list[str]) -> list[str] | None:
+def _eligible(checkpoint: CheckpointFile, prefix: str, keys: list[str]) -> list[str] | None:
     """Names of the eligible layers, from the model built without its weights; None where ComfyUI does not know it by these keys."""
     shapes = {key[len(prefix):]: checkpoint[key] for key in keys}
     config = comfy.model_detection.model_config_from_unet(shapes, "", metadata=checkpoint.metadata)

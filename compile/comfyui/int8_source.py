@@ -79,7 +79,7 @@ def float_values(layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         values, smoothing = _unpacked(weight), getattr(layer, "pre_quant_scale", None)
         if smoothing is None:
             return values
-        if not smoothing.numel() == smoothing.shape[-1] == values.shape[1]:
+        if smoothing.numel() != values.shape[1] or smoothing.shape[-1:] != values.shape[1:]:
             raise ValueError(f"its pre_quant_scale has the shape {list(smoothing.shape)}, and it has {values.shape[1]} channels")
         return (values.float() * smoothing.reshape(-1).to(values.device)).to(values.dtype)
     if is_of_a_pack(weight) and (pack := unpacking(type(weight))) is not None:  # type: ignore[arg-type]

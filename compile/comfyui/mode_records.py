@@ -13,7 +13,7 @@ from typing import Any
 import folder_paths
 from safetensors import SafetensorError, safe_open
 
-from ...int8.echo import echo
+from ...int8.echo import OF_A_PROMPT, echo
 from ...int8.options import Int8Options
 from ...int8.report import ProgressCallback, no_progress
 from ..modes.apply import apply_modes, parse_modes, updated
@@ -113,7 +113,7 @@ def recorded(patcher):
                                   "Model, and INT8 Quantize Model for this pack's kernels.") from error
         if not agrees:
             logger.warning("%s: its record of modes does not agree with its INT8 layers. The layers hold: %s.", echo(path.name),
-                           ", ".join(derived.names))
+                           ", ".join(derived.names), extra={OF_A_PROMPT: True})
             state = derived
     return replay(patcher, state, PATCHER_MODES)
 

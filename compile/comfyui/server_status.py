@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 from aiohttp import web
 
+from ...int8.echo import OF_A_PROMPT
 from ...int8.kernels import seen_right
 from ...pack import PACKAGE, version
 from ..artifacts import key as cache_key
@@ -21,7 +22,6 @@ from .node_status import for_client
 
 ROUTE = "/int8_compile/status"
 MOST_WARNINGS = 20
-OF_A_PROMPT = "of_a_prompt"  # what a record is marked with that may hold somebody's text
 CACHE_SECONDS = 10.0  # that the cache's size is not looked up again: it walks through a folder
 
 

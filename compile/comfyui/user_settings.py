@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...int8.echo import echo
+from ...int8.files.owners import CacheError, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -18,15 +19,13 @@ def settings() -> dict:
     """Of ComfyUI's default user; anybody may have written them."""
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
-        if path.stat().st_size > MAX_SETTINGS:
-            raise ValueError(f"more than {MAX_SETTINGS} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(path, MAX_SETTINGS))
         if not isinstance(found, dict):
             raise ValueError("not an object")
         return found
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError) as error:
+    except (CacheError, OSError, ValueError, RecursionError) as error:
         if is_first("settings"):
             logger.warning("INT8 Compile: ComfyUI's settings cannot be read (%s): the defaults are used.", echo(str(error)))
     return {}

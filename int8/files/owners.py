@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from . import system
@@ -101,16 +102,31 @@ def read_own(path: Path) -> bytes:
     """The content of a regular file of at most MOST_BYTES. Raises CacheError as require_own does, of the file that is read; OSError where
     there is none."""
     require_own(path)
-    # No link that is put there now is followed, and nobody waits for the other end of a pipe.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    # No link that is put there now is followed.
+    return _read(path, MOST_BYTES, getattr(os, "O_NOFOLLOW", 0), lambda info: _require_own(path, info))
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of a file that is anybody's. Raises CacheError for what is no regular file, or larger; OSError where there is none."""
+    _require_regular(path, path.stat())
+    return _read(path, most_bytes)
+
+
+def _read(path: Path, most_bytes: int, flags: int = 0, require: Callable[[os.stat_result], None] = lambda info: None) -> bytes:
+    # Nobody waits for the other end of a pipe that is put there now.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | flags)
     try:
         info = os.fstat(handle)
-        _require_own(path, info)
-        if not stat.S_ISREG(info.st_mode):
-            raise CacheError(f"{path.name} is no file")
-        if info.st_size > MOST_BYTES:
-            raise CacheError(f"{path.name} has {info.st_size} bytes; {MOST_BYTES} are the limit")
+        require(info)
+        _require_regular(path, info)
+        if info.st_size > most_bytes:
+            raise CacheError(f"{path.name} has {info.st_size} bytes; {most_bytes} are the limit")
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read()
+            return file.read(info.st_size)
     finally:
         os.close(handle)
+
+
+def _require_regular(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise CacheError(f"{path.name} is no file")

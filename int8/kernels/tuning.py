@@ -8,13 +8,13 @@ import contextlib
 import functools
 import json
 import logging
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..files.folders import make_folders
+from ..files.owners import CacheError, read_regular
 from ..files.temporary import TEMPORARY, Sweeper
 from ..files.whole import write_whole
 
@@ -27,7 +27,7 @@ TILE_RUNS = 5
 BUDGET = 30.0
 # A candidate must be this much faster than the heuristic one: less is noise, and neighbouring buckets should agree.
 MARGIN = 0.03
-MAX_BYTES = 1 << 24  # of the file of choices
+MAX_BYTES = 1 << 24  # of the file of choices: nobody measures as much
 
 
 class NotNow(Exception):
@@ -112,12 +112,8 @@ class Choices:
         try:
             if self.path:
                 Sweeper().sweep(self.path.parent.glob(f"{TEMPORARY}*"))
-            # A pipe would be waited for, and nobody measures as much as the limit.
-            info = self.path.stat() if self.path else None
-            if info is None or not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BYTES:
-                return {}
-            stored = json.loads(self.path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            stored = json.loads(read_regular(self.path, MAX_BYTES)) if self.path else {}
+        except (CacheError, OSError, ValueError, RecursionError):
             return {}
         return {k: v for k, v in stored.items() if isinstance(v, str)} if isinstance(stored, dict) else {}
 

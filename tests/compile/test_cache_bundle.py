@@ -232,7 +232,7 @@ def test_the_hostile_bundles_below_are_good_but_for_one_thing(tmp_path):
     f"../{PLACE}/x", f"{GROUP}/../forward/entry/x", f"{PLACE}/../x", f"{PLACE}/entry/..", f"/{PLACE}/x", f"//{GROUP}/forward/entry/x",
     f"{PLACE}/entry/sub/x", f"{GROUP}/forward/entry/x", "x", f"{PLACE}/entry/.hidden", f"{PLACE}/.bad-entry/x", f"{PLACE}/.tmp-entry/x",
     f"{PLACE}/entry/C:x", f"{PLACE}/entry/a\\b", "..\\..\\x", f"{PLACE}/entry/x.", f"{PLACE}/entry/ x", f"{PLACE}/entry/a\x1bb",
-    f"{PLACE}/entry/{'x' * 300}", f"{PLACE}/./x", f"~/{GROUP}/forward/entry/x"])
+    f"{PLACE}/entry/{'x' * 201}", f"{PLACE}/entry/{'名' * 67}", f"{PLACE}/./x", f"~/{GROUP}/forward/entry/x"])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     rejected(hostile(tmp_path, {name: b"code"}), "it has a file named")
 

@@ -48,9 +48,9 @@ def test_other_weights_begin_anew_but_for_the_model_as_it_came():
 
 def test_only_the_last_sizes_are_kept():
     times = CallTimes()
-    for number in range(MOST_SIZES + 3):
-        timed(times, EAGER, 1.0, str(number))
-    assert [number for number in range(MOST_SIZES + 3) if times.count(str(number), EAGER)] == list(range(3, MOST_SIZES + 3))
+    for index in range(MOST_SIZES + 3):
+        timed(times, EAGER, 1.0, str(index))
+    assert [index for index in range(MOST_SIZES + 3) if times.count(str(index), EAGER)] == list(range(3, MOST_SIZES + 3))
 
 
 def test_a_call_is_timed_as_long_as_it_takes():

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,13 +210,13 @@ def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp
         load_int8(method="smoothquant")
 
 
-@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged"])
+@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged", "written over by a copy of the same time"])
 def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
     from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
     from int8_compile.int8.options import Int8Options
 
     path = edited(lambda tensors: None)
-    content = path.read_bytes()
+    content, state = path.read_bytes(), path.stat()
 
     def change(*_):
         if how == "exchanged":
@@ -222,10 +224,31 @@ def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
         with open(path, "r+b" if path.exists() else "wb") as file:
             file.write(content[:1000] if how == "written over" else content)
             file.truncate(100_000 if how == "cut short" else len(content))
+        if how.endswith("time"):
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(ValueError, match="changed while it was read"):
         load_int8_model(str(path), Int8Options("rowwise"), on_progress=change)
     path.write_bytes(content)
     load_int8_model(str(path), Int8Options("rowwise"))
+
+
+def test_a_native_file_that_is_exchanged_before_comfyui_reads_it_is_refused(comfy, flux, nodes, save, load_int8, monkeypatch):
+    """What says how its layers are rotated is of one file, the weights would be of another."""
+    import comfy.utils
+
+    path = Path(save(nodes.INT8QuantizeModel(flux, method="convrot")))
+    read = comfy.utils.load_torch_file
+
+    def exchanged(*args, **kwargs):
+        other = path.with_name("other.safetensors")
+        other.write_bytes(path.read_bytes())
+        os.replace(other, path)
+        return read(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.utils, "load_torch_file", exchanged)
+        with pytest.raises(ValueError, match="changed while it was read"):
+            load_int8(path)
+    load_int8(path)
 
 
 def test_a_native_file_with_wrong_scales_is_refused(comfy, flux, nodes, save, load_int8, tmp_path):

@@ -284,6 +284,9 @@ def test_nodes_of_models_say_what_a_clip_is_not(clip, nodes):
     for node in (nodes.INT8LazyTorchCompile, nodes.ApplyModes, nodes.OptimizeModel):
         with pytest.raises(ValueError, match="this input is a CLIP, not a MODEL"):
             node(clip)
+        for value in (True, 1, "unet", ["unet"], {}):
+            with pytest.raises(ValueError, match="the input model is a value, not a MODEL"):
+                node(value)
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

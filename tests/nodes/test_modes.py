@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from int8_compile.int8.echo import OF_A_PROMPT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import difference
@@ -341,6 +342,7 @@ def test_where_record_and_layers_disagree_the_layers_hold(flux, nodes, saved, lo
     with caplog.at_level(logging.WARNING):
         model = load_int8(with_record(path, json.dumps(record)))
     assert "its record of modes does not agree with its INT8 layers. The layers hold: convrot, int8." in caplog.text
+    assert all(getattr(record, OF_A_PROMPT, False) for record in caplog.records if "does not agree" in record.message)  # it names the file
     assert names(model) == ["convrot", "int8"] and "256" in str(model.get_attachment("int8_compile.modes"))
 
 

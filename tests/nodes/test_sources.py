@@ -112,7 +112,7 @@ def test_an_int8_layer_holds_the_values_that_its_fp8_layer_multiplies_with(model
 # Core's loader looks at the shapes of W4A8 itself; it knows smoothing in one of these formats, and a scale that is one number in another.
 @pytest.mark.parametrize("source, what", [
     *itertools.product(["scaled", "groups", "nvfp4", "w4a4"], ["wider", "taller", "scale", "nan"]),
-    ("w4a8", "nan"), ("scaled", "rows"), ("nvfp4", "smoothing")], indirect=["source"])
+    ("w4a8", "nan"), ("scaled", "rows"), ("nvfp4", "smoothing"), ("nvfp4", "one number")], indirect=["source"])
 def test_a_damaged_file_of_rounded_weights_is_said_with_its_layer(comfy, model, source, nodes, tmp_path, what):
     from safetensors.torch import load_file, save_file
 
@@ -130,6 +130,8 @@ def test_a_damaged_file_of_rounded_weights_is_said_with_its_layer(comfy, model, 
         tensors[scales[0]] = tensors[scales[0]].flatten()[:1].repeat(tensors[f"{name}.weight"].shape[0])
     elif what == "smoothing":
         tensors[f"{name}.pre_quant_scale"] = torch.ones(tensors[f"{name}.weight"].shape[0], 1)
+    elif what == "one number":
+        tensors[f"{name}.pre_quant_scale"] = torch.tensor(1.5)
     else:
         of_rows = next((key for key in scales if "channel" in key), scales[-1])
         tensors[of_rows] = torch.full_like(tensors[of_rows].float(), float("nan")).to(tensors[of_rows].dtype)

@@ -50,6 +50,21 @@ def test_no_setting_says_where_code_lies(cache, tmp_path):
     cache.open_store()
 
 
+@pytest.mark.parametrize("make", [
+    os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path),
+    lambda path: (os.mkfifo(path.with_name("pipe")), path.symlink_to("pipe"))])
+def test_settings_that_are_no_file_are_none(cache, tmp_path, caplog, make):
+    """They are read before each prompt, by what answers all clients."""
+    path = tmp_path / "user" / "default" / "comfy.settings.json"
+    path.parent.mkdir(exist_ok=True)
+    from int8_compile.compile.comfyui import user_settings
+
+    make(path)
+    for _ in range(2):
+        assert user_settings.settings() == {}
+    assert caplog.text.count("ComfyUI's settings cannot be read") == 1
+
+
 @pytest.mark.parametrize("inside", ["input", "output", "temp", "models/loras", "output/a/b", "user", "user/default", "user/default/x",
                                     "link/x", ""])
 def test_a_folder_that_clients_reach_is_refused_in_one_line(cache, tmp_path, monkeypatch, caplog, inside):

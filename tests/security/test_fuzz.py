@@ -102,7 +102,8 @@ def registries(comfy):
 @pytest.mark.comfy
 def test_metadata_of_files(count, within, comfy, tmp_path):
     """The header is written here, so that it may say anything."""
-    from int8_compile.compile.comfyui.int8_checkpoint import _check_format, _Checkpoint
+    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
+    from int8_compile.compile.comfyui.int8_checkpoint import _check_format
 
     conf = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64, "params": {"convrot": False, "convrot_groupsize": 16}}
     path = tmp_path / "x.safetensors"
@@ -122,7 +123,7 @@ def test_metadata_of_files(count, within, comfy, tmp_path):
             header = mutated(r, header)
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + entry + bytes(4096 + 256))
-        _check_format(_Checkpoint(str(path)), path.name)
+        _check_format(CheckpointFile(str(path)), path.name)
     assert within(count("metadata"), ask, (ValueError,)) > count("metadata") / 3
 
 

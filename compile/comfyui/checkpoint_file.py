@@ -1,0 +1,104 @@
+"""A safetensors file that is read tensor by tensor, for Load INT8 Model: never in memory as a whole, and as it was when it was opened."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.utils
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...int8.echo import echo
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+# Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
+SMALL_BYTES = 1 << 16
+MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
+
+
+def _written(file) -> tuple[int, ...]:
+    """Another once somebody has written into an open file, or put another in its place; copies may bring their own time of change."""
+    state = os.fstat(file.fileno())
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+class CheckpointFile(Mapping):
+    """A safetensors file as {key: tensor}; large tensors without their values. Raises ValueError for a file that is damaged."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._written = _written(file)
+                size = int.from_bytes(file.read(8), "little")
+                if size > MAX_HEADER_BYTES:
+                    raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
+                header = json.loads(file.read(size))
+            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
+                self.metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
+                             f"({echo(str(error))}). Download it again.") from error
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
+                                 "which no model has.")
+        self._start = 8 + size
+        self._entries = header
+
+    def shape(self, key: str) -> list[int]:
+        return self._entries[key]["shape"] if key in self._entries else []
+
+    def dtype(self, key: str) -> torch.dtype:
+        return DTYPES[self._entries[key]["dtype"]]
+
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(end - start for start, end in (entry["data_offsets"] for entry in self._entries.values()))
+
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max((end - start for start, end in (entry["data_offsets"] for entry in self._entries.values())), default=0)
+
+    def read(self, key: str, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor of key, in memory (uint8, large enough) or in memory of its own; never a map of the file, whose pages would stay."""
+        start, end = self._entries[key]["data_offsets"]
+        raw = torch.empty(end - start, dtype=torch.uint8) if memory is None else memory[:end - start]
+        with open(self.path, "rb") as file:
+            file.seek(self._start + start)
+            if file.readinto(memoryview(raw.numpy())) < end - start:
+                self._changed()
+            self._require_unchanged(file)
+        return raw.view(self.dtype(key)).reshape(self.shape(key))
+
+    def by_comfyui(self) -> dict[str, torch.Tensor]:
+        """All of it, as ComfyUI's loader reads the file."""
+        state = comfy.utils.load_torch_file(self.path)
+        with open(self.path, "rb") as file:
+            self._require_unchanged(file)
+        return state
+
+    def _require_unchanged(self, file) -> None:
+        if _written(file) != self._written:
+            self._changed()
+
+    def _changed(self):
+        raise ValueError(f"Load INT8 Model: '{echo(Path(self.path).name)}' changed while it was read. "
+                         "Queue the prompt again once the file is whole.")
+
+    def __getitem__(self, key):
+        start, end = self._entries[key]["data_offsets"]
+        if end - start <= SMALL_BYTES:
+            return self.read(key)
+        return torch.empty(self.shape(key), dtype=self.dtype(key), device="meta")
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self):
+        return len(self._entries)
