@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.float
+import comfy.hooks
 import comfy.model_management
 import comfy.utils
 import torch
@@ -80,10 +81,8 @@ class Int8Lora:
         return result if smoothing is None else result.mul_(smoothing)
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """The other way: weight [N, K] float, patched, becomes the layer's. Rounded to nearest, with scales of its own."""
-        if inplace_update:
-            raise RuntimeError("INT8 Quantize Model: hook LoRAs (Create Hook LoRA) cannot change quantized weights in this ComfyUI "
-                               "version. Use Load LoRA instead, or connect the model without INT8 Quantize Model.")
+        """The other way: weight [N, K] float, patched, becomes the layer's. Rounded to nearest, with scales of its own. inplace_update:
+        until core writes over it what it has kept (hook LoRAs); then the weight of before is back."""
         own = self._parameters["weight"]
         if isinstance(own, QuantizedTensor):
             patched = self._quantized(weight)
@@ -91,6 +90,11 @@ class Int8Lora:
             patched = comfy.float.stochastic_rounding(weight, own.dtype, seed=seed or 0)
         if return_weight:
             return patched
+        if inplace_update and not isinstance(own, QuantizedTensor):
+            own.data.copy_(patched)
+            return
+        if inplace_update:
+            patched._params = _until_written_over(patched._params, functools.partial(_put_back, weakref.ref(self), own))
         self.weight = torch.nn.Parameter(patched, requires_grad=False)
 
     def float_weight(self, device: torch.device) -> torch.Tensor | None:
@@ -151,6 +155,34 @@ class Int8Lora:
             q[rows], s[rows, 0] = reference.quant_rows(self._stored(weight[rows], group))
         params = dataclasses.replace(self.weight._params, scale=s, orig_shape=tuple(weight.shape))
         return QuantizedTensor(q, self.weight._layout_cls, params)
+
+
+def _put_back(layer: weakref.ref, weight: torch.nn.Parameter) -> None:
+    if (found := layer()) is not None:
+        found._parameters["weight"] = weight
+
+
+def _until_written_over(params: Any, put_back: Callable[[], None]):
+    """params (of a QuantizedTensor), of a weight that calls put_back where another is copied into it: core's copy_ takes the values alone,
+    as it writes the scales to params of the alias that .data is."""
+    kind: Any = type(params)
+    return _kind_until_written_over(kind)(**{field.name: getattr(params, field.name) for field in dataclasses.fields(params)},
+                                                  put_back=put_back)
+
+
+@functools.cache
+def _kind_until_written_over(kind: Any) -> Any:
+    def copy_from(self, src, non_blocking: bool = False) -> None:
+        self.put_back()
+
+    return dataclasses.make_dataclass(kind.__name__, [("put_back", Any, None)], bases=(kind,), frozen=True,
+                                      namespace={"copy_from": copy_from, "__module__": __name__})
+
+
+def hook_without_cache(patcher) -> None:
+    """Hook LoRAs on INT8 layers: core caches what they make of a weight in float, which it then cannot write into an INT8 one; without its
+    cache they are computed at each change of hooks."""
+    patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
 
 
 def patch_as_core(kind: type) -> None:

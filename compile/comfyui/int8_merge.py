@@ -33,6 +33,8 @@ def patch_merging_and_saving() -> None:
             except AttributeError as error:
                 if not any(isinstance(getattr(m, "weight", None), QuantizedTensor) for m in self.model.modules()):
                     raise
+                if self.hook_patches and not (args or kwargs):  # a merge says of which layers
+                    return _weights_of_hooks(self)
                 raise ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. Load "
                                  "the bf16, fp16 or fp32 file, merge, and put INT8 Quantize Model behind the merge.") from error
 
@@ -54,6 +56,15 @@ def patch_merging_and_saving() -> None:
     for name, all_parts in (("state_dict_for_saving", False), ("get_sd", True)):
         if hasattr(comfy.sd.CLIP, name):
             setattr(comfy.sd.CLIP, name, _of_float_parts(getattr(comfy.sd.CLIP, name), all_parts))
+
+
+def _weights_of_hooks(patcher) -> dict[str, list]:
+    """What get_key_patches gives, of the weights that patcher's hook LoRAs change."""
+    found = {}
+    for key in {key for patches in patcher.hook_patches.values() for key in patches}:
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        found[key] = [(patcher.hook_backup.get(key, (weight,))[0], convert or (lambda value, **kwargs: value))]
+    return found
 
 
 def _of_float_parts(method: Callable, all_parts: bool) -> Callable:

@@ -41,7 +41,7 @@ from .int8_layer import (
     require_native_int8,
     root_of,
 )
-from .int8_lora import patch_as_core
+from .int8_lora import hook_without_cache, patch_as_core
 from .int8_merge import patch_merging_and_saving
 from .int8_source import pristine_weight, rounded_as, source_of, values_of, weight_of
 from .object_patches import object_of, undo_in_reverse
@@ -121,6 +121,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
     patch_bypass_loras()
     patch_linear_input_act()
     patch_as_core(type(patcher))
+    hook_without_cache(patcher)
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]
@@ -305,6 +306,7 @@ def adopt_native_layers(patcher, kernel: str):
         patcher.add_object_patch(name, ours)
     keep_apart(patcher)
     if adopted:
+        hook_without_cache(patcher)
         patcher.patches_uuid = uuid.uuid4()  # ComfyUI then puts them in place of the layers that it loaded
         logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(adopted), kernel)
     return patcher

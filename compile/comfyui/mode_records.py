@@ -136,10 +136,12 @@ def _file_of(patcher) -> Path | None:
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():  # gone since, or a pipe by now, which would be waited for
+        return {}
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError):  # another format, or gone since
+    except (SafetensorError, OSError):  # another format
         return {}
 
 
