@@ -43,7 +43,7 @@ from .int8_layer import (
 )
 from .int8_lora import hook_without_cache, patch_as_core
 from .int8_merge import patch_merging_and_saving
-from .int8_source import pristine_weight, rounded_as, source_of, values_of, weight_of
+from .int8_source import pristine_weight, rounded_as, source_of, unpatched, values_of, weight_of
 from .object_patches import object_of, undo_in_reverse
 
 try:
@@ -219,8 +219,7 @@ def _copy_of_layer(patcher, name: str, layer: torch.nn.Module) -> torch.nn.Modul
     copy.weight_function, copy.bias_function = [], []
     is_loaded = comfy.utils.get_attr(patcher.model, name) is layer
     for key, parameter in layer._parameters.items():
-        saved = patcher.backup.get(f"{name}.{key}") if is_loaded else None
-        parameter = parameter if saved is None else saved.weight
+        parameter = unpatched(patcher, f"{name}.{key}", parameter) if is_loaded else parameter
         if parameter is not None and parameter.is_inference() and not torch.is_inference_mode_enabled():
             parameter = parameter.clone()
         copy._parameters[key] = None if parameter is None else torch.nn.Parameter(parameter.detach(), requires_grad=False)

@@ -38,11 +38,19 @@ ONE_SCALE = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M
 
 
 def pristine_parameter(patcher, name: str) -> torch.Tensor | None:
-    """A parameter as loaded from the file: without the LoRA, or the swapped layer, of a clone that is active in the shared model."""
+    """A parameter as loaded from the file: without the LoRA, the hooks, or the swapped layer of a clone that is active in the shared
+    model."""
     found = object_of(patcher, name)
-    if name in patcher.backup and comfy.utils.get_attr(patcher.model, name) is found:
+    is_patched = name in patcher.backup or name in patcher.hook_backup
+    return unpatched(patcher, name, found) if is_patched and comfy.utils.get_attr(patcher.model, name) is found else found
+
+
+def unpatched(patcher, name: str, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """parameter, which is in the shared model under that name, as it was before core patched it."""
+    if name in patcher.backup:
         return patcher.backup[name].weight
-    return found
+    hooked = patcher.hook_backup.get(name)
+    return parameter if hooked is None else hooked[0]
 
 
 def pristine_weight(patcher, name: str) -> torch.Tensor:

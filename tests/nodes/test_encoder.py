@@ -211,6 +211,33 @@ def test_prompts_with_hooks_are_encoded_and_decide_nothing(comfy, clip, nodes):
     assert difference(encode(quantized), expected) < MOST and int8_layers(quantized)
 
 
+@pytest.mark.parametrize("kind", ["t5", "qwen"], indirect=True)
+@pytest.mark.parametrize("method", ["convrot", "auto"])
+def test_a_hook_lora_is_in_the_int8_layers_for_its_prompts(clip, nodes, method):
+    import comfy.hooks
+
+    names = [name for name in clip.patcher.model.state_dict() if name.endswith(("q_proj.weight", "SelfAttention.q.weight"))]
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: clip.patcher.model.state_dict()[name].shape for name in names}
+    hook = comfy.hooks.WeightHook(0.0, 1.0)
+    hook.weights_clip = {name: ("diff", (torch.randn(shape, generator=generator) / shape[1] ** 0.5 / 2,)) for name, shape in shapes.items()}
+    hook.need_weight_init = False
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(hook)
+
+    def hooked(clip):
+        """As Set CLIP Hooks."""
+        clip = clip.clone()
+        clip.patcher.forced_hooks = hooks.clone()
+        clip.patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
+        return clip
+    plain, expected = encode(clip), encode(hooked(clip))
+    quantized = nodes.INT8QuantizeModel(clip, method=method)
+    in_int8 = encode(quantized)
+    assert difference(encode(hooked(quantized)), expected) < MOST < difference(expected, plain)
+    assert torch.equal(encode(quantized), in_int8) and torch.equal(encode(clip), plain)
+
+
 @pytest.mark.rotating
 @pytest.mark.parametrize("kind", ["qwen", "gemma"], indirect=True)
 @pytest.mark.parametrize("method", ["rowwise", "convrot", "smoothquant"])

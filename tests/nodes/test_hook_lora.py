@@ -28,14 +28,14 @@ def hook(comfy, models_dir):
 
 @pytest.fixture
 def sample_hooked(comfy, conds):
-    def sample_hooked(model, positive=None, negative=None, steps=3, cfg=2.0):
+    def sample_hooked(model, positive=None, negative=None, steps=3, cfg=2.0, callback=None):
         import comfy.hooks
 
         hooked = [comfy.hooks.set_hooks_for_conditioning(cond, hooks) if hooks else cond
                   for cond, hooks in zip(conds, (positive, negative))]
         latent = torch.zeros(1, 16, 16, 16)
         return comfy.sample.sample(model, comfy.sample.prepare_noise(latent, 1), steps, cfg, "euler", "simple", *hooked, latent,
-                                   disable_pbar=True, seed=1)
+                                   disable_pbar=True, seed=1, callback=callback)
     return sample_hooked
 
 
@@ -62,6 +62,35 @@ def test_a_hook_lora_is_in_the_int8_layers_while_it_is_asked_for_and_gone_after(
     assert torch.equal(sample_hooked(quantized), plain)
     assert torch.equal(sample_hooked(quantized, *CASES[case](hook)), got)
     assert torch.equal(sample_hooked(flux), without) and torch.equal(sample_hooked(flux, *CASES[case](hook)), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_interrupt_leaves_nothing_of_it(comfy, flux, nodes, sample_hooked, hook, compiled):
+    import comfy.model_management
+
+    def interrupt(step, *_):
+        if step == 1:
+            raise comfy.model_management.InterruptProcessingException
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+    plain, expected = sample_hooked(quantized), sample_hooked(quantized, *CASES["two"](hook))
+    model = nodes.CompileModel(quantized, backend="aot_eager") if compiled else quantized
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample_hooked(model, *CASES["two"](hook), callback=interrupt)
+    assert difference(sample_hooked(model), plain) < 1e-3 and difference(sample_hooked(model, *CASES["two"](hook)), expected) < 1e-3
+    assert torch.equal(sample_hooked(quantized), plain)
+
+
+def test_it_may_be_quantized_anew_while_hooks_are_in_the_weights(flux, nodes, sample_hooked, hook):
+    """In the midst of a sampling with hooks the shared model holds their weights."""
+    plain = sample_hooked(nodes.INT8QuantizeModel(flux, method="rowwise"))
+    found = []
+
+    def quantize(step, *_):
+        found.append(nodes.INT8QuantizeModel(flux, method="convrot"))
+    sample_hooked(flux, *of_both(hook), callback=quantize)
+    expected = sample_hooked(nodes.INT8QuantizeModel(flux.clone(), method="convrot"))
+    assert all(torch.equal(sample_hooked(model), expected) for model in found)
+    assert torch.equal(sample_hooked(nodes.INT8QuantizeModel(flux, method="rowwise")), plain)
 
 
 @pytest.mark.parametrize("method", ["rowwise", "convrot", "smoothquant"])
