@@ -12,6 +12,7 @@ import torch
 WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
 KEPT = 3  # calls of a kind that are enough
 MOST_KEPT = 9  # of the last ones the middle one counts
+FIRST_KEPT = 25  # of compiled ones, of which the first count: what they are compared with was timed just before, a machine has other times
 MOST_SIZES = 8
 MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
 SLOWER = "slower than without: bypass this node"
@@ -57,8 +58,8 @@ def number(seconds: float) -> str:
 
 
 class CallTimes:
-    """Seconds of the last calls of each kind, by size. On CUDA by the device's own clock, read when the device has come so far: nothing
-    waits for it."""
+    """Seconds of the last calls of each kind, of the first compiled ones, by size. On CUDA by the device's own clock, read when the device
+    has come so far: nothing waits for it."""
 
     def __init__(self):
         self._seconds: dict[str, dict[str, deque[float]]] = {}
@@ -94,7 +95,9 @@ class CallTimes:
     def _add(self, size: str, kind: str, seconds: float) -> None:
         kinds = self._seconds.pop(size, {})
         self._seconds[size] = kinds  # the last used is last
-        kinds.setdefault(kind, deque(maxlen=MOST_KEPT)).append(seconds)
+        kept = kinds.setdefault(kind, deque(maxlen=None if kind == COMPILED else MOST_KEPT))
+        if kind != COMPILED or len(kept) < FIRST_KEPT:
+            kept.append(seconds)
         while len(self._seconds) > MOST_SIZES:
             del self._seconds[next(iter(self._seconds))]
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
+from int8_compile.compile.gain import COMPILED, EAGER, FIRST_KEPT, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,19 @@ def test_a_gain_is_known_once_both_are_and_the_middle_of_the_last_counts():
     timed(times, WITHOUT, 4.0)
     assert times.gain("64x64").ratio == pytest.approx(4.0, rel=1e-3)
     assert times.gain("128x128") is None
+
+
+def test_compiled_calls_are_those_that_came_next_to_the_others():
+    """A machine that is slower an hour later says nothing of the compile."""
+    times = CallTimes()
+    for kind, seconds in [(EAGER, 2.0)] * MOST_KEPT + [(COMPILED, 5.0)] * (FIRST_KEPT // 3) + [(COMPILED, 1.0)] * FIRST_KEPT + [
+            (COMPILED, 9.0)] * 99:
+        timed(times, kind, seconds)
+    assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3) and times.count("64x64", COMPILED) == FIRST_KEPT
+    times.of_weights("another LoRA")
+    for kind in (EAGER, COMPILED):
+        timed(times, kind, 3.0)
+    assert times.gain("64x64").ratio == pytest.approx(1.0, rel=1e-3)
 
 
 def test_a_call_that_compiled_something_says_nothing():
