@@ -61,9 +61,8 @@ class Bench:
             _, told, _ = self.image(True, LONG, 1000 + count)
             self.server.wait_for_builder(TIMEOUT)
             if told["optimize"]["compiled"] is not None:
-                break
-        _, told, _ = self.image(True, LONG, 1000)
-        return count, told
+                return count, self.image(True, LONG, 1000)[1]
+        raise RuntimeError(f"Optimize Model has not decided after {MOST_IMAGES} images, see {self.server.log_path}")
 
     def turns(self, count: int) -> dict:
         seconds: dict = {(with_node, steps): [] for with_node in (False, True) for steps in (SHORT, LONG)}

@@ -115,19 +115,22 @@ def _storable(patcher):
 @contextlib.contextmanager
 def _own_layers(patcher: ModelPatcher) -> Iterator[None]:
     """While it is open the model has its own layers in the place of INT8 ones, unpatched."""
-    model, backup = patcher.model, patcher.backup
+    model = patcher.model
     # Shared by all clones: what lies in the model now, whoever was loaded, and what was there before.
     swapped = {name: comfy.utils.get_attr(model, name) for name in patcher.object_patches_backup}
     swapped = {name: layer for name, layer in swapped.items() if isinstance(layer, Int8Lora)}
-    # A LoRA's backup under these names is of the INT8 layer.
-    theirs = {key: backup[key] for key in backup if key.rpartition(".")[0] in swapped}
+    # What a LoRA and hooks keep under these names is of the INT8 layer.
+    theirs = [(backup, {key: backup[key] for key in backup if key.rpartition(".")[0] in swapped})
+              for backup in (patcher.backup, patcher.hook_backup)]
     try:
         for name in swapped:
             comfy.utils.set_attr(model, name, patcher.object_patches_backup[name])
-        for key in theirs:
-            del backup[key]
+        for backup, kept in theirs:
+            for key in kept:
+                del backup[key]
         yield
     finally:
-        backup.update(theirs)
+        for backup, kept in theirs:
+            backup.update(kept)
         for name, layer in swapped.items():
             comfy.utils.set_attr(model, name, layer)

@@ -93,6 +93,17 @@ def test_it_may_be_quantized_anew_while_hooks_are_in_the_weights(flux, nodes, sa
     assert torch.equal(sample_hooked(nodes.INT8QuantizeModel(flux, method="rowwise")), plain)
 
 
+def test_what_a_merge_gets_meanwhile_has_nothing_of_them(flux, nodes, sample_hooked, hook):
+    def weights(model):
+        return {key: first[0].clone() for key, (first, *_) in model.get_key_patches("diffusion_model.").items()}
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+    before, found = weights(flux), []
+    sample_hooked(quantized, *of_both(hook), callback=lambda *_: found.extend((weights(quantized), weights(flux))))
+    assert len(found) == 6
+    for meanwhile in found:
+        assert meanwhile.keys() == before.keys() and all(torch.equal(meanwhile[key], value) for key, value in before.items())
+
+
 @pytest.mark.parametrize("method", ["rowwise", "convrot", "smoothquant"])
 def test_it_is_quantized_as_load_loras_is(flux, nodes, sample_hooked, hook, lora, method):
     quantized = nodes.INT8QuantizeModel(flux, method=method)
