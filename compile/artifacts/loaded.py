@@ -29,9 +29,9 @@ class Loaded:
     young: float = YOUNG
     seen_right: set = field(default_factory=set)
 
-    def may_serve(self, leaves: list, comfyuis: bool) -> bool:
-        """Whether it can be called with these. comfyuis: it must call no other code than ComfyUI's."""
-        return self.usable and self.artifact.accepts(leaves) and (not comfyuis or self._is_comfyuis)
+    def may_serve(self, comfyuis: bool) -> bool:
+        """Whether it can be called. comfyuis: it must call no other code than ComfyUI's."""
+        return self.usable and (not comfyuis or self._is_comfyuis)
 
     @functools.cached_property
     def _is_comfyuis(self) -> bool:

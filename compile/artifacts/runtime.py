@@ -137,10 +137,10 @@ class RegionArtifacts:
             for loaded in self._loaded.get(call.structure, ()):
                 if attributes and (read := next((name for name in sorted(attributes) if name in loaded.artifact.names), "")):
                     raise Unsupported(f"it reads the attribute {read} of a tensor")
-                if not loaded.may_serve(call.leaves, comfyuis):
+                if not loaded.artifact.accepts(call.leaves):
                     continue
                 other_batch = False
-                if self._fits(block, info, loaded, call):
+                if loaded.may_serve(comfyuis) and self._fits(block, info, loaded, call):
                     if changed := loaded.change_on_the_way():
                         loaded.usable = False
                         loaded.young = math.inf  # the next step's first block may find all as it was
@@ -276,7 +276,7 @@ class RegionArtifacts:
             self._note("not used", self._name, f"{error}, on account of a method that was put on one of its layers (a bypass LoRA?)")
             return
         entry = cache_key.entry_name(job)
-        if entry in self._requested and entry in self._seen and job.any_batch and other_batch:
+        if other_batch and job.any_batch and entry in self._seen and entry not in self._stale and entry not in self._unloaded:
             entry = cache_key.entry_name(job, "one" if job.batch == 1 else "many")
         if entry in self._requested:
             if entry in self._seen:

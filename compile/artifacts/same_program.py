@@ -37,8 +37,8 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
             return [text(item) for item in (["int", value[1]] if _is_size(value) else value)]
         if isinstance(value, slice):
             return "slice", text(value.start), text(value.stop), text(value.step)
-        if isinstance(value, torch.SymInt):
-            return f"size {_expression(value).xreplace(sizes)}"
+        if isinstance(value, (torch.SymInt, torch.SymBool)):
+            return f"size {value.node.expr.xreplace(sizes)}"
         return f"size {value}" if type(value) is int else f"{type(value).__name__} {value!r}"
 
     def shape(node):
@@ -47,7 +47,7 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
         return [text(list(item.shape)) if isinstance(item, Tensor) else None for item in values]
     for node in nodes:
         value = node.meta.get("val")
-        if node.op == "call_function" and isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        if node.op == "call_function" and isinstance(value, (torch.SymInt, torch.SymBool, int)) and not isinstance(value, bool):
             made[node] = text(value)
         elif node.op == "call_function" and value is None and ("assert" in str(node.target) or "constrain" in str(node.target)):
             continue

@@ -38,6 +38,11 @@ class Plain(nets.Small):
         return self.body(x)
 
 
+class LooksAtBatch(nets.Small):
+    def forward(self, x, transformer_options=None):
+        return self.body(x) * 3 if x.shape[0] == 1 else self.body(x)
+
+
 class Parts(nets.Small):
     """Parts of the tokens by their bounds, as MiniMax H3 is told them."""
 
@@ -153,6 +158,18 @@ def test_what_the_compiler_asks_of_a_size_is_asked_of_each_call(tmp_path, monkey
             assert difference(run(compiled, net, x), net(x)) < 1e-5
         assert compiled.report.last_calls["artifact"] == 3, (batch, refused(compiled))
     assert len(compiled.report.artifacts) == 2
+
+
+@pytest.mark.parametrize("batches", [(1, 2, 1, 3), (2, 1, 3, 1), (3, 2, 1)])
+def test_a_new_process_keeps_what_another_batch_needs_too(tmp_path, batches):
+    """Where batch 1 is a program of its own: a process that finds one of the two builds the other."""
+    net = nets.make(LooksAtBatch)
+    for batch in batches:
+        compiled, x = cached(tmp_path / "cache"), inputs(batch=batch)[0]
+        for _ in range(2):
+            assert difference(run(compiled, net, x), net(x)) < 1e-5
+        assert compiled.report.last_calls["artifact"] == 3 and not refused(compiled), (batch, refused(compiled))
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == 2
 
 
 def test_a_condition_on_sizes_that_divides_by_nothing_is_not_fulfilled():
