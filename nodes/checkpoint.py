@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
@@ -34,6 +35,9 @@ class SaveINT8Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        if not isinstance(model, (CLIP, ModelPatcher)):
+            raise ValueError(f"Save INT8 Model cannot save a {type(model).__name__}, only a MODEL or a CLIP. Connect it to a save node "
+                             "of its type.")
         (save_encoder if isinstance(model, CLIP) else save_model)(model, filename_prefix)
         return io.NodeOutput()
 

@@ -19,7 +19,7 @@ from ..pack import NAME, PACKAGE
 
 logger = logging.getLogger(__name__)
 
-VALUES = (bool, int, float, str, list, dict)  # of JSON
+VALUES = (bool, int, float, str, list, dict, type(None))  # of JSON
 MAX_CHARACTERS = 6000  # of what core or torch says; this pack's longest message lists the options of the compiler
 
 
@@ -31,7 +31,7 @@ def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @functools.wraps(execute)
     def guarded(cls, *args, **kwargs):
         try:
-            _check_model(cls, signature.bind_partial(cls, *args, **kwargs).arguments.get("model"))
+            _check_model(cls, signature.bind_partial(cls, *args, **kwargs).arguments)
             return execute(cls, *args, **kwargs)
         except Exception as error:
             _clean(error)
@@ -40,12 +40,14 @@ def for_clients(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return node
 
 
-def _check_model(node: type[io.ComfyNode], model) -> None:
+def _check_model(node: type[io.ComfyNode], arguments: dict) -> None:
     """Core takes what comes out of a node of several types for any of them, and what a prompt has in the place of a link as it is."""
+    model = arguments.get("model", ...)
     if not isinstance(model, (CLIP, VAE, ControlNet, *VALUES)):
         return
     schema = node.define_schema()
-    if any(type(found) is io.Model.Input and found.id == "model" for found in schema.inputs):
+    (taken,) = [found for found in schema.inputs if type(found) is io.Model.Input and found.id == "model"] or [None]
+    if taken and not (model is None and taken.optional):
         if isinstance(model, VALUES):
             raise ValueError(f"{schema.display_name}: the input model is a value, not a MODEL. Connect it to a node that loads a model.")
         raise ValueError(f"{schema.display_name}: this input is a {type(model).__name__}, not a MODEL. Connect it without this node.")

@@ -36,6 +36,7 @@ __all__ = ["CacheError", "CacheStore", "Damaged", "Entry", "canonical", "default
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+MOST_BYTES_OF_MANIFEST, MOST_BYTES_OF_LOCK = 256 << 20, 1 << 12
 DEFAULT_LIMIT = 5 * GIB
 QUARANTINE_PREFIX, LOCK = ".bad-", ".lock-"
 
@@ -110,7 +111,7 @@ class CacheStore:
 
     def _verified(self, folder: Path) -> dict:
         require_own(folder)
-        content = json.loads(read_own(folder / MANIFEST))
+        content = json.loads(read_own(folder / MANIFEST, MOST_BYTES_OF_MANIFEST))
         if not hmac.compare_digest(self._sign(folder, content["body"]), content["hmac"]):
             raise CacheError("its signature does not hold")
         return content["body"]
@@ -191,7 +192,7 @@ class CacheStore:
                 yield True
         finally:
             with contextlib.suppress(OSError, CacheError):
-                if read_own(path).decode() in (mark, ""):  # else it was taken over
+                if read_own(path, MOST_BYTES_OF_LOCK).decode() in (mark, ""):  # else it was taken over
                     patiently(path.unlink)
 
     def try_build(self, place: str, name: str, build: Callable[[Path], dict], replace: bool = False) -> bool:
@@ -281,7 +282,7 @@ class CacheStore:
 
     def _is_stale(self, lock: Path) -> bool:
         try:
-            where, pid, *_ = f"{read_own(lock).decode()}  ".split(" ")
+            where, pid, *_ = f"{read_own(lock, MOST_BYTES_OF_LOCK).decode()}  ".split(" ")
         except (OSError, ValueError, CacheError):
             where = pid = ""
         return self._sweeper.is_abandoned(lock, where, pid, liveness.SILENT_SECONDS)

@@ -7,11 +7,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from pathlib import Path
 
 from ...int8.files.folders import make_folders
-from ...int8.files.owners import is_of_others, require_way
+from ...int8.files.owners import is_of_others, open_regular, require_way
 from ...int8.files.whole import write_whole
 from .store import CacheError, default_key_file
 
@@ -34,17 +33,14 @@ def trusted() -> dict[str, str]:
     written, OSError for one that cannot be read."""
     path = list_file()
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        list_of_digests = open_regular(path, getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
         return {}
     except OSError:
         if path.is_symlink():
             raise CacheError(f"{path} is a symbolic link: put the list itself there") from None
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CacheError(f"{path} is no file")
-    with os.fdopen(handle, "rb") as file:
+    with list_of_digests as file:
         _require_safe(path, os.fstat(file.fileno()))
         _require_safe(path.parent, path.parent.stat())
         require_way(path)

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import comfy.utils
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ...int8.echo import echo
+from ...int8.files.owners import CacheError, open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -26,21 +28,27 @@ def _written(file) -> tuple[int, ...]:
     return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
+def _same(file: BinaryIO, path: str) -> str:
+    """A path of an open file, whatever has that path by now, where the system has one."""
+    own = f"/dev/fd/{file.fileno()}"
+    return own if os.path.exists(own) else path
+
+
 class CheckpointFile(Mapping):
     """A safetensors file as {key: tensor}; large tensors without their values. Raises ValueError for a file that is damaged."""
 
     def __init__(self, path: str):
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(Path(path)) as file:
                 self._written = _written(file)
                 size = int.from_bytes(file.read(8), "little")
                 if size > MAX_HEADER_BYTES:
                     raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
                 header = json.loads(file.read(size))
-            with safe_open(path, framework="pt") as file:  # checks the header against the file's size
-                self.metadata = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+                with safe_open(_same(file, path), framework="pt") as tensors:  # checks the header against the file's size
+                    self.metadata = tensors.metadata() or {}
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RecursionError, CacheError, a file without content
             raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
                              f"({echo(str(error))}). Download it again.") from error
         header.pop("__metadata__", None)
@@ -69,7 +77,7 @@ class CheckpointFile(Mapping):
         """The tensor of key, in memory (uint8, large enough) or in memory of its own; never a map of the file, whose pages would stay."""
         start, end = self._entries[key]["data_offsets"]
         raw = torch.empty(end - start, dtype=torch.uint8) if memory is None else memory[:end - start]
-        with open(self.path, "rb") as file:
+        with self._opened() as file:
             file.seek(self._start + start)
             if file.readinto(memoryview(raw.numpy())) < end - start:
                 self._changed()
@@ -78,16 +86,24 @@ class CheckpointFile(Mapping):
 
     def by_comfyui(self) -> dict[str, torch.Tensor]:
         """All of it, as ComfyUI's loader reads the file."""
+        with self._opened() as file:
+            self._require_unchanged(file)
         state = comfy.utils.load_torch_file(self.path)
-        with open(self.path, "rb") as file:
+        with self._opened() as file:
             self._require_unchanged(file)
         return state
 
-    def _require_unchanged(self, file) -> None:
+    def _opened(self) -> BinaryIO:
+        try:
+            return open_regular(Path(self.path))
+        except (OSError, CacheError):
+            return self._changed()
+
+    def _require_unchanged(self, file: BinaryIO) -> None:
         if _written(file) != self._written:
             self._changed()
 
-    def _changed(self):
+    def _changed(self) -> NoReturn:
         raise ValueError(f"Load INT8 Model: '{echo(Path(self.path).name)}' changed while it was read. "
                          "Queue the prompt again once the file is whole.")
 

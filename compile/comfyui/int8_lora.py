@@ -82,7 +82,8 @@ class Int8Lora:
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """The other way: weight [N, K] float, patched, becomes the layer's. Rounded to nearest, with scales of its own. inplace_update:
-        until core writes over it what it has kept (hook LoRAs); then the weight of before is back."""
+        until core writes over it what it has kept (hook LoRAs); then the weight of before is back (write_back_to_int8). Raises ValueError
+        for one of another shape, in place."""
         own = self._parameters["weight"]
         if isinstance(own, QuantizedTensor):
             patched = self._quantized(weight)
@@ -94,7 +95,10 @@ class Int8Lora:
             own.data.copy_(patched)
             return
         if inplace_update:
-            patched._params = _until_written_over(patched._params, functools.partial(_put_back, weakref.ref(self), own))
+            if patched.shape != own.shape:
+                raise ValueError(f"A hook LoRA makes a weight of {list(patched.shape)} out of one of {list(own.shape)}, which is not for "
+                                 "hooks. Load it with Load LoRA.")
+            _before.setdefault(self, []).append(own)
         self.weight = torch.nn.Parameter(patched, requires_grad=False)
 
     def float_weight(self, device: torch.device) -> torch.Tensor | None:
@@ -157,32 +161,51 @@ class Int8Lora:
         return QuantizedTensor(q, self.weight._layout_cls, params)
 
 
-def _put_back(layer: weakref.ref, weight: torch.nn.Parameter) -> None:
-    if (found := layer()) is not None:
-        found._parameters["weight"] = weight
-
-
-def _until_written_over(params: Any, put_back: Callable[[], None]):
-    """params (of a QuantizedTensor), of a weight that calls put_back where another is copied into it: core's copy_ takes the values alone,
-    as it writes the scales to params of the alias that .data is."""
-    kind: Any = type(params)
-    return _kind_until_written_over(kind)(**{field.name: getattr(params, field.name) for field in dataclasses.fields(params)},
-                                                  put_back=put_back)
+# What lay in an INT8 layer before what was put into it in place, the last one last.
+_before: weakref.WeakKeyDictionary[torch.nn.Module, list[torch.nn.Parameter]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
-def _kind_until_written_over(kind: Any) -> Any:
-    def copy_from(self, src, non_blocking: bool = False) -> None:
-        self.put_back()
+def write_back_to_int8() -> None:
+    """Makes core give an INT8 layer the very weight of before where it writes back what it has kept of it: its own copy_ writes the values
+    alone, as it writes the scales to params of the alias that .data is."""
+    copy_to_param = comfy.utils.copy_to_param
 
-    return dataclasses.make_dataclass(kind.__name__, [("put_back", Any, None)], bases=(kind,), frozen=True,
-                                      namespace={"copy_from": copy_from, "__module__": __name__})
+    @functools.wraps(copy_to_param)
+    def put_back(obj, attr, *args, **kwargs):
+        parent, _, name = attr.rpartition(".")
+        layer = comfy.utils.get_attr(obj, parent) if name == "weight" and parent else None
+        if not isinstance(layer, Int8Lora) or not _before.get(layer):
+            return copy_to_param(obj, attr, *args, **kwargs)
+        layer._parameters["weight"] = _before[layer].pop()
+
+    comfy.utils.copy_to_param = put_back
 
 
 def hook_without_cache(patcher) -> None:
     """Hook LoRAs on INT8 layers: core caches what they make of a weight in float, which it then cannot write into an INT8 one; without its
-    cache they are computed at each change of hooks."""
+    cache they are computed at each change of hooks. And core's float layers in a model that was made for quantized ones refuse them."""
+    write_back_to_int8()
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    for kind in {type(module) for module in patcher.model.modules() if hasattr(module, "set_weight")}:
+        for base in kind.__mro__:
+            if "set_weight" in vars(base) and base.__qualname__.startswith("mixed_precision_ops.") and is_comfyuis(base.__module__):
+                _write_in_place(base)
+
+
+def _write_in_place(kind: Any) -> None:
+    """Makes a class of core's that asserts that weights are replaced write float ones in place, as core does for other float layers."""
+    method = kind.set_weight
+    if hasattr(method, "__wrapped__"):
+        return
+
+    @functools.wraps(method)
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        if not inplace_update or return_weight or isinstance(self.weight, QuantizedTensor):
+            return method(self, weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
+        self.weight.data.copy_(comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0))
+
+    kind.set_weight = set_weight
 
 
 def patch_as_core(kind: type) -> None:

@@ -33,10 +33,11 @@ def patch_merging_and_saving() -> None:
             except AttributeError as error:
                 if not any(isinstance(getattr(m, "weight", None), QuantizedTensor) for m in self.model.modules()):
                     raise
-                if self.hook_patches and not (args or kwargs):  # a merge says of which layers
-                    return _weights_of_hooks(self)
-                raise ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. Load "
-                                 "the bf16, fp16 or fp32 file, merge, and put INT8 Quantize Model behind the merge.") from error
+                refusal = ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. "
+                                     "Load the bf16, fp16 or fp32 file, merge, and put INT8 Quantize Model behind the merge.")
+                if self.hook_patches and not (args or kwargs):  # a merge says of which layers, or goes through them
+                    return _WeightsOfHooks(self, refusal)
+                raise refusal from error
 
     @functools.wraps(state_dict_for_saving)
     def native_state_dict(self, *args, **kwargs):
@@ -58,13 +59,21 @@ def patch_merging_and_saving() -> None:
             setattr(comfy.sd.CLIP, name, _of_float_parts(getattr(comfy.sd.CLIP, name), all_parts))
 
 
-def _weights_of_hooks(patcher) -> dict[str, list]:
-    """What get_key_patches gives, of the weights that patcher's hook LoRAs change."""
-    found = {}
-    for key in {key for patches in patcher.hook_patches.values() for key in patches}:
-        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-        found[key] = [(patcher.hook_backup.get(key, (weight,))[0], convert or (lambda value, **kwargs: value))]
-    return found
+class _WeightsOfHooks(dict[str, list]):
+    """What get_key_patches gives, of the weights that patcher's hook LoRAs change: core looks at these alone. Who goes through all
+    of it gets the refusal."""
+
+    def __init__(self, patcher: ModelPatcher, refusal: ValueError):
+        super().__init__()
+        self._refusal = refusal
+        for key in {key for patches in patcher.hook_patches.values() for key in patches}:
+            weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+            self[key] = [(patcher.hook_backup.get(key, (weight,))[0], convert or (lambda value, **kwargs: value))]
+
+    def _refuse(self):
+        raise self._refusal
+
+    __iter__ = keys = values = items = copy = _refuse
 
 
 def _of_float_parts(method: Callable, all_parts: bool) -> Callable:

@@ -39,7 +39,8 @@ def make_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """A file, link or folder, if that can be."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(RecursionError):  # of Python before 3.13: any client may save deep below a folder of outputs
+            shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import system
 
 BEAT_SECONDS = 10.0  # between two signs of life of a process that holds a lock or a temporary folder
+MOST_DIGITS = 20  # of a process id
 SILENT_SECONDS = 45.0  # without one it is taken for dead
 
 
@@ -80,7 +81,7 @@ def here() -> str:
 
 def has_ended(where: str, pid: str) -> bool:
     """Whether this is known of a process. A process id is used again, so that it is there says nothing."""
-    if where != here() or not pid.isdecimal():
+    if where != here() or not pid.isdecimal() or len(pid) > MOST_DIGITS:
         return False
     if not system.IS_POSIX:  # os.kill(pid, 0) would end it there
         return system.windows_has_ended(int(pid))

@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from . import system
 
@@ -98,12 +99,14 @@ def _own_users() -> tuple:
     return (os.getuid(),) if system.IS_POSIX else (system.windows_user(), *system.WINDOWS_ADMINISTRATORS)
 
 
-def read_own(path: Path) -> bytes:
-    """The content of a regular file of at most MOST_BYTES. Raises CacheError as require_own does, of the file that is read; OSError where
+def read_own(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file. Raises CacheError as require_own does, of the file that is read, and for a larger one; OSError where
     there is none."""
-    require_own(path)
+    info = path.lstat()
+    _require_own(path, info)
+    _require_regular(path, info)  # what cannot be opened is said, too
     # No link that is put there now is followed.
-    return _read(path, MOST_BYTES, getattr(os, "O_NOFOLLOW", 0), lambda info: _require_own(path, info))
+    return _read(path, most_bytes, getattr(os, "O_NOFOLLOW", 0), lambda info: _require_own(path, info))
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:
@@ -112,21 +115,27 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     return _read(path, most_bytes)
 
 
-def _read(path: Path, most_bytes: int, flags: int = 0, require: Callable[[os.stat_result], None] = lambda info: None) -> bytes:
-    # Nobody waits for the other end of a pipe that is put there now.
+def open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """A regular file, to be read: nobody waits for the other end of a pipe that is put there now. Raises CacheError for anything else,
+    OSError where there is none."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | flags)
     try:
-        info = os.fstat(handle)
+        _require_regular(path, os.fstat(handle))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _read(path: Path, most_bytes: int, flags: int = 0, require: Callable[[os.stat_result], None] = lambda info: None) -> bytes:
+    with open_regular(path, flags) as file:
+        info = os.fstat(file.fileno())
         require(info)
-        _require_regular(path, info)
         if info.st_size > most_bytes:
             raise CacheError(f"{path.name} has {info.st_size} bytes; {most_bytes} are the limit")
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(info.st_size)
-    finally:
-        os.close(handle)
+        return file.read(info.st_size)
 
 
 def _require_regular(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise CacheError(f"{path.name} is no file")
+        raise CacheError(f"{path.name} is no file: remove it")

@@ -15,6 +15,7 @@ from .user_folder import user_folder
 from .whole import flush, write_new, write_whole
 
 KEY_BYTES = 32
+MOST_BYTES_OF_KEY = 1 << 16
 
 
 def write_signed(path: Path, content: bytes, key: bytes) -> None:
@@ -69,12 +70,12 @@ def signing_key(path: Path, *caches: Path) -> bytes:
 
 
 def _read_key(path: Path) -> bytes:
-    key = read_own(path)
+    key = read_own(path, MOST_BYTES_OF_KEY)
     if system.IS_POSIX and path.stat().st_mode & 0o077:
         raise CacheError(f"the key {path} can be read by others: chmod 600 it")
     if len(key) < KEY_BYTES and time.time() - path.stat().st_mtime < 2:  # another process may be writing it, see _make_key
         time.sleep(1)
-        return read_own(path)
+        return read_own(path, MOST_BYTES_OF_KEY)
     return key
 
 
