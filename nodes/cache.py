@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..compile.artifacts import trusted_bundles
-from ..compile.artifacts.bundle import Bundle, load_bundle, read_bundle, save_bundle
+from ..compile.artifacts.bundle import MAX_NAME, Bundle, load_bundle, read_bundle, save_bundle
 from ..compile.artifacts.store import CacheStore, default_key_file
 from ..compile.comfyui import artifact_cache, compile_model, decisions
 from ..int8.echo import echo
@@ -54,9 +54,9 @@ class SaveCompileCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, filename_prefix, model=None, after=None) -> io.NodeOutput:
-        if not _FILE_NAME.fullmatch(filename_prefix) or is_reserved(f"{filename_prefix}_00001_.zip"):
+        if not _is_file_name(filename_prefix, "_00001_.zip"):
             raise ValueError(f"filename_prefix: '{echo(filename_prefix)}' must be a plain name, without folders, of 150 characters at "
-                             "most.")
+                             f"most (of ASCII; {MAX_NAME} bytes).")
         _wait_for_builder()
         store = artifact_cache.open_store()
         entries = store.own() if model is None else _entries_of(model, store)
@@ -177,13 +177,18 @@ def _entries_of(model, store: CacheStore) -> list[Path]:
             or any(folder.name == entry and folder.parents[2].name.startswith(f"{name}_") for name, entry in loaded)]
 
 
+def _is_file_name(text: str, end: str = "") -> bool:
+    """Whether it is a name that a file may have, with that end."""
+    return bool(_FILE_NAME.fullmatch(text)) and len(text.encode()) <= MAX_NAME and not is_reserved(text + end)
+
+
 def _path_of(bundle: str) -> Path:
     folder = artifact_cache.bundles()
-    if not _FILE_NAME.fullmatch(bundle) or is_reserved(bundle):
+    if not _is_file_name(bundle):
         raise ValueError(f"Load Compile Cache: '{echo(bundle)}' is not a file name. Put the file into the bundles folder of the compile "
                          "cache and enter its name, without a folder.")
     if not (folder / bundle).exists():
-        raise ValueError(f"Load Compile Cache: there is no {bundle} in the bundles folder of the compile cache. "
+        raise ValueError(f"Load Compile Cache: there is no {echo(bundle)} in the bundles folder of the compile cache. "
                          f"There: {echo(', '.join(sorted(artifact_cache.bundle_sizes()))) or 'nothing'}.")
     return folder / bundle
 

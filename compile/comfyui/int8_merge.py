@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import comfy.model_patcher
 import comfy.sd
@@ -33,11 +34,9 @@ def patch_merging_and_saving() -> None:
             except AttributeError as error:
                 if not any(isinstance(getattr(m, "weight", None), QuantizedTensor) for m in self.model.modules()):
                     raise
-                refusal = ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. "
-                                     "Load the bf16, fp16 or fp32 file, merge, and put INT8 Quantize Model behind the merge.")
-                if self.hook_patches and not (args or kwargs):  # a merge says of which layers, or goes through them
-                    return _WeightsOfHooks(self, refusal)
-                raise refusal from error
+                if self.hook_patches and not (args or kwargs):  # a merge says of which layers, or goes through all
+                    return _WeightsOfHooks(self)
+                _refuse_to_merge(error)
 
     @functools.wraps(state_dict_for_saving)
     def native_state_dict(self, *args, **kwargs):
@@ -59,21 +58,24 @@ def patch_merging_and_saving() -> None:
             setattr(comfy.sd.CLIP, name, _of_float_parts(getattr(comfy.sd.CLIP, name), all_parts))
 
 
-class _WeightsOfHooks(dict[str, list]):
-    """What get_key_patches gives, of the weights that patcher's hook LoRAs change: core looks at these alone. Who goes through all
-    of it gets the refusal."""
+def _refuse_to_merge(error: Exception | None = None) -> NoReturn:
+    raise ValueError("This model's weights are quantized in its file, so ComfyUI cannot merge them into another model. Load the bf16, fp16 "
+                     "or fp32 file, merge, and put INT8 Quantize Model behind the merge.") from error
 
-    def __init__(self, patcher: ModelPatcher, refusal: ValueError):
+
+class _WeightsOfHooks(dict[str, list]):
+    """What get_key_patches gives, of the weights that patcher's hook LoRAs change: core looks at these alone, a merge at all there are."""
+
+    def __init__(self, patcher: ModelPatcher):
         super().__init__()
-        self._refusal = refusal
         for key in {key for patches in patcher.hook_patches.values() for key in patches}:
             weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
             self[key] = [(patcher.hook_backup.get(key, (weight,))[0], convert or (lambda value, **kwargs: value))]
 
-    def _refuse(self):
-        raise self._refusal
+    def _of_all(self) -> NoReturn:
+        _refuse_to_merge()
 
-    __iter__ = keys = values = items = copy = _refuse
+    __iter__ = keys = values = items = copy = _of_all  # type: ignore[assignment]
 
 
 def _of_float_parts(method: Callable, all_parts: bool) -> Callable:

@@ -138,4 +138,4 @@ def _read(path: Path, most_bytes: int, flags: int = 0, require: Callable[[os.sta
 
 def _require_regular(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise CacheError(f"{path.name} is no file: remove it")
+        raise CacheError(f"{path.name} is no file")

@@ -210,7 +210,7 @@ def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp
         load_int8(method="smoothquant")
 
 
-@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged", "written over by a copy of the same time"])
+@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged", "written over by a copy of the same time", "a pipe", "a device"])
 def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
     from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
     from int8_compile.int8.options import Int8Options
@@ -219,8 +219,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
     content, state = path.read_bytes(), path.stat()
 
     def change(*_):
-        if how == "exchanged":
-            path.unlink()
+        if how in ("exchanged", "a pipe", "a device"):
+            path.unlink(missing_ok=True)
+        if how == "a pipe":
+            return os.mkfifo(path)
+        if how == "a device":
+            return path.symlink_to("/dev/zero")
         with open(path, "r+b" if path.exists() else "wb") as file:
             file.write(content[:1000] if how == "written over" else content)
             file.truncate(100_000 if how == "cut short" else len(content))
@@ -228,8 +232,29 @@ def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
             os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(ValueError, match="changed while it was read"):
         load_int8_model(str(path), Int8Options("rowwise"), on_progress=change)
+    path.unlink()
     path.write_bytes(content)
     load_int8_model(str(path), Int8Options("rowwise"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices in folders are POSIX")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_what_is_no_file_by_now_is_refused_at_once(comfy, flux, nodes, save, load_int8, monkeypatch, make):
+    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
+
+    path = Path(save(nodes.INT8QuantizeModel(flux, method="convrot")))
+    by_comfyui = CheckpointFile.by_comfyui
+
+    def exchanged(self):
+        path.unlink()
+        make(path)
+        return by_comfyui(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFile, "by_comfyui", exchanged)
+        with pytest.raises(ValueError, match="changed while it was read"):
+            load_int8(path)
+    with pytest.raises(ValueError, match="damaged, cut short or not a safetensors file"):
+        load_int8(path)
 
 
 def test_a_native_file_that_is_exchanged_before_comfyui_reads_it_is_refused(comfy, flux, nodes, save, load_int8, monkeypatch):

@@ -311,9 +311,12 @@ def test_nodes_of_models_say_what_a_clip_is_not(clip, nodes):
     for node in (nodes.INT8LazyTorchCompile, nodes.ApplyModes, nodes.OptimizeModel):
         with pytest.raises(ValueError, match="this input is a CLIP, not a MODEL"):
             node(clip)
-        for value in (True, 1, "unet", ["unet"], {}):
+        for value in (True, 1, "unet", ["unet"], {}, None):
             with pytest.raises(ValueError, match="the input model is a value, not a MODEL"):
                 node(value)
+    for value in (True, 1, "unet", ["unet"], {}, None, torch.zeros(1)):
+        with pytest.raises(ValueError, match=r"Save INT8 Model cannot save a .*, only a MODEL or a CLIP"):
+            nodes.SaveINT8Model(value, filename_prefix="x")
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

@@ -134,6 +134,51 @@ def test_behind_a_lora_and_compiled(flux, nodes, sample_hooked, hook, lora, grap
     assert difference(sample_hooked(compiled, *CASES[case](hook)), expected) < 1e-3 and graphs() == made
 
 
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_no_change_of_hooks_compiles_anything(flux, nodes, sample_hooked, hook, graphs, caplog, hooked_first):
+    from int8_compile.compile.comfyui.compile_model import reports
+
+    eager = nodes.INT8QuantizeModel(flux, method="convrot")
+    compiled = nodes.CompileModel(eager, backend="aot_eager", fullgraph=True)
+    made = []
+    for case in ("one", "", "two", "", "some steps") if hooked_first else ("", "one", "", "two", "some steps"):
+        hooks = CASES[case](hook) if case else ()
+        assert difference(sample_hooked(compiled, *hooks), sample_hooked(eager, *hooks)) < 1e-3
+        made.append(graphs())
+    # Double blocks are compiled again for batch 1, which is the first that has hooks; nothing is for hooks.
+    assert made == ([2, 2, 2, 2, 2] if hooked_first else [2, 3, 3, 3, 3])
+    (found,) = reports(compiled)
+    assert not found.failure and found.fallbacks == [] and "copy_()" not in caplog.text
+
+
+@pytest.mark.parametrize("keep_layers", ["", "double_blocks.0.*"])
+def test_of_a_file_that_is_quantized_while_it_is_read(flux, nodes, sample_hooked, hook, models_dir, keep_layers):
+    """Its other layers are core's for models with quantized ones, which refuse what hooks do."""
+    from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
+    from int8_compile.int8.options import Int8Options
+
+    path = models_dir / "models" / "diffusion_models" / "tiny_flux.safetensors"
+    loaded = load_int8_model(str(path), Int8Options("rowwise", (keep_layers,) if keep_layers else ()))
+    expected, plain = sample_hooked(flux, *CASES["two"](hook)), sample_hooked(loaded)
+    assert difference(sample_hooked(loaded, *CASES["two"](hook)), expected) < 0.05
+    assert torch.equal(sample_hooked(loaded), plain)
+
+
+def test_one_that_makes_a_layer_larger_is_refused_and_leaves_nothing(flux, nodes, sample_hooked, hook):
+    import comfy.hooks
+
+    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+    plain, without = sample_hooked(quantized), sample_hooked(flux)
+    name = "diffusion_model.double_blocks.0.img_mlp.0"
+    rows, columns = dict(flux.model.named_modules())[name].weight.shape
+    larger = {f"{name}.lora_up.weight": torch.randn(2 * rows, 2), f"{name}.lora_down.weight": torch.randn(2, columns),
+              f"{name}.reshape_weight": torch.tensor([2 * rows, columns])}
+    made = comfy.hooks.create_hook_lora(larger, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"which is not for hooks\. Load it with Load LoRA"):
+        sample_hooked(quantized, made)
+    assert torch.equal(sample_hooked(quantized), plain) and torch.equal(sample_hooked(flux), without)
+
+
 def test_of_a_file_that_is_int8(comfy, flux, nodes, sample_hooked, hook, tmp_path):
     from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model, save_int8_model
     from int8_compile.int8.options import Int8Options

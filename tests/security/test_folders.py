@@ -66,6 +66,21 @@ def test_settings_that_are_no_file_are_none(cache, tmp_path, caplog, make):
     assert caplog.text.count("ComfyUI's settings cannot be read") == 1
 
 
+def test_settings_are_read_once_for_each_change_and_only_this_packs(cache, tmp_path, monkeypatch):
+    """Any client may write 4 MB of others."""
+    from int8_compile.compile.comfyui import user_settings
+
+    read = []
+    monkeypatch.setattr(user_settings, "read_regular", lambda path, size: read.append(path) or path.read_bytes())
+    for limit in (1, 2, 2, 3):
+        settings(tmp_path, json.dumps({"INT8Compile.Cache.SizeLimit": limit, "Comfy.Other": [[]] * 100}))
+        for _ in range(3):
+            assert user_settings.settings() == {"INT8Compile.Cache.SizeLimit": limit}
+    assert len(read) == 4
+    (tmp_path / "user" / "default" / "comfy.settings.json").unlink()
+    assert user_settings.settings() == {}
+
+
 @pytest.mark.parametrize("inside", ["input", "output", "temp", "models/loras", "output/a/b", "user", "user/default", "user/default/x",
                                     "link/x", ""])
 def test_a_folder_that_clients_reach_is_refused_in_one_line(cache, tmp_path, monkeypatch, caplog, inside):

@@ -296,13 +296,15 @@ def is_taken_over(store: CacheStore, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("holder", ["otherhost 1", "here and running", "", "\0\xff"])
+@pytest.mark.parametrize("holder", ["otherhost 1", "here and running", "", "\0\xff", "here and 9" + 5000 * "9", "sparse"])
 @pytest.mark.parametrize("dated", [0, 86400], ids=["now", "tomorrow"])
 def test_a_lock_that_nobody_touches_is_taken_over_in_time(home, short, holder, dated):
     store = open_store(home)
     put(store, "other")
     lock = store.base / PLACE / ".lock-entry"
-    lock.write_text(holder.replace("here and running", f"{here()} {os.getppid()}"), encoding="latin-1")
+    lock.write_text(holder.replace("here and running", f"{here()} {os.getppid()}").replace("here and", here()), encoding="latin-1")
+    if holder == "sparse":  # no more is read than one can have
+        os.truncate(lock, 1 << 34)
     os.utime(lock, (time.time() + dated,) * 2)
     assert not is_taken_over(store, 0.3)
     assert is_taken_over(store, 1.5)
@@ -356,6 +358,22 @@ def test_folders_nested_deeper_than_python_can_go_are_swept_as_far_as_names_can_
     temporary._sweep_below(home)
     assert not left.exists()
     subprocess.run(["rm", "-rf", str(home / "a")], check=True)
+
+
+def test_a_folder_of_ours_that_is_deeper_than_python_can_go_keeps_no_other_from_being_swept(home):
+    """Any client may make one in the output folder, where its name is known."""
+    deep, plain = home / f"{TEMPORARY}00000000-1-x", home / f"{TEMPORARY}11111111-1-x"
+    plain.mkdir(parents=True)
+    for at in [deep, *[Path("a")] * 1200]:
+        at.mkdir()
+        os.chdir(at)
+    os.chdir(Path(__file__).parent)
+    for folder in (deep, plain):
+        os.utime(folder, (0, 0))
+    Sweeper().sweep([deep, plain])
+    assert not plain.exists()
+    with contextlib.suppress(FileNotFoundError):
+        subprocess.run(["rm", "-rf", str(deep)], check=True)
 
 
 def test_what_was_loaded_from_the_systems_folder_by_a_killed_process_is_swept(home, monkeypatch):
