@@ -211,9 +211,9 @@ def test_prompts_with_hooks_are_encoded_and_decide_nothing(comfy, clip, nodes):
     assert difference(encode(quantized), expected) < MOST and int8_layers(quantized)
 
 
-@pytest.mark.parametrize("kind", ["t5", "qwen"], indirect=True)
-@pytest.mark.parametrize("method", ["convrot", "auto"])
-def test_a_hook_lora_is_in_the_int8_layers_for_its_prompts(clip, nodes, method):
+@pytest.fixture
+def hooked(clip):
+    """As Set CLIP Hooks."""
     import comfy.hooks
 
     names = [name for name in clip.patcher.model.state_dict() if name.endswith(("q_proj.weight", "SelfAttention.q.weight"))]
@@ -226,16 +226,35 @@ def test_a_hook_lora_is_in_the_int8_layers_for_its_prompts(clip, nodes, method):
     hooks.add(hook)
 
     def hooked(clip):
-        """As Set CLIP Hooks."""
         clip = clip.clone()
         clip.patcher.forced_hooks = hooks.clone()
         clip.patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
         return clip
+    return hooked
+
+
+@pytest.mark.parametrize("kind", ["t5", "qwen"], indirect=True)
+@pytest.mark.parametrize("method", ["convrot", "auto"])
+def test_a_hook_lora_is_in_the_int8_layers_for_its_prompts(clip, nodes, hooked, method):
     plain, expected = encode(clip), encode(hooked(clip))
     quantized = nodes.INT8QuantizeModel(clip, method=method)
     in_int8 = encode(quantized)
     assert difference(encode(hooked(quantized)), expected) < MOST < difference(expected, plain)
     assert torch.equal(encode(quantized), in_int8) and torch.equal(encode(clip), plain)
+
+
+@pytest.mark.parametrize("kind", ["qwen"], indirect=True)
+def test_an_encoder_of_an_int8_file_takes_hooks_and_is_not_merged_with_or_without_them(comfy, clip, kind, nodes, hooked, output_folder):
+    expected, plain = encode(hooked(clip)), encode(clip)
+    save(nodes.INT8QuantizeModel(clip, method="convrot"))
+    (path,) = (output_folder / "text_encoders").iterdir()
+    loaded = nodes.INT8QuantizeModel(_load(comfy, path, kind))
+    in_int8 = encode(loaded)
+    assert difference(encode(hooked(loaded)), expected) < MOST < difference(expected, plain)
+    assert torch.equal(encode(loaded), in_int8)
+    for merged in (loaded, hooked(loaded)):
+        with pytest.raises(ValueError, match="ComfyUI cannot merge them into another model"):
+            clip.clone().add_patches(dict(merged.get_key_patches().items()), 0.5, 0.5)
 
 
 @pytest.mark.rotating
