@@ -74,6 +74,7 @@ USES = (
     Use("comfy.model_patcher.LowVramPatch.__call__", INT8, "0.38.1", 2, since="0.26.0"),
     Use("comfy.model_management.pin_memory", INT8, "0.38.1", 1, since="0.26.0"),
     Use("comfy.model_management.unpin_memory", INT8, "0.38.1", 1, since="0.26.0"),
+    # A function that the pack puts its own in front of, for hook LoRAs.
     Use("comfy.utils.copy_to_param", INT8, "0.38.1", parameters=("obj", "attr", "value"), since="0.26.0"),
     # compile/comfyui/int8_calibrate.py: measured inside the first sampling.
     Use("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", INT8, "0.38.1", since="0.26.0"),
