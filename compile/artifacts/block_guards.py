@@ -263,3 +263,14 @@ def _of_layer(owner: weakref.ref[HasArtifactTensors], made: dict) -> dict:
         layer = owner()
         made[owner] = {} if layer is None else layer.artifact_tensors()
     return made[owner]
+
+
+class BlockInfo:
+    """What is found out once about a block that is made of what it is made of now."""
+
+    __slots__ = ("block", "guards", "weights")
+
+    def __init__(self, block: torch.nn.Module):
+        self.block = weakref.ref(block)
+        self.weights: Weights | None = None
+        self.guards: dict[int, BlockGuards] = {}  # by id of what is loaded

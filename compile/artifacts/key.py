@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from ...pack import sources_digest
 from .entry import digest
@@ -48,9 +49,10 @@ def settings() -> dict:
 
 
 def is_inference(device_type: str) -> bool:
-    """Whether calls are what an artifact was made for: inference, as it is without autocast."""
+    """Whether calls are what an artifact was made for: inference without autocast, with nothing between operators and what they do."""
     return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type)
-            and not torch._C._len_torch_function_stack())
+            and not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack()
+            and torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0)
 
 
 def group(name: str, dynamic: bool, tier: str, structure: list, config: dict, device: torch.device, host: dict) -> str:

@@ -16,7 +16,7 @@ from . import key as cache_key
 from .artifact import Artifact
 from .attention_override import OVERRIDE
 from .block import structure_of
-from .block_guards import BlockGuards, ClassGuards, Weights, WeightSpecs, module_classes
+from .block_guards import BlockGuards, BlockInfo, ClassGuards, Weights, WeightSpecs, module_classes
 from .builder import Builder, BuildRequest
 from .call import Call, flatten, numbers_in, with_numbers, without_numbers
 from .describe import Names
@@ -42,17 +42,6 @@ class Cache:
     store: CacheStore
     builder: Builder
     host: Callable[[], dict] = dict
-
-
-class BlockInfo:
-    """What is found out once about a block that is made of what it is made of now."""
-
-    __slots__ = ("block", "guards", "weights")
-
-    def __init__(self, block: torch.nn.Module):
-        self.block = weakref.ref(block)
-        self.weights: Weights | None = None
-        self.guards: dict[int, BlockGuards] = {}  # by id of what is loaded
 
 
 class RegionArtifacts:
@@ -82,7 +71,7 @@ class RegionArtifacts:
         self._seen: set[str] = set()
         self._stale: dict[str, list] = {}  # entries made of other code, by their sources
         self._unloaded: dict[str, str] = {}  # entries that failed to load -> how
-        self._requested: set[str] = set()
+        self._requested: dict[str, bool] = {}  # entry -> whether it is being built
         self._asked: set[tuple] = set()  # calls that no artifact fits until the builder has finished something
         self._shapes: dict[tuple, tuple] = {}  # of calls that were asked for: without its numbers -> its structure
         self._running: Loaded | None = None  # whose artifact run() called last, if it did
@@ -230,6 +219,9 @@ class RegionArtifacts:
             self._seen.add(entry.folder.name)
             sources = CodeFingerprint(entry.body["sources"], Names(entry.body["names"]))
             if changed := sources.mismatch():
+                if self._requested.get(entry.folder.name):  # another is being built in its place
+                    self._seen.discard(entry.folder.name)
+                    continue
                 self._note("not used", self._name, f"{changed} is not the code that its artifact was made of")
                 self._stale[entry.folder.name] = entry.body["sources"]
                 continue
@@ -290,7 +282,7 @@ class RegionArtifacts:
                 self._refuse("its artifact is for blocks that were not patched, or with other attributes")
             return
         self._seen.discard(entry)
-        self._requested.add(entry)
+        self._requested[entry] = True
         self._note("building", self._name, entry)
         region = weakref.ref(self)
         overridden = any(OVERRIDE in options for options in job.options)
@@ -310,6 +302,7 @@ def _done(region: weakref.ref, entry: str, overridden: bool, reason: str):
     owner = region()
     if owner is None:
         return
+    owner._requested[entry] = False
     owner._note("ended", owner._name, entry)
     if reason and overridden:
         owner._note("refused", owner._name, reason)

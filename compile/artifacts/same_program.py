@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .inputs import _expression, _is_size, _Traced
 from .job import BuildSpec
@@ -12,6 +13,21 @@ def same_program(many: _Traced, one: _Traced, job: BuildSpec) -> bool:
     """Whether the program for any batch computes at batch 1 what the one for batch 1 does: the same operations with the same constants,
     slice bounds and sizes."""
     return _operations(many, job) == _operations(one, job)
+
+
+def _memory(value) -> set[int]:
+    """Of the tensors in it."""
+    return {tensor.untyped_storage()._cdata for tensor in tree_leaves(value) if isinstance(tensor, Tensor)}
+
+
+def _filled(nodes: list[torch.fx.Node]) -> set[int]:
+    """The memory that operations write into."""
+    found: set[int] = set()
+    for node in nodes:
+        for argument, value in zip(getattr(getattr(node.target, "_schema", None), "arguments", ()), node.args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found |= _memory([other.meta.get("val") for other in tree_leaves(value) if isinstance(other, torch.fx.Node)])
+    return found
 
 
 def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
@@ -29,6 +45,7 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
                 sizes.setdefault(expression, sympy.Integer(1) if batch else sympy.Symbol(f"leaf{index}_{dim}", integer=True, positive=True))
     made: dict = {}
     result = []
+    filled = _filled(nodes)
 
     def text(value):
         if isinstance(value, torch.fx.Node):
@@ -45,6 +62,11 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
         value = node.meta.get("val")
         values = value if isinstance(value, (list, tuple)) else [value]
         return [text(list(item.shape)) if isinstance(item, Tensor) else None for item in values]
+
+    def memory(node):
+        """Which of its inputs share memory with its results, where that is written into: a reshape is a view or a copy, by its strides."""
+        results, found = _memory(node.meta.get("val")), [_memory(other.meta.get("val")) for other in node.all_input_nodes]
+        return [bool(results & other) for other in found] if filled & results.union(*found) else None
     for node in nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, (torch.SymInt, torch.SymBool, int)) and not isinstance(value, bool):
@@ -55,7 +77,7 @@ def _operations(traced: _Traced, job: BuildSpec) -> list[tuple]:
             made[node] = made[node.args[0]]
         else:
             result.append((node.op if node.op != "call_function" else str(node.target), text(node.args),
-                           sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node)))
+                           sorted((key, text(item)) for key, item in node.kwargs.items()), shape(node), memory(node)))
             made[node] = f"#{len(result)}"
     written = [{key: text(value) for key, value in options.writes().items()} for options in traced.seen.options]
     return [*result, ("options", written), ("outputs", text(traced.seen.outputs))]

@@ -85,6 +85,9 @@ class Int8Lora:
         until core writes over it what it has kept (hook LoRAs); then the weight of before is back (write_back_to_int8). Raises ValueError
         for one of another shape, in place."""
         own = self._parameters["weight"]
+        if inplace_update and weight.shape != own.shape:
+            raise ValueError(f"A hook LoRA makes a weight of {list(weight.shape)} out of one of {list(own.shape)}, which is not for hooks. "
+                             "Load it with Load LoRA.")
         if isinstance(own, QuantizedTensor):
             patched = self._quantized(weight)
         else:  # another pack's, float, in its place
@@ -95,9 +98,6 @@ class Int8Lora:
             own.data.copy_(patched)
             return
         if inplace_update:
-            if patched.shape != own.shape:
-                raise ValueError(f"A hook LoRA makes a weight of {list(patched.shape)} out of one of {list(own.shape)}, which is not for "
-                                 "hooks. Load it with Load LoRA.")
             _before.setdefault(self, []).append(own)
         self.weight = torch.nn.Parameter(patched, requires_grad=False)
 

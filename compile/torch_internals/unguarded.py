@@ -1,16 +1,20 @@
 """What compiled code took for a constant and dynamo's guards do not tell from another: the signs of zeros, the order of an OrderedDict, the
-defaults of a function that was made by another."""
+defaults of a function, a class that it was made with."""
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import math
 import re
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
 
+MAX_DEPTH = 4
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
@@ -36,8 +40,33 @@ def _get(node: ast.expr, scope: dict):
     raise TypeError
 
 
-def _facts(value, path: str = "") -> Iterator[tuple[str, object]]:
-    """(where in value, what guards do not tell)."""
+class _Class:
+    """Equal for one that would compute the same."""
+
+    def __init__(self, kind: type):
+        self._kind = weakref.ref(kind)
+
+    @functools.cached_property
+    def description(self) -> list:
+        kind = self._kind()
+        return [] if kind is None else [(name, _described(value)) for base in kind.__mro__ for name, value in vars(base).items()
+                                        if name not in ("__dict__", "__weakref__")]
+
+    def __eq__(self, other):
+        return isinstance(other, _Class) and (self._kind() is other._kind() is not None or self.description == other.description)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _described(value):
+    function = getattr(value, "__func__", value)
+    if isinstance(function, types.FunctionType):
+        return function.__code__, repr(function.__defaults__), repr(function.__kwdefaults__), function.__closure__
+    return type(value), repr(value)
+
+
+def _facts(value, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+    """(where in value, what guards do not tell). depth: of functions in functions."""
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
@@ -49,8 +78,16 @@ def _facts(value, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _facts(item, f"{path}[{index}]")
     elif kind is OrderedDict and len(value) > 1:
         yield f"{path} order", [repr(key) for key in value]
-    elif kind is types.FunctionType and "<locals>" in value.__qualname__:
+    elif kind is types.MethodType:
+        yield from _facts(value.__func__, path, depth)
+    elif kind is types.FunctionType and depth < MAX_DEPTH:
         yield f"{path} defaults", [(type(item), repr(item)) for item in value.__defaults__ or ()]
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # it is empty yet
+                if isinstance(cell.cell_contents, (types.FunctionType, types.MethodType)):
+                    yield from _facts(cell.cell_contents, f"{path} {name}", depth + 1)
+                elif isinstance(cell.cell_contents, type):
+                    yield f"{path} {name}", _Class(cell.cell_contents)
 
 
 class Unguarded:
@@ -68,7 +105,9 @@ class Unguarded:
             if source not in self._known:
                 self._known[source] = ast.parse(source, mode="eval").body, {}
             for path, fact in facts.items():
-                self._known[source][1].setdefault(path, fact)
+                known = self._known[source][1].setdefault(path, fact)
+                if isinstance(known, _Class):
+                    known.description  # noqa: B018 - while it lives
 
     def disagreement(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> str:
         """What is another one than when the block was compiled, empty for nothing. Asked at every call."""
@@ -79,7 +118,8 @@ class Unguarded:
             except (AttributeError, LookupError, TypeError):
                 continue  # dynamo's guards see that
             for path, fact in _facts(value):
-                if fact != facts.get(path, 1.0):
+                # What was not there then is seen by dynamo's guards, but for the sign of a zero.
+                if fact != facts.get(path, 1.0 if isinstance(fact, float) else fact):
                     return f"{ast.unparse(source)}{path}"
         return ""
 

@@ -164,15 +164,18 @@ def test_of_a_file_that_is_quantized_while_it_is_read(flux, nodes, sample_hooked
     assert torch.equal(sample_hooked(loaded), plain)
 
 
-def test_one_that_makes_a_layer_larger_is_refused_and_leaves_nothing(flux, nodes, sample_hooked, hook):
+@pytest.mark.parametrize("method", ["convrot", "smoothquant"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_that_makes_a_layer_larger_is_refused_and_leaves_nothing(flux, nodes, sample_hooked, hook, method, side):
     import comfy.hooks
 
-    quantized = nodes.INT8QuantizeModel(flux, method="convrot")
+    quantized = nodes.INT8QuantizeModel(flux, method=method)
     plain, without = sample_hooked(quantized), sample_hooked(flux)
     name = "diffusion_model.double_blocks.0.img_mlp.0"
-    rows, columns = dict(flux.model.named_modules())[name].weight.shape
-    larger = {f"{name}.lora_up.weight": torch.randn(2 * rows, 2), f"{name}.lora_down.weight": torch.randn(2, columns),
-              f"{name}.reshape_weight": torch.tensor([2 * rows, columns])}
+    shape = list(dict(flux.model.named_modules())[name].weight.shape)
+    shape[side] *= 2
+    larger = {f"{name}.lora_up.weight": torch.randn(shape[0], 2), f"{name}.lora_down.weight": torch.randn(2, shape[1]),
+              f"{name}.reshape_weight": torch.tensor(shape)}
     made = comfy.hooks.create_hook_lora(larger, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"which is not for hooks\. Load it with Load LoRA"):
         sample_hooked(quantized, made)
