@@ -1,6 +1,7 @@
 """Artifacts of a model's blocks: built by another process, swapped in, found again, and never wrong."""
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cache_nets
@@ -148,6 +151,30 @@ def test_gradients_are_not_lost_in_an_artifact(built, key_file):
         assert compiled.report.artifacts
         y = run(compiled, net, *x)
         assert y.requires_grad and torch.equal(y, net(*x))
+
+
+class _Halves(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) * (0.5 if "linear" in str(func) or "addmm" in str(func) else 1)
+
+
+def test_nothing_between_operators_and_what_they_do_is_passed_by(built, key_file):
+    """A dispatch mode, forward-mode derivatives, functorch: an artifact knows none of them, and is none the worse for it."""
+    net, compiled, x = make(), CompiledModule(OPTIONS, cache=restarted(built, key_file)), inputs()
+    assert torch.equal(run(compiled, net, *x), net(*x))
+    with _Halves():
+        assert torch.equal(run(compiled, net, *x), net(*x))
+    both = functools.partial(run, compiled, net), net
+    with torch.inference_mode(False), torch.no_grad():
+        values = inputs()
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(value, torch.ones_like(value)) for value in values]
+            got, expected = (forward_ad.unpack_dual(call(*dual)).tangent for call in both)
+            assert torch.allclose(got, expected, rtol=1e-4)
+        stacked = [torch.stack([value, value]) for value in values]
+        got, expected = (torch.func.vmap(call)(*stacked) for call in both)
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.equal(run(compiled, net, *x), net(*x)) and compiled.report.last_calls["artifact"] > 0
 
 
 def test_code_that_is_patched_in_this_process_is_not_what_the_artifact_was_made_of(built, key_file, monkeypatch):

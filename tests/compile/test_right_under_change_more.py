@@ -4,6 +4,7 @@ from __future__ import annotations
 import builtins
 import functools
 import gc
+import importlib
 import math
 import operator
 import os
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import changing_nets as nets
-from int8_compile.compile.artifacts import artifact
+from int8_compile.compile.artifacts import artifact, source_guards
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.events import Events
 from int8_compile.compile.options import CompileOptions
@@ -75,6 +76,35 @@ def test_why_an_artifact_is_not_used_is_in_the_report_only_while_it_is_so(tmp_pa
         assert [text for text in compiled.report.fallbacks if "is not the code that its artifact was made of" in text]
         run(compiled, net, *x)
         assert compiled.report.last_calls["artifact"] == len(net.blocks) and not compiled.report.fallbacks
+
+
+def test_what_was_built_of_other_code_is_built_again_while_steps_go_on(tmp_path, monkeypatch):
+    """After an update of a pack: the old entry is there until the builder has finished."""
+    (tmp_path / "edited_net.py").write_text("import changing_nets\n\n\nclass Edited(changing_nets.Small):\n"
+                                            "    def forward(self, x, transformer_options=None):\n        return self.body(x)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("edited_net")
+    compiled, x = cached(tmp_path / "cache"), inputs()[0]
+    for _ in range(2):
+        run(compiled, nets.make(module.Edited), x)
+    assert compiled.report.last_calls["artifact"] == 3
+    with (tmp_path / "edited_net.py").open("a") as file:
+        file.write("# edited\n")
+    monkeypatch.delitem(sys.modules, "edited_net")
+    source_guards._file_digest.cache_clear()
+    module = importlib.import_module("edited_net")
+    net, compiled, orders = nets.make(module.Edited), cached(tmp_path / "cache"), []
+    build = compiled._cache.builder.submit
+    monkeypatch.setattr(compiled._cache.builder, "submit", orders.append)
+    for batch in (2, 2, 1, 2):
+        x = inputs(batch=batch)[0]
+        assert difference(run(compiled, net, x), net(x)) < 1e-5 and compiled.report.last_calls["eager"] == 3
+    (order,) = orders
+    build(order)
+    for batch in (2, 1):
+        x = inputs(batch=batch)[0]
+        assert difference(run(compiled, net, x), net(x)) < 1e-5 and compiled.report.last_calls["artifact"] == 3
+    assert not compiled.report.fallbacks
 
 
 def test_a_loaded_artifact_ends_only_what_was_said_of_its_own_region():

@@ -275,6 +275,71 @@ def test_a_change_of_a_value_that_is_read_in_a_roundabout_way_shows_at_once(tmp_
             change(block, 1.0)
 
 
+class Patched(nets.Small):
+    def forward(self, x, transformer_options=None):
+        h = self.body(x)
+        for patch in transformer_options["patches"]["attn1_output_patch"]:
+            h = patch(h)
+        return h
+
+
+def by_default(h, level=1.0):
+    return h * level
+
+
+def of_class(level):
+    class Level:
+        value = level
+    return lambda h: h * Level.value
+
+
+def of_classmethod(level):
+    class Level:
+        value = level
+
+        @classmethod
+        def times(cls, h):
+            return h * cls.value
+    return lambda h: Level.times(h)
+
+
+def of_class_inside(level):
+    inner = of_class(level)
+    return lambda h: inner(h)
+
+
+def of_method(level):
+    class Level:
+        value = level
+    return types.MethodType(lambda self, h: h * Level.value, SPACE)
+
+
+PATCHES = {
+    "default of a copy": lambda level: types.FunctionType(by_default.__code__, globals(), "by_default", (level,)),
+    "class": of_class, "class of two": lambda level: (lambda kind: lambda h: h * kind.gain)(Gain if level == 1.5 else Thing),
+    "made class": lambda level: (lambda kind: lambda h: h * kind.value)(type("Level", (), {"value": level})),
+    "class method": of_classmethod, "class of a function in it": of_class_inside, "class of a method": of_method,
+    "closure": lambda level: lambda h: h * level,
+}
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_patches_of_the_same_code_with_another_default_or_class_are_others(kind):
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for level in (1.5, 1.5, 0.6, 0.6, 1.5):
+        options = {"patches": {"attn1_output_patch": [PATCHES[kind](level)]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
+    assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
+
+
+def test_a_longer_list_of_patches_is_compiled():
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for levels in ((1.5,), (0.6, 2.0), (1.5, 1.5, 1.5), (0.6,)):
+        options = {"patches": {"attn1_output_patch": [PATCHES["closure"](level) for level in levels]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
+        assert compiled.report.last_calls["graph"] == 3, compiled.report.text()
+
+
 NUMBERS = {
     "a number": (lambda value: value, lambda number: number),
     "in a tuple": (lambda value: (1.0, value), lambda number: number[1]),
