@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import math
 import re
 import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
 
 MAX_DEPTH = 4
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
@@ -40,29 +39,30 @@ def _get(node: ast.expr, scope: dict):
     raise TypeError
 
 
-class _Class:
-    """Equal for one that would compute the same."""
-
-    def __init__(self, kind: type):
-        self._kind = weakref.ref(kind)
-
-    @functools.cached_property
-    def description(self) -> list:
-        kind = self._kind()
-        return [] if kind is None else [(name, _described(value)) for base in kind.__mro__ for name, value in vars(base).items()
-                                        if name not in ("__dict__", "__weakref__")]
-
-    def __eq__(self, other):
-        return isinstance(other, _Class) and (self._kind() is other._kind() is not None or self.description == other.description)
-
-    __hash__ = None  # type: ignore[assignment]
+def _class(kind: type) -> list:
+    """Equal for one that computes the same: a function that is made anew for each prompt may make its classes anew, too."""
+    return [(name, _described(value)) for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "torch")
+            for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
 
 
-def _described(value):
-    function = getattr(value, "__func__", value)
-    if isinstance(function, types.FunctionType):
-        return function.__code__, repr(function.__defaults__), repr(function.__kwdefaults__), function.__closure__
-    return type(value), repr(value)
+def _described(value, depth: int = 0) -> tuple:
+    """Equal for what code that was traced takes for the same."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if depth > MAX_DEPTH or isinstance(value, type):
+        pass
+    elif isinstance(value, property):
+        return type(value), _described(value.fget, depth + 1)
+    elif isinstance(function, types.FunctionType):
+        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+        return (type(value), function.__code__, _described(function.__defaults__), _described(function.__kwdefaults__),
+                [_described(cell.cell_contents, depth + 1) for name, cell in cells if name != "__class__"])
+    elif isinstance(value, (tuple, list)):
+        return type(value), [_described(item, depth + 1) for item in value]
+    elif isinstance(value, dict):
+        return type(value), [(repr(key), _described(item, depth + 1)) for key, item in value.items()]
+    elif isinstance(value, CONSTANTS):
+        return type(value), repr(value)
+    return type(value), id(value), [value]  # which is held, so that no other gets its id
 
 
 def _facts(value, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
@@ -87,7 +87,7 @@ def _facts(value, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]
                 if isinstance(cell.cell_contents, (types.FunctionType, types.MethodType)):
                     yield from _facts(cell.cell_contents, f"{path} {name}", depth + 1)
                 elif isinstance(cell.cell_contents, type):
-                    yield f"{path} {name}", _Class(cell.cell_contents)
+                    yield f"{path} {name}", _class(cell.cell_contents)
 
 
 class Unguarded:
@@ -105,9 +105,7 @@ class Unguarded:
             if source not in self._known:
                 self._known[source] = ast.parse(source, mode="eval").body, {}
             for path, fact in facts.items():
-                known = self._known[source][1].setdefault(path, fact)
-                if isinstance(known, _Class):
-                    known.description  # noqa: B018 - while it lives
+                self._known[source][1].setdefault(path, fact)
 
     def disagreement(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> str:
         """What is another one than when the block was compiled, empty for nothing. Asked at every call."""

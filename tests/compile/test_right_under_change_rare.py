@@ -323,6 +323,23 @@ PATCHES = {
 }
 
 
+class Levels:
+    value = 1.5
+
+    @property
+    def times(self):
+        return self.value
+
+
+def of_changed_class(level):
+    Levels.value = level
+    kind = Levels
+    return lambda h: h * kind.value
+
+
+PATCHES["class that is changed"] = of_changed_class
+
+
 @pytest.mark.parametrize("kind", PATCHES)
 def test_patches_of_the_same_code_with_another_default_or_class_are_others(kind):
     net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
