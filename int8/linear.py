@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from .echo import echo
+from .echo import OF_A_PROMPT, echo
 from .hadamard import GROUP_SIZES, rotate
 from .kernels import ops
 from .quantize import quantize_weight
@@ -140,7 +140,7 @@ class Int8Linear(torch.nn.Module):
                 return
             if group != self.group:
                 logger.warning("layer '%s' is rotated in groups of %d by its own entry in the file, of %d by the record of modes: "
-                               "the entry holds.", echo(prefix[:-1]), group, self.group)
+                               "the entry holds.", echo(prefix[:-1]), group, self.group, extra={OF_A_PROMPT: True})
             # ComfyUI's JSON may be spelled otherwise than ours, so its length may differ.
             self.group, self.comfy_quant = group, torch.empty_like(found, device=self.comfy_quant.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -5,10 +5,12 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
+from safetensors import SafetensorError
 
 from ..compile.comfyui.int8_encoder import save_encoder
 from ..compile.comfyui.mode_records import recorded, save_model
 from ..compile.comfyui.node_status import SCHEMA, NodeStatus
+from ..int8.echo import echo
 from .inputs import matching
 from .quantize import int8_options, quantize_inputs
 
@@ -38,7 +40,11 @@ class SaveINT8Model(io.ComfyNode):
         if not isinstance(model, (CLIP, ModelPatcher)):
             raise ValueError(f"Save INT8 Model cannot save a {type(model).__name__}, only a MODEL or a CLIP. Connect it to a save node "
                              "of its type.")
-        (save_encoder if isinstance(model, CLIP) else save_model)(model, filename_prefix)
+        try:
+            (save_encoder if isinstance(model, CLIP) else save_model)(model, filename_prefix)
+        except (OSError, SafetensorError, UnicodeError) as error:
+            raise ValueError(f"Save INT8 Model: the file cannot be written ({echo(str(error))}). Choose another filename_prefix, or make "
+                             "room on the disk of the output folder.") from error
         return io.NodeOutput()
 
 

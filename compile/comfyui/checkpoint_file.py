@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import comfy.utils
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...int8.echo import echo
 from ...int8.files.owners import CacheError, open_regular
@@ -22,16 +22,45 @@ SMALL_BYTES = 1 << 16
 MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
 
 
+def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """The header of a safetensors file and its size, read: safe_open maps the file, and who cuts it short then ends the process.
+    Raises ValueError."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
+    header = json.loads(file.read(size))
+    texts = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not (texts is None or (isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values()))):
+        raise ValueError("its header is none")
+    return size, header
+
+
+def _check(tensors: dict[str, Any], size: int) -> None:
+    """Raises ValueError where the tensors that a header names do not fill size bytes, one behind the other, as the format demands."""
+    at = 0
+    for entry in sorted(tensors.values(), key=_offsets):
+        start, end = _offsets(entry)
+        shape, kind = entry.get("shape"), DTYPES.get(str(entry.get("dtype")))
+        if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError("a tensor without a shape")
+        if start != at or end < start or (kind is not None and end - start != math.prod(shape) * kind.itemsize):
+            raise ValueError("tensors that overlap, or are not of the size of their shape")
+        at = end
+    if at != size:
+        raise ValueError(f"{size} bytes of tensors, of {at}")
+
+
+def _offsets(entry) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        raise ValueError("a tensor without a place")
+    return offsets[0], offsets[1]
+
+
 def _written(file) -> tuple[int, ...]:
     """Another once somebody has written into an open file, or put another in its place; copies may bring their own time of change."""
     state = os.fstat(file.fileno())
     return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def _same(file: BinaryIO, path: str) -> str:
-    """A path of an open file, whatever has that path by now, where the system has one."""
-    own = f"/dev/fd/{file.fileno()}"
-    return own if os.path.exists(own) else path
 
 
 class CheckpointFile(Mapping):
@@ -42,16 +71,12 @@ class CheckpointFile(Mapping):
         try:
             with open_regular(Path(path)) as file:
                 self._written = _written(file)
-                size = int.from_bytes(file.read(8), "little")
-                if size > MAX_HEADER_BYTES:
-                    raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
-                header = json.loads(file.read(size))
-                with safe_open(_same(file, path), framework="pt") as tensors:  # checks the header against the file's size
-                    self.metadata = tensors.metadata() or {}
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RecursionError, CacheError, a file without content
+                size, header = read_header(file)
+                self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+                _check(header, os.fstat(file.fileno()).st_size - 8 - size)
+        except (OSError, ValueError, RuntimeError) as error:  # RecursionError, CacheError
             raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
                              f"({echo(str(error))}). Download it again.") from error
-        header.pop("__metadata__", None)
         for key, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "

@@ -21,6 +21,7 @@ OFFLOAD = "compiled blocks with weights that are not on the device"
 PREFETCH = "weights of dynamic VRAM that stay where they are"
 ATTENTION = "attention as one operation of compiled blocks"
 BYPASS = "bypass LoRAs on INT8 layers"
+MERGING = "merging and saving models with INT8 layers by ComfyUI's nodes"
 COMPILER = "leaving ComfyUI's memory compiler while compiled code runs"
 # What happens without one.
 WITHOUT = {
@@ -31,6 +32,7 @@ WITHOUT = {
     PREFETCH: "they are copied before each block, which is slower",
     ATTENTION: "attention that is no plain torch breaks graphs, and such blocks are not kept",
     BYPASS: "connect Load LoRA (Bypass) before INT8 Quantize Model, or use Load LoRA",
+    MERGING: "use Save INT8 Model, and merge before INT8 Quantize Model",
     COMPILER: "start ComfyUI with --disable-comfy-compiler if compiled models fail or run out of memory",
 }
 
@@ -80,8 +82,12 @@ USES = (
     Use("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", INT8, "0.38.1", since="0.26.0"),
     Use("comfy.samplers.CFGGuider.outer_sample", INT8, "0.38.1", parameters=(
         "self", "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"), since="0.26.0"),
-    # compile/comfyui/int8_layer.py: a function that the pack puts its own in front of (int8_merge.py: three more, for merging and saving).
+    # compile/comfyui/int8_layer.py: a function that the pack puts its own in front of.
     Use("comfy.ops.linear_input_act", FUSED_ACTIVATION, "0.38.1", parameters=("linear", "x", "input_act"), since="0.33.0"),
+    # compile/comfyui/int8_merge.py: three more.
+    Use("comfy.model_patcher.ModelPatcher.get_key_patches", MERGING, "0.38.1", 1),
+    Use("comfy.model_patcher.ModelPatcher.state_dict_for_saving", MERGING, "0.38.1", 1),
+    Use("comfy.sd.save_checkpoint", MERGING, "0.38.1", 2),
     # compile/comfyui/bypass_lora.py: which layers it takes hold of.
     Use("comfy.weight_adapter.BypassInjectionManager.create_injections", BYPASS, "0.38.1", parameters=("self", "model"), since="0.33.0"),
     Use("comfy.weight_adapter.bypass.BypassForwardHook.inject", BYPASS, "0.38.1", 1, since="0.33.0"),
@@ -138,9 +144,10 @@ def _problem(use: Use) -> str:
     except (TypeError, ValueError):
         return "takes other arguments"
     names = tuple(signature.parameters)[:len(use.parameters)]
-    # Another pack's wrapper passes on whatever it is given.
+    # Another pack's wrapper passes on what it is given, whatever it calls that.
     is_open = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
-    return "" if names == use.parameters or is_open else "takes other arguments"
+    is_others = not str(getattr(value, "__module__", "comfy")).startswith("comfy.") and len(names) == len(use.parameters)
+    return "" if names == use.parameters or is_open or is_others else "takes other arguments"
 
 
 def comfyui_version() -> str:

@@ -221,26 +221,27 @@ def _linear_class(compute_dtype: torch.dtype, of_encoder: bool = False) -> type:
 class _ByForward:
     """A layer as one whose weight is not quantized: core's linear_input_act then calls it."""
 
-    weight = None
     _full_precision_mm = True
 
     def __init__(self, layer: torch.nn.Module):
         self.layer = layer
+        weight = getattr(layer, "weight", None)
+        self.weight = getattr(weight, "_qdata", weight)  # other packs' wrappers look at its device
 
     def __call__(self, x):
         return self.layer(x)
 
 
-@functools.cache
-def patch_linear_input_act():
+def patch_linear_input_act(*_):
     """Put a function of the pack in front of core's linear_input_act (the FFN of Wan, LTX, ...), for the layers of the pack only.
 
     It hands the activation to the quantizer, which saves a pass over the largest tensor of a block. Everything that it does not know
     goes to core as it came: other layers, other activations, further arguments. Core asks a layer before it takes its INT8 weight
-    (_full_precision_mm) from 0.36 on; an older one does not, and is given the layer without its weight.
+    (_full_precision_mm) from 0.36 on; an older one does not, and is given the layer without its weight: it would be wrong for smoothed
+    ones. So it is looked at before each sampling: another pack may have put core's back. A pack's that is put around this has its mark.
     """
     core = getattr(comfy.ops, "linear_input_act", None)
-    if core is None or not comfy_core.usable(comfy_core.FUSED_ACTIVATION):
+    if core is None or hasattr(core, "of_int8_compile") or not comfy_core.usable(comfy_core.FUSED_ACTIVATION):
         return
     asks_the_layer = "act_weight" in inspect.signature(core).parameters
 
@@ -258,6 +259,7 @@ def patch_linear_input_act():
                 linear = _ByForward(linear)
         return core(linear, x, input_act, *args, **kwargs)
 
+    linear_input_act.of_int8_compile = True  # type: ignore[attr-defined]
     comfy.ops.linear_input_act = linear_input_act
 
 

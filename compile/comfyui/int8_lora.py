@@ -200,9 +200,9 @@ def _write_in_place(kind: Any) -> None:
         return
 
     @functools.wraps(method)
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, *args, **kwargs):
         if not inplace_update or return_weight or isinstance(self.weight, QuantizedTensor):
-            return method(self, weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
+            return method(self, weight, inplace_update, seed, return_weight, *args, **kwargs)
         self.weight.data.copy_(comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0))
 
     kind.set_weight = set_weight

@@ -16,12 +16,15 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from . import core as comfy_core
 from .int8_lora import Int8Lora, QuantizedTensor
 
 
 @functools.cache
 def patch_merging_and_saving() -> None:
     """Makes ComfyUI's merging and saving right for models with INT8 layers; all others go on as before."""
+    if not comfy_core.usable(comfy_core.MERGING):
+        return
     get_key_patches, state_dict_for_saving = ModelPatcher.get_key_patches, ModelPatcher.state_dict_for_saving
     save_checkpoint = comfy.sd.save_checkpoint
 

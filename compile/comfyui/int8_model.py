@@ -184,6 +184,7 @@ def keep_apart(patcher) -> None:
     undo_in_reverse()
     if own_weights not in patcher.get_callbacks(CallbacksMP.ON_CLONE, LAYER_KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_CLONE, LAYER_KEY, own_weights)
+        patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, LAYER_KEY, patch_linear_input_act)
 
 
 def own_weights(patcher, clone) -> None:

@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 import folder_paths
-from safetensors import SafetensorError, safe_open
 
 from ...int8.echo import OF_A_PROMPT, echo
+from ...int8.files.owners import open_regular
 from ...int8.options import Int8Options
 from ...int8.report import ProgressCallback, no_progress
 from ..modes.apply import apply_modes, parse_modes, updated
@@ -27,6 +27,7 @@ from ..modes.restore import mode_state, replay
 from ..modes.smoothquant import SmoothQuant
 from ..modes.state import ModeEntry, ModeState, check_chain
 from ..options import check_path
+from .checkpoint_file import read_header
 from .int8_calibrate import quantize_model
 from .int8_model import int8_layers
 from .modes import PATCHER_MODES, Int8Record, PatcherCompile, PatcherInt8, PatcherInt8Config, PatcherSmoothQuantConfig, int8_metadata
@@ -136,12 +137,10 @@ def _file_of(patcher) -> Path | None:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():  # gone since, or a pipe by now, which would be waited for
-        return {}
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):  # another format
+        with open_regular(path) as file:  # gone since, or a pipe by now
+            return read_header(file)[1].get("__metadata__") or {}
+    except (OSError, ValueError, RuntimeError):  # another format; CacheError, RecursionError
         return {}
 
 

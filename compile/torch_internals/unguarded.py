@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
+import inspect
+import itertools
 import math
 import re
 import types
@@ -12,8 +15,11 @@ from collections.abc import Iterator
 
 import torch
 
-MAX_DEPTH = 4
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+MAX_DEPTH, MOST_NESTED, MOST_ITEMS = 4, 2, 16  # it is asked at every call
+# Modules whose classes are what they are.
+OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+CONSTANTS: tuple = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
@@ -39,17 +45,38 @@ def _get(node: ast.expr, scope: dict):
     raise TypeError
 
 
-def _class(kind: type) -> list:
+def _class(kind: type, depth: int = 0) -> list:
     """Equal for one that computes the same: a function that is made anew for each prompt may make its classes anew, too."""
-    return [(name, _described(value)) for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("builtins", "torch")
+    return [(name, _described(value, depth)) for base in (*inspect.getmro(kind), *inspect.getmro(type(kind)))
+            if base.__module__.partition(".")[0] not in OTHERS
             for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
+
+
+def _classes(value, path: str, depth: int = 0) -> Iterator[tuple[str, object]]:
+    """Of what a closure holds."""
+    if isinstance(value, type):
+        yield path, _class(value)
+    elif depth > MOST_NESTED or isinstance(value, (*CONSTANTS, torch.Tensor, types.ModuleType)):
+        return
+    elif isinstance(value, FUNCTIONS):
+        yield from _facts(value, path, depth)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value[:MOST_ITEMS]):
+            yield from _classes(item, f"{path}[{index}]", depth + 1)
+    else:
+        items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        for key, item in itertools.islice(items.items(), MOST_ITEMS):
+            if not (isinstance(value, torch.nn.Module) and str(key).startswith("_")):
+                yield from _classes(item, f"{path}[{key!r}]", depth + 1)
 
 
 def _described(value, depth: int = 0) -> tuple:
     """Equal for what code that was traced takes for the same."""
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if depth > MAX_DEPTH or isinstance(value, type):
+    if depth > MAX_DEPTH:
         pass
+    elif isinstance(value, type) and depth < MOST_NESTED:
+        return type(value), _class(value, depth + 1) or [value]
     elif isinstance(value, property):
         return type(value), _described(value.fget, depth + 1)
     elif isinstance(function, types.FunctionType):
@@ -78,16 +105,21 @@ def _facts(value, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]
             yield from _facts(item, f"{path}[{index}]")
     elif kind is OrderedDict and len(value) > 1:
         yield f"{path} order", [repr(key) for key in value]
+    elif kind is dict or isinstance(value, torch.nn.Module):
+        for key, item in (value if kind is dict else vars(value)).items():
+            if isinstance(item, FUNCTIONS):
+                yield from _facts(item, f"{path}[{key!r}]", depth)
     elif kind is types.MethodType:
         yield from _facts(value.__func__, path, depth)
+        yield from _classes(value.__self__, f"{path} self", depth + 1)
+    elif kind is functools.partial:
+        yield from _classes([value.func, value.args, value.keywords], path, depth)
     elif kind is types.FunctionType and depth < MAX_DEPTH:
-        yield f"{path} defaults", [(type(item), repr(item)) for item in value.__defaults__ or ()]
+        yield f"{path} defaults", _described(value.__defaults__)
+        yield from _classes(vars(value), path, depth + 1)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             with contextlib.suppress(ValueError):  # it is empty yet
-                if isinstance(cell.cell_contents, (types.FunctionType, types.MethodType)):
-                    yield from _facts(cell.cell_contents, f"{path} {name}", depth + 1)
-                elif isinstance(cell.cell_contents, type):
-                    yield f"{path} {name}", _class(cell.cell_contents)
+                yield from _classes(cell.cell_contents, f"{path} {name}", depth + 1)
 
 
 class Unguarded:

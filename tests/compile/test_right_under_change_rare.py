@@ -337,7 +337,55 @@ def of_changed_class(level):
     return lambda h: h * kind.value
 
 
-PATCHES["class that is changed"] = of_changed_class
+def of_nested(level):
+    class Level:
+        class Inner:
+            value = level
+    return lambda h: h * Level.Inner.value
+
+
+class MadeOf(type):
+    value = 1.5
+
+
+def of_metaclass(level):
+    MadeOf.value = level
+    made = MadeOf("Level", (), {})
+    return lambda h: h * made.value
+
+
+def of_class_in(wrap, get):
+    def of_class_in(level):
+        held = wrap(type("Level", (), {"value": level}))
+        return lambda h: h * get(held).value
+    return of_class_in
+
+
+def of_bound(level):
+    class Level:
+        def __init__(self):
+            self.kind = type("Kind", (), {"value": level})
+
+        def times(self, h):
+            return h * self.kind.value
+    return Level().times
+
+
+def of_attribute(level):
+    def patch(h):
+        return h * patch.kind.value
+    patch.kind = type("Kind", (), {"value": level})
+    return patch
+
+
+PATCHES.update({
+    "class in a bound method": of_bound, "class of a function's attribute": of_attribute,
+    "class in a partial": lambda level: functools.partial(lambda kind, h: h * kind.value, type("Kind", (), {"value": level})),
+    "class that is changed": of_changed_class, "class in a class": of_nested, "metaclass": of_metaclass,
+    "class in a list": of_class_in(lambda kind: [kind], lambda held: held[0]),
+    "class in a dict": of_class_in(lambda kind: {"a": kind}, lambda held: held["a"]),
+    "class in an object": of_class_in(lambda kind: types.SimpleNamespace(kind=kind), lambda held: held.kind),
+})
 
 
 @pytest.mark.parametrize("kind", PATCHES)

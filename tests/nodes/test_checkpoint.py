@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -199,6 +200,34 @@ def test_files_that_cannot_be_quantized_are_refused_with_the_reason(edited, load
         load_int8(edited(change))
 
 
+@pytest.mark.parametrize("change", [
+    lambda header: header["a"].update(data_offsets=[0, 15]), lambda header: header["a"].update(data_offsets=[4, 16]),
+    lambda header: header["a"].update(data_offsets=[16, 0]), lambda header: header["a"].update(data_offsets=None),
+    lambda header: header["a"].update(data_offsets=[0, 16.0]), lambda header: header["a"].update(data_offsets=[0, True]),
+    lambda header: header["a"].update(shape=[5]), lambda header: header["a"].update(shape=[-2, -2]),
+    lambda header: header["a"].pop("shape"),
+    lambda header: header["a"].update(shape="4"), lambda header: header.update(b=header["a"]), lambda header: header.update(b=[]),
+    lambda header: header.update(b={"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}), lambda header: header.pop("a"),
+    lambda header: header.update(__metadata__=[]), lambda header: header.update(__metadata__={"a": 1})])
+def test_headers_that_the_tensors_do_not_fill_are_refused_as_by_safetensors(tmp_path, comfy, change):
+    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
+
+    path = tmp_path / "made.safetensors"
+    for damage in (lambda header: None, change):
+        header = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+        damage(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+        if damage is change:
+            with pytest.raises(ValueError, match="is damaged, cut short or not a safetensors file"):
+                CheckpointFile(str(path))
+            with pytest.raises(safetensors.SafetensorError):
+                safetensors.safe_open(path, "pt").__enter__()
+        else:
+            found = CheckpointFile(str(path))
+            assert found.metadata == {"format": "pt"} and found.size() == 16 and torch.equal(found.read("a"), torch.zeros(4))
+
+
 def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp_path, comfy):
     path = edited(lambda tensors: None)
     path.write_bytes(path.read_bytes()[:100_000])
@@ -255,6 +284,25 @@ def test_what_is_no_file_by_now_is_refused_at_once(comfy, flux, nodes, save, loa
             load_int8(path)
     with pytest.raises(ValueError, match="damaged, cut short or not a safetensors file"):
         load_int8(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices in folders are POSIX")
+def test_a_record_is_looked_for_in_the_file_that_was_opened(edited, monkeypatch):
+    """What takes its path between the two would be waited for with all threads of the process."""
+    from int8_compile.compile.comfyui import mode_records
+
+    path, opened = edited(lambda tensors: None), mode_records.open_regular
+
+    def exchanged(path):
+        file = opened(path)
+        path.unlink()
+        os.mkfifo(path)
+        return file
+    before = mode_records._metadata(path)
+    monkeypatch.setattr(mode_records, "open_regular", exchanged)
+    assert mode_records._metadata(path) == before
+    monkeypatch.undo()
+    assert mode_records._metadata(path) == {}
 
 
 def test_a_native_file_that_is_exchanged_before_comfyui_reads_it_is_refused(comfy, flux, nodes, save, load_int8, monkeypatch):
