@@ -196,7 +196,7 @@ def hook_without_cache(patcher) -> None:
 def _write_in_place(kind: Any) -> None:
     """Makes a class of core's that asserts that weights are replaced write float ones in place, as core does for other float layers."""
     method = kind.set_weight
-    if hasattr(method, "__wrapped__"):
+    if hasattr(method, "of_int8_compile"):  # a wrapper that another pack has put around it has this too
         return
 
     @functools.wraps(method)
@@ -205,6 +205,7 @@ def _write_in_place(kind: Any) -> None:
             return method(self, weight, inplace_update, seed, return_weight, *args, **kwargs)
         self.weight.data.copy_(comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0))
 
+    set_weight.of_int8_compile = True  # type: ignore[attr-defined]
     kind.set_weight = set_weight
 
 

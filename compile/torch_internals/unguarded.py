@@ -19,6 +19,7 @@ MAX_DEPTH, MOST_NESTED, MOST_ITEMS = 4, 2, 16  # it is asked at every call
 # Modules whose classes are what they are.
 OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+Path = tuple  # of text, and the code of functions on the way
 CONSTANTS: tuple = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
@@ -52,7 +53,7 @@ def _class(kind: type, depth: int = 0) -> list:
             for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
 
 
-def _classes(value, path: str, depth: int = 0) -> Iterator[tuple[str, object]]:
+def _classes(value, path: Path, depth: int = 0) -> Iterator[tuple[Path, object]]:
     """Of what a closure holds."""
     if isinstance(value, type):
         yield path, _class(value)
@@ -62,12 +63,13 @@ def _classes(value, path: str, depth: int = 0) -> Iterator[tuple[str, object]]:
         yield from _facts(value, path, depth)
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value[:MOST_ITEMS]):
-            yield from _classes(item, f"{path}[{index}]", depth + 1)
+            yield from _classes(item, (*path, f"[{index}]"), depth + 1)
     else:
+        yield path, type(value).__qualname__  # no class
         items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
         for key, item in itertools.islice(items.items(), MOST_ITEMS):
             if not (isinstance(value, torch.nn.Module) and str(key).startswith("_")):
-                yield from _classes(item, f"{path}[{key!r}]", depth + 1)
+                yield from _classes(item, (*path, f"[{key!r}]"), depth + 1)
 
 
 def _described(value, depth: int = 0) -> tuple:
@@ -92,41 +94,42 @@ def _described(value, depth: int = 0) -> tuple:
     return type(value), id(value), [value]  # which is held, so that no other gets its id
 
 
-def _facts(value, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+def _facts(value, path: Path = (), depth: int = 0) -> Iterator[tuple[Path, object]]:
     """(where in value, what guards do not tell). depth: of functions in functions."""
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
     elif kind is complex:
-        yield from _facts(value.real, f"{path}.real")
-        yield from _facts(value.imag, f"{path}.imag")
+        yield from _facts(value.real, (*path, ".real"))
+        yield from _facts(value.imag, (*path, ".imag"))
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _facts(item, f"{path}[{index}]")
+            yield from _facts(item, (*path, f"[{index}]"))
     elif kind is OrderedDict and len(value) > 1:
-        yield f"{path} order", [repr(key) for key in value]
+        yield (*path, " order"), [repr(key) for key in value]
     elif kind is dict or isinstance(value, torch.nn.Module):
         for key, item in (value if kind is dict else vars(value)).items():
             if isinstance(item, FUNCTIONS):
-                yield from _facts(item, f"{path}[{key!r}]", depth)
+                yield from _facts(item, (*path, f"[{key!r}]"), depth)
     elif kind is types.MethodType:
         yield from _facts(value.__func__, path, depth)
-        yield from _classes(value.__self__, f"{path} self", depth + 1)
+        yield from _classes(value.__self__, (*path, " self"), depth + 1)
     elif kind is functools.partial:
         yield from _classes([value.func, value.args, value.keywords], path, depth)
     elif kind is types.FunctionType and depth < MAX_DEPTH:
-        yield f"{path} defaults", _described(value.__defaults__)
+        path = *path, value.__code__  # of two functions dynamo tells the code
+        yield (*path, " defaults"), _described(value.__defaults__)
         yield from _classes(vars(value), path, depth + 1)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             with contextlib.suppress(ValueError):  # it is empty yet
-                yield from _classes(cell.cell_contents, f"{path} {name}", depth + 1)
+                yield from _classes(cell.cell_contents, (*path, f" {name}"), depth + 1)
 
 
 class Unguarded:
     """Of the values that a block was compiled with."""
 
     def __init__(self):
-        self._known: dict[str, tuple[ast.expr, dict[str, object]]] = {}  # by how dynamo gets a value from the block's call
+        self._known: dict[str, tuple[ast.expr, dict[Path, object]]] = {}  # by how dynamo gets a value from the block's call
 
     def add(self, source: str, value) -> None:
         if not _OF_THE_CALL.search(source):
@@ -150,7 +153,7 @@ class Unguarded:
             for path, fact in _facts(value):
                 # What was not there then is seen by dynamo's guards, but for the sign of a zero.
                 if fact != facts.get(path, 1.0 if isinstance(fact, float) else fact):
-                    return f"{ast.unparse(source)}{path}"
+                    return ast.unparse(source) + "".join(part for part in path if isinstance(part, str))
         return ""
 
     def __bool__(self):

@@ -379,6 +379,8 @@ def of_attribute(level):
 
 
 PATCHES.update({
+    "class, then an object": lambda level: (lambda thing: lambda h: h * thing.value)(
+        type("Level", (), {"value": level}) if level == 1.5 else types.SimpleNamespace(value=level)),
     "class in a bound method": of_bound, "class of a function's attribute": of_attribute,
     "class in a partial": lambda level: functools.partial(lambda kind, h: h * kind.value, type("Kind", (), {"value": level})),
     "class that is changed": of_changed_class, "class in a class": of_nested, "metaclass": of_metaclass,
@@ -395,6 +397,22 @@ def test_patches_of_the_same_code_with_another_default_or_class_are_others(kind)
         options = {"patches": {"attn1_output_patch": [PATCHES[kind](level)]}}
         assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
     assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
+
+
+def test_another_patch_without_the_defaults_of_the_first_is_compiled():
+    def first(h, level=1.5):
+        return h * level
+
+    def second(h):
+        return h + 1
+
+    def third(h, more=2):
+        return h + more
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for patch in (first, second, third, second, first):
+        options = {"patches": {"attn1_output_patch": [patch]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
+        assert compiled.report.last_calls["graph"] == 3, compiled.report.text()
 
 
 def test_a_longer_list_of_patches_is_compiled():
