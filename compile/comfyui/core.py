@@ -144,9 +144,10 @@ def _problem(use: Use) -> str:
     except (TypeError, ValueError):
         return "takes other arguments"
     names = tuple(signature.parameters)[:len(use.parameters)]
-    # Another pack's wrapper passes on what it is given, whatever it calls that.
+    # Another pack's wrapper passes on what it is given, whatever it calls that; unless it has the same in another order.
     is_open = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
-    is_others = not str(getattr(value, "__module__", "comfy")).startswith("comfy.") and len(names) == len(use.parameters)
+    is_others = (not str(getattr(value, "__module__", "comfy")).startswith("comfy.") and len(names) == len(use.parameters)
+                 and all(name == known or name not in use.parameters for name, known in zip(names, use.parameters)))
     return "" if names == use.parameters or is_open or is_others else "takes other arguments"
 
 

@@ -120,7 +120,7 @@ def with_core(comfy, core, monkeypatch):
     def with_core(version, patched=True):
         monkeypatch.setattr(comfy.ops, "linear_input_act", CORES[version](comfy))
         if patched:
-            core.patch_linear_input_act.__wrapped__()
+            core.patch_linear_input_act()
         return comfy.ops.linear_input_act
     return with_core
 
@@ -184,6 +184,40 @@ def test_the_real_function_of_this_core_is_right_too(comfy, core, make, kind, ac
     x, *_ = inputs(act)
     want = F.linear(ACTIVATIONS[act](x, None), make.weight, make.bias)
     assert difference(comfy.ops.linear_input_act(make(kind), x, act), want) < NOISE
+
+
+def of_other_names(core):
+    return lambda module, given, activation: core(module, given, activation)
+
+
+def open_and_looking(core):
+    def linear_input_act(linear, x, act, *args, **kwargs):
+        assert linear.weight.device == x.device
+        return core(linear, x, act, *args, **kwargs)
+    return linear_input_act
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrapper", [of_other_names, open_and_looking])
+@pytest.mark.parametrize("version", CORES)
+def test_another_packs_wrapper_of_it_is_no_reason_to_do_without(comfy, with_core, core, make, monkeypatch, version, wrapper, kind):
+    x, _, residual, scale = inputs("gelu_tanh")
+    want = F.linear(ACTIVATIONS["gelu_tanh"](x, None), make.weight, make.bias)
+    monkeypatch.setattr(comfy.ops, "linear_input_act", wrapper(with_core(version, patched=False)))
+    core.patch_linear_input_act()
+    assert difference(comfy.ops.linear_input_act(make(kind), x, "gelu_tanh"), want) < NOISE
+    if wrapper is open_and_looking and version != "0.33":
+        got = comfy.ops.linear_input_act(make(kind), x, "gelu_tanh", residual=residual, residual_scale=scale)
+        assert difference(got, residual + scale * want) < NOISE
+
+
+def test_cores_own_that_is_put_back_is_replaced_before_the_next_sampling(comfy, core, nodes, sample, load, monkeypatch):
+    """It would multiply smoothed layers without their factors."""
+    model = nodes.INT8QuantizeModel(load("tiny_wan"), method="smoothquant")
+    sample(model)
+    expected = sample(model)
+    monkeypatch.setattr(comfy.ops, "linear_input_act", comfy.ops.linear_input_act.__wrapped__)
+    assert torch.equal(sample(model), expected)
 
 
 def test_an_activation_is_handed_to_the_quantizer(with_core, make):

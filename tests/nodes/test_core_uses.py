@@ -69,7 +69,7 @@ def test_a_linear_input_act_that_is_another_one_is_left_alone(comfy, core, monke
     def linear_input_act(x, layer, kind):
         return x
     monkeypatch.setattr(comfy.ops, "linear_input_act", linear_input_act)
-    int8_layer.patch_linear_input_act.__wrapped__()
+    int8_layer.patch_linear_input_act()
     assert comfy.ops.linear_input_act is linear_input_act and "computed before the layer, which is slower" in lines(caplog)[0]
 
 
