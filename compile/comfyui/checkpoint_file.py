@@ -41,6 +41,8 @@ def _check(tensors: dict[str, Any], size: int) -> None:
     for entry in sorted(tensors.values(), key=_offsets):
         start, end = _offsets(entry)
         shape, kind = entry.get("shape"), DTYPES.get(str(entry.get("dtype")))
+        if not isinstance(entry.get("dtype"), str):
+            raise ValueError("a tensor without a type")
         if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError("a tensor without a shape")
         if start != at or end < start or (kind is not None and end - start != math.prod(shape) * kind.itemsize):

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 import torch
 
-MAX_DEPTH, MOST_NESTED, MOST_ITEMS = 4, 2, 16  # it is asked at every call
+MAX_DEPTH, MOST_NESTED, MOST_ITEMS = 3, 2, 16  # it is asked at every call
 # Modules whose classes are what they are.
 OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-Path = tuple  # of text, and the code of functions on the way
+Place = tuple  # of text, and the code of functions on the way
 CONSTANTS: tuple = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
@@ -48,12 +48,16 @@ def _get(node: ast.expr, scope: dict):
 
 def _class(kind: type, depth: int = 0) -> list:
     """Equal for one that computes the same: a function that is made anew for each prompt may make its classes anew, too."""
-    return [(name, _described(value, depth)) for base in (*inspect.getmro(kind), *inspect.getmro(type(kind)))
-            if base.__module__.partition(".")[0] not in OTHERS
-            for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
+    found: list = []
+    for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
+        if base.__module__.partition(".")[0] in OTHERS:
+            found.append((base.__module__, base.__qualname__))
+        else:
+            found += [(name, _described(value, depth)) for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
+    return found
 
 
-def _classes(value, path: Path, depth: int = 0) -> Iterator[tuple[Path, object]]:
+def _classes(value, path: Place, depth: int = 0) -> Iterator[tuple[Place, object]]:
     """Of what a closure holds."""
     if isinstance(value, type):
         yield path, _class(value)
@@ -94,7 +98,7 @@ def _described(value, depth: int = 0) -> tuple:
     return type(value), id(value), [value]  # which is held, so that no other gets its id
 
 
-def _facts(value, path: Path = (), depth: int = 0) -> Iterator[tuple[Path, object]]:
+def _facts(value, path: Place = (), depth: int = 0) -> Iterator[tuple[Place, object]]:
     """(where in value, what guards do not tell). depth: of functions in functions."""
     kind = type(value)
     if kind is float and value == 0.0:
@@ -109,14 +113,14 @@ def _facts(value, path: Path = (), depth: int = 0) -> Iterator[tuple[Path, objec
         yield (*path, " order"), [repr(key) for key in value]
     elif kind is dict or isinstance(value, torch.nn.Module):
         for key, item in (value if kind is dict else vars(value)).items():
-            if isinstance(item, FUNCTIONS):
+            if isinstance(item, FUNCTIONS) and not (kind is not dict and key.startswith("_")):  # torch's slots of a module
                 yield from _facts(item, (*path, f"[{key!r}]"), depth)
     elif kind is types.MethodType:
         yield from _facts(value.__func__, path, depth)
         yield from _classes(value.__self__, (*path, " self"), depth + 1)
     elif kind is functools.partial:
         yield from _classes([value.func, value.args, value.keywords], path, depth)
-    elif kind is types.FunctionType and depth < MAX_DEPTH:
+    elif kind is types.FunctionType and depth < MAX_DEPTH and value.__code__ not in path:
         path = *path, value.__code__  # of two functions dynamo tells the code
         yield (*path, " defaults"), _described(value.__defaults__)
         yield from _classes(vars(value), path, depth + 1)
@@ -129,7 +133,7 @@ class Unguarded:
     """Of the values that a block was compiled with."""
 
     def __init__(self):
-        self._known: dict[str, tuple[ast.expr, dict[Path, object]]] = {}  # by how dynamo gets a value from the block's call
+        self._known: dict[str, tuple[ast.expr, dict[Place, object]]] = {}  # by how dynamo gets a value from the block's call
 
     def add(self, source: str, value) -> None:
         if not _OF_THE_CALL.search(source):

@@ -381,6 +381,7 @@ def of_attribute(level):
 PATCHES.update({
     "class, then an object": lambda level: (lambda thing: lambda h: h * thing.value)(
         type("Level", (), {"value": level}) if level == 1.5 else types.SimpleNamespace(value=level)),
+    "class of torch's": lambda level: (lambda kind: lambda h: kind()(h))(torch.nn.ReLU if level == 1.5 else torch.nn.Sigmoid),
     "class in a bound method": of_bound, "class of a function's attribute": of_attribute,
     "class in a partial": lambda level: functools.partial(lambda kind, h: h * kind.value, type("Kind", (), {"value": level})),
     "class that is changed": of_changed_class, "class in a class": of_nested, "metaclass": of_metaclass,

@@ -205,7 +205,7 @@ def test_files_that_cannot_be_quantized_are_refused_with_the_reason(edited, load
     lambda header: header["a"].update(data_offsets=[16, 0]), lambda header: header["a"].update(data_offsets=None),
     lambda header: header["a"].update(data_offsets=[0, 16.0]), lambda header: header["a"].update(data_offsets=[0, True]),
     lambda header: header["a"].update(shape=[5]), lambda header: header["a"].update(shape=[-2, -2]),
-    lambda header: header["a"].pop("shape"),
+    lambda header: header["a"].pop("shape"), lambda header: header["a"].pop("dtype"), lambda header: header["a"].update(dtype=[]),
     lambda header: header["a"].update(shape="4"), lambda header: header.update(b=header["a"]), lambda header: header.update(b=[]),
     lambda header: header.update(b={"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}), lambda header: header.pop("a"),
     lambda header: header.update(__metadata__=[]), lambda header: header.update(__metadata__={"a": 1})])
