@@ -37,7 +37,8 @@ WITHOUT_COMFYUI = ("numpy", "Pillow", "safetensors")
 TEST_TOOLS = ("pytest>=8", "scikit-learn>=1.3", "matplotlib")
 # What one of the two test processes runs, but for some files; the other runs the rest, which takes about as long.
 FIRST_PART = ("tests/compile", "tests/nodes")
-BUT_FOR = ("tests/compile/test_right_under_change_rare.py", "tests/compile/test_lowered_blocks.py", "tests/nodes/test_mode_orders.py")
+BUT_FOR = ("tests/compile/test_right_under_change_rare.py", "tests/compile/test_lowered_blocks.py", "tests/nodes/test_mode_orders.py",
+           "tests/nodes/test_cache.py")
 # Plain torch: no ComfyUI, no server, no compiler; under 3 minutes on two cores.
 QUICK = ("tests/test_pack.py", "tests/test_errors.py", "tests/internals", "tests/modes",
          *(f"tests/int8/test_{name}.py" for name in ("kernels", "quantize", "tables", "tuning", "bound")),
