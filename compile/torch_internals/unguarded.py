@@ -70,10 +70,11 @@ def _classes(value, path: Place, depth: int = 0) -> Iterator[tuple[Place, object
             yield from _classes(item, (*path, f"[{index}]"), depth + 1)
     else:
         yield path, type(value).__qualname__  # no class
-        items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        for key, item in itertools.islice(items.items(), MOST_ITEMS):
-            if not (isinstance(value, torch.nn.Module) and str(key).startswith("_")):
-                yield from _classes(item, (*path, f"[{key!r}]"), depth + 1)
+        items = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).items()
+        if isinstance(value, torch.nn.Module):
+            items = [(key, item) for key, item in items if not key.startswith("_")]
+        for key, item in itertools.islice(items, MOST_ITEMS):
+            yield from _classes(item, (*path, f"[{key!r}]"), depth + 1)
 
 
 def _described(value, depth: int = 0) -> tuple:
