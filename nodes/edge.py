@@ -46,7 +46,7 @@ def _check_model(node: type[io.ComfyNode], arguments: dict) -> None:
     if not isinstance(model, (CLIP, VAE, ControlNet, *VALUES)):
         return
     schema = node.define_schema()
-    (taken,) = [found for found in schema.inputs if type(found) is io.Model.Input and found.id == "model"] or [None]
+    taken = next((found for found in schema.inputs if type(found) is io.Model.Input and found.id == "model"), None)
     if taken and not (model is None and taken.optional):
         if isinstance(model, VALUES):
             raise ValueError(f"{schema.display_name}: the input model is a value, not a MODEL. Connect it to a node that loads a model.")

@@ -75,7 +75,7 @@ class CheckpointFile(Mapping):
                 self._written = _written(file)
                 size, header = read_header(file)
                 self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-                _check(header, os.fstat(file.fileno()).st_size - 8 - size)
+                _check(header, self._written[1] - 8 - size)
         except (OSError, ValueError, RuntimeError) as error:  # RecursionError, CacheError
             raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged, cut short or not a safetensors file "
                              f"({echo(str(error))}). Download it again.") from error

@@ -25,7 +25,7 @@ from . import core as comfy_core
 from .allocation_recording import unrecorded
 from .foreign_layers import as_it_computes
 from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
-from .int8_lora import Int8Lora, hook_without_cache
+from .int8_lora import Int8Lora, prepare_for_hooks
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
@@ -140,7 +140,7 @@ class Quantizer:
 
     def attach(self, patcher) -> None:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, QUANTIZE_KEY, self)
-        hook_without_cache(patcher)
+        prepare_for_hooks(patcher)
 
     def findings(self, patcher) -> _Findings:
         return _FINDINGS.setdefault(patcher.model, {}).setdefault(self._key, _Findings())

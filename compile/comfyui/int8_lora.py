@@ -182,9 +182,9 @@ def write_back_to_int8() -> None:
     comfy.utils.copy_to_param = put_back
 
 
-def hook_without_cache(patcher) -> None:
-    """Hook LoRAs on INT8 layers: core caches what they make of a weight in float, which it then cannot write into an INT8 one; without its
-    cache they are computed at each change of hooks. And core's float layers in a model that was made for quantized ones refuse them."""
+def prepare_for_hooks(patcher) -> None:
+    """For hook LoRAs on INT8 layers: core caches what they make of a weight in float, which it then cannot write into an INT8 one; without
+    its cache they are computed at each change of hooks. And core's float layers in a model that was made for quantized ones refuse them."""
     write_back_to_int8()
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
     for kind in {type(module) for module in patcher.model.modules() if hasattr(module, "set_weight")}:

@@ -41,7 +41,7 @@ from .int8_layer import (
     require_native_int8,
     root_of,
 )
-from .int8_lora import hook_without_cache, patch_as_core
+from .int8_lora import patch_as_core, prepare_for_hooks
 from .int8_merge import patch_merging_and_saving
 from .int8_source import pristine_weight, rounded_as, source_of, unpatched, values_of, weight_of
 from .object_patches import object_of, undo_in_reverse
@@ -111,17 +111,22 @@ def take_off(patcher, name: str) -> torch.nn.Module:
     return layer
 
 
+def _prepare_core() -> None:
+    """What ComfyUI is taught of INT8 layers before there are any."""
+    _connect_kernels()
+    patch_merging_and_saving()
+    patch_bypass_loras()
+    patch_linear_input_act()
+
+
 def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progress: ProgressCallback = no_progress) -> None:
     """Makes the planned layers of patcher (a clone) INT8, as object patches: the model it was cloned from keeps its weights.
 
     Raises ValueError for a weight with NaN or infinity.
     """
-    _connect_kernels()
-    patch_merging_and_saving()
-    patch_bypass_loras()
-    patch_linear_input_act()
+    _prepare_core()
     patch_as_core(type(patcher))
-    hook_without_cache(patcher)
+    prepare_for_hooks(patcher)
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     layers = _LAYERS.setdefault(patcher.model, weakref.WeakValueDictionary())
     plans = [plan for plan in plans if plan.method != "float"]
@@ -283,10 +288,7 @@ def adopt_native_layers(patcher, kernel: str):
     the pack does not know."""
     if not comfy_core.usable(comfy_core.INT8):
         return patcher
-    _connect_kernels()
-    patch_merging_and_saving()
-    patch_bypass_loras()
-    patch_linear_input_act()
+    _prepare_core()
     prefix, compute_dtype = prefix_of(patcher), compute_dtype_of(patcher)
     adopted = {}
     for name in native_layers(patcher):
@@ -306,7 +308,7 @@ def adopt_native_layers(patcher, kernel: str):
         patcher.add_object_patch(name, ours)
     keep_apart(patcher)
     if adopted:
-        hook_without_cache(patcher)
+        prepare_for_hooks(patcher)
         patcher.patches_uuid = uuid.uuid4()  # ComfyUI then puts them in place of the layers that it loaded
         logger.info("INT8: %d layers were INT8 in the file; their weights stay, kernel %s runs them", len(adopted), kernel)
     return patcher

@@ -46,11 +46,24 @@ def _get(node: ast.expr, scope: dict):
     raise TypeError
 
 
+def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    """What its closure holds by now, by name."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # it is empty yet
+            yield name, cell.cell_contents
+
+
+def _parts(value) -> dict:
+    """The items of a dict, the attributes of an object; without torch's slots of a module."""
+    parts = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return {key: item for key, item in parts.items() if not key.startswith("_")} if isinstance(value, torch.nn.Module) else parts
+
+
 def _class(kind: type, depth: int = 0) -> list:
     """Equal for one that computes the same: a function that is made anew for each prompt may make its classes anew, too."""
     found: list = []
     for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
-        if base.__module__.partition(".")[0] in OTHERS:
+        if str(base.__module__).partition(".")[0] in OTHERS:
             found.append((base.__module__, base.__qualname__))
         else:
             found += [(name, _described(value, depth)) for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
@@ -70,10 +83,7 @@ def _classes(value, path: Place, depth: int = 0) -> Iterator[tuple[Place, object
             yield from _classes(item, (*path, f"[{index}]"), depth + 1)
     else:
         yield path, type(value).__qualname__  # no class
-        items = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).items()
-        if isinstance(value, torch.nn.Module):
-            items = [(key, item) for key, item in items if not key.startswith("_")]
-        for key, item in itertools.islice(items, MOST_ITEMS):
+        for key, item in itertools.islice(_parts(value).items(), MOST_ITEMS):
             yield from _classes(item, (*path, f"[{key!r}]"), depth + 1)
 
 
@@ -83,18 +93,17 @@ def _described(value, depth: int = 0) -> tuple:
     if depth > MAX_DEPTH:
         pass
     elif isinstance(value, type) and depth < MOST_NESTED:
-        return type(value), _class(value, depth + 1) or [value]
+        return type(value), _class(value, depth + 1)
     elif isinstance(value, property):
         return type(value), _described(value.fget, depth + 1)
     elif isinstance(function, types.FunctionType):
-        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
         return (type(value), function.__code__, _described(function.__defaults__), _described(function.__kwdefaults__),
-                [_described(cell.cell_contents, depth + 1) for name, cell in cells if name != "__class__"])
+                [_described(item, depth + 1) for name, item in _cells(function) if name != "__class__"])
     elif isinstance(value, (tuple, list)):
         return type(value), [_described(item, depth + 1) for item in value]
     elif isinstance(value, dict):
-        return type(value), [(repr(key), _described(item, depth + 1)) for key, item in value.items()]
-    elif isinstance(value, CONSTANTS):
+        return type(value), [(_described(key, depth + 1), _described(item, depth + 1)) for key, item in value.items()]
+    elif type(value) in CONSTANTS:
         return type(value), repr(value)
     return type(value), id(value), [value]  # which is held, so that no other gets its id
 
@@ -113,8 +122,8 @@ def _facts(value, path: Place = (), depth: int = 0) -> Iterator[tuple[Place, obj
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
     elif kind is dict or isinstance(value, torch.nn.Module):
-        for key, item in (value if kind is dict else vars(value)).items():
-            if isinstance(item, FUNCTIONS) and not (kind is not dict and key.startswith("_")):  # torch's slots of a module
+        for key, item in _parts(value).items():
+            if isinstance(item, FUNCTIONS):
                 yield from _facts(item, (*path, f"[{key!r}]"), depth)
     elif kind is types.MethodType:
         yield from _facts(value.__func__, path, depth)
@@ -125,9 +134,8 @@ def _facts(value, path: Place = (), depth: int = 0) -> Iterator[tuple[Place, obj
         path = *path, value.__code__  # of two functions dynamo tells the code
         yield (*path, " defaults"), _described(value.__defaults__)
         yield from _classes(vars(value), path, depth + 1)
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
-            with contextlib.suppress(ValueError):  # it is empty yet
-                yield from _classes(cell.cell_contents, (*path, f" {name}"), depth + 1)
+        for name, item in _cells(value):
+            yield from _classes(item, (*path, f" {name}"), depth + 1)
 
 
 class Unguarded:

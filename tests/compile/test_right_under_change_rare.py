@@ -393,7 +393,7 @@ PATCHES.update({
     "class that is changed": of_changed_class, "class in a class": of_nested, "metaclass": of_metaclass,
     "class in a list": of_class_in(lambda kind: [kind], lambda held: held[0]),
     "class in a dict": of_class_in(lambda kind: {"a": kind}, lambda held: held["a"]),
-    "class in a module": of_class_in(lambda kind: Holder(kind), lambda held: held.kind),
+    "class in a module": of_class_in(Holder, lambda held: held.kind),
     "class in an object": of_class_in(lambda kind: types.SimpleNamespace(kind=kind), lambda held: held.kind),
 })
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from toys import difference
 
 pytestmark = pytest.mark.comfy
+posix_only = pytest.mark.skipif(os.name != "posix", reason="pipes and devices in folders are POSIX")
 
 
 @pytest.fixture
@@ -239,7 +240,8 @@ def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp
         load_int8(method="smoothquant")
 
 
-@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged", "written over by a copy of the same time", "a pipe", "a device"])
+@pytest.mark.parametrize("how", ["cut short", "written over", "exchanged", "written over by a copy of the same time",
+                                 pytest.param("a pipe", marks=posix_only), pytest.param("a device", marks=posix_only)])
 def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
     from int8_compile.compile.comfyui.int8_checkpoint import load_int8_model
     from int8_compile.int8.options import Int8Options
@@ -266,7 +268,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(edited, how):
     load_int8_model(str(path), Int8Options("rowwise"))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes and devices in folders are POSIX")
+@posix_only
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
 def test_what_is_no_file_by_now_is_refused_at_once(comfy, flux, nodes, save, load_int8, monkeypatch, make):
     from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
@@ -286,7 +288,7 @@ def test_what_is_no_file_by_now_is_refused_at_once(comfy, flux, nodes, save, loa
         load_int8(path)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pipes and devices in folders are POSIX")
+@posix_only
 def test_a_record_is_looked_for_in_the_file_that_was_opened(edited, monkeypatch):
     """What takes its path between the two would be waited for with all threads of the process."""
     from int8_compile.compile.comfyui import mode_records
