@@ -9,18 +9,21 @@ import inspect
 import itertools
 import math
 import re
+import sys
 import types
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-MAX_DEPTH, MOST_NESTED, MOST_ITEMS = 3, 2, 16  # it is asked at every call
-# Modules whose classes are what they are.
+# It is asked at every call: how deep, how many of a container, and how many things are looked at for one function.
+MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS = 4, 2, 64, 100
+# Modules whose own classes are what they are.
 OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 Place = tuple  # of text, and the code of functions on the way
-CONSTANTS: tuple = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+Seen = dict[int, int]  # id of what was looked at -> the how manyth
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
@@ -53,63 +56,123 @@ def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
             yield name, cell.cell_contents
 
 
-def _parts(value) -> dict:
-    """The items of a dict, the attributes of an object; without torch's slots of a module."""
-    parts = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return {key: item for key, item in parts.items() if not key.startswith("_")} if isinstance(value, torch.nn.Module) else parts
+@functools.cache
+def _slots() -> frozenset[str]:
+    return frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
 
 
-def _class(kind: type, depth: int = 0) -> list:
-    """Equal for one that computes the same: a function that is made anew for each prompt may make its classes anew, too."""
-    found: list = []
-    for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
-        if str(base.__module__).partition(".")[0] in OTHERS:
-            found.append((base.__module__, base.__qualname__))
-        else:
-            found += [(name, _described(value, depth)) for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")]
-    return found
+def _parts(value) -> Mapping:
+    """The items of a dict, the attributes of an object; of a module its layers, too, and none of torch's slots."""
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, torch.nn.Module):
+        return getattr(value, "__dict__", {})
+    return {**{key: item for key, item in vars(value).items() if key not in _slots()}, **value._modules}
 
 
-def _classes(value, path: Place, depth: int = 0) -> Iterator[tuple[Place, object]]:
-    """Of what a closure holds."""
-    if isinstance(value, type):
-        yield path, _class(value)
-    elif depth > MOST_NESTED or isinstance(value, (*CONSTANTS, torch.Tensor, types.ModuleType)):
-        return
-    elif isinstance(value, FUNCTIONS):
-        yield from _facts(value, path, depth)
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value[:MOST_ITEMS]):
-            yield from _classes(item, (*path, f"[{index}]"), depth + 1)
-    else:
-        yield path, type(value).__qualname__  # no class
-        for key, item in itertools.islice(_parts(value).items(), MOST_ITEMS):
-            yield from _classes(item, (*path, f"[{key!r}]"), depth + 1)
+def _at(key) -> str:
+    return f"[{key!r}]" if type(key) in CONSTANTS else f"[a {type(key).__name__}]"
 
 
-def _described(value, depth: int = 0) -> tuple:
-    """Equal for what code that was traced takes for the same."""
-    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if depth > MAX_DEPTH:
-        pass
-    elif isinstance(value, type) and depth < MOST_NESTED:
-        return type(value), _class(value, depth + 1)
-    elif isinstance(value, property):
-        return type(value), _described(value.fget, depth + 1)
-    elif isinstance(function, types.FunctionType):
-        return (type(value), function.__code__, _described(function.__defaults__), _described(function.__kwdefaults__),
-                [_described(item, depth + 1) for name, item in _cells(function) if name != "__class__"])
-    elif isinstance(value, (tuple, list)):
-        return type(value), [_described(item, depth + 1) for item in value]
-    elif isinstance(value, dict):
-        return type(value), [(_described(key, depth + 1), _described(item, depth + 1)) for key, item in value.items()]
-    elif type(value) in CONSTANTS:
-        return type(value), repr(value)
+def _itself(value) -> tuple:
     return type(value), id(value), [value]  # which is held, so that no other gets its id
 
 
-def _facts(value, path: Place = (), depth: int = 0) -> Iterator[tuple[Place, object]]:
-    """(where in value, what guards do not tell). depth: of functions in functions."""
+def _described(value, seen: Seen, depth: int = 0) -> tuple:
+    """Equal for what code that was traced takes for the same. What cannot be described, or takes too long, is the same only as itself."""
+    if type(value) in CONSTANTS:
+        return type(value), repr(value)
+    if id(value) in seen:
+        return "again", seen[id(value)]
+    if depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
+        return _itself(value)
+    seen[id(value)] = len(seen)
+    try:
+        return _description(value, seen, depth + 1) or _itself(value)
+    except Exception:  # its own code raises
+        return _itself(value)
+
+
+def _description(value, seen: Seen, depth: int) -> tuple:
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if isinstance(value, type) and depth <= MOST_NESTED:
+        return type(value), _class(value, seen, depth)
+    if isinstance(value, property):
+        return type(value), _described(value.fget, seen, depth)
+    if isinstance(function, types.FunctionType):
+        return (type(value), function.__code__, _described(function.__defaults__, seen, depth),
+                _described(function.__kwdefaults__, seen, depth),
+                [_described(item, seen, depth) for name, item in _cells(function) if name != "__class__"])
+    if isinstance(value, (tuple, list)) and len(value) <= MOST_THINGS:
+        return type(value), [_described(item, seen, depth) for item in value]
+    if isinstance(value, dict) and len(value) <= MOST_THINGS:
+        return type(value), [(_described(key, seen, depth), _described(item, seen, depth)) for key, item in value.items()]
+    return ()
+
+
+def _class(kind: type, seen: Seen, depth: int) -> list:
+    """Of a class: a function that is made anew for each prompt may make its classes anew, too."""
+    found: list = []
+    for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
+        if str(base.__module__).partition(".")[0] in OTHERS and _is_there(base):
+            found.append((base.__module__, base.__qualname__))
+        else:
+            found += [(name, _described(item, seen, depth)) for name, item in vars(base).items() if name not in ("__dict__", "__weakref__")]
+    return found
+
+
+def _is_there(kind: type) -> bool:
+    """Whether a class is where it says that it is from."""
+    found = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
+
+
+def _classes(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
+    """Of what a closure holds: (where, what guards do not tell)."""
+    if type(value) in CONSTANTS or depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
+        return
+    try:
+        found = list(_classes_in(value, path, seen, depth))
+    except Exception:  # its own code raises
+        found = [(path, _itself(value))]
+    yield from found
+
+
+def _classes_in(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
+    if isinstance(value, type):
+        yield path, _described(value, {})
+    elif isinstance(value, FUNCTIONS):
+        yield from _of_function(value, path, seen, depth)
+    elif not isinstance(value, (torch.Tensor, types.ModuleType)) and id(value) not in seen:
+        seen[id(value)] = len(seen)
+        if isinstance(value, (tuple, list, deque, set, frozenset)):
+            parts: Iterable = enumerate(itertools.islice(value, MOST_ITEMS))
+        else:
+            yield path, type(value).__qualname__  # no class
+            parts = itertools.islice(_parts(value).items(), MOST_ITEMS)
+        for key, item in parts:
+            yield from _classes(item, (*path, _at(key)), seen, depth + 1)
+
+
+def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tuple[Place, object]]:
+    """The same of one of FUNCTIONS. depth: of functions in functions."""
+    if isinstance(value, types.MethodType):
+        yield from _of_function(value.__func__, path, seen, depth)
+        yield from _classes(value.__self__, (*path, " self"), seen, depth + 1)
+    elif isinstance(value, functools.partial):
+        yield from _classes([value.func, value.args, value.keywords], path, seen, depth)
+    elif depth < MAX_DEPTH and id(value) not in seen:
+        seen[id(value)] = len(seen)
+        path = *path, value.__code__  # of two functions dynamo tells the code
+        yield (*path, " defaults"), _described(value.__defaults__, {})
+        for name, item in (*vars(value).items(), *_cells(value)):
+            yield from _classes(item, (*path, f" {name}"), seen, depth + 1)
+
+
+def _facts(value, path: Place = ()) -> Iterator[tuple[Place, object]]:
+    """(where in value, what guards do not tell)."""
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
@@ -121,21 +184,12 @@ def _facts(value, path: Place = (), depth: int = 0) -> Iterator[tuple[Place, obj
             yield from _facts(item, (*path, f"[{index}]"))
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
+    elif kind in FUNCTIONS:
+        yield from _of_function(value, path, {})
     elif kind is dict or isinstance(value, torch.nn.Module):
         for key, item in _parts(value).items():
-            if isinstance(item, FUNCTIONS):
-                yield from _facts(item, (*path, f"[{key!r}]"), depth)
-    elif kind is types.MethodType:
-        yield from _facts(value.__func__, path, depth)
-        yield from _classes(value.__self__, (*path, " self"), depth + 1)
-    elif kind is functools.partial:
-        yield from _classes([value.func, value.args, value.keywords], path, depth)
-    elif kind is types.FunctionType and depth < MAX_DEPTH and value.__code__ not in path:
-        path = *path, value.__code__  # of two functions dynamo tells the code
-        yield (*path, " defaults"), _described(value.__defaults__)
-        yield from _classes(vars(value), path, depth + 1)
-        for name, item in _cells(value):
-            yield from _classes(item, (*path, f" {name}"), depth + 1)
+            if type(item) in FUNCTIONS:
+                yield from _of_function(item, (*path, _at(key)), {})
 
 
 class Unguarded:

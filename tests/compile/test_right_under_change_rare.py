@@ -13,6 +13,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from int8_compile.compile.artifacts.source_guards import replaced_operators
 from int8_compile.compile.block_calls import OwnCall
 from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
+from int8_compile.compile.torch_internals.unguarded import Unguarded
 from test_right_under_change import COMPILED, cached, exported, inference, inputs, refused, run  # noqa: F401
 from toys import difference
 
@@ -394,6 +396,10 @@ PATCHES.update({
     "class in a list": of_class_in(lambda kind: [kind], lambda held: held[0]),
     "class in a dict": of_class_in(lambda kind: {"a": kind}, lambda held: held["a"]),
     "class in a module": of_class_in(Holder, lambda held: held.kind),
+    "class far behind in a list": of_class_in(lambda kind: [*range(40), kind], lambda held: held[40]),
+    "class deep in lists": of_class_in(lambda kind: [[[kind]]], lambda held: held[0][0][0]),
+    "class in a layer": of_class_in(lambda kind: torch.nn.Sequential(Holder(kind)), lambda held: held[0].kind),
+    "class that says it is torch's": of_class_in(lambda kind: setattr(kind, "__module__", "torch.nn") or [kind], lambda held: held[0]),
     "class in an object": of_class_in(lambda kind: types.SimpleNamespace(kind=kind), lambda held: held.kind),
 })
 
@@ -405,6 +411,45 @@ def test_patches_of_the_same_code_with_another_default_or_class_are_others(kind)
         options = {"patches": {"attn1_output_patch": [PATCHES[kind](level)]}}
         assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
     assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
+
+
+class Odd:
+    """Of what a patch may hold, the worst."""
+
+    def __init__(self):
+        self.again, self.many = self, {(index, "x"): [index] for index in range(5000)}
+
+    def __repr__(self):
+        raise RuntimeError("repr")
+
+    __hash__ = None
+    __eq__ = __repr__
+
+
+class Nowhere:
+    value = 1.5
+    many = list(range(5000))
+
+
+def test_what_cannot_be_described_raises_nothing_and_takes_no_time():
+    Nowhere.__module__ = None
+
+    def make(depth):
+        inner, odd, made = make(depth - 1) if depth else None, Odd(), type("Raises", (), {"__class__": property(lambda self: 1 / 0)})()
+        gone = weakref.proxy(Odd())
+
+        def patch(h, default=odd, more=(made, inner, Nowhere)):
+            return h * 1.5 if gone is not None and inner is not patch and made is not odd else h * Nowhere.value
+        return patch
+    options = {"patches": {"attn1_output_patch": [make(6)]}}
+    unguarded = Unguarded()
+    unguarded.add("L['kwargs']['transformer_options']['patches']", options["patches"])
+    unguarded.add("L['kwargs']['transformer_options']['patches']['attn1_output_patch']", options["patches"]["attn1_output_patch"])
+    start = time.perf_counter()
+    for _ in range(100):
+        assert not unguarded.disagreement(None, (), {"transformer_options": options})
+    assert time.perf_counter() - start < 1
+    assert unguarded.disagreement(None, (), {"transformer_options": {"patches": {"attn1_output_patch": [make(6)]}}})
 
 
 def test_another_patch_without_the_defaults_of_the_first_is_compiled():
