@@ -15,7 +15,7 @@ from ...int8.artifact_layer import HasArtifactTensors, has_artifact_tensors
 from .block import TensorSpec, tensor_spec, tensors_of
 from .call import layout
 from .code_names import identifiers
-from .describe import Describer, Names
+from .describe import Describer, Names, as_its_class
 from .origins import is_pristine_package, path_of
 from .values import Unsupported
 from .watch import Watch
@@ -48,7 +48,7 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
                     name in names or name in read or hasattr(type(module), name) or name in module._parameters or name in module._buffers):
                 if watch is not None:
                     watch.binding(state, name, state[name])
-                if _as_its_class(module, name, names):
+                if as_its_class(module, name, names):
                     continue
                 try:
                     result.append([path, name, describe(state[name])])
@@ -56,17 +56,6 @@ def attributes_of(block: torch.nn.Module, names: Names, watch: Watch | None = No
                     raise Unsupported(f"its attribute {path}.{name}: {error}") from None
         result.append([path, "training", str(module.training)])
     return result
-
-
-def _as_its_class(module: torch.nn.Module, name: str, names: Names) -> bool:
-    """Whether the module's attribute is the plain value that its class has under that name, which ClassGuards look at: what an offload
-    leaves behind (comfy_cast_weights)."""
-    value = module.__dict__[name]
-    of_class = getattr(type(module), name, _ABSENT)
-    return name in names and type(value) is type(of_class) and isinstance(value, (bool, int, str)) and value == of_class
-
-
-_ABSENT = object()
 
 
 @functools.lru_cache(1024)

@@ -53,6 +53,14 @@ class Names:
                 or (self._pattern is not None and self._pattern.fullmatch(name) is not None))
 
 
+def as_its_class(value, name: str, names: Names) -> bool:
+    """Whether an object's own attribute is the plain value that its class has under that name, which is described with the class: what an
+    offload leaves behind (comfy_cast_weights)."""
+    own = value.__dict__[name]
+    of_class = next((vars(base)[name] for base in type(value).__mro__ if name in vars(base)), ABSENT)
+    return name in names and type(own) is type(of_class) and isinstance(own, (bool, int, float, str)) and repr(own) == repr(of_class)
+
+
 def _holds_something(module: torch.nn.Module) -> bool:
     """Whether a module has weights, parts, hooks or a call of its own."""
     return any(value for value in vars(module).values() if isinstance(value, dict)) or "forward" in vars(module)
@@ -151,7 +159,8 @@ class Describer:
             whole = isinstance(value, types.SimpleNamespace)
             for name in sorted(state if whole else filter(self._names.__contains__, list(state))):
                 self._watch.binding(state, name, state[name])
-                content.append(f"{name}={self(state[name])}")
+                if whole or not as_its_class(value, name, self._names):
+                    content.append(f"{name}={self(state[name])}")
         for name, item in sorted((_slots(value) or {}).items()):
             if name in self._names:
                 self._watch.attribute(value, name, item)
