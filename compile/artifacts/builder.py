@@ -101,10 +101,14 @@ class Builder:
 
     @contextlib.contextmanager
     def sampling(self, device: torch.device):
-        """While something samples on device: what is not urgent waits. Where that takes all cores, what is urgent would never be built
-        while images follow one another: it gets its share between two steps."""
+        """While something samples on device: what is not urgent waits. Where that takes all cores the other process stands still (at lowest
+        priority it still takes caches, and a core at each barrier), and gets its share between two steps for what is urgent, which would
+        never be built while images follow one another."""
+        takes_all = device.type == "cpu" and torch.get_num_threads() >= _cores()
         with self._lock:
             self._busy += 1
+            if takes_all and (running := self._running):
+                running.hold()
         start = time.monotonic()
         try:
             yield
@@ -112,7 +116,9 @@ class Builder:
             with self._lock:
                 self._busy -= 1
                 self._last = time.monotonic()
-            if self._builds_urgent and device.type == "cpu" and torch.get_num_threads() >= _cores():
+                if running := self._running:
+                    running.release()
+            if takes_all and self._builds_urgent:
                 time.sleep(SHARE * (self._last - start))
 
     def stop(self) -> None:

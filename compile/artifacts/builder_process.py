@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,6 +18,10 @@ SILENT_SECONDS = 45.0  # without a sign of life, which it gives every worker.BEA
 LOOKS = 9  # at it, in that time
 BUILD_SECONDS = 1800  # for one artifact
 END_SECONDS = 0.8  # that its end is waited for: nobody waits longer for ComfyUI to close
+
+
+# Linux ends a stopped group whose parent is gone where that was of the same session.
+_CAN_HOLD = sys.platform == "linux" and sys.version_info >= (3, 11)
 
 
 class Disturbed(Exception):
@@ -33,6 +38,31 @@ class BuilderProcess:
     frames: queue.SimpleQueue
     errors: BinaryIO
     scope: contextlib.ExitStack
+    _held: float = 0.0  # seconds in which it stood still
+    _held_since: float = 0.0
+
+    def seconds(self) -> float:
+        """On a clock that stands still while it does."""
+        return (self._held_since or time.monotonic()) - self._held
+
+    def hold(self) -> None:
+        """It and its compilers stand still until release(), where the system can do that and ends what is stopped with this process."""
+        if not self._held_since and _CAN_HOLD and self._signal("SIGSTOP"):
+            self._held_since = time.monotonic()
+
+    def release(self) -> None:
+        if self._held_since:
+            self._signal("SIGCONT")
+            self._held += time.monotonic() - self._held_since
+            self._held_since = 0.0
+
+    def _signal(self, name: str) -> bool:
+        if self.process.poll() is not None:
+            return False
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, getattr(signal, name))
+            return True
+        return False
 
     def end(self) -> None:
         """It and the compilers that it has started."""
@@ -55,8 +85,8 @@ class BuilderProcess:
     def answer(self) -> bytes:
         """Of the other process. Raises EOFError where it has ended, Disturbed where it hangs or was killed, TimeoutError after
         BUILD_SECONDS."""
-        start, watch = time.monotonic(), ProcessWatch(self.process.pid, SILENT_SECONDS)
-        while time.monotonic() - start < BUILD_SECONDS:
+        start, watch = self.seconds(), ProcessWatch(self.process.pid, SILENT_SECONDS, self.seconds)
+        while self.seconds() - start < BUILD_SECONDS:
             with contextlib.suppress(queue.Empty):
                 frame = self.frames.get(timeout=SILENT_SECONDS / LOOKS)
                 if frame is None:

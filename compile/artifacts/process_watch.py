@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 IDLE_SECONDS = 0.5  # of processor time, which what only beats does not take while it is watched for long
@@ -13,23 +13,24 @@ _WAITS = "RD"  # for a core, for a disk: states of Linux
 
 
 class ProcessWatch:
-    """Of the process that leads a group. silent: seconds after which it is taken to hang
+    """Of the process that leads a group. clock: in seconds. silent: of these, after which it is taken to hang
 
     - without a sign of life, where it waits for nothing, or has computed all that time;
     - with signs of life, where no process of the group has done anything, nor waits for a core or a disk: its compiler hangs."""
 
-    def __init__(self, leader: int, silent: float):
+    def __init__(self, leader: int, silent: float, clock: Callable[[], float] = time.monotonic):
         self._leader = leader
         self._silent = silent
-        self._beat = self._worked = time.monotonic()
+        self._clock = clock
+        self._beat = self._worked = clock()
         self._cpu_at_beat = self._cpu_at_work = self._cpu()[0]
 
     def beat(self) -> None:
         """It has given a sign of life."""
-        self._beat, self._cpu_at_beat = time.monotonic(), self._cpu()[0]
+        self._beat, self._cpu_at_beat = self._clock(), self._cpu()[0]
 
     def hangs(self) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         cpu, waiting = self._cpu()
         if cpu - self._cpu_at_work > IDLE_SECONDS or waiting:
             self._worked, self._cpu_at_work = now, cpu

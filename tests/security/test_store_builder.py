@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from int8_compile.compile.artifacts import builder as builder_module
 from int8_compile.compile.artifacts import builder_process, worker
 from int8_compile.compile.artifacts.builder import Builder, BuildRequest
-from int8_compile.compile.artifacts.builder_process import Disturbed
+from int8_compile.compile.artifacts.builder_process import BuilderProcess, Disturbed
 from int8_compile.compile.artifacts.entry import MANIFEST
 from int8_compile.compile.artifacts.process_watch import ProcessWatch
 from int8_compile.compile.artifacts.store import CacheStore
@@ -306,6 +307,32 @@ def test_nothing_is_said_of_an_order_that_ends_with_the_server(builder):
     assert not told.reasons
 
 
+@linux_only
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs Python 3.11, to start a group in the session")
+@pytest.mark.parametrize(("device", "threads", "stands"), [("cpu", 0, True), ("cpu", -1, False), ("cuda", 0, False)])
+def test_it_and_its_compilers_stand_still_while_sampling_takes_all_cores(builder, monkeypatch, device, threads, stands):
+    cores = builder_module._cores()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores + threads)
+
+    def states():
+        found = [stat.read_text().rpartition(")")[2].split() for stat in Path("/proc").glob("[0-9]*/stat") if stat.exists()]
+        return [fields[0] for fields in found if fields[2] == str(process.pid)]
+    with group(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SPIN!r}])") as process:
+        wait_until(lambda: len(states()) == 2, 20)
+        running = builder._running = BuilderProcess(process, queue.SimpleQueue(), queue.SimpleQueue(), None, contextlib.ExitStack())
+        for _ in range(2):
+            with builder.sampling(torch.device(device)):
+                wait_until(lambda: (states() == ["T", "T"]) is stands, 5)
+                start = running.seconds()
+                time.sleep(0.2)
+                assert (running.seconds() - start < 0.1) is stands, "its own time, in which it may be silent and must be through"
+            assert "T" not in states()
+        assert running.seconds() > start
+        with builder.sampling(torch.device(device)):
+            builder.stop()
+        assert process.returncode == -signal.SIGKILL and builder._running is None
+
+
 HELD = "import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # spins in C and lets no other thread of its run
 
 
@@ -318,7 +345,8 @@ def group(code: str, before: str = ""):
             assert process.stdout.readline()
             yield process
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def hangs(watch: ProcessWatch, beats: bool, seconds: float) -> bool:
