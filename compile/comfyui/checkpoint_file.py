@@ -16,10 +16,12 @@ from ...int8.files.owners import CacheError, open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+          "C64": torch.complex64}
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
-MAX_HEADER_BYTES = 32 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; as Python has it, it takes ten times that
+MAX_HEADER_BYTES = 16 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; Python takes up to fifty times that
+MAX_TENSORS, MAX_DIMENSIONS, MAX_TENSOR_BYTES = 1 << 16, 64, 1 << 62  # what models have is far below; torch takes no more dimensions
 
 
 def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
@@ -28,15 +30,30 @@ def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
-    header = json.loads(file.read(size))
+    text = file.read(size).decode()  # in UTF-8 alone, as the format has it
+    header = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not (texts is None or (isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values()))):
         raise ValueError("its header is none")
+    "".join((*header, *(texts or ()), *(texts or {}).values())).encode()  # raises for half of a character
     return size, header
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} in its header")
 
 
 def _check(tensors: dict[str, Any], size: int) -> None:
     """Raises ValueError where the tensors that a header names do not fill size bytes, one behind the other, as the format demands."""
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors; {MAX_TENSORS} are the limit")
     at = 0
     for entry in sorted(tensors.values(), key=_offsets):
         start, end = _offsets(entry)
@@ -45,6 +62,8 @@ def _check(tensors: dict[str, Any], size: int) -> None:
             raise ValueError("a tensor without a type")
         if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError("a tensor without a shape")
+        if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_TENSOR_BYTES or math.prod(filter(None, shape)) > MAX_TENSOR_BYTES:
+            raise ValueError("a tensor that is larger than any can be")
         if start != at or end < start or (kind is not None and end - start != math.prod(shape) * kind.itemsize):
             raise ValueError("tensors that overlap, or are not of the size of their shape")
         at = end
@@ -81,8 +100,8 @@ class CheckpointFile(Mapping):
                              f"({echo(str(error))}). Download it again.") from error
         for key, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
-                                 "which no model has.")
+                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' has {echo(key)} in the type {echo(entry['dtype'])}, which "
+                                 "this node does not read. Load the bf16, fp16 or fp32 file.")
         self._start = 8 + size
         self._entries = header
 
@@ -105,8 +124,13 @@ class CheckpointFile(Mapping):
         start, end = self._entries[key]["data_offsets"]
         raw = torch.empty(end - start, dtype=torch.uint8) if memory is None else memory[:end - start]
         with self._opened() as file:
-            file.seek(self._start + start)
-            if file.readinto(memoryview(raw.numpy())) < end - start:
+            try:
+                file.seek(self._start + start)
+                got = file.readinto(memoryview(raw.numpy()))
+            except OSError as error:
+                raise ValueError(f"Load INT8 Model: '{echo(Path(self.path).name)}' cannot be read ({echo(str(error))}). Check the disk, or "
+                                 "download the file again.") from error
+            if got < end - start:
                 self._changed()
             self._require_unchanged(file)
         return raw.view(self.dtype(key)).reshape(self.shape(key))

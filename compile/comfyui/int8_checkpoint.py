@@ -30,6 +30,7 @@ from .int8_source import FLOATS, unpack_others
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "Load INT8 Model: "  # of this node's own errors
 QUANTIZATION = "_quantization_metadata"  # key in a file's metadata, as comfy.utils.convert_old_quants reads it
 MAX_ENTRY_BYTES = 4096  # of a layer's comfy_quant, which has about 100
 # Endings of keys by which other quantized formats are known.
@@ -96,8 +97,9 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
         raise ValueError(f"Load INT8 Model: '{name}' is not a safetensors file. Use Load Diffusion Model and INT8 Quantize Model.")
     checkpoint = CheckpointFile(path)
     native = _check_format(checkpoint, name)
-    state = checkpoint.by_comfyui() if native else _quantized(checkpoint, name, options, on_progress)
     metadata = dict(checkpoint.metadata) or None
+    with _explained(name) if native else contextlib.nullcontext():
+        state = checkpoint.by_comfyui() if native else _quantized(checkpoint, name, options, on_progress)
     with _explained(name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
@@ -116,6 +118,8 @@ def _explained(name: str) -> Iterator[None]:
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(PREFIX):
+            raise
         raise ValueError(f"Load INT8 Model: '{name}' could not be loaded: {echo(str(error)) or type(error).__name__}") from error
 
 

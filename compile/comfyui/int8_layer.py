@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import logging
 import weakref
 from typing import Any
@@ -231,19 +230,21 @@ class _ByForward:
     def __call__(self, x):
         return self.layer(x)
 
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
 
 def patch_linear_input_act(*_):
     """Put a function of the pack in front of core's linear_input_act (the FFN of Wan, LTX, ...), for the layers of the pack only.
 
     It hands the activation to the quantizer, which saves a pass over the largest tensor of a block. Everything that it does not know
     goes to core as it came: other layers, other activations, further arguments. Core asks a layer before it takes its INT8 weight
-    (_full_precision_mm) from 0.36 on; an older one does not, and is given the layer without its weight: it would be wrong for smoothed
-    ones. So it is looked at before each sampling: another pack may have put core's back. A pack's that is put around this has its mark.
+    (_full_precision_mm) from 0.36 on; an older one does not, and would be wrong for smoothed ones: it is given the layer without its
+    weight. So it is looked at before each sampling: another pack may have put core's back, or its own, in which this may be called or not.
     """
     core = getattr(comfy.ops, "linear_input_act", None)
-    if core is None or hasattr(core, "of_int8_compile") or not comfy_core.usable(comfy_core.FUSED_ACTIVATION):
+    if core is None or getattr(core, "of_int8_compile", None) is core or not comfy_core.usable(comfy_core.FUSED_ACTIVATION):
         return
-    asks_the_layer = "act_weight" in inspect.signature(core).parameters
 
     @functools.wraps(core)
     def linear_input_act(linear, x, input_act, *args, **kwargs):
@@ -255,11 +256,10 @@ def patch_linear_input_act(*_):
             # A layer's own forward is that of a bypass LoRA, which adds to what the layer makes of its input.
             elif input_act in FUSED_ACTIVATIONS and not (args or kwargs) and "forward" not in linear.__dict__:  # torch 2.8 traces no vars()
                 return linear(x, act=input_act)
-            if not asks_the_layer:
-                linear = _ByForward(linear)
+            linear = _ByForward(linear)
         return core(linear, x, input_act, *args, **kwargs)
 
-    linear_input_act.of_int8_compile = True  # type: ignore[attr-defined]
+    linear_input_act.of_int8_compile = linear_input_act  # type: ignore[attr-defined]
     comfy.ops.linear_input_act = linear_input_act
 
 

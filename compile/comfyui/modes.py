@@ -21,7 +21,7 @@ from ..modes.convrot import ConvRot
 from ..modes.errors import ApplyModeError, ModeConfigError
 from ..modes.export import Export
 from ..modes.int8 import Int8
-from ..modes.layers import check_record
+from ..modes.layers import check_chosen, check_record
 from ..modes.mode import Mode, NoConfig
 from ..modes.record import METADATA_KEY
 from ..modes.registry import ModeRegistry
@@ -128,6 +128,7 @@ class PatcherInt8Config:
 
     def __post_init__(self):
         self.to_options("convrot")  # its ValueErrors
+        check_chosen(self.chosen)
 
     def to_options(self, method: str) -> Int8Options:
         return Int8Options(method, self.keep_layers, self.min_sqnr_db, self.kernel, self.max_mb, self.faster_only)

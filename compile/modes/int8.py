@@ -17,7 +17,7 @@ from ...int8.precision import FLOAT, choose_precision
 from ...int8.report import as_number
 from ...int8.structure import equivalent_layers
 from .errors import ApplyModeError, ModeConfigError
-from .layers import LayersConfig, check_record, float_linears, recorded, replace, select
+from .layers import LayersConfig, check_chosen, check_record, float_linears, recorded, replace, select
 from .mode import Mode
 from .registry import MODES
 from .search import Searcher
@@ -41,6 +41,7 @@ class Int8Config(LayersConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_chosen(self.chosen)
         if not 0 <= self.min_sqnr_db <= 100:
             raise ValueError(f"min_sqnr_db is a ratio in dB from 0 (off) to 100, not {self.min_sqnr_db:g}.")
         if self.max_bytes < 0:

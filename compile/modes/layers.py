@@ -31,6 +31,14 @@ class LayerRecord:
     layers: tuple[tuple[str, int, bool], ...] = ()
 
 
+def check_chosen(chosen: tuple[tuple[str, str], ...] | None) -> None:
+    """Raises ValueError where a list of (layer, method) has a layer twice."""
+    names = [name for name, _ in chosen or ()]
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise ValueError(f"chosen names the layer '{echo(twice)}' twice.")
+
+
 def check_record(metadata: dict, owner: str, record_class: type = LayerRecord) -> dict:
     """metadata of a file's record, which has the fields of record_class and no others. Raises ModeConfigError."""
     parse_config(record_class, metadata, f"{owner} in the record")

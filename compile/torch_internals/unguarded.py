@@ -11,17 +11,20 @@ import math
 import re
 import sys
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 # It is asked at every call: how deep, how many of a container, and how many things are looked at for one function.
-MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS = 4, 2, 64, 100
+MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS, MOST_OF_MODULES, MOST_CONSTANTS = 4, 2, 64, 100, 50, 1000
 # Modules whose own classes are what they are.
 OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CONSTANTS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+PLAIN = CONSTANTS | {torch.Tensor, torch.nn.Parameter}
+CONTAINERS = (tuple, list, deque, set, frozenset)
 Place = tuple  # of text, and the code of functions on the way
 Seen = dict[int, int]  # id of what was looked at -> the how manyth
 _BUILTINS = {"type": type, "dict": dict}
@@ -57,17 +60,43 @@ def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
 
 
 @functools.cache
-def _slots() -> frozenset[str]:
+def _of_torch() -> frozenset[str]:
     return frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
 
 
-def _parts(value) -> Mapping:
-    """The items of a dict, the attributes of an object; of a module its layers, too, and none of torch's slots."""
-    if isinstance(value, Mapping):
-        return value
-    if not isinstance(value, torch.nn.Module):
-        return getattr(value, "__dict__", {})
-    return {**{key: item for key, item in vars(value).items() if key not in _slots()}, **value._modules}
+@functools.lru_cache(1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    """Names of attributes that are in no __dict__."""
+    found = [vars(base).get("__slots__", ()) for base in kind.__mro__ if not str(base.__module__).startswith("torch")]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _attributes(value) -> Mapping:
+    """Of an object; of a module its layers, too, and none of torch's own."""
+    if isinstance(value, torch.nn.Module):
+        return {**{key: item for key, item in vars(value).items() if key not in _of_torch()}, **value._modules}
+    held = getattr(value, "__dict__", {})
+    slots = {name: getattr(value, name) for name in _slots(type(value))  # type: ignore[arg-type]
+             if hasattr(value, name)}
+    return {**slots, **held} if slots else held
+
+
+def _items(value) -> Iterable[tuple[object, object]]:
+    return value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, CONTAINERS) else ()
+
+
+@functools.lru_cache(1024)
+def _global_names(code: types.CodeType) -> frozenset[str]:
+    return frozenset(code.co_names).union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
+def _own_globals(function: types.FunctionType) -> list[tuple[str, object]]:
+    """What its global names stand for where they are not those of a module (exec): dynamo looks them up in the module of that name."""
+    space = function.__globals__
+    if vars(sys.modules.get(space.get("__name__", ""), types)) is space:
+        return []
+    return [(name, space[name]) for name in sorted(_global_names(function.__code__)) if name in space]
 
 
 def _at(key) -> str:
@@ -84,6 +113,8 @@ def _described(value, seen: Seen, depth: int = 0) -> tuple:
         return type(value), repr(value)
     if id(value) in seen:
         return "again", seen[id(value)]
+    if type(value) in (tuple, list) and MOST_THINGS < len(value) <= MOST_CONSTANTS and CONSTANTS.issuperset(map(type, value)):
+        return type(value), tuple(value)
     if depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
         return _itself(value)
     seen[id(value)] = len(seen)
@@ -94,25 +125,43 @@ def _described(value, seen: Seen, depth: int = 0) -> tuple:
 
 
 def _description(value, seen: Seen, depth: int) -> tuple:
+    def all_of(values) -> list:
+        return [_described(item, seen, depth) for item in values]
+    kind = type(value)
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if isinstance(value, type) and depth <= MOST_NESTED:
-        return type(value), _class(value, seen, depth)
+    if isinstance(value, type):
+        return (kind, _class(value, seen, depth)) if depth <= MOST_NESTED else ()
     if isinstance(value, property):
-        return type(value), _described(value.fget, seen, depth)
+        return kind, all_of([value.fget])
     if isinstance(function, types.FunctionType):
-        return (type(value), function.__code__, _described(function.__defaults__, seen, depth),
-                _described(function.__kwdefaults__, seen, depth),
-                [_described(item, seen, depth) for name, item in _cells(function) if name != "__class__"])
-    if isinstance(value, (tuple, list)) and len(value) <= MOST_THINGS:
-        return type(value), [_described(item, seen, depth) for item in value]
-    if isinstance(value, dict) and len(value) <= MOST_THINGS:
-        return type(value), [(_described(key, seen, depth), _described(item, seen, depth)) for key, item in value.items()]
-    return ()
+        return (kind, function.__code__, all_of([function.__defaults__, function.__kwdefaults__]),
+                all_of(item for name, item in (*_cells(function), *_own_globals(function)) if name != "__class__"))
+    if isinstance(value, types.MethodType):
+        return kind, all_of([value.__func__, value.__self__])
+    if isinstance(value, functools.partial):
+        return kind, all_of([value.func, value.args, value.keywords])
+    if isinstance(value, torch.Tensor):
+        # Its values are an input of what is compiled.
+        return (kind, value.dtype, value.device, value.shape, value.stride(), value.requires_grad) if kind is torch.Tensor else ()
+    if isinstance(value, (torch.nn.Module, types.ModuleType)):
+        return ()
+    if isinstance(value, (*CONTAINERS, Mapping)) and len(value) > MOST_THINGS:
+        return ()
+    attributes = _attributes(value)
+    if isinstance(value, Mapping):
+        items = [item for pair in value.items() for item in pair]
+    elif isinstance(value, CONTAINERS):
+        items = list(value)
+    elif attributes:
+        items = []
+    else:
+        return ()  # of code in C
+    return all_of([] if kind in (*CONTAINERS, dict) else [kind]), kind.__name__, all_of([*items, *attributes, *attributes.values()])
 
 
 def _class(kind: type, seen: Seen, depth: int) -> list:
     """Of a class: a function that is made anew for each prompt may make its classes anew, too."""
-    found: list = []
+    found: list = [kind.__name__]
     for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
         if str(base.__module__).partition(".")[0] in OTHERS and _is_there(base):
             found.append((base.__module__, base.__qualname__))
@@ -131,10 +180,10 @@ def _is_there(kind: type) -> bool:
 
 def _classes(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
     """Of what a closure holds: (where, what guards do not tell)."""
-    if type(value) in CONSTANTS or depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
+    if type(value) in PLAIN:
         return
     try:
-        found = list(_classes_in(value, path, seen, depth))
+        found = list(_classes_in(value, path, seen, depth)) if depth <= MAX_DEPTH and len(seen) < MOST_THINGS else [(path, _itself(value))]
     except Exception:  # its own code raises
         found = [(path, _itself(value))]
     yield from found
@@ -142,54 +191,86 @@ def _classes(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place
 
 def _classes_in(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
     if isinstance(value, type):
-        yield path, _described(value, {})
+        yield path, _described(value, seen)
     elif isinstance(value, FUNCTIONS):
         yield from _of_function(value, path, seen, depth)
+    elif isinstance(value, weakref.ref):
+        yield from _classes(value(), path, seen, depth)
     elif not isinstance(value, (torch.Tensor, types.ModuleType)) and id(value) not in seen:
         seen[id(value)] = len(seen)
-        if isinstance(value, (tuple, list, deque, set, frozenset)):
-            parts: Iterable = enumerate(itertools.islice(value, MOST_ITEMS))
-        else:
+        items, attributes, is_module = _items(value), _attributes(value), isinstance(value, torch.nn.Module)
+        if type(value) not in CONTAINERS:
             yield path, type(value).__qualname__  # no class
-            parts = itertools.islice(_parts(value).items(), MOST_ITEMS)
-        for key, item in parts:
+        if attributes and isinstance(value, (*CONTAINERS, Mapping)):  # dynamo knows the items alone
+            yield (*path, " attributes"), [_described(item, seen) for item in attributes.items()]
+        parts = iter((*items, *attributes.items()))
+        for key, item in itertools.islice(parts, MOST_ITEMS):
+            if is_module and len(seen) >= MOST_OF_MODULES:
+                return
             yield from _classes(item, (*path, _at(key)), seen, depth + 1)
+        if not is_module and (rest := [item for _, item in parts if type(item) not in PLAIN]):
+            yield (*path, " and more"), [_itself(item) for item in rest]
 
 
 def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tuple[Place, object]]:
     """The same of one of FUNCTIONS. depth: of functions in functions."""
     if isinstance(value, types.MethodType):
+        path = *path, getattr(value.__func__, "__code__", " method")
+        yield path, ""
         yield from _of_function(value.__func__, path, seen, depth)
         yield from _classes(value.__self__, (*path, " self"), seen, depth + 1)
     elif isinstance(value, functools.partial):
+        path = *path, getattr(value.func, "__code__", " partial")
+        yield path, ""
         yield from _classes([value.func, value.args, value.keywords], path, seen, depth)
     elif depth < MAX_DEPTH and id(value) not in seen:
         seen[id(value)] = len(seen)
         path = *path, value.__code__  # of two functions dynamo tells the code
-        yield (*path, " defaults"), _described(value.__defaults__, {})
+        made_with = value.__defaults__, value.__kwdefaults__, *_own_globals(value)
+        yield path, [value.__name__, value.__qualname__, *(_described(item, seen) for item in made_with if item)]
         for name, item in (*vars(value).items(), *_cells(value)):
             yield from _classes(item, (*path, f" {name}"), seen, depth + 1)
 
 
-def _facts(value, path: Place = ()) -> Iterator[tuple[Place, object]]:
-    """(where in value, what guards do not tell)."""
+def _facts(value) -> dict[Place, object]:
+    """{where in value: what guards do not tell}."""
+    try:
+        return dict(_facts_in(value))
+    except Exception:  # it holds itself, or its own code raises
+        return {(): _itself(value)}
+
+
+def _facts_in(value, path: Place = ()) -> Iterator[tuple[Place, object]]:
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
     elif kind is complex:
-        yield from _facts(value.real, (*path, ".real"))
-        yield from _facts(value.imag, (*path, ".imag"))
+        yield from _facts_in(value.real, (*path, ".real"))
+        yield from _facts_in(value.imag, (*path, ".imag"))
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _facts(item, (*path, f"[{index}]"))
+            yield from _facts_in(item, (*path, f"[{index}]"))
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
-    elif kind in FUNCTIONS:
-        yield from _of_function(value, path, {})
     elif kind is dict or isinstance(value, torch.nn.Module):
-        for key, item in _parts(value).items():
-            if type(item) in FUNCTIONS:
-                yield from _of_function(item, (*path, _at(key)), {})
+        for key, item in (value if kind is dict else _attributes(value)).items():
+            yield from _of_call(item, (*path, _at(key)))
+    else:
+        yield from _of_call(value, path)
+
+
+def _of_call(value, path: Place) -> Iterator[tuple[Place, object]]:
+    """Of what a block may call."""
+    if isinstance(value, FUNCTIONS):
+        yield from _of_function(value, path, {})
+    elif callable(value) and not isinstance(value, torch.nn.Module) and isinstance(type(value).__call__, types.FunctionType):
+        yield from _of_function(value.__call__, path, {})
+
+
+def _is_gone(path: Place, fact, facts: dict[Place, object]) -> bool:
+    """Whether what was at path in a function is not there though the function is. Objects of another class dynamo tells."""
+    codes = [index for index, part in enumerate(path) if isinstance(part, types.CodeType)]
+    return path not in facts and not isinstance(fact, str) and bool(codes) and path[:codes[-1] + 1] in facts
 
 
 class Unguarded:
@@ -201,11 +282,14 @@ class Unguarded:
     def add(self, source: str, value) -> None:
         if not _OF_THE_CALL.search(source):
             return
-        facts = dict(_facts(value))
+        facts = _facts(value)
         # A number that comes with a call may be a zero another time, in the same graph: that takes it for 0.0.
         if source in self._known or facts or (type(value) is float and _OF_THE_ARGUMENTS.search(source)):
             if source not in self._known:
-                self._known[source] = ast.parse(source, mode="eval").body, {}
+                try:
+                    self._known[source] = ast.parse(source, mode="eval").body, {}
+                except (SyntaxError, RecursionError, MemoryError):
+                    return  # too deep, an attribute that is called like a word of Python
             for path, fact in facts.items():
                 self._known[source][1].setdefault(path, fact)
 
@@ -217,10 +301,12 @@ class Unguarded:
                 value = _get(source, scope)
             except (AttributeError, LookupError, TypeError):
                 continue  # dynamo's guards see that
-            for path, fact in _facts(value):
-                # What was not there then is seen by dynamo's guards, but for the sign of a zero.
-                if fact != facts.get(path, 1.0 if isinstance(fact, float) else fact):
-                    return ast.unparse(source) + "".join(part for part in path if isinstance(part, str))
+            found = _facts(value)
+            # What was not there then is seen by dynamo's guards, but for the sign of a zero.
+            others = (path for path, fact in found.items() if fact != facts.get(path, 1.0 if isinstance(fact, float) else fact))
+            gone = (path for path, fact in facts.items() if _is_gone(path, fact, found))
+            for path in itertools.chain(others, gone):
+                return ast.unparse(source) + "".join(part for part in path if isinstance(part, str))
         return ""
 
     def __bool__(self):

@@ -404,11 +404,160 @@ PATCHES.update({
 })
 
 
+def by_global(h):
+    return h * LEVEL  # noqa: F821
+
+
+class Attributed(dict):
+    pass
+
+
+class Slots:
+    __slots__ = ("kind",)
+
+    def __init__(self, kind):
+        self.kind = kind
+
+
+class Calls:
+    def __init__(self, level):
+        self.config = Attributed()
+        self.config.level = level
+
+    def __call__(self, h):
+        return h * self.config.level
+
+
+def of_config(level):
+    config = Attributed()
+    config.level = level
+    return lambda h: h * config.level
+
+
+def of_keyword_default(level):
+    made = type("Level", (), {"value": level})
+
+    def inner(h, *, kind=made):
+        return h * kind.value
+    return lambda h: inner(h)
+
+
+def of_global_of_inner(level):
+    inner = types.FunctionType(by_global.__code__, {"LEVEL": level, "__builtins__": __builtins__})
+    return lambda h: inner(h)
+
+
+def attribute_of_a_list(kind):
+    class Items(list):
+        pass
+    items = Items()
+    items.kind = kind
+    return items
+
+
+PATCHES.update({
+    "other globals": lambda level: types.FunctionType(by_global.__code__, {"LEVEL": level, "__builtins__": __builtins__}),
+    "other globals of a function": of_global_of_inner,
+    "attribute of a dict": of_config, "attribute of a dict of an object that is called": Calls, "keyword default": of_keyword_default,
+    "class in a slot": of_class_in(Slots, lambda held: held.kind),
+    "class in a list's attribute": of_class_in(attribute_of_a_list, lambda held: held.kind),
+    "class, then None": lambda level: (lambda kind: lambda h: h * (0.6 if kind is None else kind.value))(
+        type("Level", (), {"value": level}) if level == 1.5 else None),
+    "class in a list, then None": lambda level: (lambda kinds: lambda h: h * (0.6 if kinds[0] is None else kinds[0].value))(
+        [type("Level", (), {"value": level}) if level == 1.5 else None]),
+})
+
+
 @pytest.mark.parametrize("kind", PATCHES)
 def test_patches_of_the_same_code_with_another_default_or_class_are_others(kind):
     net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
     for level in (1.5, 1.5, 0.6, 0.6, 1.5):
         options = {"patches": {"attn1_output_patch": [PATCHES[kind](level)]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
+    assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
+
+
+KINDS = {level: type("Level", (), {"value": level}) for level in (1.5, 0.6)}
+MANY = [1.5] * 200
+
+
+def of_many(level):
+    MANY[150] = level
+
+    def patch(h, levels=MANY):
+        return h * levels[150]
+    return patch
+
+
+BEYOND = {
+    "class behind many": lambda level: (lambda held: lambda h: h * held[80].value)([*range(80), KINDS[level]]),
+    "class behind many objects": lambda level: (lambda objects, kind: lambda h: h * kind.value if objects else h)(
+        [[types.SimpleNamespace(item=index) for index in range(60)] for _ in range(3)], KINDS[level]),
+    "class deep in objects": lambda level: (lambda held: lambda h: h * held.a.a.a.a.a.value)(
+        functools.reduce(lambda inner, _: types.SimpleNamespace(a=inner), range(5), KINDS[level])),
+    "a long default that is changed": of_many,
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_what_is_too_far_away_to_be_described_is_not_taken_for_the_same(kind):
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for level in (1.5, 1.5, 0.6, 0.6, 1.5):
+        options = {"patches": {"attn1_output_patch": [BEYOND[kind](level)]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4, level
+    assert not compiled.report.failure
+
+
+def of_default(make):
+    def of_default(level):
+        made = make(level)
+
+        def patch(h, held=made):
+            return h * (held if isinstance(held, torch.Tensor) else held.level if hasattr(held, "level") else held())
+        return patch
+    return of_default
+
+
+class Given:
+    def __init__(self, level):
+        self.level = level
+
+    def get(self):
+        return self.level
+
+
+@pytest.mark.parametrize("make", [lambda level: torch.tensor(level), Given, lambda level: Given(level).get,
+                                  lambda level: functools.partial(lambda level: level, level)],
+                         ids=["tensor", "object", "method", "partial"])
+def test_a_default_that_is_made_anew_for_each_prompt_is_the_same_while_it_is_equal(make):
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for level in (1.5, 1.5, 0.6, 0.6, 1.5):
+        options = {"patches": {"attn1_output_patch": [of_default(make)(level)]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4, level
+        assert level != 1.5 or compiled.report.last_calls["graph"] == 3
+    assert not compiled.report.failure
+
+
+def holds_itself():
+    held = [1.5]
+    held.append(held)
+    return held
+
+
+class NoIteration(list):
+    def __iter__(self):
+        raise RuntimeError("iter")
+
+
+HELD = {"itself": holds_itself(), "iter": NoIteration([1.5]),
+        "order": collections.OrderedDict({NoIteration: 1, 0: 1.5})}
+
+
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
+def test_what_cannot_be_looked_into_compiles_as_torch_compiles_it(held):
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for _ in range(2):
+        options = {"patches": {"attn1_output_patch": [(lambda held: lambda h: h * 1.5 if held else h)(held)]}}
         assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
     assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
 
@@ -436,7 +585,7 @@ def test_what_cannot_be_described_raises_nothing_and_takes_no_time():
 
     def make(depth):
         inner, odd, made = make(depth - 1) if depth else None, Odd(), type("Raises", (), {"__class__": property(lambda self: 1 / 0)})()
-        gone = weakref.proxy(Odd())
+        gone = weakref.proxy(type("Gone", (), {})())
 
         def patch(h, default=odd, more=(made, inner, Nowhere)):
             return h * 1.5 if gone is not None and inner is not patch and made is not odd else h * Nowhere.value
@@ -450,6 +599,13 @@ def test_what_cannot_be_described_raises_nothing_and_takes_no_time():
         assert not unguarded.disagreement(None, (), {"transformer_options": options})
     assert time.perf_counter() - start < 1
     assert unguarded.disagreement(None, (), {"transformer_options": {"patches": {"attn1_output_patch": [make(6)]}}})
+
+
+def test_what_is_too_deep_to_be_looked_into_raises_nothing():
+    unguarded, deep = Unguarded(), functools.reduce(lambda inner, _: [inner], range(3000), 0.0)
+    unguarded.add("L['args'][0]", deep)
+    unguarded.add("L['args'][0]" + "[0]" * 3000, 0.0)
+    assert not unguarded.disagreement(None, (deep,), {})
 
 
 def test_another_patch_without_the_defaults_of_the_first_is_compiled():

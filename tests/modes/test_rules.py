@@ -171,6 +171,7 @@ def test_modes_come_and_go(registry):
     ([("int8", {"keep_layers": ["*"]})], ModeConfigError, "int8: keep_layers keeps every layer."),
     ([("int8", {"keep_layers": "*"})], ModeConfigError, "int8: 'keep_layers' takes a list of text, not \"*\"."),
     ([("int8", {"chosen": {"first": "rowwise"}})], ModeConfigError, "int8: chosen names the layer 'first'"),
+    ([("int8", {"chosen": [["first", "rowwise"], ["first", "rowwise"]]})], ModeConfigError, "int8: chosen names the layer 'first' twice."),
     ([("smoothquant", {"alpha": 2})], ModeConfigError, "smoothquant: alpha is a share from 0 to 1, not 2."),
     ([("compile", {"backend": "nonsense"})], ModeConfigError, "compile: Unknown backend 'nonsense'."),
     ([("compile", {"options": "{"})], ModeConfigError, "compile: Compilation failed due to invalid options: not JSON"),

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,53 @@ def test_headers_that_the_tensors_do_not_fill_are_refused_as_by_safetensors(tmp_
         else:
             found = CheckpointFile(str(path))
             assert found.metadata == {"format": "pt"} and found.size() == 16 and torch.equal(found.read("a"), torch.zeros(4))
+
+
+A = b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+
+
+@pytest.mark.parametrize("text", [
+    f"{{{A.decode()}}}".encode("utf-16"), b"\xef\xbb\xbf{%s}" % A, b"{%s}" % A.replace(b"a", b"a\xed\xa0\x80", 1),
+    b"{%s}" % A.replace(b"a", b"\\ud800", 1), b'{"__metadata__":{"a":"\\ud800"},%s}' % A, b"{%s}" % A.replace(b"]}", b'],"b":NaN}'),
+    b"{%s}" % A.replace(b'"shape"', b'"dtype":"F32","shape"'), b'{"__metadata__":{},"__metadata__":{},%s}' % A,
+    b'{%s,"b":{"dtype":"F32","shape":[4611686018427387904,4,0],"data_offsets":[16,16]}}' % A,
+    b'{%s,"b":{"dtype":"F32","shape":[%s0],"data_offsets":[16,16]}}' % (A, b"9," * 3000),
+    b"{%s}" % A.replace(b"[4]", b"[%s9]" % (b"9," * 500_000))], ids=range(11))
+def test_headers_that_are_no_json_of_numbers_that_can_be_are_refused_at_once_as_by_safetensors(tmp_path, comfy, text):
+    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
+
+    path = tmp_path / "made.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="is damaged, cut short or not a safetensors file"):
+        CheckpointFile(str(path))
+    assert time.monotonic() - start < 5, "Python multiplies long numbers with all threads waiting"
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(path, "pt").__enter__()
+
+
+def test_types_that_the_library_knows_are_read_or_named(tmp_path, comfy):
+    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
+
+    path = tmp_path / "made.safetensors"
+    tensors = {"a": torch.arange(4, dtype=torch.int64).to(torch.uint32), "b": torch.ones(2, dtype=torch.complex64)}
+    save_file(tensors, path)
+    found = CheckpointFile(str(path))
+    assert all(torch.equal(found.read(key), tensor) for key, tensor in tensors.items())
+    path.write_bytes(path.read_bytes().replace(b"C64", b"F6 ", 1))
+    with pytest.raises(ValueError, match="has b in the type F6 , which this node does not read"):
+        CheckpointFile(str(path))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for /proc")
+def test_an_error_of_the_disk_says_which_file(edited, monkeypatch):
+    from int8_compile.compile.comfyui import checkpoint_file
+
+    path = edited(lambda tensors: None)
+    file = checkpoint_file.CheckpointFile(str(path))
+    monkeypatch.setattr(checkpoint_file, "open_regular", lambda path: open("/proc/self/mem", "rb"))  # noqa: SIM115
+    with pytest.raises(ValueError, match=f"'{path.name}' cannot be read .*Check the disk"):
+        file.read(next(iter(file)))
 
 
 def test_damaged_files_and_unsuitable_methods_are_refused(edited, load_int8, tmp_path, comfy):

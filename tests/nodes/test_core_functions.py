@@ -5,6 +5,7 @@ Where the ComfyUI at hand is older, stand-ins written from the description of th
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -197,8 +198,14 @@ def open_and_looking(core):
     return linear_input_act
 
 
+def of_newer_names(core):
+    def linear_input_act(linear, x, input_act, act_weight=None, act_eps=1e-6, **more):
+        return core(linear, x, input_act, **more)
+    return linear_input_act
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wrapper", [of_other_names, open_and_looking])
+@pytest.mark.parametrize("wrapper", [of_other_names, open_and_looking, of_newer_names])
 @pytest.mark.parametrize("version", CORES)
 def test_another_packs_wrapper_of_it_is_no_reason_to_do_without(comfy, with_core, core, make, monkeypatch, version, wrapper, kind):
     x, _, residual, scale = inputs("gelu_tanh")
@@ -206,9 +213,26 @@ def test_another_packs_wrapper_of_it_is_no_reason_to_do_without(comfy, with_core
     monkeypatch.setattr(comfy.ops, "linear_input_act", wrapper(with_core(version, patched=False)))
     core.patch_linear_input_act()
     assert difference(comfy.ops.linear_input_act(make(kind), x, "gelu_tanh"), want) < NOISE
-    if wrapper is open_and_looking and version != "0.33":
+    layer = make(kind)
+    layer.forward = functools.partial(type(layer).forward, layer)  # as a bypass LoRA's: core's function is asked
+    assert difference(comfy.ops.linear_input_act(layer, x, "gelu_tanh"), want) < NOISE
+    if wrapper is not of_other_names and version != "0.33":
         got = comfy.ops.linear_input_act(make(kind), x, "gelu_tanh", residual=residual, residual_scale=scale)
         assert difference(got, residual + scale * want) < NOISE
+
+
+@pytest.mark.parametrize("kind", INT8_KINDS)
+def test_a_function_of_another_pack_that_looks_like_ours_is_none_of_it(comfy, with_core, core, make, monkeypatch, kind):
+    cores = with_core("0.33", patched=False)
+    core.patch_linear_input_act()
+    ours, (x, *_) = comfy.ops.linear_input_act, inputs("gelu_tanh")
+    core.patch_linear_input_act()
+    assert comfy.ops.linear_input_act is ours
+    # With all that functools.wraps copies, and past it.
+    monkeypatch.setattr(comfy.ops, "linear_input_act", functools.wraps(ours)(lambda linear, x, input_act: cores(linear, x, input_act)))
+    core.patch_linear_input_act()
+    want = F.linear(ACTIVATIONS["gelu_tanh"](x, None), make.weight, make.bias)
+    assert difference(comfy.ops.linear_input_act(make(kind), x, "gelu_tanh"), want) < NOISE
 
 
 def test_cores_own_that_is_put_back_is_replaced_before_the_next_sampling(comfy, core, nodes, sample, load, monkeypatch):

@@ -215,6 +215,8 @@ def test_compile_is_read_off_what_compiles_and_is_not_saved(comfy, load, nodes, 
     ([{"name": "int8", "config": {"max_mb": -1}}], "int8: max_mb is a size in MiB from 0 (off) on, not -1."),
     ([{"name": "int8", "config": {"chosen": {"nothing": "convrot"}}}],
      "int8: chosen names the layer 'nothing', which is no float Linear layer of this model's blocks. Set chosen to null to measure again."),
+    ([{"name": "int8", "config": {"chosen": [["b", "float"], ["b", "rowwise"]]}}],
+     "int8: chosen names the layer 'b' twice."),
     ([{"name": "compile", "config": {"backend": "nonsense"}}], "compile: Unknown backend 'nonsense'."),
 ])
 def test_a_chain_that_cannot_be_is_refused_and_the_model_stays(flux, nodes, chain, message):
