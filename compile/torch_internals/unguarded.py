@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 # It is asked at every call: how deep, how many of a container, and how many things are looked at for one function.
-MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS, MOST_OF_MODULES, MOST_CONSTANTS = 4, 2, 64, 100, 50, 1000
+MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS, MOST_OF_MODULES, MOST_CONSTANTS = 4, 2, 64, 100, 30, 1000
 # Modules whose own classes are what they are.
 OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
@@ -26,7 +26,8 @@ CONSTANTS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.
 PLAIN = CONSTANTS | {torch.Tensor, torch.nn.Parameter}
 CONTAINERS = (tuple, list, deque, set, frozenset)
 Place = tuple  # of text, and the code of functions on the way
-Seen = dict[int, int]  # id of what was looked at -> the how manyth
+Walked = dict[object, list[tuple[Place, object]]]  # by id of what a block may call: its facts
+Seen = dict[int, tuple[int, object]]  # id of what was looked at -> the how manyth, and it: no other gets its id meanwhile
 _BUILTINS = {"type": type, "dict": dict}
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
@@ -77,8 +78,7 @@ def _attributes(value) -> Mapping:
     if isinstance(value, torch.nn.Module):
         return {**{key: item for key, item in vars(value).items() if key not in _of_torch()}, **value._modules}
     held = getattr(value, "__dict__", {})
-    slots = {name: getattr(value, name) for name in _slots(type(value))  # type: ignore[arg-type]
-             if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}  # type: ignore[arg-type]
     return {**slots, **held} if slots else held
 
 
@@ -112,12 +112,12 @@ def _described(value, seen: Seen, depth: int = 0) -> tuple:
     if type(value) in CONSTANTS:
         return type(value), repr(value)
     if id(value) in seen:
-        return "again", seen[id(value)]
+        return "again", seen[id(value)][0]
     if type(value) in (tuple, list) and MOST_THINGS < len(value) <= MOST_CONSTANTS and CONSTANTS.issuperset(map(type, value)):
         return type(value), tuple(value)
     if depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
         return _itself(value)
-    seen[id(value)] = len(seen)
+    seen[id(value)] = len(seen), value
     try:
         return _description(value, seen, depth + 1) or _itself(value)
     except Exception:  # its own code raises
@@ -151,7 +151,7 @@ def _description(value, seen: Seen, depth: int) -> tuple:
     if isinstance(value, Mapping):
         items = [item for pair in value.items() for item in pair]
     elif isinstance(value, CONTAINERS):
-        items = list(value)
+        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
     elif attributes:
         items = []
     else:
@@ -197,7 +197,7 @@ def _classes_in(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Pl
     elif isinstance(value, weakref.ref):
         yield from _classes(value(), path, seen, depth)
     elif not isinstance(value, (torch.Tensor, types.ModuleType)) and id(value) not in seen:
-        seen[id(value)] = len(seen)
+        seen[id(value)] = len(seen), value
         items, attributes, is_module = _items(value), _attributes(value), isinstance(value, torch.nn.Module)
         if type(value) not in CONTAINERS:
             yield path, type(value).__qualname__  # no class
@@ -224,7 +224,7 @@ def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tup
         yield path, ""
         yield from _classes([value.func, value.args, value.keywords], path, seen, depth)
     elif depth < MAX_DEPTH and id(value) not in seen:
-        seen[id(value)] = len(seen)
+        seen[id(value)] = len(seen), value
         path = *path, value.__code__  # of two functions dynamo tells the code
         made_with = value.__defaults__, value.__kwdefaults__, *_own_globals(value)
         yield path, [value.__name__, value.__qualname__, *(_described(item, seen) for item in made_with if item)]
@@ -232,39 +232,45 @@ def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tup
             yield from _classes(item, (*path, f" {name}"), seen, depth + 1)
 
 
-def _facts(value) -> dict[Place, object]:
-    """{where in value: what guards do not tell}."""
+def _facts(value, walked: Walked) -> dict[Place, object]:
+    """{where in value: what guards do not tell}. walked: of values that live meanwhile."""
     try:
-        return dict(_facts_in(value))
+        return dict(_facts_in(value, (), walked))
     except Exception:  # it holds itself, or its own code raises
         return {(): _itself(value)}
 
 
-def _facts_in(value, path: Place = ()) -> Iterator[tuple[Place, object]]:
+def _facts_in(value, path: Place, walked: Walked) -> Iterator[tuple[Place, object]]:
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
     elif kind is complex:
-        yield from _facts_in(value.real, (*path, ".real"))
-        yield from _facts_in(value.imag, (*path, ".imag"))
+        yield from _facts_in(value.real, (*path, ".real"), walked)
+        yield from _facts_in(value.imag, (*path, ".imag"), walked)
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _facts_in(item, (*path, f"[{index}]"))
+            yield from _facts_in(item, (*path, f"[{index}]"), walked)
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
     elif kind is dict or isinstance(value, torch.nn.Module):
         for key, item in (value if kind is dict else _attributes(value)).items():
-            yield from _of_call(item, (*path, _at(key)))
+            yield from _of_call(item, (*path, _at(key)), walked)
     else:
-        yield from _of_call(value, path)
+        yield from _of_call(value, path, walked)
 
 
-def _of_call(value, path: Place) -> Iterator[tuple[Place, object]]:
+def _of_call(value, path: Place, walked: Walked) -> Iterator[tuple[Place, object]]:
     """Of what a block may call."""
-    if isinstance(value, FUNCTIONS):
-        yield from _of_function(value, path, {})
-    elif callable(value) and not isinstance(value, torch.nn.Module) and isinstance(type(value).__call__, types.FunctionType):
-        yield from _of_function(value.__call__, path, {})
+    if not isinstance(value, FUNCTIONS):
+        if not callable(value) or isinstance(value, torch.nn.Module) or not isinstance(type(value).__call__, types.FunctionType):
+            return
+        value = value.__call__
+    # A bound method is made anew by each look.
+    of = (id(value.__func__), id(value.__self__)) if isinstance(value, types.MethodType) else id(value)
+    if of not in walked:
+        walked[of] = list(_of_function(value, (), {}))
+    for place, fact in walked[of]:
+        yield (*path, *place), fact
 
 
 def _is_gone(path: Place, fact, facts: dict[Place, object]) -> bool:
@@ -282,7 +288,7 @@ class Unguarded:
     def add(self, source: str, value) -> None:
         if not _OF_THE_CALL.search(source):
             return
-        facts = _facts(value)
+        facts = _facts(value, {})
         # A number that comes with a call may be a zero another time, in the same graph: that takes it for 0.0.
         if source in self._known or facts or (type(value) is float and _OF_THE_ARGUMENTS.search(source)):
             if source not in self._known:
@@ -295,13 +301,13 @@ class Unguarded:
 
     def disagreement(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> str:
         """What is another one than when the block was compiled, empty for nothing. Asked at every call."""
-        scope = {"L": {"module": module, "args": args, "kwargs": kwargs}, **_BUILTINS}
+        scope, walked = {"L": {"module": module, "args": args, "kwargs": kwargs}, **_BUILTINS}, Walked()
         for source, facts in self._known.values():
             try:
                 value = _get(source, scope)
             except (AttributeError, LookupError, TypeError):
                 continue  # dynamo's guards see that
-            found = _facts(value)
+            found = _facts(value, walked)
             # What was not there then is seen by dynamo's guards, but for the sign of a zero.
             others = (path for path, fact in found.items() if fact != facts.get(path, 1.0 if isinstance(fact, float) else fact))
             gone = (path for path, fact in facts.items() if _is_gone(path, fact, found))

@@ -428,6 +428,12 @@ class Calls:
         return h * self.config.level
 
 
+def of_attributes(level):
+    config = Attributed()
+    config.first, config.second, config.third, config.level = 1.0, 2.0, 3.0, level
+    return lambda h: h * config.level
+
+
 def of_config(level):
     config = Attributed()
     config.level = level
@@ -458,6 +464,7 @@ def attribute_of_a_list(kind):
 PATCHES.update({
     "other globals": lambda level: types.FunctionType(by_global.__code__, {"LEVEL": level, "__builtins__": __builtins__}),
     "other globals of a function": of_global_of_inner,
+    "last of a dict's attributes": of_attributes,
     "attribute of a dict": of_config, "attribute of a dict of an object that is called": Calls, "keyword default": of_keyword_default,
     "class in a slot": of_class_in(Slots, lambda held: held.kind),
     "class in a list's attribute": of_class_in(attribute_of_a_list, lambda held: held.kind),
