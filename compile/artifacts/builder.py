@@ -105,21 +105,22 @@ class Builder:
         priority it still takes caches, and a core at each barrier), and gets its share between two steps for what is urgent, which would
         never be built while images follow one another."""
         takes_all = device.type == "cpu" and torch.get_num_threads() >= _cores()
-        with self._lock:
-            self._busy += 1
-            if takes_all and (running := self._running):
-                running.hold()
         start = time.monotonic()
+        with self._lock:
+            outermost = self._busy == 0
+            self._busy += 1
+            if takes_all and outermost and (running := self._running):
+                running.hold()
         try:
             yield
         finally:
             with self._lock:
                 self._busy -= 1
                 self._last = time.monotonic()
-                if running := self._running:
+                if not self._busy and (running := self._running):
                     running.release()
-            if takes_all and self._builds_urgent:
-                time.sleep(SHARE * (self._last - start))
+        if takes_all and outermost and self._builds_urgent:
+            time.sleep(SHARE * (self._last - start))
 
     def stop(self) -> None:
         """Ends the process; what it was building is lost."""

@@ -21,6 +21,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
 MAX_HEADER_BYTES = 16 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; Python takes up to fifty times that
+MAX_PARTS = 500_000  # three for each tensor, and those of the workflow; Python's JSON holds all threads, for a second with these
 MAX_TENSORS, MAX_DIMENSIONS, MAX_TENSOR_BYTES = 1 << 16, 64, 1 << 62  # what models have is far below; torch takes no more dimensions
 
 
@@ -31,6 +32,8 @@ def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {size} bytes; {MAX_HEADER_BYTES} are the limit")
     text = file.read(size).decode()  # in UTF-8 alone, as the format has it
+    if (parts := text.count("[") + text.count("{")) > MAX_PARTS:
+        raise ValueError(f"{parts} brackets; {MAX_PARTS} are the limit")
     header = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     texts = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not (texts is None or (isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values()))):

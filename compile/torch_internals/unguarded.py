@@ -3,32 +3,42 @@ defaults of a function, a class that it was made with."""
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
-import inspect
 import itertools
 import math
 import re
-import sys
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 
 import torch
 
-# It is asked at every call: how deep, how many of a container, and how many things are looked at for one function.
-MAX_DEPTH, MOST_NESTED, MOST_ITEMS, MOST_THINGS, MOST_OF_MODULES, MOST_CONSTANTS = 4, 2, 64, 100, 30, 1000
-# Modules whose own classes are what they are.
-OTHERS = ("builtins", "torch", "abc", "enum", "typing", "collections", "types")
+from .described import (
+    CONSTANTS,
+    CONTAINERS,
+    MAX_DEPTH,
+    MOST_CONSTANTS,
+    MOST_THINGS,
+    PLAIN,
+    Seen,
+    attributes_of,
+    cells,
+    described,
+    items_of,
+    itself,
+    own_globals,
+)
+
+# It is asked at every call: how many of a container, of the layers of a module, of what a block may call, of numbers are looked at.
+MOST_ITEMS, MOST_OF_MODULES, MOST_CALLED, MOST_NUMBERS = 64, 30, 200, 10_000
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-CONSTANTS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
-PLAIN = CONSTANTS | {torch.Tensor, torch.nn.Parameter}
-CONTAINERS = (tuple, list, deque, set, frozenset)
+MADE = (type, *FUNCTIONS)
 Place = tuple  # of text, and the code of functions on the way
 Walked = dict[object, list[tuple[Place, object]]]  # by id of what a block may call: its facts
-Seen = dict[int, tuple[int, object]]  # id of what was looked at -> the how manyth, and it: no other gets its id meanwhile
-_BUILTINS = {"type": type, "dict": dict}
+_BUILTINS = {"type": type, "dict": dict, "list": list}
+# Dynamo tells defaults itself.
+_TELLS_DEFAULTS = tuple(map(int, re.findall("[0-9]+", torch.__version__)[:2])) >= (2, 14)
 # Locals of the function that is compiled (torch_compiler), not of one that goes on below a graph break.
 _OF_THE_CALL = re.compile(r"\bL\['(module|args|kwargs)'\]")
 _OF_THE_ARGUMENTS = re.compile(r"\bL\['(args|kwargs)'\]")
@@ -53,163 +63,48 @@ def _get(node: ast.expr, scope: dict):
     raise TypeError
 
 
-def _cells(function: types.FunctionType) -> Iterator[tuple[str, object]]:
-    """What its closure holds by now, by name."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # it is empty yet
-            yield name, cell.cell_contents
-
-
-@functools.cache
-def _of_torch() -> frozenset[str]:
-    return frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
-
-
-@functools.lru_cache(1024)
-def _slots(kind: type) -> tuple[str, ...]:
-    """Names of attributes that are in no __dict__."""
-    found = [vars(base).get("__slots__", ()) for base in kind.__mro__ if not str(base.__module__).startswith("torch")]
-    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-def _attributes(value) -> Mapping:
-    """Of an object; of a module its layers, too, and none of torch's own."""
-    if isinstance(value, torch.nn.Module):
-        return {**{key: item for key, item in vars(value).items() if key not in _of_torch()}, **value._modules}
-    held = getattr(value, "__dict__", {})
-    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}  # type: ignore[arg-type]
-    return {**slots, **held} if slots else held
-
-
-def _items(value) -> Iterable[tuple[object, object]]:
-    return value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, CONTAINERS) else ()
-
-
-@functools.lru_cache(1024)
-def _global_names(code: types.CodeType) -> frozenset[str]:
-    return frozenset(code.co_names).union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
-
-
-def _own_globals(function: types.FunctionType) -> list[tuple[str, object]]:
-    """What its global names stand for where they are not those of a module (exec): dynamo looks them up in the module of that name."""
-    space = function.__globals__
-    if vars(sys.modules.get(space.get("__name__", ""), types)) is space:
-        return []
-    return [(name, space[name]) for name in sorted(_global_names(function.__code__)) if name in space]
-
-
 def _at(key) -> str:
     return f"[{key!r}]" if type(key) in CONSTANTS else f"[a {type(key).__name__}]"
 
 
-def _itself(value) -> tuple:
-    return type(value), id(value), [value]  # which is held, so that no other gets its id
-
-
-def _described(value, seen: Seen, depth: int = 0) -> tuple:
-    """Equal for what code that was traced takes for the same. What cannot be described, or takes too long, is the same only as itself."""
-    if type(value) in CONSTANTS:
-        return type(value), repr(value)
-    if id(value) in seen:
-        return "again", seen[id(value)][0]
-    if type(value) in (tuple, list) and MOST_THINGS < len(value) <= MOST_CONSTANTS and CONSTANTS.issuperset(map(type, value)):
-        return type(value), tuple(value)
-    if depth > MAX_DEPTH or len(seen) >= MOST_THINGS:
-        return _itself(value)
-    seen[id(value)] = len(seen), value
-    try:
-        return _description(value, seen, depth + 1) or _itself(value)
-    except Exception:  # its own code raises
-        return _itself(value)
-
-
-def _description(value, seen: Seen, depth: int) -> tuple:
-    def all_of(values) -> list:
-        return [_described(item, seen, depth) for item in values]
-    kind = type(value)
-    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if isinstance(value, type):
-        return (kind, _class(value, seen, depth)) if depth <= MOST_NESTED else ()
-    if isinstance(value, property):
-        return kind, all_of([value.fget])
-    if isinstance(function, types.FunctionType):
-        return (kind, function.__code__, all_of([function.__defaults__, function.__kwdefaults__]),
-                all_of(item for name, item in (*_cells(function), *_own_globals(function)) if name != "__class__"))
-    if isinstance(value, types.MethodType):
-        return kind, all_of([value.__func__, value.__self__])
-    if isinstance(value, functools.partial):
-        return kind, all_of([value.func, value.args, value.keywords])
-    if isinstance(value, torch.Tensor):
-        # Its values are an input of what is compiled.
-        return (kind, value.dtype, value.device, value.shape, value.stride(), value.requires_grad) if kind is torch.Tensor else ()
-    if isinstance(value, (torch.nn.Module, types.ModuleType)):
-        return ()
-    if isinstance(value, (*CONTAINERS, Mapping)) and len(value) > MOST_THINGS:
-        return ()
-    attributes = _attributes(value)
-    if isinstance(value, Mapping):
-        items = [item for pair in value.items() for item in pair]
-    elif isinstance(value, CONTAINERS):
-        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else list(value)
-    elif attributes:
-        items = []
-    else:
-        return ()  # of code in C
-    return all_of([] if kind in (*CONTAINERS, dict) else [kind]), kind.__name__, all_of([*items, *attributes, *attributes.values()])
-
-
-def _class(kind: type, seen: Seen, depth: int) -> list:
-    """Of a class: a function that is made anew for each prompt may make its classes anew, too."""
-    found: list = [kind.__name__]
-    for base in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
-        if str(base.__module__).partition(".")[0] in OTHERS and _is_there(base):
-            found.append((base.__module__, base.__qualname__))
-        else:
-            found += [(name, _described(item, seen, depth)) for name, item in vars(base).items() if name not in ("__dict__", "__weakref__")]
-    return found
-
-
-def _is_there(kind: type) -> bool:
-    """Whether a class is where it says that it is from."""
-    found = sys.modules.get(kind.__module__)
-    for name in kind.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is kind
-
-
 def _classes(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
-    """Of what a closure holds: (where, what guards do not tell)."""
+    """Of what a closure holds: (where, what guards do not tell). After many things only of classes and functions themselves."""
     if type(value) in PLAIN:
         return
+    found: list[tuple[Place, object]]
     try:
-        found = list(_classes_in(value, path, seen, depth)) if depth <= MAX_DEPTH and len(seen) < MOST_THINGS else [(path, _itself(value))]
+        if len(seen) >= MOST_THINGS:
+            found = [(path, described(value, {}))] if isinstance(value, MADE) else []
+        elif depth > MAX_DEPTH:
+            found = [(path, described(value, seen))]
+        else:
+            found = list(_classes_in(value, path, seen, depth))
     except Exception:  # its own code raises
-        found = [(path, _itself(value))]
+        found = [(path, itself(value))]
     yield from found
 
 
 def _classes_in(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
     if isinstance(value, type):
-        yield path, _described(value, seen)
+        yield path, described(value, seen)
     elif isinstance(value, FUNCTIONS):
         yield from _of_function(value, path, seen, depth)
     elif isinstance(value, weakref.ref):
         yield from _classes(value(), path, seen, depth)
     elif not isinstance(value, (torch.Tensor, types.ModuleType)) and id(value) not in seen:
         seen[id(value)] = len(seen), value
-        items, attributes, is_module = _items(value), _attributes(value), isinstance(value, torch.nn.Module)
+        items, attributes, is_module = items_of(value), attributes_of(value), isinstance(value, torch.nn.Module)
         if type(value) not in CONTAINERS:
             yield path, type(value).__qualname__  # no class
         if attributes and isinstance(value, (*CONTAINERS, Mapping)):  # dynamo knows the items alone
-            yield (*path, " attributes"), [_described(item, seen) for item in attributes.items()]
-        parts = iter((*items, *attributes.items()))
+            yield (*path, " attributes"), [described(item, seen) for item in (*attributes, *attributes.values())]
+        parts = itertools.chain(items, attributes.items())
         for key, item in itertools.islice(parts, MOST_ITEMS):
             if is_module and len(seen) >= MOST_OF_MODULES:
                 return
             yield from _classes(item, (*path, _at(key)), seen, depth + 1)
-        if not is_module and (rest := [item for _, item in parts if type(item) not in PLAIN]):
-            yield (*path, " and more"), [_itself(item) for item in rest]
+        if rest := [item for _, item in itertools.islice(parts, MOST_CONSTANTS) if isinstance(item, MADE)]:
+            yield (*path, " and more"), [described(item, seen) for item in rest]
 
 
 def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tuple[Place, object]]:
@@ -223,37 +118,39 @@ def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tup
         path = *path, getattr(value.func, "__code__", " partial")
         yield path, ""
         yield from _classes([value.func, value.args, value.keywords], path, seen, depth)
-    elif depth < MAX_DEPTH and id(value) not in seen:
+    elif id(value) not in seen:
         seen[id(value)] = len(seen), value
         path = *path, value.__code__  # of two functions dynamo tells the code
-        made_with = value.__defaults__, value.__kwdefaults__, *_own_globals(value)
-        yield path, [value.__name__, value.__qualname__, *(_described(item, seen) for item in made_with if item)]
-        for name, item in (*vars(value).items(), *_cells(value)):
+        made_with = [] if _TELLS_DEFAULTS else [value.__name__, value.__qualname__, value.__defaults__, value.__kwdefaults__]
+        yield path, [described(item, seen) for item in (*made_with, *itertools.chain(*own_globals(value)))]
+        for name, item in (*vars(value).items(), *cells(value)):
             yield from _classes(item, (*path, f" {name}"), seen, depth + 1)
 
 
 def _facts(value, walked: Walked) -> dict[Place, object]:
     """{where in value: what guards do not tell}. walked: of values that live meanwhile."""
     try:
-        return dict(_facts_in(value, (), walked))
+        return dict(_facts_in(value, (), walked, set()))
     except Exception:  # it holds itself, or its own code raises
-        return {(): _itself(value)}
+        return {(): itself(value)}
 
 
-def _facts_in(value, path: Place, walked: Walked) -> Iterator[tuple[Place, object]]:
+def _facts_in(value, path: Place, walked: Walked, lists: set[int]) -> Iterator[tuple[Place, object]]:
     kind = type(value)
     if kind is float and value == 0.0:
         yield path, math.copysign(1.0, value)
     elif kind is complex:
-        yield from _facts_in(value.real, (*path, ".real"), walked)
-        yield from _facts_in(value.imag, (*path, ".imag"), walked)
+        yield from _facts_in(value.real, (*path, ".real"), walked, lists)
+        yield from _facts_in(value.imag, (*path, ".imag"), walked, lists)
     elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _facts_in(item, (*path, f"[{index}]"), walked)
+        if id(value) not in lists and len(value) <= MOST_NUMBERS:
+            lists.add(id(value))
+            for index, item in enumerate(value):
+                yield from _facts_in(item, (*path, f"[{index}]"), walked, lists)
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
     elif kind is dict or isinstance(value, torch.nn.Module):
-        for key, item in (value if kind is dict else _attributes(value)).items():
+        for key, item in (value if kind is dict else attributes_of(value)).items():
             yield from _of_call(item, (*path, _at(key)), walked)
     else:
         yield from _of_call(value, path, walked)
@@ -268,6 +165,8 @@ def _of_call(value, path: Place, walked: Walked) -> Iterator[tuple[Place, object
     # A bound method is made anew by each look.
     of = (id(value.__func__), id(value.__self__)) if isinstance(value, types.MethodType) else id(value)
     if of not in walked:
+        if len(walked) >= MOST_CALLED:
+            return
         walked[of] = list(_of_function(value, (), {}))
     for place, fact in walked[of]:
         yield (*path, *place), fact

@@ -461,7 +461,26 @@ def attribute_of_a_list(kind):
     return items
 
 
+def of_many_globals(level):
+    names = [f"A{index}" for index in range(200)]
+    code = compile(f"def patch(h):\n    return h * LEVEL if ({' + '.join(names)}) >= 0 else h", "made", "exec")
+    space = {**dict.fromkeys(names, 1.0), "LEVEL": level}
+    exec(code, space)
+    return space["patch"]
+
+
+class ByKeys:
+    def __init__(self, level):
+        def inner(h, times=level):
+            return h * times
+        self.by = {("block", 0): {"attn": inner}, torch.float16: [inner]}
+
+    def __call__(self, h):
+        return self.by["block", 0]["attn"](h) + self.by[torch.float16][0](h)
+
+
 PATCHES.update({
+    "many globals": of_many_globals, "by tuples": ByKeys,
     "other globals": lambda level: types.FunctionType(by_global.__code__, {"LEVEL": level, "__builtins__": __builtins__}),
     "other globals of a function": of_global_of_inner,
     "last of a dict's attributes": of_attributes,
@@ -533,9 +552,13 @@ class Given:
         return self.level
 
 
-@pytest.mark.parametrize("make", [lambda level: torch.tensor(level), Given, lambda level: Given(level).get,
-                                  lambda level: functools.partial(lambda level: level, level)],
-                         ids=["tensor", "object", "method", "partial"])
+MADE_ANEW = {
+    "tensor": torch.tensor, "parameter": lambda level: torch.nn.Parameter(torch.tensor(level), False), "object": Given,
+    "method": lambda level: Given(level).get, "partial": lambda level: functools.partial(lambda level: level, level),
+}
+
+
+@pytest.mark.parametrize("make", MADE_ANEW.values(), ids=MADE_ANEW)
 def test_a_default_that_is_made_anew_for_each_prompt_is_the_same_while_it_is_equal(make):
     net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
     for level in (1.5, 1.5, 0.6, 0.6, 1.5):
@@ -543,6 +566,17 @@ def test_a_default_that_is_made_anew_for_each_prompt_is_the_same_while_it_is_equ
         assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4, level
         assert level != 1.5 or compiled.report.last_calls["graph"] == 3
     assert not compiled.report.failure
+
+
+@pytest.mark.parametrize("held", [lambda: [(1, index) for index in range(100)], lambda: {index: (1.0, index) for index in range(300)},
+                                  lambda: [{"a": [index]} for index in range(60)], lambda: [[[[[[[1.0]]]]]]]],
+                         ids=["tuples", "a dict of tuples", "dicts", "deep"])
+def test_what_is_held_and_made_anew_for_each_prompt_is_the_same_while_it_is_equal(held):
+    net, compiled, x = nets.make(Patched), CompiledModule(COMPILED), inputs()[0]
+    for _ in range(3):
+        options = {"patches": {"attn1_output_patch": [(lambda held: lambda h: h * 1.5 if held else h)(held())]}}
+        assert difference(run(compiled, net, x, **options), net(x, **options)) < 1e-4
+        assert compiled.report.last_calls["graph"] == 3 and not compiled.report.failure
 
 
 def holds_itself():
@@ -605,7 +639,8 @@ def test_what_cannot_be_described_raises_nothing_and_takes_no_time():
     for _ in range(100):
         assert not unguarded.disagreement(None, (), {"transformer_options": options})
     assert time.perf_counter() - start < 1
-    assert unguarded.disagreement(None, (), {"transformer_options": {"patches": {"attn1_output_patch": [make(6)]}}})
+    another = {"transformer_options": {"patches": {"attn1_output_patch": [make(6)]}}}
+    assert unguarded.disagreement(None, (), another)
 
 
 def test_what_is_too_deep_to_be_looked_into_raises_nothing():

@@ -254,6 +254,24 @@ def test_headers_that_are_no_json_of_numbers_that_can_be_are_refused_at_once_as_
         safetensors.safe_open(path, "pt").__enter__()
 
 
+@pytest.mark.parametrize("part", ["[],", "{},", '{"a":[]},'])
+def test_json_in_a_header_that_is_slow_to_read_is_refused_at_once(tmp_path, comfy, edited, load_int8, part):
+    from int8_compile.compile.comfyui import checkpoint_file
+    from int8_compile.compile.comfyui.int8_checkpoint import QUANTIZATION
+
+    path = tmp_path / "made.safetensors"
+    parts = part * ((checkpoint_file.MAX_HEADER_BYTES - 1000) // len(part)) + "0"
+    text = b"{%s}" % A.replace(b"]}", b'],"b":[%s]}' % parts.encode())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="brackets; 500000 are the limit"):
+        checkpoint_file.CheckpointFile(str(path))
+    save_file({"a": torch.zeros(4)}, path, {QUANTIZATION: '{"layers":{},"b":[%s0]}' % (part * 1_000_000)})
+    with pytest.raises(ValueError, match="brackets; 500000 are the limit"):
+        load_int8(path)
+    assert time.monotonic() - start < 5
+
+
 def test_types_that_the_library_knows_are_read_or_named(tmp_path, comfy):
     from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
 
