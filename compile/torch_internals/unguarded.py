@@ -8,7 +8,6 @@ import itertools
 import math
 import re
 import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
@@ -68,17 +67,15 @@ def _at(key) -> str:
 
 
 def _classes(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Place, object]]:
-    """Of what a closure holds: (where, what guards do not tell). After many things only of classes and functions themselves."""
+    """Of what a closure holds: (where, what guards do not tell). Far away, and after many things, only of classes and functions."""
     if type(value) in PLAIN:
         return
     found: list[tuple[Place, object]]
     try:
-        if len(seen) >= MOST_THINGS:
-            found = [(path, described(value, {}))] if isinstance(value, MADE) else []
-        elif depth > MAX_DEPTH:
-            found = [(path, described(value, seen))]
-        else:
+        if depth <= MAX_DEPTH and len(seen) < MOST_THINGS:
             found = list(_classes_in(value, path, seen, depth))
+        else:
+            found = [(path, described(value, {}))] if isinstance(value, MADE) else []
     except Exception:  # its own code raises
         found = [(path, itself(value))]
     yield from found
@@ -89,8 +86,6 @@ def _classes_in(value, path: Place, seen: Seen, depth: int) -> Iterator[tuple[Pl
         yield path, described(value, seen)
     elif isinstance(value, FUNCTIONS):
         yield from _of_function(value, path, seen, depth)
-    elif isinstance(value, weakref.ref):
-        yield from _classes(value(), path, seen, depth)
     elif not isinstance(value, (torch.Tensor, types.ModuleType)) and id(value) not in seen:
         seen[id(value)] = len(seen), value
         items, attributes, is_module = items_of(value), attributes_of(value), isinstance(value, torch.nn.Module)
@@ -113,7 +108,8 @@ def _of_function(value, path: Place, seen: Seen, depth: int = 0) -> Iterator[tup
         path = *path, getattr(value.__func__, "__code__", " method")
         yield path, ""
         yield from _of_function(value.__func__, path, seen, depth)
-        yield from _classes(value.__self__, (*path, " self"), seen, depth + 1)
+        if not isinstance(value.__self__, torch.nn.Module):  # of a block the engine and dynamo look at
+            yield from _classes(value.__self__, (*path, " self"), seen, depth + 1)
     elif isinstance(value, functools.partial):
         path = *path, getattr(value.func, "__code__", " partial")
         yield path, ""
@@ -149,9 +145,13 @@ def _facts_in(value, path: Place, walked: Walked, lists: set[int]) -> Iterator[t
                 yield from _facts_in(item, (*path, f"[{index}]"), walked, lists)
     elif kind is OrderedDict and len(value) > 1:
         yield (*path, " order"), [repr(key) for key in value]
-    elif kind is dict or isinstance(value, torch.nn.Module):
-        for key, item in (value if kind is dict else attributes_of(value)).items():
+    elif kind is dict:
+        for key, item in value.items():
             yield from _of_call(item, (*path, _at(key)), walked)
+    elif isinstance(value, torch.nn.Module):
+        for key, item in vars(value).items():
+            if isinstance(item, FUNCTIONS):
+                yield from _of_call(item, (*path, _at(key)), walked)
     else:
         yield from _of_call(value, path, walked)
 

@@ -519,8 +519,6 @@ BEYOND = {
     "class behind many": lambda level: (lambda held: lambda h: h * held[80].value)([*range(80), KINDS[level]]),
     "class behind many objects": lambda level: (lambda objects, kind: lambda h: h * kind.value if objects else h)(
         [[types.SimpleNamespace(item=index) for index in range(60)] for _ in range(3)], KINDS[level]),
-    "class deep in objects": lambda level: (lambda held: lambda h: h * held.a.a.a.a.a.value)(
-        functools.reduce(lambda inner, _: types.SimpleNamespace(a=inner), range(5), KINDS[level])),
     "a long default that is changed": of_many,
 }
 
