@@ -648,6 +648,27 @@ def test_what_is_too_deep_to_be_looked_into_raises_nothing():
     assert not unguarded.disagreement(None, (deep,), {})
 
 
+class Iterated(nets.Small):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(self.first, self.second)
+
+    def forward(self, x, transformer_options=None):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_functions_that_an_iterated_layer_holds_and_does_not_call_are_not_asked_for():
+    """As ComfyUI's weight_function, which has another LoRA at each prompt."""
+    net, compiled, x = nets.make(Iterated), CompiledModule(COMPILED), inputs()[0]
+    for level in (1.5, 0.6, 1.5):
+        for block in net.blocks:
+            block.first.holds = types.SimpleNamespace(functions=[PATCHES["default of a copy"](level), Given(level).get], kind=KINDS[level])
+        assert difference(run(compiled, net, x), net(x)) < 1e-4
+        assert compiled.report.last_calls["graph"] == 3
+
+
 def test_another_patch_without_the_defaults_of_the_first_is_compiled():
     def first(h, level=1.5):
         return h * level
