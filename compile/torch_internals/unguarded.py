@@ -204,7 +204,7 @@ class Unguarded:
         for source, facts in self._known.values():
             try:
                 value = _get(source, scope)
-            except (AttributeError, LookupError, TypeError):
+            except Exception:  # an object's own code may raise anything
                 continue  # dynamo's guards see that
             found = _facts(value, walked)
             # What was not there then is seen by dynamo's guards, but for the sign of a zero.
