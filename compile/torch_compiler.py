@@ -43,7 +43,7 @@ def _entry(name: str) -> types.FunctionType:
     """A function with a code object and globals of its own. Dynamo keeps what it compiled on the code object, and puts it into the globals:
     so one region never uses up the recompile limit of another, and all of it is freed with the region."""
     def call(module, *args, **kwargs):
-        list(kwargs.keys())  # dynamo then guards their order, which it loses on the way through nn.Module (torch 2.14: not for tuple(kwargs))
+        list(kwargs.keys())  # dynamo then guards their order, which it loses on the way through nn.Module (2.14: not for a tuple)
         return module._call_impl(*args, **kwargs)
     own = {key: call.__globals__[key] for key in ("__builtins__", "__name__", "__file__")}
     return types.FunctionType(call.__code__.replace(co_name=name), own, name)
