@@ -16,8 +16,7 @@ from ...int8.files.owners import CacheError, open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-          "C64": torch.complex64}
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 # Detection of some families looks into small tensors (SD 2's v-prediction); large ones only give their shape.
 SMALL_BYTES = 1 << 16
 MAX_HEADER_BYTES = 16 << 20  # of a file: 3000 layers take 1 MB, the workflow that made it a few; Python takes up to fifty times that
@@ -103,8 +102,8 @@ class CheckpointFile(Mapping):
                              f"({echo(str(error))}). Download it again.") from error
         for key, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' has {echo(key)} in the type {echo(entry['dtype'])}, which "
-                                 "this node does not read. Load the bf16, fp16 or fp32 file.")
+                raise ValueError(f"Load INT8 Model: '{echo(Path(path).name)}' is damaged: {echo(key)} has the type {echo(entry['dtype'])}, "
+                                 "which no model has.")
         self._start = 8 + size
         self._entries = header
 

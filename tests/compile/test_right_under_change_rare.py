@@ -463,10 +463,8 @@ def attribute_of_a_list(kind):
 
 def of_many_globals(level):
     names = [f"A{index}" for index in range(200)]
-    code = compile(f"def patch(h):\n    return h * LEVEL if ({' + '.join(names)}) >= 0 else h", "made", "exec")
-    space = {**dict.fromkeys(names, 1.0), "LEVEL": level}
-    exec(code, space)
-    return space["patch"]
+    made = compile(f"lambda h: h * LEVEL if ({' + '.join(names)}) >= 0 else h", "made", "eval").co_consts[0]
+    return types.FunctionType(made, {**dict.fromkeys(names, 1.0), "LEVEL": level, "__builtins__": __builtins__})
 
 
 class ByKeys:

@@ -272,19 +272,6 @@ def test_json_in_a_header_that_is_slow_to_read_is_refused_at_once(tmp_path, comf
     assert time.monotonic() - start < 5
 
 
-def test_types_that_the_library_knows_are_read_or_named(tmp_path, comfy):
-    from int8_compile.compile.comfyui.checkpoint_file import CheckpointFile
-
-    path = tmp_path / "made.safetensors"
-    tensors = {"a": torch.arange(4, dtype=torch.int64).to(torch.uint32), "b": torch.ones(2, dtype=torch.complex64)}
-    save_file(tensors, path)
-    found = CheckpointFile(str(path))
-    assert all(torch.equal(found.read(key), tensor) for key, tensor in tensors.items())
-    path.write_bytes(path.read_bytes().replace(b"C64", b"F6 ", 1))
-    with pytest.raises(ValueError, match="has b in the type F6 , which this node does not read"):
-        CheckpointFile(str(path))
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for /proc")
 def test_an_error_of_the_disk_says_which_file(edited, monkeypatch):
     from int8_compile.compile.comfyui import checkpoint_file
