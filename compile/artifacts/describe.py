@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..torch_internals.described import slots_of
 from .closures import EMPTY, code_digest, content_of
 from .origins import _TORCH, _function_of, is_own, is_pristine_package, path_of, place_of, portable
 from .values import Unsupported
@@ -265,7 +266,6 @@ class Describer:
 
 
 def _slots(value) -> dict | None:
-    names = [name for base in type(value).__mro__ for name in (getattr(base, "__slots__", None) or ()) if isinstance(name, str)]
-    names = [name for name in names if name not in ("__dict__", "__weakref__")]
+    names = slots_of(type(value))
     return {name: getattr(value, name) for name in names if hasattr(value, name)} if names else None
 

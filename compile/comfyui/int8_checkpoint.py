@@ -98,8 +98,11 @@ def load_int8_model(path: str, options: Int8Options, disable_dynamic: bool = Fal
     checkpoint = CheckpointFile(path)
     native = _check_format(checkpoint, name)
     metadata = dict(checkpoint.metadata) or None
-    with _explained(name) if native else contextlib.nullcontext():
-        state = checkpoint.by_comfyui() if native else _quantized(checkpoint, name, options, on_progress)
+    if native:
+        with _explained(name):
+            state = checkpoint.by_comfyui()
+    else:
+        state = _quantized(checkpoint, name, options, on_progress)
     with _explained(name):
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:

@@ -1,6 +1,7 @@
 """What the built-in modes do with the layers of a plain torch model."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -33,10 +34,9 @@ class LayerRecord:
 
 def check_chosen(chosen: tuple[tuple[str, str], ...] | None) -> None:
     """Raises ValueError where a list of (layer, method) has a layer twice."""
-    names = [name for name, _ in chosen or ()]
-    if len(set(names)) < len(names):
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise ValueError(f"chosen names the layer '{echo(twice)}' twice.")
+    for name, count in Counter(name for name, _ in chosen or ()).items():
+        if count > 1:
+            raise ValueError(f"chosen names the layer '{echo(name)}' twice.")
 
 
 def check_record(metadata: dict, owner: str, record_class: type = LayerRecord) -> dict:

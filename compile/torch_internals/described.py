@@ -33,12 +33,14 @@ def _of_torch() -> frozenset[str]:
     return frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
 
 
-@functools.lru_cache(1024)
-def _slots(kind: type) -> tuple[str, ...]:
+def slots_of(kind: type) -> tuple[str, ...]:
     """Names of attributes that are in no __dict__."""
-    found = [vars(base).get("__slots__", ()) for base in kind.__mro__ if not str(base.__module__).startswith("torch")]
+    found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+_slots = functools.lru_cache(1024)(slots_of)
 
 
 def attributes_of(value) -> Mapping:

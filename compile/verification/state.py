@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...int8.artifact_layer import has_artifact_tensors
 from ...pack import PACKAGE
 from ..artifacts.foreign_layer import unwatched
+from ..torch_internals.described import slots_of
 from .second_run import TENSORS, Unverifiable
 
 # How many objects of a block are looked at, those near it first.
@@ -112,7 +113,7 @@ class _State:
             raise Unverifiable("it holds an iterator")
         if not is_state:
             return []
-        slots = {name: getattr(value, name) for cls in type(value).__mro__ for name in _slots_of(cls) if hasattr(value, name)}
+        slots = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
         if slots:
             self._slots.append((value, slots))
         return [*slots.values(), *([value.__dict__] if type(getattr(value, "__dict__", None)) is dict else [])]
@@ -172,12 +173,6 @@ class _Writes(TorchDispatchMode):
         for storage, before in self._before.values():
             storage.copy_(before)
         return bool(self._before)
-
-
-def _slots_of(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if not name.startswith("__"))
 
 
 def _holds_other(container, before) -> bool:
