@@ -149,6 +149,8 @@ class Events:
         else:
             if event == "building":
                 report.building.append(text)
+            else:
+                report.built_at_step = report.steps
             logger.info("%s: %s: %s", self._title, event, text)
         self._notified = False
         if not self.in_step:

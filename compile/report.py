@@ -43,7 +43,8 @@ NOT_KEPT = "not kept in the compile cache"
 class CompileReport:
     """regions: (class name, number of blocks). graphs: compiled in all. seconds: of the calls that compiled. cache_hits: graphs
     that came from torch's disk cache. artifacts: those of the compile cache that were loaded, as "class entry". building: those that
-    another process is to build. steps: calls of the model so far. compiled_from_step: the first that ran compiled, 0 for none yet.
+    another process is to build. built_at_step: the last one when it had built something, 0 for nothing yet. steps: calls of the model so
+    far. compiled_from_step: the first that ran compiled, 0 for none yet.
     recompiles: the region and the guard that caused each, in order. breaks: why a block is more than one graph -> how often.
     fallbacks: what was done without, and why. notes: what else the user may want to know. failure: why compile is off, empty while it
     works. calls: of blocks in all, by what ran them: "artifact", "graph" or "eager"; last_calls: in the last step. changes: what was new
@@ -59,6 +60,7 @@ class CompileReport:
     cache_hits: int = 0
     artifacts: list[str] = field(default_factory=list)
     building: list[str] = field(default_factory=list)
+    built_at_step: int = 0
     steps: int = 0
     compiled_from_step: int = 0
     recompiles: list[str] = field(default_factory=list)
@@ -92,9 +94,11 @@ class CompileReport:
             building = f"building in the background: {', '.join(names)}"
             if not self.compiled_from_step:
                 return building
+        eager, calls = self.last_calls.get("eager", 0), sum(self.last_calls.values())
+        if self.is_built and (not self.compiled_from_step or eager == calls):
+            return "compiled, from the next step on"
         if not self.compiled_from_step:
             return "running uncompiled" if self.warnings() or self.steps else "compiles at the first sampling"
-        eager, calls = self.last_calls.get("eager", 0), sum(self.last_calls.values())
         if calls and eager == calls:
             return "running uncompiled" + (f"; {building}" if self.building else "")
         blocks = sum(count for _, count in self.regions)
@@ -102,6 +106,11 @@ class CompileReport:
         how = f", {self.seconds:.0f} s" if self.graphs else " from the compile cache" if self.artifacts else ""
         partly = f"; {eager} of {calls} block calls ran uncompiled" if eager else ""
         return ready + how + partly + (f"; {building}" if self.building else "")
+
+    @property
+    def is_built(self) -> bool:
+        """Whether another process has compiled since the last step began: nobody has asked for it yet."""
+        return not self.building and 0 < self.steps == self.built_at_step
 
     def warnings(self) -> list[str]:
         """What is done without, and what to do about it."""

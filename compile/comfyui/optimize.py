@@ -153,15 +153,16 @@ class Optimizer:
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
         else:
-            # INT8's own uncompiled time says nothing of the model as it came.
-            without = without or (0.0 if self.decision.is_int8 else eager)
+            # INT8's own uncompiled time says nothing of the model as it came. Without INT8 it is that model's, of the same minutes.
+            without = without if self.decision.is_int8 else eager
             self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without, eager, compiled)
         self._gain = None
         self._keep()
         self._notify()
 
     def _gain_of(self, times: CallTimes, size: str) -> Gain | None:
-        """Of what runs now against the model as it came in; None where nothing is done to it, or one of the two is not known."""
+        """Of what runs now against the model as it came in; None where nothing is done to it, or one of the two is not known; or it is a
+        loss of which is still to be decided what follows."""
         decision = self.decision
         if decision.compiled is False and not decision.is_int8:
             return None
@@ -170,9 +171,10 @@ class Optimizer:
         before, before_count = times.seconds(size, WITHOUT), times.count(size, WITHOUT)
         if not before and decision.times_of(size)[0]:
             before, before_count = decision.times_of(size)[0], KEPT  # of an earlier start
-        if not before and not decision.is_int8:
+        if not decision.is_int8 and (not before or times.count(size, EAGER) >= KEPT):
             before, before_count = times.seconds(size, EAGER), times.count(size, EAGER)
-        return Gain(size, before, now, (before_count, count)) if before and now else None
+        gain = Gain(size, before, now, (before_count, count)) if before and now else None
+        return None if gain is not None and gain.is_slower and decision.compiled is None else gain
 
     def _keep(self, **changes) -> None:
         self.decision = replace(self.decision, **changes)

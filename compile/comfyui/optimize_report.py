@@ -62,6 +62,8 @@ class OptimizeReport:
             return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")
         if report.compiled_from_step:
             return "compiled"
+        if report.is_built:
+            return "compiled, from the next step on"
         return "uncompiled" if report.warnings() else "compiles at the first sampling"
 
     def warnings(self) -> list[str]:

@@ -81,8 +81,9 @@ def test_background_runs_eager_until_it_is_built_and_compiled_from_the_next_step
     assert time.perf_counter() - start < 2 and compiled.report.compiled_from_step == 0
     assert [building.partition(" ")[0] for building in compiled.report.building] == ["Block"]
     wait_for_builder(cache)
-    assert not compiled.report.building
+    assert not compiled.report.building and compiled.report.short() == ["compiled, from the next step on"]
     assert difference(run(compiled, net, *x), net(*x)) < 1e-5
+    assert compiled.report.status().startswith("ready: ")
     assert compiled.report.compiled_from_step == 4 and compiled.report.graphs == 0 and len(compiled.report.artifacts) == 1
     assert not compiled.report.fallbacks
 

@@ -660,6 +660,25 @@ def test_of_what_the_builders_compiler_wrote_a_report_has_the_remedy_and_one_lin
     assert events.report.fallbacks[1].startswith("Other: its attributes change: running uncompiled.")
 
 
+def test_between_the_end_of_a_build_and_the_next_step_nothing_is_called_uncompiled():
+    events = Events("Compile Model", background=True)
+    report = events.report
+    report.steps = 4
+    events.on_artifact("building", "Block", "a")
+    events.on_artifact("building", "Other", "b")
+    events.on_artifact("ended", "Block", "a")
+    events.on_artifact("built", "Block", "a")
+    assert report.status() == "building in the background: Other"
+    events.on_artifact("ended", "Other", "b")
+    events.on_artifact("built", "Other", "b")
+    assert report.status() == "compiled, from the next step on" == report.short()[0]
+    report.steps += 1  # and it did not serve
+    assert report.status() == "running uncompiled"
+    report.compiled_from_step, report.last_calls = 5, {"artifact": 0, "graph": 0, "eager": 3}  # another size, say
+    events.on_artifact("built", "Block", "c")
+    assert report.status() == "compiled, from the next step on"
+
+
 @pytest.mark.parametrize("cause, kept", [
     ("InductorError: CppCompileError: C++ compile error\n\nCommand:\nmycxx x.cpp -O3 -o /srv/x\n\nOutput:\nno room", "Output: | no room"),
     ("InductorError: CppCompileError: C++ compile error\n\nCommand:\nmycxx x.cpp -O3 -o /srv/x", "C++ compile error"),

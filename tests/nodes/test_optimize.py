@@ -237,6 +237,35 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step")
 
 
+def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times):
+    """Steps of the first image, minutes before, may have had another machine: compiled for being faster, and called slower."""
+    times(SLOWER)
+    model, node = optimize(flux)
+    sample(model)
+    steps = Steps(optimizer_of(model), compiled=0.8, eager=1.0)
+    for _ in range(2):
+        steps.times._add(SIZE, WITHOUT, 0.5)
+    steps.run(KEPT)
+    assert "bypass this node" not in node.report.text()
+    steps.run(KEPT)
+    assert node.details["compiled"] is True and node.report.short()[0] == "1.25x: 1.00 -> 0.800 s a step"
+    restart()
+    assert optimize(flux)[1].report.short()[0].startswith("1.25x: 1.00 -> 0.800 s a step when it was measured")
+
+
+def test_what_the_other_process_has_compiled_is_not_called_uncompiled_until_a_step_asks_for_it(comfy):
+    from int8_compile.compile.comfyui.decisions import Decision
+    from int8_compile.compile.comfyui.optimize_report import OptimizeReport
+    from int8_compile.compile.report import CompileReport
+
+    def said(**report):
+        return OptimizeReport("exact", None, Decision(), compile=CompileReport("t", **report)).short()
+
+    assert said(steps=4, building=["Block a"]) == ["exact: compiling in the background"]
+    assert said(steps=4, built_at_step=4) == ["exact: compiled, from the next step on"]
+    assert said(steps=5, built_at_step=4, compiled_from_step=5) == ["exact: compiled"]
+
+
 def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optimize):
     model, node = optimize(flux, "exact")
     assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * 6

@@ -45,7 +45,7 @@ def compile_reports():
     regions = [("DoubleStreamBlock", 2), ("SingleStreamBlock", 3)]
     ready = {"regions": regions, "steps": 3, "compiled_from_step": 1}
     yield from (
-        CompileReport("t"), CompileReport("t", steps=1),
+        CompileReport("t"), CompileReport("t", steps=1), CompileReport("t", steps=1, built_at_step=1),
         CompileReport("t", building=["DoubleStreamBlock 1", "SingleStreamBlock 2"]),
         CompileReport("t", **ready, graphs=2, seconds=7.1, cache_hits=1, gain=gain, last_calls={"graph": 5}),
         CompileReport("t", **ready, artifacts=["DoubleStreamBlock a", "SingleStreamBlock b"], last_calls={"artifact": 5}, gain=slower),
@@ -79,6 +79,7 @@ def quantize_reports():
 def optimize_reports():
     from int8_compile.compile.comfyui.decisions import Decision
     from int8_compile.compile.comfyui.optimize_report import OptimizeReport
+    from int8_compile.compile.report import CompileReport
 
     chosen = (("a", "convrot"), ("b", "float"))
     times = (("latent 1x16x32x32, batch 1", 3.0, 2.5, 2.0),)
@@ -92,6 +93,7 @@ def optimize_reports():
                 for later in (False, True):
                     yield OptimizeReport(goal, 30.0, decision, is_known=known, reason=reason, from_next=later)
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
+        yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
 
 
 def lines_of(reports) -> set[str]:
