@@ -35,6 +35,9 @@ async function loadRules() {
     if (response.ok) rules = (await response.json()).map(([pattern, words]) => [new RegExp(`^${pattern}$`), words]);
 }
 
+// In Latin letters: a Chinese one is as wide as two.
+const width = (line) => line.length + (line.match(/[\u2e80-\uffef]/g)?.length ?? 0);
+
 function textWidget(node) {
     const known = node.widgets?.find((widget) => widget.name === WIDGET);
     if (known) return known;
@@ -49,7 +52,7 @@ function textWidget(node) {
     const details = more.lastElementChild;
     const lines = (text) => {
         const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
-        return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
+        return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(width(line) / perLine)), 0);
     };
     const shown = (open) => lines(body.textContent) + (more.hidden ? 0 : 1 + (open ? lines(details.textContent) : 0));
     const height = (open = more.open) => Math.min(shown(open), MAX_LINES) * LINE + 10 + 2 * MARGIN;

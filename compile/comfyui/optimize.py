@@ -174,7 +174,7 @@ class Optimizer:
         if not decision.is_int8 and (not before or times.count(size, EAGER) >= KEPT):
             before, before_count = times.seconds(size, EAGER), times.count(size, EAGER)
         gain = Gain(size, before, now, (before_count, count)) if before and now else None
-        return None if gain is not None and gain.is_slower and decision.compiled is None else gain
+        return None if gain is not None and gain.ratio < 1 - NOISE and decision.compiled is None else gain
 
     def _keep(self, **changes) -> None:
         self.decision = replace(self.decision, **changes)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.e2e
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 WORKFLOWS = sorted(EXAMPLES.glob("*.json"))
 UPDATE = bool(os.environ.get("UPDATE_EXAMPLES"))
+REPORTING = ("OptimizeModel", "CompileModel", "INT8LazyTorchCompile", "INT8QuantizeModel", "LoadINT8Model", "ApplyModes")
 # Of the picture, in pixels.
 WIDTH, MARGIN = 1024, 20
 
@@ -38,8 +39,69 @@ def test_an_example_opens_without_missing_nodes_and_its_api_format_is_what_comfy
     assert page.errors()[before:] == []
 
 
+# The longest that anything says without a message of its own.
+REPORT = ["0.86x: 0.115 -> 0.133 s a step (slower than without: bypass this node)", "compiled: 57 blocks, 12 of 57 block calls uncompiled",
+          "being kept for the next start"]
+OPTIMIZED = ["0.86x: 0.115 -> 0.133 s a step (slower than without: bypass this node); 37 -> 15 MB",
+             "smallest: INT8 in 29 of 29 layers, compiling in the background, in part compiled already", "layers decided earlier"]
+# Pairs of nodes of which one lies over the other, in the units of the graph.
+OVERLAPS = """(() => {
+    const { scale } = app.canvas.ds, title = LiteGraph.NODE_TITLE_HEIGHT;
+    const onScreen = [...document.querySelectorAll('.lg-node[data-node-id]')].map(e => {
+        const { x, y, width, height } = e.getBoundingClientRect();
+        return [e.dataset.nodeId, x / scale, y / scale, width / scale, height / scale]; });
+    const boxes = LiteGraph.vueNodesMode ? onScreen
+        : app.graph.nodes.map(n => [n.id, n.pos[0], n.pos[1] - title, n.size[0], n.size[1] + title]);
+    const over = (a, b, i) => Math.min(a[i] + a[i + 2], b[i] + b[i + 2]) - Math.max(a[i], b[i]) > 1;
+    const name = (box) => app.graph.getNodeById(box[0]).type;
+    const pairs = boxes.flatMap((a, i) => boxes.slice(0, i).map(b => [a, b]));
+    return [boxes.length, pairs.filter(([a, b]) => over(a, b, 1) && over(a, b, 2)).map(([a, b]) => [name(a), name(b)])];
+})()"""
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_reports_cover_no_neighbour_in_either_renderer(page_of_examples, path):
+    page, workflow = page_of_examples, json.loads(path.read_text())
+    shown = "app.graph.nodes.filter(n => n.widgets?.some(w => w.name === 'shown'))"
+    try:
+        for nodes_2 in (False, True):
+            page.use_renderer(nodes_2)
+            page.load(workflow)
+            for node in workflow["nodes"]:
+                short = OPTIMIZED if node["type"] == "OptimizeModel" else REPORT
+                report = {"node": str(node["id"]), "short": "\n".join(short), "text": "\n".join([*short, "more"]), "warnings": []}
+                page.evaluate(f"app.api.dispatchEvent(new CustomEvent('int8_compile', {{ detail: {json.dumps(report)} }}))")
+            assert page.evaluate(f"{shown}.length") == sum(node["type"] in REPORTING for node in workflow["nodes"])
+            fit(page)
+            page.until(f"{OVERLAPS}[0] === {len(workflow['nodes'])}", 20)
+            assert page.evaluate(f"{OVERLAPS}[1]") == [], f"nodes 2.0: {nodes_2}"
+            texts = f"{shown}.map(n => n.widgets.find(w => w.name === 'shown').element)"
+            assert page.evaluate(f"{texts}.filter(e => e.scrollHeight > e.clientHeight + 1).length") == 0, "a report is cut off"
+    finally:
+        page.use_renderer(False)
+
+
+def test_a_report_in_chinese_has_room_for_letters_that_are_twice_as_wide(page_of_examples):
+    """Counted, not seen: a machine may have no such letters."""
+    page = page_of_examples
+    page.load(json.loads((EXAMPLES / "Optimize Model.json").read_text()))
+    node = "app.graph.nodes.find(n => n.type === 'OptimizeModel')"
+    heights = []
+    for letter in ("x", "\u5b57"):
+        report = json.dumps({"short": letter * 160, "text": "", "warnings": []})
+        page.evaluate(f"app.api.dispatchEvent(new CustomEvent('int8_compile', {{ detail: {{ node: String({node}.id), ...{report} }} }}))")
+        heights.append(page.evaluate(f"{node}.widgets.find(w => w.name === 'shown').options.getMinHeight()"))
+    assert heights[1] >= heights[0] + 3 * 16
+
+
 def photograph(page, path: Path):
-    """The graph, as wide as the picture."""
+    x, y, width, height = fit(page)
+    width, height = width + 2 * MARGIN, height + 2 * MARGIN
+    page.browser.screenshot(path, {"x": x - MARGIN, "y": y - MARGIN, "width": width, "height": height, "scale": WIDTH / width})
+
+
+def fit(page) -> tuple[float, float, float, float]:
+    """Shows the whole graph. Gives its left, top, width and height in the window."""
     left, top, right, bottom = page.evaluate("""(() => {
         const boxes = app.graph.nodes.map(n => n.getBounding());
         const [left, top] = [0, 1].map(i => Math.min(...boxes.map(b => b[i])));
@@ -49,5 +111,4 @@ def photograph(page, path: Path):
     scale = room / (right - left)
     page.evaluate(f"app.canvas.ds.scale = {scale}, app.canvas.ds.offset = [{x / scale - left}, {y / scale - top}], "
                   "app.canvas.setDirty(true, true), new Promise(r => setTimeout(r, 1500))")
-    width, height = room + 2 * MARGIN, (bottom - top) * scale + 2 * MARGIN
-    page.browser.screenshot(path, {"x": x - MARGIN, "y": y - MARGIN, "width": width, "height": height, "scale": WIDTH / width})
+    return x, y, room, (bottom - top) * scale
