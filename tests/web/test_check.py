@@ -11,7 +11,7 @@ pytestmark = pytest.mark.e2e
 def test_the_command_opens_the_report_in_a_window_and_the_node_shows_it(comfy_page):
     page = comfy_page()
     page.evaluate("app.extensionManager.command.execute('INT8Compile.Check')")
-    text = page.until("document.querySelector('dialog[open] pre')?.textContent", 120)
+    text = page.until("document.querySelector('dialog[open] pre')?.textContent", 300)
     assert text.startswith("INT8 Compile Check: ") and "ok       native INT8: yes" in text and "int8 rotated" in text
     page.evaluate("document.querySelector('dialog[open] button').click()")
     page.until("!document.querySelector('dialog')")

@@ -108,7 +108,7 @@ def test_text_while_it_works_and_a_report_that_stays(page):
     before_details = page.evaluate(height)
     for is_open in (True, False):
         page.open_details("INT8QuantizeModel", is_open)
-        page.until(f"({height} > {before_details}) === {json.dumps(is_open)}", 5)
+        page.until(f"({height} > {before_details}) === {json.dumps(is_open)}", 30)
     assert page.evaluate(height) == before_details
     assert "CompileModel" in page.evaluate("bars") and page.evaluate("app.graph.nodes.every(node => node.progress === undefined)")
     assert page.seen("CompileModel") and page.seen("INT8QuantizeModel")
