@@ -291,8 +291,8 @@ def _torch_compile(fn: Callable, options: CompileOptions, guards: GuardFilter) -
     if options.backend in OPTIONAL_BACKENDS:
         return compile_optional(fn, backend=options.backend, mode=options.mode, options=torch_options, **arguments), None
     if options.backend == "inductor":
-        from ..int8.graph_pass import DeduplicateActivationQuant  # inductor: at the first compile, not at import
-        torch_options.setdefault("post_grad_custom_pre_pass", DeduplicateActivationQuant())
+        from ..int8.graph_pass import Int8GraphPass  # inductor: at the first compile, not at import
+        torch_options.setdefault("post_grad_custom_pre_pass", Int8GraphPass())
         torch_options.setdefault("fallback_random", True)  # inductor's own generator draws other numbers than eager's
         # What torch.compile makes of the name.
         inner = torch._TorchCompileInductorWrapper(None, torch_options, arguments["dynamic"])

@@ -1,16 +1,19 @@
-"""An inductor pass: one quantization of x for q, k and v. Neither AOTAutograd nor inductor merges equal custom ops."""
+"""An inductor pass: one quantization of x for q, k and v (neither AOTAutograd nor inductor merges equal custom ops), and what stands around
+operations of this pack goes into them."""
 from __future__ import annotations
 
 import torch
 import torch.fx.experimental._config as shape_config
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from . import fused_graph
 from .kernels import ops
 
 PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
-class DeduplicateActivationQuant(CustomGraphPass):
+class Int8GraphPass(CustomGraphPass):
     """For torch.compile's option ``post_grad_custom_pre_pass``: the graph is functional there, so equal calls give equal results."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -21,8 +24,11 @@ class DeduplicateActivationQuant(CustomGraphPass):
                 if first is not node:
                     node.replace_all_uses_with(first)
                     graph.erase_node(node)
+        # Between the operations that are fused nothing is rounded to the model's type: not where a user wants every rounding of eager.
+        if not config.emulate_precision_casts and fused_graph.fuse_norms(graph) + fused_graph.fuse_residuals(graph):
+            graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
         """Part of the key of inductor's disk cache, which does not tell what was traced for sizes from 2 on from what was for 1 too: 3,
         where views and convolutions ask nothing of sizes either."""
-        return get_hash_for_files((__file__,)) + bytes([3 * getattr(shape_config, "backed_size_oblivious", False)])
+        return get_hash_for_files((__file__, fused_graph.__file__)) + bytes([3 * getattr(shape_config, "backed_size_oblivious", False)])

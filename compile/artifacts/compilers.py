@@ -10,9 +10,9 @@ READABLE = "readable.py"
 
 def _settings(job: BuildSpec) -> tuple[dict, dict]:
     """(options for inductor, its settings) of a job."""
-    from ...int8.graph_pass import DeduplicateActivationQuant
+    from ...int8.graph_pass import Int8GraphPass
 
-    return {"post_grad_custom_pre_pass": DeduplicateActivationQuant(), **job.config}, {"cpp.threads": job.threads}
+    return {"post_grad_custom_pre_pass": Int8GraphPass(), **job.config}, {"cpp.threads": job.threads}
 
 
 def _compile_aoti(program, job: BuildSpec, path: Path):

@@ -17,6 +17,7 @@ import torch
 
 from . import reference, seen_right, tables, torch_mm
 from .native import cache_folder
+from .reference import Added
 from .registry import KERNELS
 from .tuning import Choices, NotNow, bucket, wall_seconds
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 unrecorded: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 # What was chosen in this process, by device, shape and dtype: a lookup a call.
 _CHOSEN: dict[tuple, Callable] = {}
+# Whether what was chosen adds in its epilogue what it should, by key of _CHOSEN, what was chosen, and whether there is no gate.
+_ADDS: dict[tuple, bool] = {}
 # Tiles that are measured where no table ships, the ones predicted fastest: each takes Triton a second or two to compile. All of them are
 # for benchmarks/gpu_suite.py.
 TRIED = 5
@@ -91,22 +94,43 @@ def is_captured(q: torch.Tensor) -> bool:
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
-              bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """See reference.int8_gemm. All candidates give the same result, so a choice changes the time and nothing else."""
+              bias: torch.Tensor | None, out_dtype: torch.dtype, added: Added | None = None) -> torch.Tensor:
+    """See reference.int8_gemm. All candidates give the same result, so a choice changes the time and nothing else. It is the same with what
+    is added and without: chosen and looked at without."""
     m, k = q.shape
     waiting.last_call = time.monotonic()
     if not m:  # nothing to measure with
         return q.new_empty((0, qweight.shape[0]), dtype=out_dtype)
     key = (q.device, bucket(m), k, qweight.shape[0], out_dtype, bias is None)
     chosen = _CHOSEN.get(key) or _CHOSEN.get((*key, m))
-    if chosen is not None:
+    if chosen is not None and added is None:
         return chosen(q, s, qweight, weight_scale, bias, out_dtype)
-    with unrecorded():
-        return _choose_and_run(key, q, s, qweight, weight_scale, bias, out_dtype)
+    arguments = q, s, qweight, weight_scale, bias, out_dtype
+    with unrecorded() if chosen is None else contextlib.nullcontext():
+        chosen, y = (chosen, None) if chosen is not None else _choose_and_run(key, *arguments)
+        if added is not None:
+            return _add(key, chosen, arguments, added)
+        return chosen(*arguments) if y is None else y
 
 
-def _choose_and_run(key: tuple, q, s, qweight, weight_scale, bias, out_dtype) -> torch.Tensor:
-    """The first call with a shape."""
+def _add(key: tuple, chosen: Callable, arguments: tuple, added: Added) -> torch.Tensor:
+    """chosen's result with what is added: in its own epilogue, if that is right where it is first looked at, else after it."""
+    known = key, chosen, added.gate is None
+    if not _ADDS.get(known, True):
+        return torch_mm.add(chosen(*arguments), added)
+    y = chosen(*arguments, added=added)
+    if known not in _ADDS:
+        product = seen_right.Product((*arguments, added))
+        what = seen_right.fault(f"{getattr(chosen, 'keywords', {}).get('config', '')} with what is added", y, lambda: product.error(y))
+        if what is not None:
+            _ADDS[known] = not what
+        if what:
+            return torch_mm.add(chosen(*arguments), added)
+    return y
+
+
+def _choose_and_run(key: tuple, q, s, qweight, weight_scale, bias, out_dtype) -> tuple[Callable, torch.Tensor | None]:
+    """The first call with a shape: (what runs it, its result, which is None where that has not run)."""
     from . import triton_kernels
 
     # Once for all that is measured.
@@ -116,16 +140,18 @@ def _choose_and_run(key: tuple, q, s, qweight, weight_scale, bias, out_dtype) ->
     known = choices().get(full)
     found = candidates(q, qweight, None if known else TRIED)
     if is_captured(q):  # nothing can be timed inside a CUDA graph
-        return found.get(known, next(iter(found.values())))(*arguments)
+        return found.get(known, next(iter(found.values()))), None
     if known and known not in found:
         if triton_kernels.ships(known, q.device):  # it was measured for another number of rows of the bucket
-            _CHOSEN[(*key, m)], y = _launched(q.device, next(iter(found)), found, arguments)
-            return y
+            chosen, y = _launched(q.device, next(iter(found)), found, arguments)
+            _CHOSEN[(*key, m)] = chosen
+            return chosen, y
         found = candidates(q, qweight)
-    _CHOSEN[key], y = _launched(q.device, choose(choices(), full, found, arguments), found, arguments)
+    chosen, y = _launched(q.device, choose(choices(), full, found, arguments), found, arguments)
+    _CHOSEN[key] = chosen
     if choices().get(full) is None:
         waiting.add(full, Shape(q.device, m, k, qweight.shape[0], out_dtype, bias is not None))
-    return y
+    return chosen, y
 
 
 class Shape(NamedTuple):
@@ -152,8 +178,7 @@ class Shape(NamedTuple):
 class Waiting:
     """Shapes that run as predicted until nobody waits for an image: then a thread measures them, and what was measured runs from the next
     call on. busy: whether somebody waits for an image (prompts in ComfyUI's queue, see nodes/__init__.py); asked
-    between two candidates. last_call: of int8_gemm, as
-    time.monotonic gives it."""
+    between two candidates. last_call: of int8_gemm, as time.monotonic gives it."""
 
     def __init__(self):
         self.busy: Callable[[], bool] = bool

@@ -12,6 +12,7 @@ import torch
 
 from . import torch_mm
 from .kernel import Kernel
+from .reference import Added
 
 POINTER_ALIGNMENT = 16  # bytes
 # M, K, N of the check. The first is a multiple of all that CUTLASS aligns to: it says that it has computed it, or is not used.
@@ -68,10 +69,12 @@ def _differs(device: torch.device, fp32: bool) -> str:
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
-              bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+              bias: torch.Tensor | None, out_dtype: torch.dtype, added: Added | None = None) -> torch.Tensor:
     """See reference.int8_gemm. By torch._int_mm for a shape that CUTLASS does not take."""
     y = _multiply(q, s, qweight, weight_scale, bias, out_dtype, bias_in_fp32(q.device)[0])
-    return torch_mm.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype) if y is None else y
+    if y is None:
+        return torch_mm.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, added)
+    return y if added is None else torch_mm.add(y, added)
 
 
 def _multiply(q, s, qweight, weight_scale, bias, out_dtype, fp32: bool) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ Without blocks the [M, N] temporaries and their page faults cost more than INT8 
 """
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import torch
@@ -26,15 +27,23 @@ _LOCAL = threading.local()
 def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_scale: torch.Tensor | None = None,
                ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.quant_rows."""
+    return _quant_rows(x, None, group, act, pre_quant_scale)
+
+
+def norm_quant_rows(x: torch.Tensor, normed: reference.Normed, group: int = 0, pre_quant_scale: torch.Tensor | None = None,
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.norm_quant_rows."""
+    return _quant_rows(x, normed, group, "none", pre_quant_scale)
+
+
+def _quant_rows(x: torch.Tensor, normed: reference.Normed | None, group: int, act: str, pre_quant_scale: torch.Tensor | None,
+                ) -> tuple[torch.Tensor, torch.Tensor]:
     m, k = x.shape[0], x.shape[1] // 2 if act == "swiglu" else x.shape[1]
-    q = torch.empty((m, k), dtype=torch.int8)
-    s = torch.empty(m, dtype=torch.float32)
     library = native.library()
     if library is None or group not in GROUPS:
-        rows = max(MIN_BLOCK_ROWS, QUANT_BLOCK_BYTES // (4 * k))
-        for i in range(0, m, rows):
-            q[i:i + rows], s[i:i + rows] = reference.quant_rows(x[i:i + rows], group, act, pre_quant_scale)
-        return q, s
+        return _by_torch(x, normed, k, group, act, pre_quant_scale)
+    q = torch.empty((m, k), dtype=torch.int8)
+    s = torch.empty(m, dtype=torch.float32)
     if group and k % group:
         raise ValueError(f"a rotation group of {group} does not divide {k} channels")
     if x.dtype not in NATIVE_DTYPES or x.stride(1) != 1:
@@ -42,9 +51,36 @@ def quant_rows(x: torch.Tensor, group: int = 0, act: str = "none", pre_quant_sca
     if pre_quant_scale is not None:
         pre_quant_scale = pre_quant_scale.to(torch.float32).contiguous()
     scale = None if pre_quant_scale is None else pre_quant_scale.data_ptr()
-    library.int8c_quant_rows(x.data_ptr(), x.dtype == torch.bfloat16, m, k, x.stride(0), group, reference.ACTIVATIONS.index(act), scale,
-                             reference.MIN_QUANT_SCALE, q.data_ptr(), s.data_ptr())
+    steps = None if normed is None else _Steps(normed, m)
+    library.int8c_quant_rows(x.data_ptr(), x.dtype == torch.bfloat16, m, k, x.stride(0), None if steps is None else steps.address, group,
+                             reference.ACTIVATIONS.index(act), scale, reference.MIN_QUANT_SCALE, q.data_ptr(), s.data_ptr())
     return q, s
+
+
+def _by_torch(x: torch.Tensor, normed: reference.Normed | None, k: int, group: int, act: str, pre_quant_scale: torch.Tensor | None,
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    m = len(x)
+    q = torch.empty((m, k), dtype=torch.int8)
+    s = torch.empty(m, dtype=torch.float32)
+    height = max(MIN_BLOCK_ROWS, QUANT_BLOCK_BYTES // (4 * k))
+    for i in range(0, m, height):
+        rows = slice(i, i + height)
+        block = x[rows] if normed is None else reference.modulated(x[rows].float(), normed.of_rows(rows, m))
+        q[rows], s[rows] = reference.quant_rows(block, group, act, pre_quant_scale)
+    return q, s
+
+
+class _Steps:
+    """A Normed for m rows, as native code reads it while this lives."""
+
+    def __init__(self, normed: reference.Normed, m: int):
+        tensors = [None if t is None else t.to(torch.float32) for t in normed[:6]]
+        if normed.plus_one and tensors[4] is not None:
+            tensors[4] = 1 + tensors[4]
+        self._tensors = [None if t is None else t.contiguous() for t in tensors]
+        rows = (1 if t is None else max(1, m // max(1, len(t))) for t in tensors[4:])
+        self._structure = native.Normed(*(None if t is None else t.data_ptr() for t in self._tensors), *rows)
+        self.address = ctypes.addressof(self._structure)
 
 
 def _scratch(size: int) -> torch.Tensor:
@@ -56,7 +92,7 @@ def _scratch(size: int) -> torch.Tensor:
 
 
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
-              bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+              bias: torch.Tensor | None, out_dtype: torch.dtype, added: reference.Added | None = None) -> torch.Tensor:
     """See reference.int8_gemm."""
     m, n = q.shape[0], qweight.shape[0]
     rows = 1 if m <= FEW_ROWS else max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * n))
@@ -68,15 +104,27 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
         weight_scale = weight_scale.to(torch.float32).contiguous()
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         s = s.contiguous()
+        residual, gate, rows_of_gate = _dense(added, m)
     for i in range(0, m, rows):
         block = torch._int_mm(q[i:i + rows], wt, out=acc[:min(rows, m - i)])
         if library:
             library.int8c_epilogue(block.data_ptr(), block.shape[0], n, s[i:].data_ptr(), weight_scale.data_ptr(),
-                                   int(weight_scale.numel() > 1), None if bias is None else bias.data_ptr(), y[i:].data_ptr(),
-                                   out_dtype == torch.bfloat16)
+                                   int(weight_scale.numel() > 1), None if bias is None else bias.data_ptr(),
+                                   None if residual is None else residual[i:].data_ptr(), None if gate is None else gate.data_ptr(), i,
+                                   rows_of_gate, y[i:].data_ptr(), out_dtype == torch.bfloat16)
         else:
-            y[i:i + rows] = reference.epilogue(block, s[i:i + rows], weight_scale, bias, out_dtype)
+            part = None if added is None else added.of_rows(slice(i, i + rows), m)
+            y[i:i + rows] = reference.epilogue(block, s[i:i + rows], weight_scale, bias, out_dtype, part)
     return y
+
+
+def _dense(added: reference.Added | None, m: int) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """(residual, gate in fp32, how many of m rows share a row of gate), as native code reads them."""
+    if added is None:
+        return None, None, 1
+    if added.gate is None:
+        return added.residual.contiguous(), None, 1
+    return added.residual.contiguous(), added.gate.to(torch.float32).contiguous(), max(1, m // len(added.gate))
 
 
 KERNEL = Kernel("cpu", __name__, ("cpu",), serves=lambda name, device: device.type == "cpu")

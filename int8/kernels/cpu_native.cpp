@@ -1,5 +1,5 @@
-// The parts of an INT8 linear that torch would make many passes over memory for: activation, smoothing, rotation and quantization of a
-// row in one, and scales, bias and cast of the accumulator in one. See reference.py for what they compute.
+// The parts of an INT8 linear that torch would make many passes over memory for: norm and modulation or activation, smoothing, rotation and
+// quantization of a row in one, and scales, bias, gate, residual and cast of the accumulator in one. See reference.py for what they compute.
 // Plain C interface, no torch headers: compiles in a second, and any torch can load it.
 #include <cmath>
 #include <cstdint>
@@ -71,9 +71,25 @@ void rotate(float* x, int group) {
     }
 }
 
+// See reference.Normed; each may be null. factor and shift: one row of k values for each run of `rows` rows of x; factor has its 1.
+struct Normed {
+    const float *mean, *rstd, *weight, *bias, *factor, *shift;
+    int64_t rows_of_factor, rows_of_shift;
+};
+
+// Rounded after each step, as one pass a step does.
+inline void norm(float* v, int64_t i, int64_t k, const Normed& n) {
+    if (n.mean) { const float a = n.mean[i]; for (int64_t j = 0; j < k; ++j) v[j] -= a; }
+    if (n.rstd) { const float a = n.rstd[i]; for (int64_t j = 0; j < k; ++j) v[j] *= a; }
+    if (n.weight) for (int64_t j = 0; j < k; ++j) v[j] *= n.weight[j];
+    if (n.bias) for (int64_t j = 0; j < k; ++j) v[j] += n.bias[j];
+    if (n.factor) { const float* a = n.factor + i / n.rows_of_factor * k; for (int64_t j = 0; j < k; ++j) v[j] *= a[j]; }
+    if (n.shift) { const float* a = n.shift + i / n.rows_of_shift * k; for (int64_t j = 0; j < k; ++j) v[j] += a[j]; }
+}
+
 template <typename T>
-void quant_rows(const T* x, int64_t m, int64_t k, int64_t stride, int group, int act, const float* scale, float min_scale, int8_t* q,
-                float* s) {
+void quant_rows(const T* x, int64_t m, int64_t k, int64_t stride, const Normed* normed, int group, int act, const float* scale,
+                float min_scale, int8_t* q, float* s) {
 #pragma omp parallel
     {
         std::vector<float> row(k);
@@ -87,6 +103,7 @@ void quant_rows(const T* x, int64_t m, int64_t k, int64_t stride, int group, int
                 for (int64_t j = 0; j < k; ++j) v[j] = gelu(load(p[j]));
             else
                 for (int64_t j = 0; j < k; ++j) { float g = load(p[j]); v[j] = gated(g, g) * load(p[k + j]); }
+            if (normed) norm(v, i, k, *normed);
             if (scale)
                 for (int64_t j = 0; j < k; ++j) v[j] *= scale[j];
             if (group)
@@ -102,14 +119,25 @@ void quant_rows(const T* x, int64_t m, int64_t k, int64_t stride, int group, int
     }
 }
 
+// What is added to a row: bias, then times gate, then residual.
 template <typename T>
-void epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias, T* y) {
+void epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias,
+              const T* residual, const float* gate, int64_t first, int64_t rows_of_gate, T* y) {
 #pragma omp parallel for
     for (int64_t i = 0; i < m; ++i) {
         const int32_t* a = acc + i * n;
         T* o = y + i * n;
         const float si = s[i];
-        if (ws_step == 0) {
+        if (residual) {
+            const T* r = residual + i * n;
+            const float* g = gate ? gate + (first + i) / rows_of_gate * n : nullptr;
+            for (int64_t j = 0; j < n; ++j) {
+                float v = static_cast<float>(a[j]) * si * ws[ws_step ? j : 0];
+                if (bias) v += bias[j];
+                if (g) v *= g[j];
+                store(o + j, v + load(r[j]));
+            }
+        } else if (ws_step == 0) {
             const float w = ws[0];
             for (int64_t j = 0; j < n; ++j) store(o + j, static_cast<float>(a[j]) * si * w + (bias ? bias[j] : 0.f));
         } else if (bias) {
@@ -124,18 +152,22 @@ void epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const fl
 
 extern "C" {
 
-// x [m, k] ([m, 2k] for SWIGLU) with rows `stride` values apart -> q [m, k], s [m]. scale: [k] or null.
-void int8c_quant_rows(const void* x, int is_bf16, int64_t m, int64_t k, int64_t stride, int group, int act, const float* scale,
-                      float min_scale, int8_t* q, float* s) {
-    if (is_bf16) quant_rows(static_cast<const BF16*>(x), m, k, stride, group, act, scale, min_scale, q, s);
-    else quant_rows(static_cast<const float*>(x), m, k, stride, group, act, scale, min_scale, q, s);
+// x [m, k] ([m, 2k] for SWIGLU) with rows `stride` values apart -> q [m, k], s [m]. normed, scale ([k]): or null.
+void int8c_quant_rows(const void* x, int is_bf16, int64_t m, int64_t k, int64_t stride, const void* normed, int group, int act,
+                      const float* scale, float min_scale, int8_t* q, float* s) {
+    const Normed* n = static_cast<const Normed*>(normed);
+    if (is_bf16) quant_rows(static_cast<const BF16*>(x), m, k, stride, n, group, act, scale, min_scale, q, s);
+    else quant_rows(static_cast<const float*>(x), m, k, stride, n, group, act, scale, min_scale, q, s);
 }
 
-// acc [m, n] -> y [m, n]. ws: [n], or one value with ws_step 0. bias: [n] or null.
-void int8c_epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias, void* y,
-                    int is_bf16) {
-    if (is_bf16) epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<BF16*>(y));
-    else epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<float*>(y));
+// acc [m, n] -> y [m, n]. ws: [n], or one value with ws_step 0. bias: [n] or null. residual: [m, n] of y's type, or null. gate: one row of n
+// values for each run of rows_of_gate rows, counted from `first` at the first of acc; or null.
+void int8c_epilogue(const int32_t* acc, int64_t m, int64_t n, const float* s, const float* ws, int64_t ws_step, const float* bias,
+                    const void* residual, const float* gate, int64_t first, int64_t rows_of_gate, void* y, int is_bf16) {
+    if (is_bf16)
+        epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<const BF16*>(residual), gate, first, rows_of_gate, static_cast<BF16*>(y));
+    else
+        epilogue(acc, m, n, s, ws, ws_step, bias, static_cast<const float*>(residual), gate, first, rows_of_gate, static_cast<float*>(y));
 }
 
 }

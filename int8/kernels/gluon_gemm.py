@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bound import Bound
 from .triton_configs import GemmConfig
-from .triton_gemm_jit import _raster
+from .triton_gemm_jit import GATED_ROWS, GATED_TILES, _raster
 
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
 LOADER_REGISTERS = gl.constexpr(24)
@@ -80,9 +80,10 @@ def _multiply_add(acc, rings, ready, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _store_part(acc, pointers, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """acc int32 to y at (first_m, first_n), scaled, biased and cast."""
+def _store_part(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr):
+    """acc int32 to y at (first_m, first_n), scaled, biased, ADDED to (see triton_gemm_jit) and cast."""
     s_ptr, ws_ptr, bias_ptr, y_ptr = pointers
+    residual_ptr, gate_ptr, gate_stride, gate_rows = added
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
     GIVEN: gl.constexpr = acc.type.layout
@@ -97,28 +98,36 @@ def _store_part(acc, pointers, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, 
     if HAS_BIAS:
         y += gl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(gl.float32)[None, :]
     STORED: gl.constexpr = _rows_of_8(BM, BN, gl.num_warps())
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), STORED)
+    if ADDED == GATED_TILES:
+        image = (first_m // gate_rows).to(gl.int64)
+        y *= gl.load(gate_ptr + image * gate_stride + first_n + offs_n, mask=mask_n, other=0.0).to(gl.float32)[None, :]
+    y = gl.convert_layout(y if ADDED else y.to(y_ptr.dtype.element_ty), STORED)
     offs_m = gl.arange(0, BM, layout=gl.SliceLayout(1, STORED))
     offs_n = gl.arange(0, BN, layout=gl.SliceLayout(0, STORED))
+    if ADDED:
+        mask = (first_m + offs_m < M)[:, None] & (first_n + offs_n < N)[None, :]
+        if ADDED == GATED_ROWS:
+            images = ((first_m + offs_m) // gate_rows).to(gl.int64)
+            y *= gl.load(gate_ptr + first_n + images[:, None] * gate_stride + offs_n[None, :], mask=mask, other=0.0).to(gl.float32)
+        residual = residual_ptr + first_m.to(gl.int64) * N + first_n + offs_m[:, None] * N + offs_n[None, :]
+        y = (y + gl.load(residual, mask=mask, other=0.0).to(gl.float32)).to(y_ptr.dtype.element_ty)
     y_tile = y_ptr + first_m.to(gl.int64) * N + first_n
     gl.store(y_tile + offs_m[:, None] * N + offs_n[None, :], y, mask=(first_m + offs_m < M)[:, None] & (first_n + offs_n < N)[None, :])
 
 
 @gluon.jit
-def _store(acc, pointers, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _store(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr):
     """_store_part, half of the columns at a time: scales, bias and offsets of all would not fit into registers beside acc."""
     BM: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1] // 2
     left, right = acc.reshape([BM, 2, HALF]).permute((0, 2, 1)).split()
-    _store_part(left, pointers, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS)
-    _store_part(right, pointers, first_m, first_n + HALF, M, N, SCALAR_WS, HAS_BIAS)
+    _store_part(left, pointers, added, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS, ADDED)
+    _store_part(right, pointers, added, first_m, first_n + HALF, M, N, SCALAR_WS, HAS_BIAS, ADDED)
 
 
-@gluon.jit(do_not_specialize=["M"])
-def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, BM: gl.constexpr,
-           BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
-    """As triton_gemm_jit.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are
-    STAGES - 1 steps ahead, also beyond the end of a tile."""
+@gluon.jit
+def _tiles(q_desc, w_desc, pointers, added, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr,
+           BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
     rings = (gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], q_desc.layout),
              gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -127,7 +136,6 @@ def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: g
     fence_async_shared()
     _wait_for_all_threads()
     descs = (q_desc, w_desc)
-    pointers = (s_ptr, ws_ptr, bias_ptr, y_ptr)
     programs = gl.num_programs(0)
     tiles = gl.cdiv(M, BM) * gl.cdiv(N, BN)
     # What is loaded next.
@@ -157,7 +165,25 @@ def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: g
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         first_m, first_n = _corner(tile, M, N, BM, BN, GROUP_M)
-        _store(acc, pointers, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS)
+        _store(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS, ADDED)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, BM: gl.constexpr,
+           BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
+    """As triton_gemm_jit.tma_kernel, unsplit. While a product is under way, what the one before has read is loaded anew: the loads are
+    STAGES - 1 steps ahead, also beyond the end of a tile."""
+    _tiles(q_desc, w_desc, (s_ptr, ws_ptr, bias_ptr, y_ptr), (y_ptr, y_ptr, 0, 1), M, N, K, SCALAR_WS, HAS_BIAS, 0, BM, BN, BK, GROUP_M,
+           STAGES)
+
+
+@gluon.jit(do_not_specialize=["M", "gate_rows"])
+def adding_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, residual_ptr, gate_ptr, M, N, K, gate_stride, gate_rows,
+                  SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                  BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
+    """As triton_gemm_jit.adding_pointer_kernel."""
+    _tiles(q_desc, w_desc, (s_ptr, ws_ptr, bias_ptr, y_ptr), (residual_ptr, gate_ptr, gate_stride, gate_rows), M, N, K, SCALAR_WS, HAS_BIAS,
+           ADDED, BM, BN, BK, GROUP_M, STAGES)
 
 
 @gluon.jit
@@ -178,7 +204,8 @@ def _loader(descs, rings, ready, free, M, N, K, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _multiplier(rings, ready, free, pointers, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr):
+def _multiplier(rings, ready, free, pointers, added, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr,
+                GROUP_M: gl.constexpr):
     """Empties the ring: all other warps."""
     STAGES: gl.constexpr = rings[0].shape[0]
     BM: gl.constexpr = rings[0].shape[1]
@@ -195,13 +222,12 @@ def _multiplier(rings, ready, free, pointers, M, N, K, SCALAR_WS: gl.constexpr, 
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         first_m, first_n = _corner(tile, M, N, BM, BN, GROUP_M)
-        _store(acc, pointers, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS)
+        _store(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS, ADDED)
 
 
-@gluon.jit(do_not_specialize=["M"])
-def specialized_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr,
+@gluon.jit
+def _specialized_tiles(q_desc, w_desc, pointers, added, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr,
                        BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
-    """As kernel, with one more warp that does nothing but load. free[b] completes once the product that has read buffer b is done."""
     rings = (gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], q_desc.layout),
              gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -212,9 +238,31 @@ def specialized_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, 
     fence_async_shared()
     _wait_for_all_threads()
     gl.warp_specialize([
-        (_multiplier, (rings, ready, free, (s_ptr, ws_ptr, bias_ptr, y_ptr), M, N, K, SCALAR_WS, HAS_BIAS, GROUP_M)),
+        (_multiplier, (rings, ready, free, pointers, added, M, N, K, SCALAR_WS, HAS_BIAS, ADDED, GROUP_M)),
         (_loader, ((q_desc, w_desc), rings, ready, free, M, N, K, GROUP_M)),
     ], [1], [LOADER_REGISTERS])
+
+
+@gluon.jit(do_not_specialize=["M"])
+def specialized_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, M, N, K, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr,
+                       BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
+    """As kernel, with one more warp that does nothing but load. free[b] completes once the product that has read buffer b is done."""
+    _specialized_tiles(q_desc, w_desc, (s_ptr, ws_ptr, bias_ptr, y_ptr), (y_ptr, y_ptr, 0, 1), M, N, K, SCALAR_WS, HAS_BIAS, 0, BM, BN, BK,
+                       GROUP_M, STAGES)
+
+
+@gluon.jit(do_not_specialize=["M", "gate_rows"])
+def adding_specialized_kernel(q_desc, w_desc, s_ptr, ws_ptr, bias_ptr, y_ptr, residual_ptr, gate_ptr, M, N, K, gate_stride, gate_rows,
+                              SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                              BK: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr):
+    """As triton_gemm_jit.adding_pointer_kernel."""
+    _specialized_tiles(q_desc, w_desc, (s_ptr, ws_ptr, bias_ptr, y_ptr), (residual_ptr, gate_ptr, gate_stride, gate_rows), M, N, K,
+                       SCALAR_WS, HAS_BIAS, ADDED, BM, BN, BK, GROUP_M, STAGES)
+
+
+# By name, and whether it adds.
+KERNELS = {("gluon", False): kernel, ("gluon", True): adding_kernel, ("gluon_specialized", False): specialized_kernel,
+           ("gluon_specialized", True): adding_specialized_kernel}
 
 
 def layout(rows: int, bk: int):
@@ -240,8 +288,7 @@ def describe_box(t: torch.Tensor, box: list[int], layout):
 
 
 def bound(config: GemmConfig, constants: dict) -> Bound:
-    """config's kernel. K is in one part whatever its split_k."""
+    """config's kernel, the one that adds where constants have ADDED. K is in one part whatever its split_k."""
     describe = tuple(functools.partial(describe_box, box=[rows, config.bk], layout=layout(rows, config.bk))
                      for rows in (config.bm, config.bn))
-    return Bound(kernel if config.kernel == "gluon" else specialized_kernel, dict(constants, STAGES=config.stages, **options(config)),
-                 describe)
+    return Bound(KERNELS[config.kernel, "ADDED" in constants], dict(constants, STAGES=config.stages, **options(config)), describe)

@@ -18,7 +18,8 @@ class Kernel:
     those that it runs on. package: what has to be installed. is_option: whether users choose it by its name. serves: whether it runs what
     is asked for by a name on a device; of several the first in the registry. refusal: why it cannot run on a device, for who chose it;
     empty where it can. candidates: {name: int8_gemm} of what it adds for autotune to choose from on a GPU, the one predicted fastest
-    first, from (q, qweight, how many are tried, None for all). in_cuda_graphs: whether these run while one is captured.
+    first, from (q, qweight, how many are tried, None for all); each takes added=. in_cuda_graphs: whether these run while one is
+    captured.
     """
 
     name: str

@@ -29,6 +29,13 @@ TIMEOUT = 120  # seconds for a compiler run
 _LOCK = threading.Lock()
 
 
+class Normed(ctypes.Structure):
+    """Normed in cpu_native.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("mean", "rstd", "weight", "bias", "factor", "shift")] + [
+        (name, ctypes.c_int64) for name in ("rows_of_factor", "rows_of_shift")]
+
+
 def _compiler() -> str | None:
     names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++", "c++")
     return next((path for name in names if (path := shutil.which(name))), None)
@@ -125,8 +132,9 @@ def _load() -> ctypes.CDLL | None:
         logger.warning("INT8: %s could not build the CPU kernels, so rows are quantized by torch: slower. %s", compiler, cause)
         return None
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.int8c_quant_rows.argtypes = [pointer, number, size, size, size, number, number, pointer, ctypes.c_float, pointer, pointer]
-    library.int8c_epilogue.argtypes = [pointer, size, size, pointer, pointer, size, pointer, pointer, number]
+    library.int8c_quant_rows.argtypes = [pointer, number, size, size, size, pointer, number, number, pointer, ctypes.c_float, pointer,
+                                         pointer]
+    library.int8c_epilogue.argtypes = [pointer, size, size, pointer, pointer, size, pointer, pointer, pointer, size, size, pointer, number]
     library.int8c_quant_rows.restype = library.int8c_epilogue.restype = None
     return library
 

@@ -1,6 +1,7 @@
 """The operations ``int8_compile::quant_rows`` and ``int8_compile::int8_gemm``, and ``int8_compile::linear``, which is both.
 
-Two of them, so that one quantization of x can serve several weights; library ops with fakes, so that neither torch.compile
+Two of them, so that one quantization of x can serve several weights. Graphs may have them with what stands around them (fused_graph.py):
+``int8_compile::norm_quant_rows`` and ``int8_compile::int8_gemm_added``. Library ops with fakes, so that neither torch.compile
 nor export breaks on them. ``Library.define`` costs 3.5 us a call where ``custom_op`` costs 6-13 (measured).
 """
 from __future__ import annotations
@@ -40,7 +41,27 @@ def _quant_rows(x, group, act, pre_quant_scale, kernel):
     return seen_right.quant_rows(kernel, _functions, x, group, act, pre_quant_scale)
 
 
-def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
+def _norm_quant_rows(x, mean, rstd, weight, bias, factor, shift, plus_one, group, pre_quant_scale, kernel):
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    of_rows = (None if each is None else each.reshape(len(rows)) for each in (mean, rstd))
+    of_channels = (None if each is None else each.reshape(k) for each in (weight, bias))
+    of_images = [None if each is None else each.reshape(-1, k) for each in (factor, shift)]
+    if any(each is not None and len(rows) % max(1, len(each)) for each in of_images):
+        raise ValueError(f"a modulation {[list(each.shape) for each in of_images if each is not None]} is not of rows {list(rows.shape)}")
+    return seen_right.norm_quant_rows(kernel, _functions, rows, reference.Normed(*of_rows, *of_channels, *of_images, plus_one), group,
+                                      pre_quant_scale)
+
+
+def _int8_gemm_added(q, s, qweight, weight_scale, bias, residual, gate, out_dtype, kernel):
+    n = qweight.shape[0]
+    added = reference.Added(residual.reshape(q.shape[0], n), None if gate is None else gate.reshape(-1, n))
+    if gate is not None and q.shape[0] % max(1, len(added.gate)):
+        raise ValueError(f"a gate {list(gate.shape)} is not of {list(q.shape)}")
+    return _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel, added).reshape(residual.shape)
+
+
+def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel, added=None):
     # Kernels take addresses, and tensors come from files.
     n = qweight.shape[0]
     if not n or weight_scale.numel() not in (1, n) or (bias is not None and bias.numel() != n) or s.numel() != q.shape[0]:
@@ -48,8 +69,8 @@ def _int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
                          f"{list(qweight.shape)}, or scales {list(s.shape)} not of {list(q.shape)}")
     out_dtype = getattr(torch, out_dtype)
     if kernel == "auto" and not triton_unavailable(q.device):
-        return autotune.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype)
-    return seen_right.int8_gemm(kernel, _functions, q, s, qweight, weight_scale, bias, out_dtype)
+        return autotune.int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, added)
+    return seen_right.int8_gemm(kernel, _functions, q, s, qweight, weight_scale, bias, out_dtype, added)
 
 
 def float_linear(x, weight, bias, act, pre_quant_scale, kernel=""):
@@ -67,22 +88,35 @@ def _fake_int8_gemm(q, s, qweight, weight_scale, bias, out_dtype, kernel):
     return q.new_empty((q.shape[0], qweight.shape[0]), dtype=getattr(torch, out_dtype))
 
 
-def _define() -> torch.library.Library | None:
-    # A sibling copy of the pack may have defined them already: an op name belongs to the process, not to a module.
-    if hasattr(getattr(torch.ops, NAMESPACE), "int8_gemm"):
-        return None
+def _fake_norm_quant_rows(x, mean, rstd, weight, bias, factor, shift, plus_one, group, pre_quant_scale, kernel):
+    return _fake_quant_rows(x.reshape(-1, x.shape[-1]), group, "none", pre_quant_scale, kernel)
+
+
+def _fake_int8_gemm_added(q, s, qweight, weight_scale, bias, residual, gate, out_dtype, kernel):
+    return q.new_empty(residual.shape, dtype=getattr(torch, out_dtype))
+
+
+def _define() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    tags = (torch.Tag.pt2_compliant_tag,)
-    library.define("quant_rows(Tensor x, int group, str act, Tensor? pre_quant_scale, str kernel) -> (Tensor, Tensor)", tags=tags)
-    library.define("int8_gemm(Tensor q, Tensor s, Tensor qweight, Tensor weight_scale, Tensor? bias, "
-                   "str out_dtype, str kernel) -> Tensor", tags=tags)
-    library.impl("quant_rows", _quant_rows, "CompositeExplicitAutograd")
-    library.impl("int8_gemm", _int8_gemm, "CompositeExplicitAutograd")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? pre_quant_scale, str kernel) -> Tensor", tags=tags)
-    library.impl("linear", float_linear, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::linear", float_linear, lib=library)
-    torch.library.register_fake(f"{NAMESPACE}::quant_rows", _fake_quant_rows, lib=library)
-    torch.library.register_fake(f"{NAMESPACE}::int8_gemm", _fake_int8_gemm, lib=library)
+
+    def define(name: str, signature: str, implementation: Callable, fake: Callable) -> None:
+        # A sibling copy of the pack may have defined it already: an op name belongs to the process, not to a module.
+        if hasattr(getattr(torch.ops, NAMESPACE), name):
+            return
+        library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+    define("quant_rows", "(Tensor x, int group, str act, Tensor? pre_quant_scale, str kernel) -> (Tensor, Tensor)", _quant_rows,
+           _fake_quant_rows)
+    define("norm_quant_rows", "(Tensor x, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias, Tensor? factor, Tensor? shift, "
+           "bool plus_one, int group, Tensor? pre_quant_scale, str kernel) -> (Tensor, Tensor)", _norm_quant_rows, _fake_norm_quant_rows)
+    define("int8_gemm", "(Tensor q, Tensor s, Tensor qweight, Tensor weight_scale, Tensor? bias, str out_dtype, str kernel) -> Tensor",
+           _int8_gemm, _fake_int8_gemm)
+    define("int8_gemm_added", "(Tensor q, Tensor s, Tensor qweight, Tensor weight_scale, Tensor? bias, Tensor residual, Tensor? gate, "
+           "str out_dtype, str kernel) -> Tensor", _int8_gemm_added, _fake_int8_gemm_added)
+    define("linear", "(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? pre_quant_scale, str kernel) -> Tensor", float_linear,
+           float_linear)
     return library
 
 
@@ -91,6 +125,8 @@ LIBRARY = _define()
 linear = getattr(torch.ops, NAMESPACE).linear
 quant_rows = getattr(torch.ops, NAMESPACE).quant_rows
 int8_gemm = getattr(torch.ops, NAMESPACE).int8_gemm
+norm_quant_rows = getattr(torch.ops, NAMESPACE).norm_quant_rows
+int8_gemm_added = getattr(torch.ops, NAMESPACE).int8_gemm_added
 
 
 def int8_linear(x: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None,

@@ -63,15 +63,28 @@ def quant_rows(kernel: str, functions: Functions, x: torch.Tensor, group: int, a
     return _first(key, x, found, arguments, lambda result: rows_error(*arguments, *result), reference.quant_rows)
 
 
-def int8_gemm(kernel: str, functions: Functions, q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor,
-              weight_scale: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """See reference.int8_gemm. kernel: what was asked for."""
-    key = ("int8_gemm", kernel, q.device, out_dtype, bucket(q.shape[0]), q.shape[1], qweight.shape[0], weight_scale.numel(),
-           None if bias is None else bias.dtype)
+def norm_quant_rows(kernel: str, functions: Functions, x: torch.Tensor, normed: reference.Normed, group: int,
+                    pre_quant_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See reference.norm_quant_rows. kernel: what was asked for."""
+    key = ("norm_quant_rows", kernel, x.device, x.dtype, bucket(x.shape[0]), x.shape[1], group, pre_quant_scale is None,
+           *(None if t is None else t.dtype for t in normed[:6]), normed.plus_one)
     right = _RIGHT.get(key)
     if right is not None:
-        return right(q, s, qweight, weight_scale, bias, out_dtype)
-    arguments = q, s, qweight, weight_scale, bias, out_dtype
+        return right(x, normed, group, pre_quant_scale)
+    arguments = x, normed, group, pre_quant_scale
+    found = functions("norm_quant_rows", kernel, x.device)
+    return _first(key, x, found, arguments, lambda result: norm_rows_error(*arguments, *result), reference.norm_quant_rows)
+
+
+def int8_gemm(kernel: str, functions: Functions, q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
+              bias: torch.Tensor | None, out_dtype: torch.dtype, added: reference.Added | None = None) -> torch.Tensor:
+    """See reference.int8_gemm. kernel: what was asked for."""
+    key = ("int8_gemm", kernel, q.device, out_dtype, bucket(q.shape[0]), q.shape[1], qweight.shape[0], weight_scale.numel(),
+           None if bias is None else bias.dtype, None if added is None else added.gate is None)
+    arguments = (q, s, qweight, weight_scale, bias, out_dtype, *(() if added is None else (added,)))
+    right = _RIGHT.get(key)
+    if right is not None:
+        return right(*arguments)
     return _first(key, q, functions("int8_gemm", kernel, q.device), arguments, Product(arguments).error, reference.int8_gemm)
 
 
@@ -146,13 +159,19 @@ class Product:
         return _exact(q[rows], qweight, dtype), _exact(qweight[columns], q, dtype)
 
     def _compare(self, y: torch.Tensor, sums: tuple[torch.Tensor, torch.Tensor]) -> str:
-        _, s, _, weight_scale, bias, out_dtype = self._arguments
+        _, s, _, weight_scale, bias, out_dtype, *added = self._arguments
         rows, columns = self._places
         ws = weight_scale.reshape(-1).double().expand(y.shape[1])
         b = torch.zeros_like(ws) if bias is None else bias.double()
-        s = s.double()
-        return (_beyond(y[rows], sums[0] * s[rows, None] * ws, b, out_dtype)
-                or _beyond(y[:, columns], sums[1].t() * s[:, None] * ws[columns], b[columns], out_dtype))
+        s, m = s.double(), y.shape[0]
+        products = sums[0] * s[rows, None] * ws, sums[1].t() * s[:, None] * ws[columns]
+        if not added:
+            return _beyond(y[rows], products[0], (b,), out_dtype) or _beyond(y[:, columns], products[1], (b[columns],), out_dtype)
+        some, whole = added[0].of_rows(rows, m), added[0].of_rows(slice(None), m)
+        some_gate, gate = (1.0, 1.0) if some.gate is None else (some.gate.double(), whole.gate[:, columns].double())
+        # Where it is added after the epilogue, the product has been rounded by itself.
+        return (_beyond(y[rows], products[0] * some_gate, (b * some_gate, some.residual.double()), out_dtype, 2)
+                or _beyond(y[:, columns], products[1] * gate, (b[columns] * gate, whole.residual[:, columns].double()), out_dtype, 2))
 
 
 def _exact(few: torch.Tensor, many: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -164,11 +183,13 @@ def _exact(few: torch.Tensor, many: torch.Tensor, dtype: torch.dtype) -> torch.T
     return total
 
 
-def _beyond(y: torch.Tensor, product: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> str:
-    """product: scaled, in float64."""
+def _beyond(y: torch.Tensor, product: torch.Tensor, added: tuple[torch.Tensor, ...], dtype: torch.dtype,
+            roundings: int = 1) -> str:
+    """product: scaled, in float64. added: to it, in that order, in float64. roundings: to dtype."""
     limits = torch.finfo(torch.float32 if dtype is torch.float64 else dtype)  # which kernels compute in
-    expected = product + bias
-    allowed = limits.eps * (expected.abs() + bias.abs()) + 8 * RELATIVE * product.abs() + limits.tiny
+    expected = sum(added, product)
+    allowed = limits.eps * sum((each.abs() for each in added), expected.abs()) + 8 * RELATIVE * product.abs() + limits.tiny
+    allowed += (roundings - 1) * limits.eps * product.abs()
     difference = (y.double() - expected).abs()
     must_be_finite = expected.isfinite() & (expected.abs() + allowed < limits.max)
     wrong = must_be_finite & ~(difference <= allowed)
@@ -183,12 +204,31 @@ def rows_error(x: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Ten
     """How q [M, K] and s [M], x's quantization (see reference.quant_rows), differ by more than fp32's rounding in some rows; empty if they
     do not."""
     rows = _spread(x.shape[0], x.device)
-    x, q, s = x[rows].double(), q[rows].double(), s[rows].double()
+    x = x[rows].double()
+    # 1 + tanh loses fp32's digits where all that is left of a row is its negative tail.
+    noise = 8 * RELATIVE * x.abs().amax(dim=-1) if act == "gelu_tanh" else torch.zeros_like(x[:, 0])
+    return _rows_error(x, noise, group, act, pre_quant_scale, q[rows].double(), s[rows].double())
+
+
+def norm_rows_error(x: torch.Tensor, normed: reference.Normed, group: int, pre_quant_scale: torch.Tensor | None, q: torch.Tensor,
+                    s: torch.Tensor) -> str:
+    """rows_error, of reference.norm_quant_rows."""
+    rows = _spread(x.shape[0], x.device)
+    normed, x = normed.of_rows(rows, x.shape[0]), x[rows].double()
+    # What cancels leaves the rounding of what it was.
+    sizes = reference.Normed(*(value.abs() if isinstance(value, torch.Tensor) else value for value in normed))
+    if normed.mean is not None:
+        sizes = sizes._replace(mean=-normed.mean.abs())
+    noise = 8 * RELATIVE * reference.modulated(x.abs(), sizes).amax(dim=-1)
+    return _rows_error(reference.modulated(x, normed), noise, group, "none", pre_quant_scale, q[rows].double(), s[rows].double())
+
+
+def _rows_error(x: torch.Tensor, noise: torch.Tensor, group: int, act: str, pre_quant_scale: torch.Tensor | None, q: torch.Tensor,
+                s: torch.Tensor) -> str:
+    """noise: [M], what the values of x may be off by rounding. All float64."""
     values = reference.prepared(x, group, act, pre_quant_scale)
     scale = reference.row_scale(values)
     known = scale < LARGEST_SCALE  # the others are the model's own
-    # 1 + tanh loses fp32's digits where all that is left of a row is its negative tail.
-    noise = 8 * RELATIVE * x.abs().amax(dim=-1) if act == "gelu_tanh" else torch.zeros_like(scale)
     if pre_quant_scale is not None:
         noise = noise * pre_quant_scale.abs().max()
     noise = noise * max(1, group) ** 0.5

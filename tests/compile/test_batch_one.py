@@ -283,9 +283,9 @@ def test_what_has_breaks_is_compiled_for_1_by_itself_and_runs_once(way, graphs):
 
 def test_what_was_kept_for_sizes_from_2_on_is_not_taken_for_one_that_may_be_1():
     """Inductor's and AOTAutograd's caches on disk know a graph by its operators, not by the sizes that it was traced for."""
-    from int8_compile.int8.graph_pass import DeduplicateActivationQuant  # imports inductor
+    from int8_compile.int8.graph_pass import Int8GraphPass  # imports inductor
 
-    own = DeduplicateActivationQuant()
+    own = Int8GraphPass()
     apart = own.uuid()
     with varying((), True):
         assert own.uuid() != apart

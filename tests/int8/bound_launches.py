@@ -24,6 +24,7 @@ DRIVER = Driver()
 import triton  # noqa: E402
 from int8_compile.int8.kernels import bound, triton_gemm, triton_quant  # noqa: E402
 from int8_compile.int8.kernels.bound import Bound  # noqa: E402
+from int8_compile.int8.kernels.reference import Added, Normed  # noqa: E402
 from int8_compile.int8.kernels.triton_configs import GemmConfig  # noqa: E402
 
 CONFIGS = [GemmConfig("pointer", 16, 64, 256, 4, 3), GemmConfig("pointer", 64, 64, 128, 4, 4, 4), GemmConfig("tma", 64, 128, 128, 4, 4),
@@ -118,6 +119,22 @@ def quantizers_too_whatever_the_rows_of_x_are():
                 smooth = smooth[:k // 2]
             triton_quant.quant_rows(chance.choice((x, x.float())), 16 if k % 32 == 0 and chance.random() < 0.5 else 0, act, smooth)
     return watch.differ or ([] if watch.bound > watch.all * 0.2 else [f"{watch.bound} of {watch.all} were bound"])
+
+
+@promise
+def passes_that_norm_before_or_add_after_too():
+    """Rows, and how many of them share a row of the modulation, change from call to call."""
+    with Watch() as watch:
+        for m, images in ((64, 1), (40, 1), (64, 2), (128, 2), (1, 1)):
+            modulation = torch.zeros(images, 6 * 512, dtype=BF16).chunk(6, -1)
+            x = torch.zeros(m, 512, dtype=BF16)
+            given = Normed(torch.zeros(m), torch.ones(m), None, None, modulation[1], modulation[0], True)
+            triton_quant.norm_quant_rows(x, given)
+            triton_quant.norm_quant_rows(x, Normed(rstd=torch.ones(m), weight=torch.ones(512)), 256)
+            for config in CONFIGS:
+                triton_gemm.int8_gemm(*operands(m, 512, 512), BF16, config, Added(x, modulation[2]))
+    apart = [str(config) for _, config in triton_gemm._ADD_APART]
+    return watch.differ or apart or ([] if watch.bound > watch.all * 0.4 else [f"{watch.bound} of {watch.all} were bound"])
 
 
 @promise

@@ -63,6 +63,14 @@ def test_the_low_byte_of_a_rounded_value_is_stored_not_its_conversion(compiled, 
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed on this platform")
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_products_and_sums_of_a_norm_are_rounded_apart(compiled, arch):
+    """As they are where the normed rows lie in memory."""
+    found = {name: kernel["fused"] for name, kernel in compiled[arch].items() if name.startswith("quant after a norm")}
+    assert len(found) >= 3 and not any(found.values()), found
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed on this platform")
 def test_gluon_leaves_one_product_under_way_in_its_loop_and_none_after_it(compiled):
     import triton
     from int8_compile.int8.kernels.triton_configs import GLUON_TILES

@@ -234,3 +234,96 @@ def test_a_tile_is_tried_before_it_serves_and_a_wrong_one_is_found_out(monkeypat
     triton_gemm._is_exact.cache_clear()
     assert not triton_gemm._is_exact(device, tile, bias_dtype, torch.float32, scalar_ws)
     triton_gemm._is_exact.cache_clear()
+
+
+def added_of(m, n, images, dtype, strided=False):
+    """A residual, and a gate for each of so many images, none for 0. strided: the gate as mod.chunk(6, -1) gives it."""
+    gate = torch.randn(images, 6 * n).to(dtype).chunk(6, -1)[2] if images else None
+    return reference.Added(torch.randn(m, n).to(dtype), gate if strided or not images else gate.contiguous())
+
+
+def assert_added(y, q, s, w, scale, bias, dtype, added):
+    """Within the last bit of dtype, and fp32's few roundings, of float64. In fp32 the interpreter rounds as the oracle; to less it cuts
+    bits off where GPUs round."""
+    assert y.dtype == dtype
+    if dtype is torch.float32 and not CUDA:
+        assert torch.equal(y, reference.int8_gemm(q, s, w, scale, bias, dtype, added))
+    bias = torch.zeros(len(w), dtype=torch.double) if bias is None else bias.double()
+    gate = torch.ones(1, 1) if added.gate is None else added.gate
+    product, gate = q.double() @ w.double().t() * s.double()[:, None] * scale.double().reshape(1, -1), gate.double()
+    gate, residual = gate.repeat_interleave(len(y) // len(gate), 0), added.residual.double()
+    want = residual + gate * (product + bias)
+    rounded = residual.abs() + gate.abs() * (product.abs() + bias.abs())
+    limits = torch.finfo(dtype)
+    last_bit = limits.eps * want.abs().clamp_min(limits.smallest_normal)  # below which the last bits of all values are the same
+    assert ((y.double() - want).abs() <= last_bit + 2.0 ** -22 * rounded).all()
+
+
+ADDING = (GemmConfig("pointer", 16, 64, 256, 4, 3), GemmConfig("pointer", 64, 256, 64, 4, 4), GemmConfig("pointer", 64, 64, 128, 4, 4, 4),
+          *(GemmConfig(kernel, 64, 128, 128, 4, 4) for kernel in KERNELS if kernel != "pointer"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", ADDING, ids=str)
+def test_what_is_added_is_added_before_the_cast(config, dtype):
+    torch.manual_seed(0)
+    kinds = (70, 2, True), (70, 0, False), (70, 1, True), (70, 70, False), (128, 2, False), (1, 1, False)
+    for m, images, strided in kinds[:2] if dtype is torch.float16 else kinds:
+        q, s, w, scale, bias = operands(m, 80, 528)
+        s /= 1000
+        scale, bias = (scale, bias.to(dtype)) if images % 2 else (scale[:1].reshape(()), None)
+        added = added_of(m, 80, images, dtype, strided)
+        assert_added(GEMM(q, s, w, scale, bias, dtype, config, added), q, s, w, scale, bias, dtype, added)
+    assert GEMM(q[:0], s[:0], w, scale, bias, dtype, config, added_of(0, 80, 1, dtype)).shape == (0, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", [0, 1, 2, 5, 150])
+def test_what_is_added_after_cublaslt_is_that_of_the_block_of_rows(images, dtype, monkeypatch):
+    from int8_compile.int8.kernels import torch_mm
+
+    monkeypatch.setattr(torch_mm, "BLOCK_BYTES", 4 * 48 * 40)  # more than one block of rows
+    q, s, w, scale, bias = operands(150, 48, 64)
+    s /= 100
+    added = added_of(150, 48, images, dtype, strided=True)
+    for call in (On(triton_gemm).int_mm, On(torch_mm).int8_gemm):
+        assert_added(call(q, s, w, scale, bias, dtype, added=added), q, s, w, scale, bias, dtype, added)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 40])
+def test_a_tile_whose_epilogue_cannot_add_has_it_added_after_it(images, monkeypatch, caplog):
+    monkeypatch.setattr(triton_gemm, "_ADD_APART", set())
+    launch = triton_gemm.launch
+
+    def failing(*key):
+        if len(key) > 6 and key[6]:
+            raise RuntimeError("out of resource: registers")
+        return launch(*key)
+    monkeypatch.setattr(triton_gemm, "launch", failing)
+    q, s, w, scale, bias = operands(40, 48, 64)
+    for dtype in (torch.float32, torch.float16):
+        # y is rounded to its type before it is gated: what that costs is no more than what the result itself is rounded by.
+        added = added_of(40, 48, images, dtype)
+        want = reference.int8_gemm(q, s / 100, w, scale, bias, torch.float32, added)
+        y = GEMM(q, s / 100, w, scale, bias, dtype, GemmConfig("pointer", 64, 64, 128, 4, 4), added)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.float(), want, rtol=eps, atol=8 * eps * want.abs().max().item())
+    assert caplog.text.count("cannot add") == 1
+
+
+def test_who_chooses_among_all_chooses_without_what_is_added_and_runs_with_it(monkeypatch, tmp_path):
+    from int8_compile.int8.kernels import autotune
+    from int8_compile.int8.kernels.tuning import Choices
+
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    monkeypatch.setattr(autotune, "choices", lambda: chosen)
+    monkeypatch.setattr(autotune.waiting, "add", lambda *_: None)
+    chosen = Choices(tmp_path / "choices.json", {}, 0.0)
+    q, s, w, scale, bias = (t.to(DEVICE) for t in operands(40, 48, 64))
+    added = reference.Added(*(t.to(DEVICE) for t in added_of(40, 48, 2, torch.float32)))
+    want = reference.int8_gemm(q, s, w, scale, bias, torch.float32, added)
+    for _ in range(2):
+        torch.testing.assert_close(autotune.int8_gemm(q, s, w, scale, bias, torch.float32, added), want, rtol=1e-6, atol=1e-3)
+        plain = autotune.int8_gemm(q, s, w, scale, bias, torch.float32)
+        torch.testing.assert_close(plain, reference.int8_gemm(q, s, w, scale, bias, torch.float32), rtol=1e-6, atol=1e-3)
+    assert len(autotune._CHOSEN) == 1

@@ -124,3 +124,63 @@ def test_tf32_keeps_eleven_bits_to_nearest():
     rounded = (x + x * 8192) - x * 8192
     assert not (rounded.view(torch.int32) & 0x1FFF).any()
     assert ((rounded - x).abs() <= 2.0 ** -11 * x.abs()).all()
+
+
+NORMS = {"layer norm": "mean rstd weight bias", "layer norm without weight": "mean rstd", "rms norm": "rstd weight",
+         "adaptive layer norm": "mean rstd factor shift plus_one", "modulation": "factor shift",
+         "all": "mean rstd weight bias factor shift", "shift": "shift", "bias": "bias", "nothing": ""}
+
+
+def normed_of(x, names, images=1, dtype=torch.float32, strided=False):
+    """Normed of names for x [M, K]: what a model would have of it. strided: factor and shift as mod.chunk(6, -1) gives them."""
+    k, names = x.shape[1], names.split()
+    mean = x.float().mean(-1)
+    given = dict(mean=mean, rstd=(x.float() - mean[:, None]).square().mean(-1).add(1e-6).rsqrt(), weight=torch.rand(k).to(dtype) + 0.5,
+                 bias=torch.randn(k).to(dtype))
+    modulation = torch.randn(images, 6 * k).to(dtype).chunk(6, -1)
+    given["shift"], given["factor"] = modulation[:2] if strided else (each.contiguous() for each in modulation[:2])
+    return reference.Normed(**{name: given[name] for name in names if name in given}, plus_one="plus_one" in names)
+
+
+def assert_agrees_after(x, normed, group=0, scale=None):
+    """Bit for bit with the rows normed first. With the oracle too where nothing is rotated: it divides by a row's scale, so that a value on
+    a rounding boundary may fall to either side."""
+    q, s = On(triton_quant).norm_quant_rows(x, normed, group, scale, precision="tf32x3")
+    want_q, want_s = QUANT(reference.modulated(x.float(), normed), group, "none", scale, precision="tf32x3")
+    assert torch.equal(q, want_q) and torch.equal(s, want_s)
+    want_q, want_s = reference.norm_quant_rows(x, normed, group, scale)
+    if CUDA or group:
+        torch.testing.assert_close(s, want_s, rtol=1e-5, atol=0)
+        assert (q.int() - want_q.int()).abs().max() <= 1 and (q != want_q).sum() <= max(2, 1e-3 * q.numel())
+    else:
+        assert torch.equal(s, want_s) and torch.equal(q, want_q)
+
+
+@pytest.mark.parametrize("names", NORMS.values(), ids=NORMS)
+def test_a_norm_and_a_modulation_before_it_are_as_exact_as_apart(names):
+    torch.manual_seed(0)
+    for k, group, images in ((48, 0, 2), (1000, 0, 4), (1000, 0, 1), (48, 16, 4), (320, 64, 2), (512, 256, 1)):
+        x = torch.randn(4, k) * 3 + 1
+        assert_agrees_after(x, normed_of(x, names, images), group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_a_modulation_is_of_any_type_and_any_rows_of_its_own(dtype, strided):
+    torch.manual_seed(0)
+    wide = torch.randn(8, 700).bfloat16()
+    for x, images, group in ((wide[:, 50:562], 2, 0), (wide[::2, :512], 4, 64), (wide[:4, :512].t().contiguous().t(), 1, 0)):
+        normed = normed_of(x, "mean rstd factor shift plus_one", images, dtype, strided)
+        assert_agrees_after(x, normed, group, torch.rand(512) + 0.5)
+        assert_agrees_after(x, normed._replace(mean=torch.stack((normed.mean, normed.rstd), 1)[:, 0], factor=normed.factor[:1]))
+    x = wide[:, :512]
+    assert_agrees_after(x, normed_of(x, "factor shift", 2)._replace(shift=torch.randn(512, 2).t()))
+
+
+@pytest.mark.parametrize("k", [1, 255, 3840, 8193, 24577, 28672], ids=str)
+def test_rows_of_any_length_are_normed(k):
+    torch.manual_seed(0)
+    x = torch.randn(2, k).bfloat16()
+    for names in ("mean rstd weight bias factor shift plus_one", "mean"):
+        assert_agrees_after(x, normed_of(x, names, 2, strided=True), scale=torch.rand(k).bfloat16() + 0.5)
+    assert On(triton_quant).norm_quant_rows(x[:0], normed_of(x[:0], names, 1))[0].shape == (0, k)

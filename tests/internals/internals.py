@@ -88,6 +88,7 @@ INTERNALS = (
     Internal("torch._inductor.config.get_config_copy", "names and types of options are checked", "options are refused"),
     Internal("torch._inductor.config.patch", "threads and options of an artifact", _CACHE),
     Internal("torch._inductor.custom_graph_pass.CustomGraphPass", "one quantization for q, k and v", _CACHE),
+    Internal("torch._inductor.config.emulate_precision_casts", "nothing is fused where each rounding of eager is asked for", _CACHE),
     Internal("torch._inductor.custom_graph_pass.get_hash_for_files", "the pass is part of inductor's key", _CACHE),
     Internal("torch._inductor.compile_fx", "the compiler's imports are done while a checkpoint loads", _WARM),
     Internal("torch._inductor.runtime.triton_heuristics", "the same on a GPU", _WARM),

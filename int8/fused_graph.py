@@ -1,0 +1,205 @@
+"""Two fusions that the compiler cannot make around operations that it does not look into: a norm and a modulation go into the quantizer
+behind them, a gate and a residual into the product before them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .kernels import ops
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default)
+CAST = torch.ops.prims.convert_element_type.default
+
+
+def fuse_norms(graph: Graph) -> int:
+    """Rows that a norm, and perhaps a modulation, makes for a quantizer alone are normed in it: see kernels.reference.Normed. Returns in
+    how many places."""
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=ops.quant_rows.default):
+        x, group, act, pre_quant_scale, kernel = node.args
+        if act == "none" and (normed := _normed(x)) is not None:
+            _replace(graph, node, ops.norm_quant_rows.default, (*normed, group, pre_quant_scale, kernel))
+            found += 1
+    return found
+
+
+def fuse_residuals(graph: Graph) -> int:
+    """Products that are only there to be added to a residual, perhaps times a gate, are added in their kernel: see
+    kernels.reference.Added. Returns in how many places."""
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=ops.int8_gemm.default):
+        if (total := _added(node)) is not None:
+            *operands, _, kernel = node.args
+            dtype = ops.DTYPE_NAMES[_value(total.node).dtype]
+            _replace(graph, total.node, ops.int8_gemm_added.default, (*operands, total.residual, total.gate, dtype, kernel))
+            found += 1
+    return found
+
+
+def _replace(graph: Graph, node: Node, target: Callable, args: tuple) -> None:
+    with graph.inserting_before(node):
+        fused = graph.call_function(target, args)
+    fused.meta.update(node.meta)
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)
+
+
+class _Steps:
+    """What is done to a value by operations with one other operand, from the last to the first. node: the value before them."""
+
+    def __init__(self, node: Node):
+        self.node = node
+        self._uses = 1  # of node, by the steps after it
+
+    def take(self, target: Callable, fits: Callable[[Node, Node], bool]) -> Node | None:
+        """The other operand of the last step, if that is target of one that fits."""
+        self._skip()
+        for value, other in _operands(self.node, target) if self._is_passed_on() else ():
+            if fits(other, self.node):
+                self.node, self._uses = value, 1
+                return other
+        return None
+
+    def take_one_plus(self) -> Node | None:
+        """f of a last step x + x * f, which is x * (1 + f) up to a rounding in fp32."""
+        self._skip()
+        for value, product in _operands(self.node, aten.add.Tensor) if self._is_passed_on() else ():
+            for factored, other in _operands(product, aten.mul.Tensor) if len(product.users) == 1 else ():
+                if _source(factored) is _source(value) and _is_of_channels(other, self.node):
+                    self.node, self._uses = _source(value), 2
+                    return other
+        return None
+
+    def _skip(self) -> None:
+        while self._is_passed_on() and (before := _unchanged(self.node)) is not None:
+            self.node, self._uses = before, 1
+
+    def _is_passed_on(self) -> bool:
+        return len(self.node.users) == self._uses
+
+
+def _normed(x: Node) -> tuple | None:
+    """Arguments of norm_quant_rows, up to plus_one, for rows x; None where no norm makes them."""
+    while len(x.users) == 1 and _is(x, *VIEWS) and _has_rows_of(x.args[0], x):
+        x = x.args[0]
+    steps = _Steps(x)
+    shift = steps.take(aten.add.Tensor, _is_of_channels)
+    factor = steps.take_one_plus()
+    plus_one = factor is not None
+    if not plus_one:
+        factor = steps.take(aten.mul.Tensor, _is_of_channels)
+    bias = steps.take(aten.add.Tensor, _is_of_channels)
+    weight = steps.take(aten.mul.Tensor, _is_of_channels)
+    rstd = steps.take(aten.mul.Tensor, _is_of_rows)
+    if rstd is None:
+        return None
+    mean = steps.take(aten.sub.Tensor, _is_of_rows)
+    # What computes mean and rstd casts for itself, and kernels cast what they read.
+    base, weight, bias, factor, shift = (node and _uncast(node) for node in (steps.node, weight, bias, factor, shift))
+    if factor is not None and not plus_one and _is(factor, aten.add.Tensor) and factor.args[1] == 1:
+        factor, plus_one = factor.args[0], True
+    return base, mean, rstd, weight, bias, factor, shift, plus_one
+
+
+class _Total(NamedTuple):
+    node: Node
+    residual: Node
+    gate: Node | None
+
+
+def _added(product: Node) -> _Total | None:
+    """The sum that is all that a product is for."""
+    gate, node = None, product
+    while len(node.users) == 1:
+        (user,) = node.users
+        if _unchanged(user) is node or (_is(user, *VIEWS) and _has_rows_of(node, user)):
+            node = user
+            continue
+        others = [other for value, other in _operands(user, aten.add.Tensor) if value is node and _is_residual(other, user)]
+        if others:
+            return _Total(user, others[0], gate and _uncast(gate))
+        others = [other for value, other in _operands(user, aten.mul.Tensor) if value is node and _is_of_channels(other, user)]
+        if gate is not None or not others:
+            return None
+        gate, node = others[0], user
+    return None
+
+
+def _is(node: Node, *targets: Callable) -> bool:
+    return node.op == "call_function" and node.target in targets
+
+
+def _value(node: Node) -> torch.Tensor:
+    return node.meta["val"]
+
+
+def _operands(node: Node, target: Callable) -> Iterator[tuple[Node, Node]]:
+    """(value, other operand) of a call of target with two tensors, each way round where that is the same."""
+    if _is(node, target) and not node.kwargs and all(isinstance(arg, Node) for arg in node.args):
+        left, right = node.args
+        yield left, right
+        if target is not aten.sub.Tensor:
+            yield right, left
+
+
+def _unchanged(node: Node) -> Node | None:
+    """What node only copies (dropout that is off), casts to another float type, or multiplies by 1 (addcmul's value)."""
+    if _is(node, aten.clone.default):
+        return node.args[0]
+    if _is(node, CAST) and _value(node.args[0]).is_floating_point() and _value(node).is_floating_point():
+        return node.args[0]
+    return node.args[0] if _is(node, aten.mul.Tensor) and node.args[1] == 1 else None
+
+
+def _source(node: Node) -> Node:
+    """What node is unchanged, through what nothing else uses."""
+    while len(node.users) == 1 and (before := _unchanged(node)) is not None:
+        node = before
+    return node
+
+
+def _uncast(node: Node) -> Node:
+    """node before it was cast to a wider type."""
+    while _is(node, CAST) and _value(node.args[0]).is_floating_point() and _value(node.args[0]).itemsize < _value(node).itemsize:
+        node = node.args[0]
+    return node
+
+
+def _same(left: torch.types.IntLikeType, right: torch.types.IntLikeType) -> bool:
+    return statically_known_true(left == right)
+
+
+def _has_rows_of(node: Node, view: Node) -> bool:
+    """Whether the last dimension of both is the same."""
+    return _same(_value(node).shape[-1], _value(view).shape[-1])
+
+
+def _is_of_rows(node: Node, of: Node) -> bool:
+    """Whether node is [..., 1] for of [..., K]."""
+    shape, whole = _value(node).shape, _value(of).shape
+    return len(shape) == len(whole) and _same(shape[-1], 1) and all(map(_same, shape[:-1], whole[:-1]))
+
+
+def _is_of_channels(node: Node, of: Node) -> bool:
+    """Whether node is [K] for of [..., K], or [B, 1, K] for [B, T, K]: some leading dimensions of of, then ones."""
+    shape, whole = _value(node).shape, _value(of).shape
+    if not _value(node).is_floating_point() or not shape or not _same(shape[-1], whole[-1]) or len(shape) > len(whole):
+        return False
+    leading = shape[:-1]
+    own = len(leading)
+    while own and _same(leading[own - 1], 1):
+        own -= 1
+    return own == 0 or (len(shape) == len(whole) and own < len(whole) - 1 and all(map(_same, leading[:own], whole)))
+
+
+def _is_residual(node: Node, total: Node) -> bool:
+    """Whether node has the type and shape of total, and lies in memory anyway."""
+    value, whole = _value(node), _value(total)
+    made_for_it = node.op == "call_function" and len(node.users) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return (not made_for_it and value.dtype == whole.dtype and value.dtype in ops.DTYPE_NAMES and value.dim() == whole.dim()
+            and all(map(_same, value.shape, whole.shape)))
