@@ -44,7 +44,8 @@ def fuse_residuals(graph: Graph) -> int:
 def _replace(graph: Graph, node: Node, target: Callable, args: tuple) -> None:
     with graph.inserting_before(node):
         fused = graph.call_function(target, args)
-    fused.meta.update(node.meta)
+    # Not what else inductor notes of a call: its arguments.
+    fused.meta.update((key, node.meta[key]) for key in ("val", "stack_trace") if key in node.meta)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
 

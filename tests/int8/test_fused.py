@@ -189,6 +189,22 @@ def test_a_graph_computes_the_same_and_only_what_is_only_passed_on_is_fused(how,
     assert set(counts) == {FOUND[how]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_calls_what_is_fused(dtype):
+    from int8_compile.int8.graph_pass import Int8GraphPass
+    from torch._inductor.utils import run_and_get_code
+
+    block = Block("modulated").to(dtype)
+    torch._dynamo.reset()
+    call = torch.compile(block.forward, dynamic=True, options={"post_grad_custom_pre_pass": Int8GraphPass()})
+    with torch.inference_mode():
+        given = torch.randn(2, 10, 64).to(dtype), *torch.randn(2, 1, 3 * 64).to(dtype).chunk(3, -1)
+        want, (got, code) = block(*given), run_and_get_code(call, *given)
+    assert (got - want).norm() <= (2e-3 if dtype is torch.float32 else 2e-2) * want.norm()
+    source = "".join(code)
+    assert source.count("int8_compile.norm_quant_rows.default(") == 1 and source.count("int8_compile.int8_gemm_added.default(") == 2
+
+
 def test_nothing_is_fused_where_each_rounding_of_eager_is_asked_for():
     from torch._inductor import config
 
