@@ -28,6 +28,8 @@ FP8_MIN_CAPABILITY = (8, 9)
 FP8_MAX = 448.0  # of float8_e4m3fn
 # A processor needs minutes for a picture's tokens; this many show its ratios.
 CPU_ROWS = {"quick": 256, "full": 512}
+# comfy_kitchen's own product takes minutes a call on a processor without VNNI: seen from few rows first, and not run beyond so many seconds.
+FEW_ROWS, SLOWEST = 8, 5.0
 
 
 class Shape(NamedTuple):
@@ -144,7 +146,7 @@ def contenders(shape: Shape, device: torch.device, dtypes: Mapping[str, torch.dt
         found[INT8 + end] = _bind(ops.int8_linear, x, qweight, scale, bias, group)
         found[f"{INT8} torch._int_mm{end}"] = _bind(_int_mm, x, qweight, scale, bias, group)
         for backend in kitchen_backends():
-            found[f"{INT8} comfy_kitchen {backend}{end}"] = _bind(kitchen_linear, x, backend, qweight, scale, bias, group)
+            found[f"{INT8} comfy_kitchen {backend}{end}"] = _unless_slow(kitchen_linear, x, backend, qweight, scale, bias, group)
     return found
 
 
@@ -186,6 +188,10 @@ def kitchen_backends() -> list[str]:
     return [name for name in found if name != "eager"] or found
 
 
+class TooSlow(RuntimeError):
+    """How many seconds a call would take."""
+
+
 def kitchen_linear(x: torch.Tensor, backend: str, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor,
                    group: int) -> torch.Tensor:
     """ops.int8_linear by one of comfy_kitchen's backends."""
@@ -193,6 +199,24 @@ def kitchen_linear(x: torch.Tensor, backend: str, qweight: torch.Tensor, scale: 
 
     with comfy_kitchen.use_backend(backend):
         return comfy_kitchen.int8_linear(x, qweight, scale, bias, x.dtype, convrot=bool(group), convrot_groupsize=group)
+
+
+def _unless_slow(function: Callable[..., torch.Tensor], x: torch.Tensor, *arguments) -> Callable[[], torch.Tensor]:
+    """function of rows x, which on a CPU raises TooSlow at its first call where a few of them show that all would take too long."""
+    tried = x.device.type != "cpu"
+
+    def call():
+        nonlocal tried
+        if not tried:
+            for _ in range(2):  # the first may load something
+                start = time.perf_counter()
+                function(x[:FEW_ROWS], *arguments)
+            seconds = (time.perf_counter() - start) * len(x) / FEW_ROWS
+            if seconds > SLOWEST:
+                raise TooSlow(f"about {seconds:.0f} s a call")
+            tried = True
+        return function(x, *arguments)
+    return call
 
 
 def time_in_turn(functions: dict[str, Callable[[], torch.Tensor]], row: Row, device: torch.device, tick: Callable[[], object],

@@ -4,9 +4,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,18 @@ def test_ways_to_run_a_model_are_timed_compared_and_advised_on():
     eager.later = None
     assert advice(ways, "PSNR") == "This model could not be measured."
     assert plot_ways(ways, "PSNR").shape[-1] == 3
+
+
+def test_a_contender_that_would_take_minutes_is_named_and_not_run():
+    ran = []
+
+    def slow(x):
+        ran.append(len(x))
+        time.sleep(0.2)
+        return x
+    x, row = torch.ones(1024, 4), linear_table.Row("", 1024, 4, 4)
+    functions = {"fp32": lambda: x, "slow": linear_table._unless_slow(slow, x), "quick": linear_table._unless_slow(lambda x: x, x)}
+    linear_table.time_in_turn(functions, row, torch.device("cpu"), lambda: None, 0.01)
+    assert ran == 2 * [linear_table.FEW_ROWS] and row.failed.keys() == {"slow"} and row.milliseconds.keys() == {"fp32", "quick"}
+    seconds = int(re.fullmatch(r"TooSlow: about (\d+) s a call", row.failed["slow"]).group(1))
+    assert 0.2 * 1024 / linear_table.FEW_ROWS <= seconds < 200
