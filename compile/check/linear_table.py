@@ -28,7 +28,7 @@ FP8_MIN_CAPABILITY = (8, 9)
 FP8_MAX = 448.0  # of float8_e4m3fn
 # A processor needs minutes for a picture's tokens; this many show its ratios.
 CPU_ROWS = {"quick": 256, "full": 512}
-# comfy_kitchen's own product takes minutes a call on a processor without VNNI: seen from few rows first, and not run beyond so many seconds.
+# comfy_kitchen's own product takes minutes a call on a processor without VNNI: seen by a few rows, and not run beyond so many seconds.
 FEW_ROWS, SLOWEST = 8, 5.0
 
 
