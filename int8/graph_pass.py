@@ -1,5 +1,5 @@
-"""An inductor pass: one quantization of x for q, k and v (neither AOTAutograd nor inductor merges equal custom ops), and what stands around
-operations of this pack goes into them."""
+"""An inductor pass: one quantization of x for q, k and v (neither AOTAutograd nor inductor merges equal custom ops), and the norms and
+residuals around operations of this pack inside them."""
 from __future__ import annotations
 
 import torch
@@ -8,24 +8,30 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from . import fused_graph
+from .fused_graph import fuse_norms, fuse_residuals
 from .kernels import ops
 
 PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
+def deduplicate_activation_quant(graph: torch.fx.Graph) -> None:
+    """The graph is functional, so equal calls give equal results."""
+    seen: dict[tuple, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in PURE:
+            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
 class Int8GraphPass(CustomGraphPass):
-    """For torch.compile's option ``post_grad_custom_pre_pass``: the graph is functional there, so equal calls give equal results."""
+    """For torch.compile's option ``post_grad_custom_pre_pass``."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        seen: dict[tuple, torch.fx.Node] = {}
-        for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in PURE:
-                first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-                if first is not node:
-                    node.replace_all_uses_with(first)
-                    graph.erase_node(node)
+        deduplicate_activation_quant(graph)
         # Between the operations that are fused nothing is rounded to the model's type: not where a user wants every rounding of eager.
-        if not config.emulate_precision_casts and fused_graph.fuse_norms(graph) + fused_graph.fuse_residuals(graph):
+        if not config.emulate_precision_casts and fuse_norms(graph) + fuse_residuals(graph):
             graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
