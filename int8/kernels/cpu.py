@@ -1,5 +1,5 @@
 """CPU: torch._int_mm (oneDNN) multiplies blocks of rows, small enough that the int32 accumulator stays in cache; native code
-(cpu_native.cpp) quantizes and scales in one pass each, torch where there is no compiler.
+(cpu_native.cpp) quantizes and scales in one pass each, torch where there is no compiler. On AVX2 without VNNI native code multiplies, too.
 
 Without blocks the [M, N] temporaries and their page faults cost more than INT8 saves.
 """
@@ -19,6 +19,7 @@ MIN_BLOCK_ROWS = 64
 # Up to here (a batch of two through a modulation) one row at a time, a product that oneDNN streams the weight through once: measured, two
 # of them take 0.3 to 0.75 of the time of one with two rows, from K = 1280 on.
 FEW_ROWS = 2
+BETTER = 2  # of int8c_has_gemm
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 GROUPS = (0, 16, 64, 256)
 _LOCAL = threading.local()
@@ -94,19 +95,28 @@ def _scratch(size: int) -> torch.Tensor:
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
               bias: torch.Tensor | None, out_dtype: torch.dtype, added: reference.Added | None = None) -> torch.Tensor:
     """See reference.int8_gemm."""
-    m, n = q.shape[0], qweight.shape[0]
-    rows = 1 if m <= FEW_ROWS else max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * n))
-    wt = qweight.t()
+    (m, k), n = q.shape, qweight.shape[0]
+    built = native.library()
+    multiplies = built is not None and built.int8c_has_gemm() == BETTER
+    library = built if out_dtype in NATIVE_DTYPES else None
+    if multiplies:
+        q, qweight = q.contiguous(), qweight.contiguous()
+        rows = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(4 * n, 2 * k))  # it widens q to 16 bits
+    else:
+        rows = 1 if m <= FEW_ROWS else max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * n))
     y = torch.empty((m, n), dtype=out_dtype)
     acc = _scratch(min(m, rows) * n).view(-1, n)
-    library = native.library() if out_dtype in NATIVE_DTYPES else None
     if library:
         weight_scale = weight_scale.to(torch.float32).contiguous()
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         s = s.contiguous()
         residual, gate, rows_of_gate = _dense(added, m)
     for i in range(0, m, rows):
-        block = torch._int_mm(q[i:i + rows], wt, out=acc[:min(rows, m - i)])
+        block = acc[:min(rows, m - i)]
+        if multiplies:
+            built.int8c_gemm(q[i:].data_ptr(), qweight.data_ptr(), len(block), n, k, block.data_ptr())
+        else:
+            torch._int_mm(q[i:i + rows], qweight.t(), out=block)
         if library:
             library.int8c_epilogue(block.data_ptr(), block.shape[0], n, s[i:].data_ptr(), weight_scale.data_ptr(),
                                    int(weight_scale.numel() > 1), None if bias is None else bias.data_ptr(),

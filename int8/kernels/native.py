@@ -135,7 +135,9 @@ def _load() -> ctypes.CDLL | None:
     library.int8c_quant_rows.argtypes = [pointer, number, size, size, size, pointer, number, number, pointer, ctypes.c_float, pointer,
                                          pointer]
     library.int8c_epilogue.argtypes = [pointer, size, size, pointer, pointer, size, pointer, pointer, pointer, size, size, pointer, number]
-    library.int8c_quant_rows.restype = library.int8c_epilogue.restype = None
+    library.int8c_gemm.argtypes = [pointer, pointer, size, size, size, pointer]
+    library.int8c_quant_rows.restype = library.int8c_epilogue.restype = library.int8c_gemm.restype = None
+    library.int8c_has_gemm.argtypes, library.int8c_has_gemm.restype = [], number
     return library
 
 

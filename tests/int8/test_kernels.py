@@ -110,6 +110,17 @@ def test_saturated_operands_do_not_overflow():
         assert (y == 127 * 127 * 20000).all(), str(implementation)
 
 
+@pytest.mark.skipif(native.library() is None or not native.library().int8c_has_gemm(),
+                    reason="needs a processor with AVX2 and a C++ compiler")
+@pytest.mark.parametrize("m, k, n", [(1, 7, 3), (2, 16, 64), (3, 100, 33), (5, 15, 1), (6, 31, 129), (7, 528, 65), (513, 1000, 77)])
+def test_native_code_multiplies_exactly(m, k, n):
+    """Also where torch's product is the faster one, and serves. Sizes around tiles of 6 x 2, blocks of 64 columns, and steps of 16."""
+    q, w = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+    acc = torch.full((m, n), 7, dtype=torch.int32)
+    native.library().int8c_gemm(q.data_ptr(), w.data_ptr(), m, n, k, acc.data_ptr())
+    assert torch.equal(acc.double(), q.double() @ w.double().t())
+
+
 @pytest.mark.parametrize("m", [1, 700, 3000])
 def test_blocks_of_the_cpu_kernel_leave_no_seam(m):
     """Large enough for several row blocks."""
