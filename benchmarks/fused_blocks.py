@@ -1,5 +1,5 @@
-"""A compiled INT8 block with norm, modulation, gate and residual inside the pack's operations, and with them beside (what inductor makes of
-them by itself): seconds a call on this machine's CPU, in turns, in one run. Needs ComfyUI.
+"""A compiled INT8 block with norm, modulation, GELU, gate and residual inside the pack's operations, and with them beside (what inductor
+makes of them by itself): seconds a call on this machine's CPU, in turns, in one run. Needs ComfyUI.
 
     python benchmarks/fused_blocks.py [--rounds 9] [--tokens 1024] [--json FILE]
 """
@@ -56,16 +56,16 @@ BLOCKS = {"Flux, double": flux_double, "Flux, single": flux_single, "Wan": wan}
 
 
 def compiled(block: torch.nn.Module, fused: bool):
-    """(the block's forward, compiled; [quantizers with a norm, products that are added], filled in by its first call)"""
+    """(the block's forward, compiled; [quantizers with a norm, with a GELU, products that are added], filled in by its first call)"""
     from int8_compile.int8 import graph_pass
 
-    count = [0, 0]
+    count = [0, 0, 0]
 
     class Pass(graph_pass.Int8GraphPass):
         def __call__(self, graph):
             graph_pass.deduplicate_activation_quant(graph)
             if fused:
-                count[:] = graph_pass.fuse_norms(graph), graph_pass.fuse_residuals(graph)
+                count[:] = graph_pass.fuse_norms(graph), graph_pass.fuse_activations(graph), graph_pass.fuse_residuals(graph)
                 graph.eliminate_dead_code()
 
         def uuid(self):
@@ -99,7 +99,7 @@ def measure(name: str, width: int, tokens: int, rounds: int) -> dict:
     median = {way: statistics.median(times) for way, times in seconds.items()}
     gain = statistics.median(b / a for a, b in zip(seconds["inside"], seconds["beside"]))
     return {"block": name, "width": width, "tokens": tokens, "seconds": {way: round(t, 4) for way, t in median.items()},
-            "gain": round(gain, 3), "normed": counts["inside"][0], "added": counts["inside"][1], "difference": apart}
+            "gain": round(gain, 3), **dict(zip(("normed", "activated", "added"), counts["inside"])), "difference": apart}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Two fusions that the compiler cannot make around operations that it does not look into: a norm and a modulation go into the quantizer
-behind them, a gate and a residual into the product before them."""
+"""Fusions that the compiler cannot make around operations that it does not look into: a norm and a modulation, or a GELU, go into the
+quantizer behind them, a gate and a residual into the product before them."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,8 +23,23 @@ def fuse_norms(graph: Graph) -> int:
     found = 0
     for node in graph.find_nodes(op="call_function", target=ops.quant_rows.default):
         x, group, act, pre_quant_scale, kernel = node.args
-        if act == "none" and (normed := _normed(x)) is not None:
+        if act == "none" and (normed := _normed(_made_for(x))) is not None:
             _replace(graph, node, ops.norm_quant_rows.default, (*normed, group, pre_quant_scale, kernel))
+            found += 1
+    return found
+
+
+def fuse_activations(graph: Graph) -> int:
+    """Rows that GELU (tanh) makes for a quantizer alone come out of it in the quantizer. Returns in how many places."""
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=ops.quant_rows.default):
+        rows, group, act, pre_quant_scale, kernel = node.args
+        k = _value(rows).shape[-1]
+        if act == "none" and isinstance(k, int) and (x := _before_gelu(_made_for(rows))) is not None:
+            with graph.inserting_before(node):
+                flat = graph.call_function(aten.reshape.default, (x, [-1, k]))
+            flat.meta["val"] = _value(x).reshape(-1, k)
+            _replace(graph, node, ops.quant_rows.default, (flat, group, "gelu_tanh", pre_quant_scale, kernel))
             found += 1
     return found
 
@@ -86,8 +102,6 @@ class _Steps:
 
 def _normed(x: Node) -> tuple | None:
     """Arguments of norm_quant_rows, up to plus_one, for rows x; None where no norm makes them."""
-    while len(x.users) == 1 and _is(x, *VIEWS) and _has_rows_of(x.args[0], x):
-        x = x.args[0]
     steps = _Steps(x)
     shift = steps.take(aten.add.Tensor, _is_of_channels)
     factor = steps.take_one_plus()
@@ -105,6 +119,20 @@ def _normed(x: Node) -> tuple | None:
     if factor is not None and not plus_one and _is(factor, aten.add.Tensor) and factor.args[1] == 1:
         factor, plus_one = factor.args[0], True
     return base, mean, rstd, weight, bias, factor, shift, plus_one
+
+
+def _before_gelu(y: Node) -> Node | None:
+    """x of y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x * x * x))), as torch decomposes it."""
+    y = _source(y)
+    for half, one_plus in _operands(y, aten.mul.Tensor) if len(y.users) == 1 else ():
+        x, tanh = _scaled(half, 0.5), _scaled(one_plus, 1, aten.add.Tensor)
+        if x is None or tanh is None or not _is(tanh, aten.tanh.default):
+            continue
+        for same, cubic in _operands(_scaled(tanh.args[0], math.sqrt(2 / math.pi)), aten.add.Tensor):
+            for square, factor in _operands(_scaled(cubic, 0.044715), aten.mul.Tensor):
+                if same is factor is x and _is(square, aten.mul.Tensor) and square.args == (x, x):
+                    return _uncast(x)
+    return None
 
 
 class _Total(NamedTuple):
@@ -139,9 +167,23 @@ def _value(node: Node) -> torch.Tensor:
     return node.meta["val"]
 
 
-def _operands(node: Node, target: Callable) -> Iterator[tuple[Node, Node]]:
+def _made_for(x: Node) -> Node:
+    """What a quantizer's rows x are, before they were flattened for it alone."""
+    while len(x.users) == 1 and _is(x, *VIEWS) and _has_rows_of(x.args[0], x):
+        x = x.args[0]
+    return x
+
+
+def _scaled(node: Node, number: float, target: Callable = aten.mul.Tensor) -> Node | None:
+    """The operand of a call of target with number."""
+    if _is(node, target) and not node.kwargs and isinstance(node.args[1], (int, float)) and math.isclose(node.args[1], number):
+        return node.args[0]
+    return None
+
+
+def _operands(node: Node | None, target: Callable) -> Iterator[tuple[Node, Node]]:
     """(value, other operand) of a call of target with two tensors, each way round where that is the same."""
-    if _is(node, target) and not node.kwargs and all(isinstance(arg, Node) for arg in node.args):
+    if node is not None and _is(node, target) and not node.kwargs and all(isinstance(arg, Node) for arg in node.args):
         left, right = node.args
         yield left, right
         if target is not aten.sub.Tensor:

@@ -1,5 +1,5 @@
-"""An inductor pass: one quantization of x for q, k and v (neither AOTAutograd nor inductor merges equal custom ops), and the norms and
-residuals around operations of this pack inside them."""
+"""An inductor pass: one quantization of x for q, k and v (neither AOTAutograd nor inductor merges equal custom ops), and norms, GELUs
+and residuals around operations of this pack inside them."""
 from __future__ import annotations
 
 import torch
@@ -8,7 +8,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from . import fused_graph
-from .fused_graph import fuse_norms, fuse_residuals
+from .fused_graph import fuse_activations, fuse_norms, fuse_residuals
 from .kernels import ops
 
 PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
@@ -31,7 +31,7 @@ class Int8GraphPass(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         deduplicate_activation_quant(graph)
         # Between the operations that are fused nothing is rounded to the model's type: not where a user wants every rounding of eager.
-        if not config.emulate_precision_casts and fuse_norms(graph) + fuse_residuals(graph):
+        if not config.emulate_precision_casts and fuse_norms(graph) + fuse_activations(graph) + fuse_residuals(graph):
             graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:

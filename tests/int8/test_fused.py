@@ -146,12 +146,14 @@ class Block(torch.nn.Module):
         if how == "full":
             return torch.cat((x, x)) + gate.repeat(2, 1, 1) * torch.cat((y, y))
         x = x + y if how == "plain" else x + gate * y
-        return x + self.second(torch.nn.functional.gelu(x))
+        activated = torch.nn.functional.gelu(x, approximate="tanh" if how in ("tanh", "tanh, kept") else "none")
+        return x + self.second(activated) + (activated if how == "tanh, kept" else 0)
 
 
-# {what a block does: (quantizers with a norm, products that are added)}
-FOUND = {"modulated": (1, 2), "affine": (1, 2), "rms": (1, 2), "rms one plus": (1, 2), "addcmul": (1, 2), "plain": (1, 2),
-         "after": (1, 0), "twice": (1, 0), "kept": (0, 1), "full": (1, 0)}
+# {what a block does: (quantizers with a norm, with a GELU, products that are added)}
+FOUND = {"modulated": (1, 0, 2), "affine": (1, 0, 2), "rms": (1, 0, 2), "rms one plus": (1, 0, 2), "addcmul": (1, 0, 2),
+         "plain": (1, 0, 2), "after": (1, 0, 0), "twice": (1, 0, 0), "kept": (0, 0, 1), "full": (1, 0, 0), "tanh": (1, 1, 2),
+         "tanh, kept": (1, 0, 2)}
 
 
 def fused(call, counts):
@@ -165,16 +167,18 @@ def fused(call, counts):
         Int8GraphPass()(module.graph)
         module.graph.lint()
         module.recompile()
-        counts.append(tuple(sum(node.target is op.default for node in module.graph.nodes)
-                            for op in (ops.norm_quant_rows, ops.int8_gemm_added)))
+        calls = [(node.target, node.args) for node in module.graph.nodes]
+        counts.append((sum(target is ops.norm_quant_rows.default for target, _ in calls),
+                       sum(target is ops.quant_rows.default and args[2] == "gelu_tanh" for target, args in calls),
+                       sum(target is ops.int8_gemm_added.default for target, _ in calls)))
         return make_boxed_func(module.forward)
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=passed, inference_compiler=passed, decompositions=select_decomp_table())
     return torch.compile(call, backend=backend, dynamic=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", FOUND)
+@pytest.mark.parametrize("how, dtype", [*((how, torch.float32) for how in FOUND),
+                                        *((how, torch.bfloat16) for how in ("modulated", "rms one plus", "tanh"))], ids=str)
 def test_a_graph_computes_the_same_and_only_what_is_only_passed_on_is_fused(how, dtype):
     block, counts = Block(how).to(dtype), []
     call = fused(block.forward, counts)
@@ -211,11 +215,11 @@ def test_nothing_is_fused_where_each_rounding_of_eager_is_asked_for():
     block, counts = Block("modulated"), []
     with config.patch(emulate_precision_casts=True), torch.inference_mode():
         fused(block.forward, counts)(torch.randn(2, 10, 64), *torch.randn(2, 1, 3 * 64).chunk(3, -1))
-    assert counts == [(0, 0)]
+    assert counts == [(0, 0, 0)]
 
 
-@pytest.mark.parametrize("shape, found", [((4, 1, 64), (1, 2)), ((1, 1, 64), (1, 2)), ((64,), (1, 2)), ((4, 6, 64), (0, 1)),
-                                          ((1, 6, 64), (0, 1))], ids=str)
+@pytest.mark.parametrize("shape, found", [((4, 1, 64), (1, 0, 2)), ((1, 1, 64), (1, 0, 2)), ((64,), (1, 0, 2)),
+                                          ((4, 6, 64), (0, 0, 1)), ((1, 6, 64), (0, 0, 1))], ids=str)
 def test_a_factor_for_each_token_is_left_alone(shape, found):
     block, counts, x = Block("modulated"), [], torch.randn(4, 6, 64)
     given = x, *(torch.randn(shape) for _ in range(3))
@@ -230,7 +234,7 @@ def test_images_that_come_last_are_left_alone():
     given = x, *(torch.randn(4, 64) for _ in range(3))
     with torch.inference_mode():
         got, expected = fused(block.forward, counts)(*given), block(*given)
-    assert (got - expected).norm() <= 2e-3 * expected.norm() and counts == [(0, 1)]
+    assert (got - expected).norm() <= 2e-3 * expected.norm() and counts == [(0, 0, 1)]
 
 
 def test_the_pass_is_part_of_inductors_key():
