@@ -463,7 +463,8 @@ def table(found: dict) -> str:
         "`benchmarks/gpu/cards.py`); launches take nothing, and no tensor stays in a cache from one call to the next.", "",
         "## A step of 19 double and 38 single blocks, at least", "", *_steps(found), "",
         "## Held against a profile", "",
-        f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU as measured, beside the "
+        f"{MEASURED_CARD}, {MEASURED_STEPS} steps of 4 double and 8 single blocks: busy milliseconds of the GPU as measured on "
+        "2026-11-26, before norms, GELU and residuals went into INT8 operations, beside the "
         "least that they can be. The rest of the model is in what was measured. An H100's cache (50 MB) keeps some of what the small "
         "kernels pass on.", "", *_against_profile(last), "",
         "## A block", "", *_blocks(found), "",
