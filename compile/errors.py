@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
-_NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent)
+# What the graph pass puts into compiled code calls the kernels as no layer does.
+_KERNELS = str(Path(__file__).parent.parent / "int8" / "kernels")
+_NOT_THE_MODELS = "<", str(Path(torch.__file__).parent), str(Path(__file__).parent), _KERNELS
 _LAYERS = str(Path(__file__).parent / "comfyui")  # INT8 layers are parts of the model
 
 
 def is_models_own(error: Exception) -> bool:
-    """Whether it came up in the model's code, or another pack's: neither in torch nor in what it compiled."""
+    """Whether it came up in the model's code, or another pack's: neither in torch, nor in what it compiled, nor in a
+    kernel."""
     if type(error).__module__.partition(".")[0] in ("torch", "triton"):
         return False
     traceback = error.__traceback__

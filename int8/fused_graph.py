@@ -14,6 +14,8 @@ from .kernels import ops
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default)
+# Of rows, of what is done to them and of what is added: not fp64, which would be rounded, nor fp8, which a cast to it rounds for good.
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 CAST = torch.ops.prims.convert_element_type.default
 
 
@@ -77,7 +79,7 @@ class _Steps:
         """The other operand of the last step, if that is target of one that fits."""
         self._skip()
         for value, other in _operands(self.node, target) if self._is_passed_on() else ():
-            if fits(other, self.node):
+            if _is_alike(value, self.node) and fits(other, self.node):
                 self.node, self._uses = value, 1
                 return other
         return None
@@ -87,7 +89,7 @@ class _Steps:
         self._skip()
         for value, product in _operands(self.node, aten.add.Tensor) if self._is_passed_on() else ():
             for factored, other in _operands(product, aten.mul.Tensor) if len(product.users) == 1 else ():
-                if _source(factored) is _source(value) and _is_of_channels(other, self.node):
+                if _source(factored) is _source(value) and _is_alike(value, self.node) and _is_of_channels(other, self.node):
                     self.node, self._uses = _source(value), 2
                     return other
         return None
@@ -116,8 +118,8 @@ def _normed(x: Node) -> tuple | None:
     mean = steps.take(aten.sub.Tensor, _is_of_rows)
     # What computes mean and rstd casts for itself, and kernels cast what they read.
     base, weight, bias, factor, shift = (node and _uncast(node) for node in (steps.node, weight, bias, factor, shift))
-    if factor is not None and not plus_one and _is(factor, aten.add.Tensor) and factor.args[1] == 1:
-        factor, plus_one = factor.args[0], True
+    if factor is not None and not plus_one and _is_plain(before := _scaled(factor, 1, aten.add.Tensor)):
+        factor, plus_one = before, True
     return base, mean, rstd, weight, bias, factor, shift, plus_one
 
 
@@ -146,9 +148,13 @@ def _added(product: Node) -> _Total | None:
     gate, node = None, product
     while len(node.users) == 1:
         (user,) = node.users
+        if not _is_plain(user):
+            return None
         if _unchanged(user) is node or (_is(user, *VIEWS) and _has_rows_of(node, user)):
             node = user
             continue
+        if not _is_alike(node, user):
+            return None
         others = [other for value, other in _operands(user, aten.add.Tensor) if value is node and _is_residual(other, user)]
         if others:
             return _Total(user, others[0], gate and _uncast(gate))
@@ -167,23 +173,35 @@ def _value(node: Node) -> torch.Tensor:
     return node.meta["val"]
 
 
+def _is_plain(node: object) -> bool:
+    """Whether node is a tensor of a type that kernels compute with in fp32 and lose nothing of."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in PLAIN
+
+
+def _is_alike(node: Node, of: Node) -> bool:
+    """Whether both have one shape: what is broadcast has fewer rows than what becomes of it."""
+    shape, whole = _value(node).shape, _value(of).shape
+    return len(shape) == len(whole) and all(map(_same, shape, whole))
+
+
 def _made_for(x: Node) -> Node:
     """What a quantizer's rows x are, before they were flattened for it alone."""
-    while len(x.users) == 1 and _is(x, *VIEWS) and _has_rows_of(x.args[0], x):
+    while len(x.users) == 1 and _is(x, *VIEWS) and _is_plain(x.args[0]) and _has_rows_of(x.args[0], x):
         x = x.args[0]
     return x
 
 
 def _scaled(node: Node, number: float, target: Callable = aten.mul.Tensor) -> Node | None:
     """The operand of a call of target with number."""
-    if _is(node, target) and not node.kwargs and isinstance(node.args[1], (int, float)) and math.isclose(node.args[1], number):
+    if _is(node, target) and not node.kwargs and type(node.args[1]) in (int, float) and math.isclose(node.args[1], number):
         return node.args[0]
     return None
 
 
 def _operands(node: Node | None, target: Callable) -> Iterator[tuple[Node, Node]]:
-    """(value, other operand) of a call of target with two tensors, each way round where that is the same."""
-    if node is not None and _is(node, target) and not node.kwargs and all(isinstance(arg, Node) for arg in node.args):
+    """(value, other operand) of a call of target with two plain tensors, each way round where that is the same."""
+    if node is not None and _is(node, target) and not node.kwargs and _is_plain(node) and all(map(_is_plain, node.args)):
         left, right = node.args
         yield left, right
         if target is not aten.sub.Tensor:
@@ -192,11 +210,9 @@ def _operands(node: Node | None, target: Callable) -> Iterator[tuple[Node, Node]
 
 def _unchanged(node: Node) -> Node | None:
     """What node only copies (dropout that is off), casts to another float type, or multiplies by 1 (addcmul's value)."""
-    if _is(node, aten.clone.default):
-        return node.args[0]
-    if _is(node, CAST) and _value(node.args[0]).is_floating_point() and _value(node).is_floating_point():
-        return node.args[0]
-    return node.args[0] if _is(node, aten.mul.Tensor) and node.args[1] == 1 else None
+    if not _is_plain(node) or node.op != "call_function" or not node.args or not _is_plain(node.args[0]):
+        return None
+    return node.args[0] if _is(node, aten.clone.default, CAST) or _scaled(node, 1) is not None else None
 
 
 def _source(node: Node) -> Node:
@@ -208,7 +224,7 @@ def _source(node: Node) -> Node:
 
 def _uncast(node: Node) -> Node:
     """node before it was cast to a wider type."""
-    while _is(node, CAST) and _value(node.args[0]).is_floating_point() and _value(node.args[0]).itemsize < _value(node).itemsize:
+    while _is(node, CAST) and _is_plain(node.args[0]) and _value(node.args[0]).itemsize < _value(node).itemsize:
         node = node.args[0]
     return node
 
@@ -219,7 +235,7 @@ def _same(left: torch.types.IntLikeType, right: torch.types.IntLikeType) -> bool
 
 def _has_rows_of(node: Node, view: Node) -> bool:
     """Whether the last dimension of both is the same."""
-    return _same(_value(node).shape[-1], _value(view).shape[-1])
+    return _value(node).dim() > 0 < _value(view).dim() and _same(_value(node).shape[-1], _value(view).shape[-1])
 
 
 def _is_of_rows(node: Node, of: Node) -> bool:
@@ -231,7 +247,7 @@ def _is_of_rows(node: Node, of: Node) -> bool:
 def _is_of_channels(node: Node, of: Node) -> bool:
     """Whether node is [K] for of [..., K], or [B, 1, K] for [B, T, K]: some leading dimensions of of, then ones."""
     shape, whole = _value(node).shape, _value(of).shape
-    if not _value(node).is_floating_point() or not shape or not _same(shape[-1], whole[-1]) or len(shape) > len(whole):
+    if not shape or not _same(shape[-1], whole[-1]) or len(shape) > len(whole):
         return False
     leading = shape[:-1]
     own = len(leading)
@@ -244,5 +260,4 @@ def _is_residual(node: Node, total: Node) -> bool:
     """Whether node has the type and shape of total, and lies in memory anyway."""
     value, whole = _value(node), _value(total)
     made_for_it = node.op == "call_function" and len(node.users) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return (not made_for_it and value.dtype == whole.dtype and value.dtype in ops.DTYPE_NAMES and value.dim() == whole.dim()
-            and all(map(_same, value.shape, whole.shape)))
+    return not made_for_it and value.dtype == whole.dtype and _is_alike(node, total)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 unrecorded: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 # What was chosen in this process, by device, shape and dtype: a lookup a call.
 _CHOSEN: dict[tuple, Callable] = {}
-# Whether what was chosen adds in its epilogue what it should, by key of _CHOSEN, what was chosen, and whether there is no gate.
+# Whether what was chosen adds in its epilogue what it should, by key of _CHOSEN, what was chosen, and how rows share a gate.
 _ADDS: dict[tuple, bool] = {}
 # Tiles that are measured where no table ships, the ones predicted fastest: each takes Triton a second or two to compile. All of them are
 # for benchmarks/gpu_suite.py.
@@ -115,7 +115,7 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
 
 def _add(key: tuple, chosen: Callable, arguments: tuple, added: Added) -> torch.Tensor:
     """chosen's result with what is added: in its own epilogue, if that is right where it is first looked at, else after it."""
-    known = key, chosen, added.gate is None
+    known = key, chosen, seen_right.sharing(added.gate, arguments[0])
     if not _ADDS.get(known, True):
         return torch_mm.add(chosen(*arguments), added)
     y = chosen(*arguments, added=added)

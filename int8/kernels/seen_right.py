@@ -67,7 +67,7 @@ def norm_quant_rows(kernel: str, functions: Functions, x: torch.Tensor, normed: 
                     pre_quant_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.norm_quant_rows. kernel: what was asked for."""
     key = ("norm_quant_rows", kernel, x.device, x.dtype, bucket(x.shape[0]), x.shape[1], group, pre_quant_scale is None,
-           *(None if t is None else t.dtype for t in normed[:6]), normed.plus_one)
+           *(None if t is None else t.dtype for t in normed[:6]), normed.plus_one, *(sharing(t, x) for t in normed[4:6]))
     right = _RIGHT.get(key)
     if right is not None:
         return right(x, normed, group, pre_quant_scale)
@@ -80,12 +80,19 @@ def int8_gemm(kernel: str, functions: Functions, q: torch.Tensor, s: torch.Tenso
               bias: torch.Tensor | None, out_dtype: torch.dtype, added: reference.Added | None = None) -> torch.Tensor:
     """See reference.int8_gemm. kernel: what was asked for."""
     key = ("int8_gemm", kernel, q.device, out_dtype, bucket(q.shape[0]), q.shape[1], qweight.shape[0], weight_scale.numel(),
-           None if bias is None else bias.dtype, None if added is None else added.gate is None)
+           None if bias is None else bias.dtype, None if added is None else sharing(added.gate, q))
     arguments = (q, s, qweight, weight_scale, bias, out_dtype, *(() if added is None else (added,)))
     right = _RIGHT.get(key)
     if right is not None:
         return right(*arguments)
     return _first(key, q, functions("int8_gemm", kernel, q.device), arguments, Product(arguments).error, reference.int8_gemm)
+
+
+def sharing(each: torch.Tensor | None, x: torch.Tensor) -> str:
+    """How the rows of x share those of each: a kernel may be right for one image and wrong for two."""
+    if each is None:
+        return "nothing"
+    return "one" if len(each) == 1 else "own" if len(each) == len(x) else "some"
 
 
 def _first(key: tuple, x: torch.Tensor, found: Mapping[str, Callable], arguments: tuple, error: Callable[..., str], last: Callable):
