@@ -1,6 +1,5 @@
 """Norm and modulation in the quantizer, gate and residual in the product: the same values as apart, in the kernels of this machine and in
 graphs; where a graph does something else with a value, it is left alone."""
-import functools
 import importlib
 
 import pytest
@@ -229,13 +228,7 @@ def test_a_factor_for_each_token_is_left_alone(shape, found):
     assert (got - expected).norm() <= 2e-3 * expected.norm() and counts == [found]
 
 
-def first(x):
-    return block_of().first(x)
-
-
-@functools.cache
-def block_of():
-    return Block("modulated")
+first = Block("modulated").first
 
 
 def norm(x):
