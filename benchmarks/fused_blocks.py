@@ -65,8 +65,7 @@ def compiled(block: torch.nn.Module, fused: bool):
         def __call__(self, graph):
             graph_pass.deduplicate_activation_quant(graph)
             if fused:
-                count[:] = graph_pass.fuse_norms(graph), graph_pass.fuse_activations(graph), graph_pass.fuse_residuals(graph)
-                graph.eliminate_dead_code()
+                count[:] = graph_pass.fused_graph.fuse(graph)
 
         def uuid(self):
             return super().uuid() + bytes([fused])

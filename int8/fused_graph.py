@@ -19,7 +19,41 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 CAST = torch.ops.prims.convert_element_type.default
 
 
-def fuse_norms(graph: Graph) -> int:
+def fuse(graph: Graph) -> tuple[int, int, int]:
+    """How many quantizers now have a norm, how many a GELU, and to how many products something is added."""
+    split = _split_addcmul(graph)
+    found = _fuse_norms(graph), _fuse_activations(graph), _fuse_residuals(graph)
+    if any(found):
+        graph.eliminate_dead_code()
+    for product, total in split:
+        if total.users:  # it is in nothing: as torch had it, which rounds once on some devices
+            with graph.inserting_before(total):
+                whole = graph.call_function(aten.addcmul.default, (total.args[0], *product.args))
+            whole.meta.update(total.meta)
+            total.replace_all_uses_with(whole)
+            graph.erase_node(total)
+            graph.erase_node(product)
+    return found
+
+
+def _split_addcmul(graph: Graph) -> list[tuple[Node, Node]]:
+    """Calls of addcmul (torch 2.14 leaves them) become a product and a sum: these."""
+    split = []
+    for node in graph.find_nodes(op="call_function", target=aten.addcmul.default):
+        if node.kwargs or not all(map(_is_plain, (node, *node.args))) or not any(_is_alike(each, node) for each in node.args[1:]):
+            continue
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mul.Tensor, node.args[1:])
+            total = graph.call_function(aten.add.Tensor, (node.args[0], product))
+        product.meta["val"] = _value(node)
+        total.meta.update(node.meta)
+        split.append((product, total))
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+    return split
+
+
+def _fuse_norms(graph: Graph) -> int:
     """Rows that a norm, and perhaps a modulation, makes for a quantizer alone are normed in it: see kernels.reference.Normed. Returns in
     how many places."""
     found = 0
@@ -31,7 +65,7 @@ def fuse_norms(graph: Graph) -> int:
     return found
 
 
-def fuse_activations(graph: Graph) -> int:
+def _fuse_activations(graph: Graph) -> int:
     """Rows that GELU (tanh) makes for a quantizer alone come out of it in the quantizer. Returns in how many places."""
     found = 0
     for node in graph.find_nodes(op="call_function", target=ops.quant_rows.default):
@@ -46,7 +80,7 @@ def fuse_activations(graph: Graph) -> int:
     return found
 
 
-def fuse_residuals(graph: Graph) -> int:
+def _fuse_residuals(graph: Graph) -> int:
     """Products that are only there to be added to a residual, perhaps times a gate, are added in their kernel: see
     kernels.reference.Added. Returns in how many places."""
     found = 0

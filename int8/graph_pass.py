@@ -8,7 +8,6 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from . import fused_graph
-from .fused_graph import fuse_activations, fuse_norms, fuse_residuals
 from .kernels import ops
 
 PURE = (ops.quant_rows.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
@@ -31,8 +30,8 @@ class Int8GraphPass(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         deduplicate_activation_quant(graph)
         # Between the operations that are fused nothing is rounded to the model's type: not where a user wants every rounding of eager.
-        if not config.emulate_precision_casts and fuse_norms(graph) + fuse_activations(graph) + fuse_residuals(graph):
-            graph.eliminate_dead_code()
+        if not config.emulate_precision_casts:
+            fused_graph.fuse(graph)
 
     def uuid(self) -> bytes:
         """Part of the key of inductor's disk cache, which does not tell what was traced for sizes from 2 on from what was for 1 too: 3,

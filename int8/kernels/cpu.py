@@ -134,7 +134,7 @@ def _dense(added: reference.Added | None, m: int) -> tuple[torch.Tensor | None, 
         return None, None, 1
     if added.gate is None:
         return added.residual.contiguous(), None, 1
-    return added.residual.contiguous(), added.gate.to(torch.float32).contiguous(), max(1, m // len(added.gate))
+    return added.residual.contiguous(), added.gate.to(torch.float32).contiguous(), max(1, m // max(1, len(added.gate)))
 
 
 KERNEL = Kernel("cpu", __name__, ("cpu",), serves=lambda name, device: device.type == "cpu")

@@ -209,6 +209,22 @@ def test_inductor_calls_what_is_fused(dtype):
     assert source.count("int8_compile.norm_quant_rows.default(") == 1 and source.count("int8_compile.int8_gemm_added.default(") == 2
 
 
+def test_an_addcmul_that_is_in_nothing_stays_one():
+    from int8_compile.int8 import fused_graph
+
+    def call(x, y, z):
+        return torch.addcmul(torch.addcmul(x, y, z), z, z)
+    x, y, z = torch.randn(3, 2, 4, 8)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(call)(x, y, z)
+    for node, value in zip(graph.graph.nodes, (x, y, z, *[x] * 9)):
+        node.meta.setdefault("val", value)
+    assert fused_graph.fuse(graph.graph) == (0, 0, 0)
+    graph.graph.lint()
+    graph.recompile()
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets == 2 * [torch.ops.aten.addcmul.default] and torch.equal(graph(x, y, z), call(x, y, z))
+
+
 def test_nothing_is_fused_where_each_rounding_of_eager_is_asked_for():
     from torch._inductor import config
 
@@ -243,7 +259,8 @@ LOOKS_ALIKE = {
         (norm(C) * (1 + B)).reshape(-1, 64)), "x + x * f, broadcast": lambda: first(torch.addcmul(norm(C), norm(C), B)),
     "statistics of more rows": lambda: first((B - COLUMN) * COLUMN), "an outer product": lambda: first((COLUMN * COLUMN) * B[0]),
     "a mask of rows": lambda: first(norm(A) * (COLUMN > 0)), "three times the one": lambda: first(norm(A) * torch.add(B, 1, alpha=3)),
-    "double": lambda: first(norm(A.double() + 1e9).float()), "through fp8": lambda: first(norm(A).to(torch.float8_e4m3fn).float() * (1 + B)),
+    "double": lambda: first(norm(A.double() + 1e9).float()),
+    "through fp8": lambda: first(norm(A).to(torch.float8_e4m3fn).float() * (1 + B)),
     "a product for each image": lambda: A + first(B), "a product for each token": lambda: A + first(C) * B,
     "a product through fp8": lambda: A + first(A).to(torch.float8_e4m3fn).float(), "residual in double": lambda: A.double() + first(A),
     "a product itself": lambda: (lambda y: y + y)(first(A)), "two products": lambda: first(A) * B + first(C),
