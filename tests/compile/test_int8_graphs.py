@@ -1,6 +1,8 @@
 """What inductor makes of INT8 layers."""
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from int8_compile.compile.engine import CompiledModule
@@ -56,3 +58,30 @@ def test_compiled_q_k_and_v_share_one_quantization_of_x(quantizations):
         got = compiled.run(model, lambda: model(x), filter_guards=True, passthrough=lambda error: False)
     assert compiled.report.failure == "" and quantizations == [(20, 64)] * 4
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        q, s = reference.quant_rows(torch.randn(width, width))
+        self.register_buffer("weight", q)
+        self.register_buffer("scale", s[:, None])
+
+    def forward(self, x):
+        return x + ops.int8_linear(torch.nn.functional.layer_norm(x, x.shape[-1:]), self.weight, self.scale)
+
+
+def test_a_kernel_that_fails_where_eager_does_not_call_it_is_not_the_models_error(monkeypatch):
+    """What the graph pass has put there: the model runs eager, and the image is right."""
+    model = torch.nn.Sequential(Normed(), Normed()).requires_grad_(False)
+    x = torch.randn(2, 10, 64)
+    want = model(x)
+
+    # Raised by what has no Python code, so that the last frame is in int8/kernels.
+    monkeypatch.setattr(seen_right, "bucket", functools.partial(int, "no number"))
+    monkeypatch.setattr(seen_right, "quant_rows", lambda kernel, functions, *arguments: reference.quant_rows(*arguments))
+    monkeypatch.setattr(seen_right, "int8_gemm", lambda kernel, functions, *arguments: reference.int8_gemm(*arguments))
+    compiled = CompiledModule(CompileOptions())
+    with torch.inference_mode():
+        got = compiled.run(model, lambda: model(x), filter_guards=True, passthrough=lambda error: False)
+    assert torch.equal(got, want) and "no number" in compiled.report.failure
