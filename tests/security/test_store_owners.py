@@ -303,7 +303,8 @@ def libraries(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     folder = tmp_path_factory.mktemp("libraries")
-    sources = {"good": "void int8c_quant_rows(void) {}\nvoid int8c_epilogue(void) {}\nchar filler[20000] = {1};",
+    names = "int8c_quant_rows", "int8c_epilogue", "int8c_gemm", "int8c_has_gemm"
+    sources = {"good": "".join(f"void {name}(void) {{}}\n" for name in names) + "char filler[20000] = {1};",
                "evil": "#include <stdio.h>\n__attribute__((constructor)) void f(void) { puts(\"EVIL CODE RAN\"); fflush(stdout); }"}
     for name, source in sources.items():
         (folder / f"{name}.c").write_text(source)
