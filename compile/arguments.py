@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .any_batch import is_batch_of_one, with_more
-from .artifacts import records
+from .artifacts import current_block, records
 from .artifacts.call import may_be_size
 from .artifacts.job import dynamic_dims_of_rank
 from .artifacts.origins import is_comfyuis
@@ -111,7 +111,8 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
     one_apart = compiled.one_apart
     try:
-        with varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext():
+        with (current_block.settings(),
+              varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext()):
             if mark and not one_apart and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
                 result = _call_of_one(compiled, module, args, kwargs, inside, copies)
             else:

@@ -153,7 +153,7 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
             given |= {"heads": heads, "mask": mask if mask is None else mask.clone(), "attn_precision": precision,
                       "skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
             call = call_replaced if function.startswith(OPERATION) else call_override
-            return _copy(call(function, (_copy(q), _copy(k), _copy(v)), given, numbers))
+            return copy(call(function, (copy(q), copy(k), copy(v)), given, numbers))
         result = _functions[function](q, k, v, heads, mask=mask, attn_precision=precision, skip_reshape=skip_reshape,
                                       skip_output_reshape=skip_output_reshape,
                                       **{key: value for key, value in given.items() if value is not None})
@@ -163,7 +163,7 @@ def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, ski
     return result.contiguous()
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def copy(tensor: torch.Tensor) -> torch.Tensor:
     """Of what another pack gets, or gives, and may keep: compiled code writes other things into that memory, once it has used it."""
     return tensor.clone(memory_format=torch.contiguous_format)
 

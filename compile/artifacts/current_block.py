@@ -1,6 +1,7 @@
 """What stands in the transformer_options of the block that is called in this thread, see stand_ins."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from typing import TYPE_CHECKING
@@ -24,6 +25,12 @@ def leave() -> None:
 def current() -> StandIns | None:
     stack = getattr(_blocks, "stack", None)
     return stack[-1] if stack else None
+
+
+def settings() -> contextlib.AbstractContextManager:
+    """For torch.compile, while a block is called by what it compiled."""
+    block = current()
+    return contextlib.nullcontext() if block is None else block.settings()
 
 
 def call_now(method: str, *args):

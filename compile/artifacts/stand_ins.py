@@ -1,7 +1,7 @@
 """What a compiled block gets in its transformer_options in the place of other packs' patches, while it is called:
 
-- attention that a pack puts in the place of ComfyUI's is an operation (attention_override, replaced_attention), called at run time as eager
-  calls it. So it may depend on the step and the block, and keep a state;
+- attention that a pack puts in the place of ComfyUI's, and what it puts before and behind a UNet's, is an operation (attention_override,
+  replaced_attention, attention_patches), called at run time as eager calls it. So it may depend on the step and the block and keep a state;
 - patches that ComfyUI calls around its blocks (FreeU, SLG, a control of double blocks) are not there: blocks do not read them.
 
 It is right for blocks of ComfyUI's own code that hand on the transformer_options that they get: ``probe`` looks at what one does.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from ...pack import PACKAGE
 from ..torch_internals.guard_filter import INNER_PATCHES
-from . import attention, current_block
+from ..torch_internals.settings import unknown_sizes
+from . import attention, attention_patches, current_block
 from .attention_override import OVERRIDE, overridden
 from .origins import is_comfyuis
 from .replaced_attention import ADDED, INDEX, KINDS, SHAPE, STAND_INS, as_expected, finds
@@ -36,7 +37,7 @@ def reach_blocks(options: dict) -> bool:
     return any(name not in OUTSIDE[key] and (key, name) not in _REPLACED for key in INNER_PATCHES for name in options.get(key) or ())
 
 
-_REPLACED = {("patches_replace", kind) for kind in KINDS}
+_REPLACED = {*(("patches_replace", kind) for kind in KINDS), *(("patches", kind) for kind in attention_patches.KINDS)}
 
 
 def takes_stand_ins(block: torch.nn.Module) -> bool:
@@ -54,8 +55,10 @@ def stand_ins(module: torch.nn.Module, options: dict, operations: bool = True) -
     stand."""
     if reach_blocks(options) or (OVERRIDE in options and not (operations and _may_be_operation(options[OVERRIDE]))):
         return None
-    replaced = _replacements(module, options)
-    return None if replaced is None or (replaced and not operations) else StandIns(options, replaced)
+    replaced, patched = _replacements(module, options), attention_patches.KINDS & (options.get("patches") or {}).keys()
+    if replaced is None or (patched and not _tells_its_blocks(module, options)) or ((replaced or patched) and not operations):
+        return None
+    return StandIns(options, replaced, [kind for kind in attention_patches.KINDS if kind in patched])
 
 
 def _may_be_operation(override) -> bool:
@@ -70,12 +73,18 @@ def _replacements(module: torch.nn.Module, options: dict) -> dict[str, dict[int,
     given = {kind: found for kind in KINDS if (found := (options.get("patches_replace") or {}).get(kind))}
     if not given:
         return {}
-    depth, block = len(getattr(module, "transformer_blocks", ())), options.get("block")
-    if not depth or type(block) is not tuple or len(block) != 2:
+    if not _tells_its_blocks(module, options):
         return None
-    found = {kind: {index: function for index in range(depth) if (function := finds(functions, block, index)) is not None}
+    indices, block = range(len(module.transformer_blocks)), options["block"]
+    found = {kind: {index: function for index in indices if (function := finds(functions, block, index)) is not None}
              for kind, functions in given.items()}
     return {kind: functions for kind, functions in found.items() if functions}
+
+
+def _tells_its_blocks(module: torch.nn.Module, options: dict) -> bool:
+    """Whether it is a UNet's transformer, by what it has and what the UNet tells it."""
+    block = options.get("block")
+    return bool(len(getattr(module, "transformer_blocks", ()))) and type(block) is tuple and len(block) == 2
 
 
 class StandIns:
@@ -83,25 +92,33 @@ class StandIns:
     known: whether they may, by kinds; missing: nobody has looked. calls_operations: something of another pack is called by what is
     compiled; replaces: that is no override."""
 
-    def __init__(self, options: dict, replaced: dict[str, dict[int, Callable]]):
+    def __init__(self, options: dict, replaced: dict[str, dict[int, Callable]], patched: Sequence[str] = ()):
         self.options = options
         self.known: dict[frozenset, bool] = {}
         self._given = dict(options)
         self._replaced = replaced
-        self.replaces = bool(replaced)
+        self._patched = {kind: options["patches"][kind] for kind in patched}
+        self.replaces = bool(replaced or patched)
         self.calls_operations = self.replaces or OVERRIDE in options
         self._stood: dict = {key: _ABSENT for key in INNER_PATCHES if key in options}
-        if OVERRIDE in options:
-            self._stood[OVERRIDE] = overridden
+        if self.replaces:
+            self._stood |= {"block": _BLOCK, **_UNWRITTEN}
         if replaced:
-            self._stood |= {"block": _BLOCK, **_UNWRITTEN, "patches_replace": {
-                kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}}
+            self._stood["patches_replace"] = {
+                kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}
+        if patched:
+            attention_patches.define()
+            self._stood["patches"] = {kind: [attention_patches.stand_in(kind, self._patched)] for kind in patched}
+        if OVERRIDE in options or patched:  # attention of as many tokens as a patch gives is an operation, too
+            self._stood[OVERRIDE] = overridden
         # By whose they are: how one behaves says nothing of another.
         self.kinds = frozenset((*(key for key in self._stood if key in INNER_PATCHES), *(
-            (kind, _code(function)) for kind, functions in {OVERRIDE: {0: options.get(OVERRIDE)}, **replaced}.items()
-            for function in functions.values() if function is not None)))
-        self._extra: dict = {}  # what the last replacement got
-        self._served: set[str] = set()  # the kinds of those that got it
+            (kind, _code(function)) for kind, functions in (
+                (OVERRIDE, (options.get(OVERRIDE),)), *((kind, functions.values()) for kind, functions in replaced.items()),
+                *self._patched.items())
+            for function in functions if function is not None)))
+        self._extra: dict = {}  # what the last replacement or patch got
+        self._served = -1  # its place among those of its block
         _put(options, self._stood)
 
     def __enter__(self) -> StandIns:
@@ -111,6 +128,10 @@ class StandIns:
     def __exit__(self, *_):
         current_block.leave()
         self.withdraw()
+
+    def settings(self) -> contextlib.AbstractContextManager:
+        """While what was compiled is called, and may be compiled."""
+        return unknown_sizes() if self._patched and self._stood else contextlib.nullcontext()
 
     def _show(self, options: dict) -> dict:
         """Puts what was given where something stands; what that was."""
@@ -142,7 +163,7 @@ class StandIns:
 
     def _told(self) -> tuple[str, ...]:
         """The keys of what a block may write into its options: an operation is told what."""
-        return (INDEX, SHAPE) if self._replaced else ()
+        return (INDEX, SHAPE) if self.replaces else ()
 
     def is_unchanged(self, before: dict) -> bool:
         """Whether the block has written nothing else into its options, which were as before."""
@@ -154,7 +175,7 @@ class StandIns:
         if isinstance(given, dict) and given is not self.options:
             self._show(given)  # a copy
         with self._shown():
-            return self._given[OVERRIDE](function, *args, **kwargs)
+            return self._given[OVERRIDE](function, *args, **kwargs) if OVERRIDE in self._given else function(*args, **kwargs)
 
     def call_successor(self, call: Callable, args: tuple, kwargs: dict):
         """The result of what the override has left in its place."""
@@ -163,11 +184,20 @@ class StandIns:
 
     def call_replacement(self, kind: str, tensors: tuple, written: dict):
         """Its result. written: what the block adds to the options that it hands on."""
-        if kind != KINDS[1] or kind in self._served or self._extra.get(INDEX) != written[INDEX]:  # else of the same block
-            self._served = set()
+        extra = self._extra_options(kind, written)
+        return self._replaced[kind][written[INDEX]](*tensors, extra)
+
+    def call_patches(self, kind: str, tensors: tuple, written: dict):
+        """The result of those of that kind, one after the other."""
+        return attention_patches.call_all(self._patched[kind], tensors, self._extra_options(kind, written))
+
+    def _extra_options(self, kind: str, written: dict) -> dict:
+        """One for all of a block."""
+        place = attention_patches.ORDER.index(kind)
+        if place <= self._served or self._extra.get(INDEX) != written[INDEX]:  # another block's
             self._extra = {key: value for key, value in self._given.items() if key not in INNER_PATCHES} | written
-        self._served.add(kind)
-        return self._replaced[kind][written[INDEX]](*tensors, self._extra)
+        self._served = place
+        return self._extra
 
     def probe(self, call: Callable):
         """call(): a block is called as it is, and what it reads and hands on is looked at, for known. Nothing stands any more then."""
@@ -196,7 +226,18 @@ class StandIns:
                 result = function(q, k, v, extra)
             doubt(as_expected(result, q, k, v, found.get("n_heads", 1)) is not None)
             return result
+        shapes: dict = {}
+
+        def patching(kind, *arguments):
+            *given, extra = arguments
+            doubt(extra.keys() >= {*self._told(), *ADDED} and _is_same(extra, before, but=(*told, *INNER_PATCHES)))
+            with not_recorded():
+                result = attention_patches.call_all(self._patched[kind], given, extra)
+            doubt(attention_patches.fits(kind, result, given, shapes, self._patched))
+            return result
         put: dict = {key: _Watched(before[key], OUTSIDE[key], doubt) for key in INNER_PATCHES if isinstance(before.get(key), dict)}
+        for kind in self._patched:
+            put["patches"][kind] = [functools.partial(patching, kind)]
         if OVERRIDE in before:
             put[OVERRIDE] = overriding
         for kind, functions in self._replaced.items():

@@ -14,23 +14,24 @@ from .membership import asked_of_numbers
 
 
 class _Scope:
-    """The settings of all calls under way: the first sets them, a later one raises the limit where it needs more, the last puts
+    """The settings of all calls under way: the first sets them, a later one sets more where it has a higher level, the last puts
     back what was there. A scope for each call would put back another's values when two threads (two GPUs) leave out of order."""
 
-    def __init__(self):
+    def __init__(self, patch: Callable[[int], contextlib.AbstractContextManager]):
+        self._patch = patch
         self._lock = threading.Lock()
         self._depth = 0
-        self._limit = 0
+        self._level = 0
         self._stack: contextlib.ExitStack | None = None
 
     @contextlib.contextmanager
-    def __call__(self, limit: int):
+    def __call__(self, level: int = 0):
         with self._lock:
             if not self._depth:
-                self._stack, self._limit = contextlib.ExitStack(), -1
-            if limit > self._limit:
-                self._stack.enter_context(_patch(limit))
-                self._limit = limit
+                self._stack, self._level = contextlib.ExitStack(), -1
+            if level > self._level:
+                self._stack.enter_context(self._patch(level))
+                self._level = level
             self._depth += 1
         try:
             yield
@@ -70,7 +71,7 @@ def recompile_limit() -> int:
     return getattr(torch._dynamo.config, _limit_names(torch._dynamo.config)[0])
 
 
-compile_settings = _Scope()
+compile_settings = _Scope(_patch)
 compile_settings.__doc__ = """compile_settings(limit): a context in which a block class may be compiled limit times (0: torch's own
 limit), in which sizes that happen to be equal (256 tokens, hidden size 256) are not taken for the same size, which would
 compile again at the next one, in which torch looks whether a number that varies is in a list, and in which no error is swallowed."""
@@ -144,3 +145,13 @@ varying = _Varying()
 varying.__doc__ = """varying(sources, one): a context in which what torch compiles is for any value of the integers that it calls so
 (L['args'][1]). one: sizes that vary may be 1 too, so that a batch of 2 and then of 1 is one graph. What asks for it is guarded, but by
 squeeze(), see backend.py."""
+
+
+def _capture_unknown_sizes(level: int) -> contextlib.AbstractContextManager:
+    config = torch._dynamo.config
+    return config.patch(capture_dynamic_output_shape_ops=True)
+
+
+unknown_sizes = _Scope(_capture_unknown_sizes)
+unknown_sizes.__doc__ = """unknown_sizes(): a context in which an operation of which only the call tells how large its result is does not
+end a graph."""
