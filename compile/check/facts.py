@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...int8.echo import without_commands, writable
-from ...int8.kernels import autotune, native, seen_right
+from ...int8.kernels import autotune, cpu, native, seen_right
 from ...int8.kernels.with_triton import TRITON_MIN_CAPABILITY, triton_unavailable
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -178,9 +178,9 @@ def kernel_fact(device: torch.device) -> Fact:
     """What kernel = auto multiplies INT8 with, and where it keeps what it has measured."""
     if device.type == "cpu":
         if native.library() is None:
-            return Fact("INT8 kernel", "torch._int_mm in blocks of rows; torch quantizes the rows, slower than native code", WARNING,
+            return Fact("INT8 kernel", f"{cpu.multiplier()} in blocks of rows; torch quantizes the rows, slower than native code", WARNING,
                         "Install a C++ compiler (see above); on Windows and macOS there is no native code yet.")
-        return Fact("INT8 kernel", "torch._int_mm in blocks of rows, quantized by native code; nothing to choose, nothing saved")
+        return Fact("INT8 kernel", f"{cpu.multiplier()} in blocks of rows, quantized by native code; nothing to choose, nothing saved")
     if reason := triton_unavailable(device):
         return Fact("INT8 kernel", f"{'torch._int_mm' if device.type == 'cuda' else 'plain torch'}: {reason}")
     return Fact("INT8 kernel", f"our Triton tiles or torch._int_mm, whichever measures fastest for a layer's sizes; kept in "

@@ -28,8 +28,8 @@ FP8_MIN_CAPABILITY = (8, 9)
 FP8_MAX = 448.0  # of float8_e4m3fn
 # A processor needs minutes for a picture's tokens; this many show its ratios.
 CPU_ROWS = {"quick": 256, "full": 512}
-# comfy_kitchen's own product takes minutes a call on a processor without VNNI: seen by a few rows, and not run beyond so many seconds.
-FEW_ROWS, SLOWEST = 8, 5.0
+# Products of others take seconds to minutes a call on a processor without VNNI: seen by a few rows, and not run beyond so many seconds.
+FEW_ROWS, SLOWEST = 8, 1.0
 
 
 class Shape(NamedTuple):
@@ -144,7 +144,7 @@ def contenders(shape: Shape, device: torch.device, dtypes: Mapping[str, torch.dt
             continue
         end = " rotated" if rotated else ""
         found[INT8 + end] = _bind(ops.int8_linear, x, qweight, scale, bias, group)
-        found[f"{INT8} torch._int_mm{end}"] = _bind(_int_mm, x, qweight, scale, bias, group)
+        found[f"{INT8} torch._int_mm{end}"] = _unless_slow(_int_mm, x, qweight, scale, bias, group)
         for backend in kitchen_backends():
             found[f"{INT8} comfy_kitchen {backend}{end}"] = _unless_slow(kitchen_linear, x, backend, qweight, scale, bias, group)
     return found

@@ -1,12 +1,16 @@
 """CPU: torch._int_mm (oneDNN) multiplies blocks of rows, small enough that the int32 accumulator stays in cache; native code
-(cpu_native.cpp) quantizes and scales in one pass each, torch where there is no compiler. On AVX2 without VNNI native code multiplies, too.
+(cpu_native.cpp) quantizes and scales in one pass each, torch where there is no compiler. Where torch._int_mm is slow (AVX2 without VNNI:
+30 to 50 times fp32's time) native code multiplies, too, or fp32, exactly.
 
 Without blocks the [M, N] temporaries and their page faults cost more than INT8 saves.
 """
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,7 +23,10 @@ MIN_BLOCK_ROWS = 64
 # Up to here (a batch of two through a modulation) one row at a time, a product that oneDNN streams the weight through once: measured, two
 # of them take 0.3 to 0.75 of the time of one with two rows, from K = 1280 on.
 FEW_ROWS = 2
+NATIVE, INT_MM, FP32 = "native code", "torch._int_mm", "fp32"  # what multiplies
 BETTER = 2  # of int8c_has_gemm
+EXACT_K = 1024  # a sum of so many products of INT8 is at most 2 ** 24, and exact in fp32 in any order
+SLOW = 4.0  # times fp32's seconds
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 GROUPS = (0, 16, 64, 256)
 _LOCAL = threading.local()
@@ -92,18 +99,53 @@ def _scratch(size: int) -> torch.Tensor:
     return _LOCAL.scratch[:size]
 
 
+def multiplier() -> str:
+    """What multiplies INT8 here."""
+    library = native.library()
+    if library is not None and library.int8c_has_gemm() == BETTER:
+        return NATIVE
+    return FP32 if int_mm_is_slow() else INT_MM
+
+
+def _int_mm(q: torch.Tensor, qweight: torch.Tensor, acc: torch.Tensor) -> None:
+    """q [M, K] times qweight [N, K], into acc [M, N] in int32."""
+    torch._int_mm(q, qweight.t(), out=acc)
+
+
+def _fp32_mm(q: torch.Tensor, qweight: torch.Tensor, acc: torch.Tensor) -> None:
+    """The same by fp32's product."""
+    product = torch.empty(acc.shape, device=acc.device)
+    for i in range(0, q.shape[1], EXACT_K):
+        channels = slice(i, i + EXACT_K)
+        torch.mm(q[:, channels].float(), qweight[:, channels].float().t(), out=product)  # out: autocast leaves it
+        acc.copy_(product) if i == 0 else acc.add_(product.to(torch.int32))
+
+
+@functools.cache
+def int_mm_is_slow() -> bool:
+    """Whether fp32 multiplies much faster on this CPU; a few milliseconds tell."""
+    q, qweight = (torch.ones((rows, 512), dtype=torch.int8, device="cpu") for rows in (64, 512))
+    acc = torch.empty((64, 512), dtype=torch.int32, device="cpu")
+
+    def seconds(multiply: Callable) -> float:
+        start = time.perf_counter()
+        multiply(q, qweight, acc)
+        return time.perf_counter() - start
+    by_fp32, by_int_mm = (min(seconds(multiply) for _ in range(3)) for multiply in (_fp32_mm, _int_mm))
+    return by_int_mm > SLOW * by_fp32
+
+
 def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_scale: torch.Tensor,
               bias: torch.Tensor | None, out_dtype: torch.dtype, added: reference.Added | None = None) -> torch.Tensor:
     """See reference.int8_gemm."""
     (m, k), n = q.shape, qweight.shape[0]
-    built = native.library()
-    multiplies = built is not None and built.int8c_has_gemm() == BETTER
+    built, by = native.library(), multiplier()
     library = built if out_dtype in NATIVE_DTYPES else None
-    if multiplies:
+    if by == NATIVE:
         q, qweight = q.contiguous(), qweight.contiguous()
         rows = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(4 * n, 2 * k))  # it widens q to 16 bits
     else:
-        rows = 1 if m <= FEW_ROWS else max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * n))
+        rows = 1 if m <= FEW_ROWS and by == INT_MM else max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * n))
     y = torch.empty((m, n), dtype=out_dtype)
     acc = _scratch(min(m, rows) * n).view(-1, n)
     if library:
@@ -113,10 +155,10 @@ def int8_gemm(q: torch.Tensor, s: torch.Tensor, qweight: torch.Tensor, weight_sc
         residual, gate, rows_of_gate = _dense(added, m)
     for i in range(0, m, rows):
         block = acc[:min(rows, m - i)]
-        if multiplies:
+        if by == NATIVE:
             built.int8c_gemm(q[i:].data_ptr(), qweight.data_ptr(), len(block), n, k, block.data_ptr())
         else:
-            torch._int_mm(q[i:i + rows], qweight.t(), out=block)
+            (_int_mm if by == INT_MM else _fp32_mm)(q[i:i + rows], qweight, block)
         if library:
             library.int8c_epilogue(block.data_ptr(), block.shape[0], n, s[i:].data_ptr(), weight_scale.data_ptr(),
                                    int(weight_scale.numel() > 1), None if bias is None else bias.data_ptr(),

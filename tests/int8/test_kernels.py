@@ -121,6 +121,33 @@ def test_native_code_multiplies_exactly(m, k, n):
     assert torch.equal(acc.double(), q.double() @ w.double().t())
 
 
+@pytest.mark.parametrize("m, k, n", [(1, 7, 3), (2, 1024, 64), (65, 1025, 33), (33, 5000, 17)])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_fp32_multiplies_exactly_where_torch_multiplies_slowly(monkeypatch, m, k, n, extreme):
+    q, w = (torch.full((rows, k), -128, dtype=torch.int8) if extreme else torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+            for rows in (m, n))
+    acc = torch.full((m, n), 7, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cpu._fp32_mm(q, w, acc)
+    assert torch.equal(acc.double(), q.double() @ w.double().t())
+    monkeypatch.setattr(cpu, "multiplier", lambda: cpu.FP32)
+    s, ws, bias = torch.rand(m), torch.rand(n, 1), torch.randn(n)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    y = cpu.int8_gemm(q, s, w, ws, bias, torch.float32)
+    want = acc.double() * s.double()[:, None] * ws.double().t() + bias
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-3)
+
+
+def test_the_cpu_multiplies_by_what_is_not_slow(monkeypatch):
+    multiply = cpu._int_mm
+    monkeypatch.setattr(cpu, "_int_mm", lambda *operands: [multiply(*operands) for _ in range(400)])
+    assert cpu.int_mm_is_slow.__wrapped__()
+    monkeypatch.setattr(native, "library", lambda: None)
+    for slow, by in ((True, cpu.FP32), (False, cpu.INT_MM)):
+        monkeypatch.setattr(cpu, "int_mm_is_slow", lambda slow=slow: slow)
+        assert cpu.multiplier() == by
+
+
 @pytest.mark.parametrize("m", [1, 700, 3000])
 def test_blocks_of_the_cpu_kernel_leave_no_seam(m):
     """Large enough for several row blocks."""
