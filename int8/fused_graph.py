@@ -144,8 +144,8 @@ def _normed(x: Node) -> tuple | None:
     plus_one = factor is not None
     if not plus_one:
         factor = steps.take(aten.mul.Tensor, _is_of_channels)
-    bias = steps.take(aten.add.Tensor, _is_of_channels)
-    weight = steps.take(aten.mul.Tensor, _is_of_channels)
+    bias = steps.take(aten.add.Tensor, _is_of_all_rows)
+    weight = steps.take(aten.mul.Tensor, _is_of_all_rows)
     rstd = steps.take(aten.mul.Tensor, _is_of_rows)
     if rstd is None:
         return None
@@ -278,6 +278,11 @@ def _is_of_rows(node: Node, of: Node) -> bool:
     return len(shape) == len(whole) and _same(shape[-1], 1) and all(map(_same, shape[:-1], whole[:-1]))
 
 
+def _is_of_all_rows(node: Node, of: Node) -> bool:
+    """Whether node is [K] for of [..., K], perhaps with ones before it."""
+    return _is_of_channels(node, of) and all(_same(size, 1) for size in _value(node).shape[:-1])
+
+
 def _is_of_channels(node: Node, of: Node) -> bool:
     """Whether node is [K] for of [..., K], or [B, 1, K] for [B, T, K]: some leading dimensions of of, then ones."""
     shape, whole = _value(node).shape, _value(of).shape
@@ -291,7 +296,18 @@ def _is_of_channels(node: Node, of: Node) -> bool:
 
 
 def _is_residual(node: Node, total: Node) -> bool:
-    """Whether node has the type and shape of total, and lies in memory anyway."""
+    """Whether node has the type and shape of total, and lies in memory anyway. A total lies there as its kernel writes it: one row after
+    the other, which a sum with a permuted residual does not."""
     value, whole = _value(node), _value(total)
     made_for_it = node.op == "call_function" and len(node.users) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return not made_for_it and value.dtype == whole.dtype and _is_alike(node, total)
+    return not made_for_it and value.dtype == whole.dtype and _is_alike(node, total) and _is_dense(whole)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether value is known to be contiguous."""
+    expected: torch.types.IntLikeType = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride())):
+        if not _same(size, 1) and not _same(stride, expected):
+            return False
+        expected = expected * size
+    return True

@@ -1,5 +1,5 @@
 """What runs where not every combination does: of tests with several parameters each value of each, and each test that is marked rotating
-every DAYS days."""
+every DAYS days, or every n days where it is marked rotating(n)."""
 from __future__ import annotations
 
 import datetime
@@ -25,18 +25,18 @@ def share(cases: Sequence[dict[str, str]], seed: str) -> set[int]:
     return chosen
 
 
-def is_turn(number: int, day: datetime.date) -> bool:
-    """Whether the test of a number is one of day's: each is in any DAYS days."""
-    return (number + day.toordinal()) % DAYS == 0
+def is_turn(number: int, day: datetime.date, days: int = DAYS) -> bool:
+    """Whether the test of a number is one of day's: each is in any so many days."""
+    return (number + day.toordinal()) % days == 0
 
 
 def of_day(items: Sequence, day: datetime.date) -> set:
     """Those of pytest's items that run on day. Of what drives a server every combination."""
-    rotating = [item for item in items if item.get_closest_marker("rotating")]
-    left_out = {item for number, item in enumerate(rotating) if not is_turn(number, day)}
+    days = {item: (*marker.args, DAYS)[0] for item in items if (marker := item.get_closest_marker("rotating"))}
+    left_out = {item for number, (item, every) in enumerate(days.items()) if not is_turn(number, day, every)}
     groups = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("e2e", "rotating"))):
+        if hasattr(item, "callspec") and not item.get_closest_marker("e2e") and days.get(item, 0) < DAYS:
             groups[item.nodeid.partition("[")[0]].append(item)
     for name, group in groups.items():
         cases = [dict(zip(item.callspec.params, map(str, item.callspec._idlist))) for item in group]

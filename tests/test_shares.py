@@ -5,7 +5,7 @@ import datetime
 import itertools
 
 import pytest
-from shares import DAYS, is_turn, share
+from shares import DAYS, is_turn, of_day, share
 
 MATRIX = [{"kind": f"kind {kind}", "size": str(size), "way": way} for kind, size, way in itertools.product(range(7), range(5), "ab")]
 
@@ -25,8 +25,26 @@ def test_cases_with_one_parameter_all_run():
     assert share([{"only": str(number)} for number in range(9)], "any") == set(range(9)) and share([], "any") == set()
 
 
-def test_what_rotates_runs_once_in_so_many_days():
+@pytest.mark.parametrize("every", [3, DAYS])
+def test_what_rotates_runs_once_in_so_many_days(every):
     start = datetime.date(2026, 12, 30)
-    days = [start + datetime.timedelta(days=number) for number in range(DAYS)]
-    assert all(sum(is_turn(number, day) for day in days) == 1 for number in range(20))
-    assert all(sum(is_turn(number, day) for number in range(3 * DAYS)) == 3 for day in days)
+    days = [start + datetime.timedelta(days=number) for number in range(every)]
+    assert all(sum(is_turn(number, day, every) for day in days) == 1 for number in range(20))
+    assert all(sum(is_turn(number, day, every) for number in range(3 * every)) == 3 for day in days)
+
+
+class Item:
+    def __init__(self, nodeid, *markers):
+        self.nodeid, self.markers = nodeid, {marker.name: marker for marker in markers}
+
+    def get_closest_marker(self, name):
+        return self.markers.get(name)
+
+
+def test_each_runs_as_often_as_its_mark_says():
+    items = [Item(f"{name}{number}", *markers) for number in range(9) for name, markers in {
+        "daily": [], "third": [pytest.mark.rotating(3).mark], "rare": [pytest.mark.rotating.mark]}.items()]
+    start = datetime.date(2026, 12, 30)
+    runs = [of_day(items, start + datetime.timedelta(days=number)) for number in range(3 * DAYS)]
+    counts = {item.nodeid: sum(item in run for run in runs) for item in items}
+    assert all(count == {"daily": 3 * DAYS, "third": DAYS, "rare": 3}[nodeid[:-1]] for nodeid, count in counts.items())

@@ -26,6 +26,8 @@ from int8_compile.compile.options import CompileOptions
 from test_right_under_change import COMPILED, KEPT, TRACED, Here, cached, exported, inference, inputs, refused, run  # noqa: F401
 from toys import difference
 
+pytestmark = pytest.mark.rotating(3)
+
 
 def test_a_thread_that_a_run_starts_and_waits_for_may_call_the_same_model():
     net, compiled, x, results = nets.make(nets.Plain), CompiledModule(COMPILED), inputs()[0], []

@@ -19,6 +19,8 @@ from int8_compile.compile.engine import CompiledModule
 from test_right_under_change import COMPILED, cached, exported, inference, inputs, refused, run  # noqa: F401
 from toys import difference
 
+pytestmark = pytest.mark.rotating(3)
+
 WHOLE = int, numbers.Rational
 COMFYUI = origins.COMFYUI
 

@@ -252,7 +252,7 @@ def norm(x):
 
 
 A, B, C = torch.randn(3, 4, 64), torch.randn(3, 1, 64), torch.randn(1, 4, 64)
-COLUMN = torch.randn(3, 4, 1)
+COLUMN, TURNED = torch.randn(3, 4, 1), torch.randn(4, 3, 64)
 # What only looks like a norm in front of a quantizer, or a residual behind a product: an unseen tester's.
 LOOKS_ALIKE = {
     "one image, normed, for three": lambda: first(norm(C) * (1 + B) + B), "one image for three, flattened": lambda: first(
@@ -264,6 +264,9 @@ LOOKS_ALIKE = {
     "a product for each image": lambda: A + first(B), "a product for each token": lambda: A + first(C) * B,
     "a product through fp8": lambda: A + first(A).to(torch.float8_e4m3fn).float(), "residual in double": lambda: A.double() + first(A),
     "a product itself": lambda: (lambda y: y + y)(first(A)), "two products": lambda: first(A) * B + first(C),
+    "a weight for each image": lambda: first((norm(A) * B + B) * (1 + B) + B), "two factors for each image": lambda: first(norm(A) * B * B),
+    "two shifts for each image": lambda: first(norm(A) + B + B), "a factor on a factor": lambda: first(norm(A) * (1 + B) * B),
+    "a residual that lies otherwise": lambda: torch.as_strided(A.permute(1, 0, 2) + first(TURNED), (12, 64), (64, 1)),
     "a size": lambda: first(norm(A) * A.shape[1]) * A.shape[1] + A, "no image": lambda: A[:0] + first(norm(A[:0]) * (1 + B[:0])) * B[:0],
     "no token": lambda: A[:, :0] + first(norm(A[:, :0]) * (1 + B)) * B}
 

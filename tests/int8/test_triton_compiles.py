@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rotating(3)
+
 SCRIPT = Path(__file__).with_name("triton_aot.py")
 # Shared memory a block may take, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}

@@ -9,7 +9,7 @@ from toys import difference
 
 from .test_compile import CHEAP
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 
 
 @pytest.mark.rotating

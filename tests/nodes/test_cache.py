@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import difference, wait_for_builder
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 NOISE = 0.02  # INT8 rounding of differences in the last bit
 EXACT = 1e-4
 

@@ -13,6 +13,8 @@ from toys import difference
 
 from benchmarks.tiny_models import draw, fill
 
+pytestmark = pytest.mark.rotating(3)
+
 L = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3}
 XXL = {"d_model": 64, "num_heads": 2, "d_kv": 32, "vocab_size": 1000}  # which Load CLIP tells by its 10240 rows
 

@@ -18,7 +18,7 @@ from .test_encoder import KINDS, TEXT, files
 
 __all__ = ["files"]
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 FOLDER = Path(__file__).parent.parent / "assets" / "packed_layers"
 
 

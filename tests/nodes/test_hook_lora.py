@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import difference
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 NOISE = 0.01  # the last bit of a product, which INT8 rounding blows up
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import difference
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 NAME = "double_blocks.0.img_mlp.0"
 FULL = f"diffusion_model.{NAME}"
 

@@ -10,7 +10,7 @@ from toys import difference
 
 from .conftest import random_conds
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 STEPS = 8
 LATENT = (1, 16, 16, 16)
 

@@ -10,7 +10,7 @@ from toys import difference, wait_for_builder
 
 from .test_cache import cache_folder, restart  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 QUANTIZED = {"float": [], "rowwise": ["int8"], "convrot": ["convrot", "int8"], "smoothquant": ["smoothquant", "int8"],
              "kept": ["convrot", {"name": "int8", "config": {"keep_layers": ["double_blocks.*"]}}]}
 

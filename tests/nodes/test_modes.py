@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import difference
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(3)]
 # Between two loads the float layers differ in the last bit, which INT8 rounding blows up to the size of its own noise.
 NOISE = 0.01
 
