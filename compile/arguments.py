@@ -111,7 +111,7 @@ def call_compiled(compiled: Compiled, module: torch.nn.Module, args: tuple, kwar
         _mark((*args, *kwargs.values(), *inside, *copies.values()))
     one_apart = compiled.one_apart
     try:
-        with (current_block.settings(),
+        with (current_block.settings(tensors_in((*args, *kwargs.values()))),
               varying(_sizes_of_call(module, numbers, args, kwargs), not one_apart) if mark else contextlib.nullcontext()):
             if mark and not one_apart and is_batch_of_one(tensors_in((*args, *kwargs.values()))):
                 result = _call_of_one(compiled, module, args, kwargs, inside, copies)

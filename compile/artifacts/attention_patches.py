@@ -19,7 +19,7 @@ BEHIND = "attn1_output_patch", "middle_patch", "attn2_output_patch"
 # Those that a block calls, with what replaces its attention, in its order.
 ORDER = "attn1_patch", "attn1", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2", "attn2_output_patch"
 KINDS = *BEFORE, *BEHIND
-_WRITTEN = INDEX, *ADDED, SHAPE
+_WRITTEN = SHAPE, INDEX, *ADDED  # in the order of eager
 
 
 def _before(kind: str, keeps: bool) -> Callable:
@@ -58,13 +58,13 @@ def _written(extra_options: dict) -> dict:
 
 def _told(kind: str, extra_options: dict) -> tuple[str, list]:
     """The same for an operation: see _read."""
-    index, heads, dim_head, precision, shape = (extra_options[name] for name in _WRITTEN)
+    shape, index, heads, dim_head, precision = (extra_options[name] for name in _WRITTEN)
     return f"{kind} {'' if precision is None else str(precision).removeprefix('torch.')}", [index, heads, dim_head, *shape]
 
 
 def _read(told: str, numbers: list[int]) -> tuple[str, dict]:
     kind, precision = told.split(" ")
-    return kind, dict(zip(_WRITTEN, (*numbers[:3], getattr(torch, precision) if precision else None, numbers[3:])))
+    return kind, dict(zip(_WRITTEN, (numbers[3:], *numbers[:3], getattr(torch, precision) if precision else None)))
 
 
 def call_all(patches: Iterable[Callable], tensors: Sequence[torch.Tensor], extra_options: dict):
@@ -82,7 +82,7 @@ def fits(kind: str, result, given: Sequence, shapes: dict, kinds: dict) -> bool:
     """Whether patches gave what their operation gives. shapes: what was given before attention, for the kind behind it; written by this.
     kinds: of all that there are."""
     if kind not in BEFORE:
-        return len(given) == 1 and _fits_behind(result, given[0], shapes.pop(kind, given[0].shape))
+        return len(given) == 1 and _as_expected_behind(kind, result, given[0], shapes.pop(kind, given[0].shape)) is not None
     shapes[BEFORE[kind]] = given[0].shape
     return _fits_before(result, given, BEFORE[kind] not in kinds)
 
@@ -91,8 +91,14 @@ def _fits_before(results, given: Sequence, keeps: bool) -> bool:
     return len(results) == len(given) and all(map(_is_like, results, given)) and not (keeps and results[0].shape != given[0].shape)
 
 
-def _fits_behind(result, given: torch.Tensor, shape: Iterable[int]) -> bool:
-    return _is_like(result, given) and result.shape == torch.Size(shape)
+def _as_expected_behind(kind: str, result, given: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """A result in the shape that the operation gives: what is added to all rows or tokens may be one for them. None for one of another
+    kind."""
+    shape = torch.Size(shape)
+    if not _is_like(result, given) or (result.shape != shape and (
+            kind == "middle_patch" or any(size not in (1, whole) for size, whole in zip(result.shape, shape)))):
+        return None
+    return result.expand(shape)
 
 
 def _is_like(result, given) -> bool:
@@ -102,20 +108,24 @@ def _is_like(result, given) -> bool:
 
 def _patch_inputs(n, context, value, keeps, told, numbers):
     tensors = n, context, value
-    return tuple(map(attention.copy, _call(told, numbers, tensors, lambda results: _fits_before(results, tensors, keeps))))
+    results = _call(told, numbers, tensors, lambda results: results if _fits_before(results, tensors, keeps) else None)
+    return tuple(map(attention.copy, results))
 
 
 def _patch_output(n, shape, told, numbers):
-    return attention.copy(_call(told, numbers, (n,), lambda result: _fits_behind(result, n, shape)))
+    kind, _ = _read(told, numbers)
+    return attention.copy(_call(told, numbers, (n,), lambda result: _as_expected_behind(kind, result, n, shape)))
 
 
-def _call(told: str, numbers: list[int], tensors: tuple, is_right: Callable):
+def _call(told: str, numbers: list[int], tensors: tuple, as_expected: Callable):
     kind, written = _read(told, numbers)
     block = current_block.current()
-    copies = {id(tensor): attention.copy(tensor) for tensor in tensors}  # one of what is one
+    own: dict[int, torch.Tensor] = {}  # one of what is one, and what was given to the block itself
+    for tensor in tensors:
+        own[id(tensor)] = attention.copy(tensor) if (given := block.given(tensor)) is None else given
     try:
-        result = block.call_patches(kind, tuple(copies[id(tensor)] for tensor in tensors), written)
-        if not is_right(result):
+        result = as_expected(block.call_patches(kind, tuple(own[id(tensor)] for tensor in tensors), written))
+        if result is None:
             block.distrust()
             raise CallAgain
     except Exception as error:

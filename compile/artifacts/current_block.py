@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,10 +28,10 @@ def current() -> StandIns | None:
     return stack[-1] if stack else None
 
 
-def settings() -> contextlib.AbstractContextManager:
-    """For torch.compile, while a block is called by what it compiled."""
+def settings(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager:
+    """For torch.compile, while a block is called by what it compiled, with these tensors."""
     block = current()
-    return contextlib.nullcontext() if block is None else block.settings()
+    return contextlib.nullcontext() if block is None else block.settings(tensors)
 
 
 def call_now(method: str, *args):

@@ -22,6 +22,7 @@ from .attention_override import OVERRIDE, overridden
 from .origins import is_comfyuis
 from .replaced_attention import ADDED, INDEX, KINDS, SHAPE, STAND_INS, as_expected, finds
 from .traced_calls import not_recorded, recording
+from .watched_patches import Watched
 
 # What ComfyUI's models call before, between and after their blocks (comfy/ldm, 0.3.64 to 0.33).
 OUTSIDE = {"patches": frozenset({"input_block_patch", "input_block_patch_after_skip", "middle_block_after_patch", "output_block_patch",
@@ -119,6 +120,7 @@ class StandIns:
             for function in functions if function is not None)))
         self._extra: dict = {}  # what the last replacement or patch got
         self._served = -1  # its place among those of its block
+        self._inputs: dict[int, torch.Tensor] = {}  # by where they lie
         _put(options, self._stood)
 
     def __enter__(self) -> StandIns:
@@ -129,9 +131,18 @@ class StandIns:
         current_block.leave()
         self.withdraw()
 
-    def settings(self) -> contextlib.AbstractContextManager:
-        """While what was compiled is called, and may be compiled."""
-        return unknown_sizes() if self._patched and self._stood else contextlib.nullcontext()
+    def settings(self, tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager:
+        """While what was compiled is called with these tensors, and may be compiled."""
+        if not (self._patched and self._stood):
+            return contextlib.nullcontext()
+        self._inputs = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
+        return unknown_sizes()
+
+    def given(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The block's own input that tensor is: a patch may write into it, and what comes after reads that."""
+        found = self._inputs.get(tensor.data_ptr())
+        return found if found is not None and found.dtype is tensor.dtype and found.shape == tensor.shape and (
+            found.stride() == tensor.stride()) else None
 
     def _show(self, options: dict) -> dict:
         """Puts what was given where something stands; what that was."""
@@ -217,25 +228,32 @@ class StandIns:
             doubt(attention.is_as_expected(result, *args, **kwargs))
             return result
 
+        left: tuple = None, {}  # a block's options, and what the last of its patches has left in them
+
+        def handing_on(call, extra, *given):
+            nonlocal left
+            doubt(extra.keys() >= {*self._told(), *ADDED} and _is_same(
+                extra, left[1] if left[0] is extra else before, but=(*told, *INNER_PATCHES)))
+            with not_recorded():
+                result = call(*given, extra)
+            left = extra, dict(extra)
+            return result
+
         def replacing(function, index, q, k, v, extra):
             self._show(extra)
             found = dict(extra)
-            doubt(found.get(INDEX) == index and type(found.get(SHAPE)) is list and found.keys() >= {*ADDED}
-                  and _is_same(found, before, but=(*told, *INNER_PATCHES)))
-            with not_recorded():
-                result = function(q, k, v, extra)
+            doubt(found.get(INDEX) == index and type(found.get(SHAPE)) is list)
+            result = handing_on(function, extra, q, k, v)
             doubt(as_expected(result, q, k, v, found.get("n_heads", 1)) is not None)
             return result
         shapes: dict = {}
 
         def patching(kind, *arguments):
             *given, extra = arguments
-            doubt(extra.keys() >= {*self._told(), *ADDED} and _is_same(extra, before, but=(*told, *INNER_PATCHES)))
-            with not_recorded():
-                result = attention_patches.call_all(self._patched[kind], given, extra)
+            result = handing_on(functools.partial(attention_patches.call_all, self._patched[kind], given), extra)
             doubt(attention_patches.fits(kind, result, given, shapes, self._patched))
             return result
-        put: dict = {key: _Watched(before[key], OUTSIDE[key], doubt) for key in INNER_PATCHES if isinstance(before.get(key), dict)}
+        put: dict = {key: Watched(before[key], OUTSIDE[key], doubt) for key in INNER_PATCHES if isinstance(before.get(key), dict)}
         for kind in self._patched:
             put["patches"][kind] = [functools.partial(patching, kind)]
         if OVERRIDE in before:
@@ -272,46 +290,3 @@ def _put(options: dict, values: dict) -> None:
 def _is_same(one: dict, other: dict, but: Iterable = ()) -> bool:
     keys = one.keys() - but
     return keys == other.keys() - but and all(one[key] is other[key] for key in keys)
-
-
-class _Watched(dict):
-    """The patches of one kind. doubt: told False where one of those is asked for that only ComfyUI's models call, or all."""
-
-    def __init__(self, patches: dict, outside: frozenset[str], doubt: Callable[[bool], None]):
-        super().__init__(patches)
-        self._outside = outside
-        self._doubt = doubt
-
-    def __contains__(self, key):
-        self._doubt(key not in self._outside)
-        return super().__contains__(key)
-
-    def __getitem__(self, key):
-        self._doubt(key not in self._outside)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        self._doubt(key not in self._outside)
-        return super().get(key, default)
-
-    def _all(self):
-        self._doubt(False)
-        return super()
-
-    def __len__(self):
-        return self._all().__len__()
-
-    def __iter__(self):
-        return self._all().__iter__()
-
-    def keys(self):
-        return self._all().keys()
-
-    def values(self):
-        return self._all().values()
-
-    def items(self):
-        return self._all().items()
-
-    def copy(self):
-        return self._all().copy()

@@ -247,6 +247,52 @@ def test_all_of_a_block_get_one_dict_in_the_order_of_eager(compiled):
     assert not compiled.report.last_calls["eager"]
 
 
+def test_what_patches_write_into_the_context_is_there_for_later_blocks(compiled):
+    family = SMALL["SDXL"]
+    model = family.build()
+
+    def make(later=False):
+        calls = []
+
+        def write(n, context, value, options):
+            calls.append(1)
+            if not later or len(calls) > 3:
+                context.mul_(0.9)
+            return n, context, value
+        return {"attn2_patch": [write]}
+    for later in (False, True):
+        for _ in range(2):
+            assert torch.equal(*both(compiled, family, model, lambda later=later: make(later)))
+    assert not compiled.report.last_calls["eager"] and not compiled.report.failure
+
+
+def test_what_patches_hand_on_in_their_options_is_one_graph_for_all(compiled):
+    family, graphs = SMALL["SD1.5"], []
+    model = family.build()
+
+    def make():
+        def put(n, context, value, options):
+            options["mine"] = n.mean()
+            return n, context, value
+        return {"attn1_patch": [put], "attn1_output_patch": [lambda n, options: n + options.pop("mine")]}
+    for _ in range(3):
+        assert torch.equal(*both(compiled, family, model, make))
+        graphs.append(compiled.report.graphs)
+    assert len({*graphs}) == 1 and not compiled.report.breaks and not compiled.report.failure
+
+
+def test_one_result_for_all_tokens_is_added_to_each(compiled):
+    family, state = SMALL["SD1.5"], {}
+    model = family.build()
+
+    def make():
+        return {"attn1_patch": [lambda n, context, value, options: (n + torch.rand(1), context, value)],
+                "attn1_output_patch": [lambda n, options: n.mean(1, keepdim=True) if state["mean"] else n]}
+    for state["mean"] in (False, False, True, False):
+        assert torch.equal(*both(compiled, family, model, make))
+    assert not compiled.report.last_calls["eager"] and not compiled.report.failure
+
+
 def test_beside_an_override_a_replacement_and_patches_around_blocks(compiled):
     family = SMALL["SDXL"]
     model = family.build()
