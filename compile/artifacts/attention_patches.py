@@ -142,10 +142,10 @@ def _fake_inputs(n, context, value, keeps, told, numbers):
     return n.new_empty(n.shape) if keeps else any_tokens(n), any_tokens(context), any_tokens(value)
 
 
-def define() -> None:
-    """Before they are traced."""
+def define() -> bool:
+    """Before they are traced. False where a sibling copy of this pack has: its operations know nothing of our blocks."""
     global _library
-    if _library is None and not hasattr(getattr(torch.ops, attention.NAMESPACE), "patch_attention_inputs"):  # a sibling copy of this pack
+    if _library is None and not hasattr(getattr(torch.ops, attention.NAMESPACE), "patch_attention_inputs"):
         _library = torch.library.Library(attention.NAMESPACE, "FRAGMENT")
         tags = (torch.Tag.pt2_compliant_tag,)
         _library.define("patch_attention_inputs(Tensor n, Tensor context, Tensor value, bool keeps, str told, SymInt[] numbers) "
@@ -155,6 +155,7 @@ def define() -> None:
         _library.impl("patch_attention_output", _patch_output, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{attention.NAMESPACE}::patch_attention_inputs", _fake_inputs, lib=_library)
         torch.library.register_fake(f"{attention.NAMESPACE}::patch_attention_output", lambda n, shape, *_: n.new_empty(shape), lib=_library)
+    return _library is not None
 
 
 _library: torch.library.Library | None = None

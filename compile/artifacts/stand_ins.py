@@ -57,7 +57,9 @@ def stand_ins(module: torch.nn.Module, options: dict, operations: bool = True) -
     if reach_blocks(options) or (OVERRIDE in options and not (operations and _may_be_operation(options[OVERRIDE]))):
         return None
     replaced, patched = _replacements(module, options), attention_patches.KINDS & (options.get("patches") or {}).keys()
-    if replaced is None or (patched and not _tells_its_blocks(module, options)) or ((replaced or patched) and not operations):
+    if replaced is None or ((replaced or patched) and not operations):
+        return None
+    if patched and not (_tells_its_blocks(module, options) and attention_patches.define()):
         return None
     return StandIns(options, replaced, [kind for kind in attention_patches.KINDS if kind in patched])
 
@@ -108,7 +110,6 @@ class StandIns:
             self._stood["patches_replace"] = {
                 kind: {(*_BLOCK, index): STAND_INS[kind] for index in functions} for kind, functions in replaced.items()}
         if patched:
-            attention_patches.define()
             self._stood["patches"] = {kind: [attention_patches.stand_in(kind, self._patched)] for kind in patched}
         if OVERRIDE in options or patched:  # attention of as many tokens as a patch gives is an operation, too
             self._stood[OVERRIDE] = overridden
@@ -135,7 +136,7 @@ class StandIns:
         """While what was compiled is called with these tensors, and may be compiled."""
         if not (self._patched and self._stood):
             return contextlib.nullcontext()
-        self._inputs = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
+        self._inputs = {tensor.data_ptr(): tensor for tensor in tensors if type(tensor) is torch.Tensor and tensor.numel()}
         return unknown_sizes()
 
     def given(self, tensor: torch.Tensor) -> torch.Tensor | None:
