@@ -95,15 +95,19 @@ def _as_expected_behind(kind: str, result, given: torch.Tensor, shape: Sequence[
     """A result in the shape that the operation gives: what is added to all rows or tokens may be one for them. None for one of another
     kind."""
     shape = torch.Size(shape)
-    if not _is_like(result, given) or (result.shape != shape and (
-            kind == "middle_patch" or any(size not in (1, whole) for size, whole in zip(result.shape, shape)))):
+    if not _is_of_kind(result, given) or result.dim() > len(shape) or (result.shape != shape and kind == "middle_patch"):
         return None
-    return result.expand(shape)
+    fits = all(size in (1, whole) for size, whole in zip(reversed(result.shape), reversed(shape)))
+    return result.expand(shape) if fits else None
+
+
+def _is_of_kind(result, given) -> bool:
+    return (type(result) is torch.Tensor and type(given) is torch.Tensor and result.dtype is given.dtype
+            and result.device == given.device)
 
 
 def _is_like(result, given) -> bool:
-    return (type(result) is torch.Tensor and type(given) is torch.Tensor and result.dtype is given.dtype and result.device == given.device
-            and result.dim() == given.dim() == 3 and result.shape[2] == given.shape[2])
+    return _is_of_kind(result, given) and result.dim() == given.dim() == 3 and result.shape[2] == given.shape[2]
 
 
 def _patch_inputs(n, context, value, keeps, told, numbers):

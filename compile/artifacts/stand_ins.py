@@ -120,8 +120,8 @@ class StandIns:
                 *self._patched.items())
             for function in functions if function is not None)))
         self._extra: dict = {}  # what the last replacement or patch got
-        self._served = -1  # its place among those of its block
-        self._inputs: dict[int, torch.Tensor] = {}  # by where they lie
+        self._served = -1, -1  # its block's index, and its place among those of that
+        self._inputs: dict[tuple, torch.Tensor] = {}  # by where and how they lie
         _put(options, self._stood)
 
     def __enter__(self) -> StandIns:
@@ -136,14 +136,12 @@ class StandIns:
         """While what was compiled is called with these tensors, and may be compiled."""
         if not (self._patched and self._stood):
             return contextlib.nullcontext()
-        self._inputs = {tensor.data_ptr(): tensor for tensor in tensors if type(tensor) is torch.Tensor and tensor.numel()}
+        self._inputs = {_place_of(tensor): tensor for tensor in tensors if type(tensor) is torch.Tensor and tensor.numel()}
         return unknown_sizes()
 
     def given(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The block's own input that tensor is: a patch may write into it, and what comes after reads that."""
-        found = self._inputs.get(tensor.data_ptr())
-        return found if found is not None and found.dtype is tensor.dtype and found.shape == tensor.shape and (
-            found.stride() == tensor.stride()) else None
+        return self._inputs.get(_place_of(tensor))
 
     def _show(self, options: dict) -> dict:
         """Puts what was given where something stands; what that was."""
@@ -205,10 +203,10 @@ class StandIns:
 
     def _extra_options(self, kind: str, written: dict) -> dict:
         """One for all of a block."""
-        place = attention_patches.ORDER.index(kind)
-        if place <= self._served or self._extra.get(INDEX) != written[INDEX]:  # another block's
+        place, (index, last) = attention_patches.ORDER.index(kind), self._served
+        if place <= last or index != written[INDEX]:  # another block's
             self._extra = {key: value for key, value in self._given.items() if key not in INNER_PATCHES} | written
-        self._served = place
+        self._served = written[INDEX], place
         return self._extra
 
     def probe(self, call: Callable):
@@ -274,6 +272,10 @@ class StandIns:
             return result
         finally:
             self.withdraw()
+
+
+def _place_of(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _code(function):

@@ -272,7 +272,7 @@ def test_what_patches_hand_on_in_their_options_is_one_graph_for_all(compiled):
 
     def make():
         def put(n, context, value, options):
-            options["mine"] = n.mean()
+            options["mine"], options["block_index"] = n.mean(), 7
             return n, context, value
         return {"attn1_patch": [put], "attn1_output_patch": [lambda n, options: n + options.pop("mine")]}
     for _ in range(3):
@@ -287,8 +287,8 @@ def test_one_result_for_all_tokens_is_added_to_each(compiled):
 
     def make():
         return {"attn1_patch": [lambda n, context, value, options: (n + torch.rand(1), context, value)],
-                "attn1_output_patch": [lambda n, options: n.mean(1, keepdim=True) if state["mean"] else n]}
-    for state["mean"] in (False, False, True, False):
+                "attn1_output_patch": [lambda n, options: n.mean(**state["mean"]) if state["mean"] else n]}
+    for state["mean"] in ({}, {}, {"dim": 1, "keepdim": True}, {"dim": (0, 1)}, {}):
         assert torch.equal(*both(compiled, family, model, make))
     assert not compiled.report.last_calls["eager"] and not compiled.report.failure
 
