@@ -136,16 +136,24 @@ def called_as_operation() -> Iterator[None]:
 def call_operation(name, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None,
                    enable_gqa=None, low_precision_attention=None, transformer_options=None, _inside_attn_wrapper=None, numbers=()):
     """In a trace. name: of a function, or what call_override is told, with numbers."""
-    # By name: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11).
-    precision = "" if attn_precision is None else str(attn_precision).removeprefix("torch.")
-    return getattr(torch.ops, NAMESPACE).attention(q, k, v, heads, mask, name, precision, skip_reshape, skip_output_reshape, scale,
-                                                   enable_gqa, low_precision_attention, numbers)
+    return getattr(torch.ops, NAMESPACE).attention(q, k, v, heads, mask, name, name_of_precision(attn_precision), skip_reshape,
+                                                   skip_output_reshape, scale, enable_gqa, low_precision_attention, numbers)
+
+
+def name_of_precision(precision: torch.dtype | None) -> str:
+    """For an operation: a ScalarType that AOTInductor hands to a Python op is another one there (torch 2.11)."""
+    return "" if precision is None else str(precision).removeprefix("torch.")
+
+
+def precision_named(name: str) -> torch.dtype | None:
+    """The inverse."""
+    return getattr(torch, name) if name else None
 
 
 def _attention(q, k, v, heads, mask, function, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
                low_precision_attention, numbers=()):
     given = {"scale": scale, "enable_gqa": enable_gqa, "low_precision_attention": low_precision_attention}
-    precision = getattr(torch, attn_precision) if attn_precision else None
+    precision = precision_named(attn_precision)
     try:
         if " " in function:
             from .attention_override import call_override

@@ -59,12 +59,12 @@ def _written(extra_options: dict) -> dict:
 def _told(kind: str, extra_options: dict) -> tuple[str, list]:
     """The same for an operation: see _read."""
     shape, index, heads, dim_head, precision = (extra_options[name] for name in _WRITTEN)
-    return f"{kind} {'' if precision is None else str(precision).removeprefix('torch.')}", [index, heads, dim_head, *shape]
+    return f"{kind} {attention.name_of_precision(precision)}", [index, heads, dim_head, *shape]
 
 
 def _read(told: str, numbers: list[int]) -> tuple[str, dict]:
     kind, precision = told.split(" ")
-    return kind, dict(zip(_WRITTEN, (numbers[3:], *numbers[:3], getattr(torch, precision) if precision else None)))
+    return kind, dict(zip(_WRITTEN, (numbers[3:], *numbers[:3], attention.precision_named(precision))))
 
 
 def call_all(patches: Iterable[Callable], tensors: Sequence[torch.Tensor], extra_options: dict):
@@ -112,13 +112,12 @@ def _is_like(result, given) -> bool:
 
 def _patch_inputs(n, context, value, keeps, told, numbers):
     tensors = n, context, value
-    results = _call(told, numbers, tensors, lambda results: results if _fits_before(results, tensors, keeps) else None)
+    results = _call(told, numbers, tensors, lambda _, results: results if _fits_before(results, tensors, keeps) else None)
     return tuple(map(attention.copy, results))
 
 
 def _patch_output(n, shape, told, numbers):
-    kind, _ = _read(told, numbers)
-    return attention.copy(_call(told, numbers, (n,), lambda result: _as_expected_behind(kind, result, n, shape)))
+    return attention.copy(_call(told, numbers, (n,), lambda kind, result: _as_expected_behind(kind, result, n, shape)))
 
 
 def _call(told: str, numbers: list[int], tensors: tuple, as_expected: Callable):
@@ -128,7 +127,7 @@ def _call(told: str, numbers: list[int], tensors: tuple, as_expected: Callable):
     for tensor in tensors:
         own[id(tensor)] = attention.copy(tensor) if (given := block.given(tensor)) is None else given
     try:
-        result = as_expected(block.call_patches(kind, tuple(own[id(tensor)] for tensor in tensors), written))
+        result = as_expected(kind, block.call_patches(kind, tuple(own[id(tensor)] for tensor in tensors), written))
         if result is None:
             block.distrust()
             raise CallAgain
