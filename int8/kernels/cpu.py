@@ -114,7 +114,7 @@ def _int_mm(q: torch.Tensor, qweight: torch.Tensor, acc: torch.Tensor) -> None:
 
 def _fp32_mm(q: torch.Tensor, qweight: torch.Tensor, acc: torch.Tensor) -> None:
     """The same by fp32's product."""
-    product = torch.empty(acc.shape, device=acc.device)
+    product = torch.empty(acc.shape, dtype=torch.float32, device=acc.device)
     for i in range(0, q.shape[1], EXACT_K):
         channels = slice(i, i + EXACT_K)
         torch.mm(q[:, channels].float(), qweight[:, channels].float().t(), out=product)  # out: autocast leaves it

@@ -127,8 +127,12 @@ def test_fp32_multiplies_exactly_where_torch_multiplies_slowly(monkeypatch, m, k
     q, w = (torch.full((rows, k), -128, dtype=torch.int8) if extreme else torch.randint(-128, 128, (rows, k), dtype=torch.int8)
             for rows in (m, n))
     acc = torch.full((m, n), 7, dtype=torch.int32)
-    with torch.autocast("cpu", torch.bfloat16):
-        cpu._fp32_mm(q, w, acc)
+    try:
+        torch.set_default_dtype(torch.float64)  # a pack may
+        with torch.autocast("cpu", torch.bfloat16):
+            cpu._fp32_mm(q, w, acc)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(acc.double(), q.double() @ w.double().t())
     monkeypatch.setattr(cpu, "multiplier", lambda: cpu.FP32)
     s, ws, bias = torch.rand(m), torch.rand(n, 1), torch.randn(n)
