@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from .plan import LayerPlan
 
 KEPT_BY_NAME = "by keep_layers"
+NOT_TIMED = "not timed"
 MOST_DB = 200.0  # of an output that is exact: JSON has no infinity
 
 

@@ -14,7 +14,7 @@ from ...int8.calibrate import LayerStats
 from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan, choose_methods, fit_size, measure_layer
 from ...int8.precision import FLOAT
-from ...int8.report import ProgressCallback, no_progress
+from ...int8.report import NOT_TIMED, ProgressCallback, no_progress
 from ...int8.structure import equivalent_layers
 from ..check.linear_table import Row, time_in_turn
 from .int8_layer import _connect_kernels, _int8_layer, compute_dtype_of, root_of
@@ -22,7 +22,7 @@ from .int8_source import pristine_weight, source_of
 
 logger = logging.getLogger(__name__)
 
-# A layer becomes INT8, with faster_only, if it then takes less than this share of its time in float: less is noise.
+# One of two is faster if it takes less than this share of the other's time: less is noise.
 WORTH = 0.95
 SECONDS = 0.2  # of timing, for a shape
 
@@ -55,8 +55,8 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
             result += measured
     for plan in result:
         plan.shape = tuple(pristine_weight(patcher, plan.name).shape)
-    if options.faster_only:
-        _keep_slower(patcher, result, on_progress)
+    if options.faster_only or _leaves_slower(options, patcher.load_device):
+        _keep_slower(patcher, result, options, on_progress)
     if options.max_mb:
         _fit_size(patcher, result, options)
     measured = [(plan.sqnr[plan.method], plan.name) for plan in result if plan.method in plan.sqnr]
@@ -68,33 +68,49 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
     return result
 
 
-def _keep_slower(patcher, plans: list[LayerPlan], on_progress: ProgressCallback) -> None:
-    """Leaves those layers float that are no faster as INT8, and those that were never called, of which nothing is known."""
+def _leaves_slower(options: Int8Options, device: torch.device) -> bool:
+    """Whether auto leaves layers float that are slower as INT8. Not on a CPU, where INT8 is for the memory: the two take about as long."""
+    return options.method == "auto" and not options.max_mb and device.type == "cuda"
+
+
+def _keep_slower(patcher, plans: list[LayerPlan], options: Int8Options, on_progress: ProgressCallback) -> None:
+    """Leaves those layers float that are slower as INT8; with faster_only those too that are no faster, or were not timed."""
     _connect_kernels()
     dtype = compute_dtype_of(patcher)
     for number, plan in enumerate(plans):
         comfy.model_management.throw_exception_if_processing_interrupted()
         on_progress(None, f"timing {number}/{len(plans)}")
+        reason = "no faster as INT8" if plan.tokens else "never called"
         if plan.tokens:
             n, k = plan.shape
-            plan.times = linear_times(patcher.load_device, dtype, plan.tokens, k, n, "rowwise" if plan.method == "rowwise" else "convrot")
-        if plan.method != FLOAT and not (plan.times and plan.times[1] < WORTH * plan.times[0]):
-            plan.method, plan.pre_quant_scale, plan.reason = FLOAT, None, "no faster as INT8" if plan.times else "never called"
+            method = "rowwise" if plan.method == "rowwise" else "convrot"
+            try:
+                plan.times = linear_times(patcher.load_device, dtype, plan.tokens, k, n, method, options.kernel)
+            except torch.OutOfMemoryError:
+                reason = NOT_TIMED
+                logger.warning("INT8: out of memory while layers from %d to %d channels were timed. They are decided without.", k, n)
+        float_ms, int8_ms = plan.times or (0.0, 0.0)
+        stays = int8_ms >= WORTH * float_ms if options.faster_only else float_ms < WORTH * int8_ms
+        if stays and plan.method != FLOAT:
+            plan.method, plan.pre_quant_scale, plan.reason = FLOAT, None, reason
 
 
 @functools.lru_cache(1024)
-def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int, method: str) -> tuple[float, ...]:
-    """Milliseconds of a layer from k to n channels over rows tokens, in dtype and as INT8, as ComfyUI calls them; empty where one of the
-    two cannot run, or INT8 computes something else."""
+def linear_times(device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int, method: str, kernel: str) -> tuple[float, ...]:
+    """Milliseconds of a layer from k to n channels over rows tokens, in dtype and as INT8 by kernel, as ComfyUI calls them; empty where
+    one of the two cannot run, or INT8 computes something else. torch.OutOfMemoryError where memory is short."""
     generator = torch.Generator(device).manual_seed(0)  # of its own: samplers draw from torch's
     weight = (torch.randn(n, k, device=device, generator=generator) / k ** 0.5).to(dtype)
     x = torch.randn(rows, k, device=device, generator=generator).to(dtype)
     linear = comfy.ops.disable_weight_init.Linear(k, n, bias=False, device=device, dtype=dtype)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    int8 = _int8_layer(weight, None, LayerPlan("", method), "auto", device, device, dtype)
+    int8 = _int8_layer(weight, None, LayerPlan("", method), kernel, device, device, dtype)
     row = Row("", rows, k, n)
     time_in_turn({FLOAT: lambda: linear(x), "int8": lambda: int8(x)}, row, device,
                  comfy.model_management.throw_exception_if_processing_interrupted, SECONDS)
+    for reason in row.failed.values():
+        if reason.startswith(torch.OutOfMemoryError.__name__):
+            raise torch.OutOfMemoryError(reason)
     if row.failed:
         logger.debug("INT8: %d rows from %d to %d channels were not timed: %s", rows, k, n, row.failed)
         return ()

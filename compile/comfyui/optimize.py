@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...int8.options import Int8Options
-from ...int8.report import QuantizeReport
+from ...int8.report import NOT_TIMED, QuantizeReport
 from ..gain import COMPILED, EAGER, KEPT, NOISE, WITHOUT, CallTimes, Gain
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
@@ -107,6 +107,7 @@ class Optimizer:
         self._reports = _Reports()
         self._gain: Gain | None = None
         self._is_over = False  # nothing more is decided: the node is to run again
+        self._lasts = True  # else the next start decides anew
         self._notify()
 
     def __call__(self, report, doing: str = "", progress: tuple[int, int] | None = None) -> None:
@@ -115,6 +116,7 @@ class Optimizer:
         elif isinstance(report, QuantizeReport):
             self._reports.quantize = report
             if self._has_layers and report.chosen and self.decision.chosen is None:
+                self._lasts = NOT_TIMED not in report.kept
                 self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
                            weights=(report.before, report.after))
         elif isinstance(report, CompileReport):
@@ -178,7 +180,8 @@ class Optimizer:
 
     def _keep(self, **changes) -> None:
         self.decision = replace(self.decision, **changes)
-        decisions.write(self._key, self.decision)
+        if self._lasts:
+            decisions.write(self._key, self.decision)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports

@@ -33,6 +33,49 @@ def test_auto_is_measured_at_the_first_sampling_and_as_good_as_convrot(load, nod
     assert torch.equal(sample(model), eager)
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """on_a_gpu({N: milliseconds in float and as INT8}): what is decided there, by times of layers of N output channels; others gain."""
+    from int8_compile.compile.comfyui import int8_plan
+
+    leaves_slower = int8_plan._leaves_slower
+    monkeypatch.setattr(int8_plan, "_leaves_slower", lambda options, device: leaves_slower(options, torch.device("cuda")))
+
+    def on_a_gpu(times):
+        def measured(device, dtype, rows, k, n, *_):
+            if isinstance(error := times.get(n, (1.0, 0.5)), Exception):
+                raise error
+            return times.get(n, (1.0, 0.5))
+        monkeypatch.setattr(int8_plan, "linear_times", measured)
+    return on_a_gpu
+
+
+def test_auto_leaves_layers_in_high_precision_that_a_gpu_computes_slower_as_int8(flux, nodes, sample, on_a_gpu):
+    """By more than noise. What cannot be timed becomes INT8, and so does everything where a method is named."""
+    from int8_compile.compile.comfyui.int8_calibrate import plans
+
+    on_a_gpu({768: (1.0, 1.2), 256: (1.0, 1.02), 1024: (), 1536: torch.OutOfMemoryError("out of memory")})
+    sample(auto := nodes.INT8QuantizeModel(flux))
+    found = plans(auto)
+    assert {plan.shape[0] for plan in found} >= {256, 768, 1024, 1536}
+    assert {plan.shape[0] for plan in found if plan.method == "float"} == {768}
+    assert {plan.reason for plan in found if plan.method == "float"} == {"no faster as INT8"}
+    assert {f"diffusion_model.{plan.name}" for plan in found if plan.method != "float"} == set(auto.object_patches)
+    sample(smooth := nodes.INT8QuantizeModel(flux, method="smoothquant"))
+    assert all(plan.method != "float" for plan in plans(smooth))
+
+
+def test_auto_makes_all_layers_int8_on_a_cpu_and_for_a_size(flux, nodes, sample, monkeypatch):
+    from int8_compile.compile.comfyui import int8_plan
+    from int8_compile.compile.comfyui.int8_calibrate import plans
+    from int8_compile.int8.options import Int8Options
+
+    monkeypatch.setattr(int8_plan, "linear_times", None)  # asking would fail
+    sample(auto := nodes.INT8QuantizeModel(flux))
+    assert plans(auto) and all(plan.method != "float" for plan in plans(auto))
+    assert not int8_plan._leaves_slower(Int8Options(max_mb=20.0), torch.device("cuda"))
+
+
 def test_smoothquant_helps_where_channels_are_extreme_and_is_exact_in_float(flux, nodes, sample):
     """One channel of every block's input a hundred times larger: what trained models have."""
     from int8_compile.compile.comfyui.int8_calibrate import plans

@@ -105,6 +105,22 @@ def test_the_chain_that_is_shown_can_be_given_to_apply_modes(flux, nodes, sample
     assert torch.equal(sample(nodes.ApplyModes(flux, modes=describe(first).splitlines()[0])), image)
 
 
+def test_what_was_not_timed_for_want_of_memory_is_decided_anew_at_the_next_start(load, sample, optimize, times, kept):
+    def short(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    times(short)
+    model = load()
+    first, node = optimize(model)
+    assert torch.equal(sample(first), sample(model))
+    assert node.details["int8_layers"] == 0 and not (kept.exists() and list(kept.iterdir()))
+    restart()
+    times(FASTER)
+    again, node = optimize(load())
+    sample(again)
+    assert node.details["int8_layers"] == 29 and list(kept.iterdir())
+
+
 def test_layers_that_are_no_faster_as_int8_stay_as_they_are(flux, sample, optimize, times):
     times(SLOWER)
     eager = sample(flux)
@@ -237,11 +253,13 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step")
 
 
-def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times):
+def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times, monkeypatch):
     """Steps of the first image, minutes before, may have had another machine: compiled for being faster, and called slower."""
     times(SLOWER)
     model, node = optimize(flux)
-    sample(model)
+    with monkeypatch.context() as untimed:
+        untimed.setattr(CallTimes, "end", lambda *_: None)
+        sample(model)
     steps = Steps(optimizer_of(model), compiled=0.8, eager=1.0)
     for _ in range(2):
         steps.times._add(SIZE, WITHOUT, 0.5)

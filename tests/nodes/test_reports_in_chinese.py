@@ -73,7 +73,7 @@ def quantize_reports():
                        source="NAMED weights, whose own rounding stays",
                        kept={reason: [f"layer.{n}" for n in range(count)] for reason, count in (
                            ("by keep_layers", 1), ("below 30 dB", 3), ("not needed for max_mb", 5), ("never called", 2),
-                           ("no faster as INT8", 2))}))
+                           ("no faster as INT8", 2), ("not timed", 1))}))
 
 
 def optimize_reports():

@@ -174,6 +174,13 @@ class Stream:
     def __exit__(self, *_): ...
 
 
+class Generator(torch.Generator):
+    """torch.Generator, on the host."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls, CPU)
+
+
 class State:
     """What a rehearsal may change about the card while it runs. calls: how often each function was asked."""
 
@@ -190,6 +197,7 @@ def install(card: Card) -> State:
     """torch answers as on card from now on, in every thread, and computes on it."""
     state = answer(card)
     torch.tensor, torch.as_tensor = map(_from_host, (torch.tensor, torch.as_tensor))
+    torch.Generator = Generator
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, of the tensor's type
     _in_every_thread()
     return state

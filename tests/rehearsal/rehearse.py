@@ -441,6 +441,11 @@ def a_model_is_calibrated_when_it_is_sampled(state, comfy, models):
                                 disable_pbar=True, seed=1)
     assert image.isfinite().all() and [plan.name for plan in plans(quantized)] == ["single_blocks.0.linear2"]
     assert state.calls["mem_get_info"]
+    auto = quantize_model(model, Int8Options(keep_layers=keep, kernel="torch"))
+    comfy.sample.sample(auto, comfy.sample.prepare_noise(latent, 1), 1, 1.0, "euler", "simple", *conds, latent, disable_pbar=True, seed=1)
+    [plan] = plans(auto)
+    float_ms, int8_ms = plan.times  # of this machine
+    assert (plan.method == "float") == (float_ms < 0.95 * int8_ms)
 
 
 @comfy_step
