@@ -21,12 +21,14 @@ NOISE = 0.03  # of a call's time: less is no difference
 
 @dataclass(frozen=True)
 class Gain:
-    """Seconds of a call of the model, without the nodes and now. size: of what it was called with. calls: how many were timed, of each."""
+    """Seconds of a call of the model, without the nodes and now. size: of what it was called with. calls: how many were timed, of each.
+    earlier: those without were timed in an earlier start, when the machine may have had other work."""
 
     size: str
     without: float
     now: float
     calls: tuple[int, int] = (0, 0)
+    earlier: bool = False
 
     @property
     def ratio(self) -> float:
@@ -107,6 +109,12 @@ class CallTimes:
             self._weights = identity
             self._seconds = {size: {WITHOUT: kinds[WITHOUT]} for size, kinds in self._seconds.items() if WITHOUT in kinds}
             self._pending = deque(call for call in self._pending if call[3] == WITHOUT)
+
+    def forget(self, size: str) -> None:
+        """What was timed of a size, but not WITHOUT."""
+        kinds = self._seconds.get(size, {})
+        for kind in kinds.keys() - {WITHOUT}:
+            del kinds[kind]
 
     def count(self, size: str, kind: str) -> int:
         return len(self._seconds.get(size, {}).get(kind, ()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import COMPILED, EAGER, KEPT, NOISE, WITHOUT, CallTimes, Gain
+from ..gain import COMPILED, EAGER, KEPT, MOST_KEPT, NOISE, WITHOUT, CallTimes, Gain
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -108,6 +108,7 @@ class Optimizer:
         self._gain: Gain | None = None
         self._is_over = False  # nothing more is decided: the node is to run again
         self._lasts = True  # else the next start decides anew
+        self._is_decided_twice = False
         self._notify()
 
     def __call__(self, report, doing: str = "", progress: tuple[int, int] | None = None) -> None:
@@ -140,9 +141,27 @@ class Optimizer:
         if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
             self._decide(times, size)
         gain = self._gain_of(times, size)
-        if gain is not None and gain.differs_from(self._gain):
+        if gain is None:
+            return
+        if self._is_doubtful(gain):
+            if gain.calls[1] >= MOST_KEPT and not self._is_decided_twice:
+                self._decide_again(times, size)
+        elif gain.differs_from(self._gain):
             self._gain = gain
             self._notify()
+
+    def _is_doubtful(self, gain: Gain) -> bool:
+        """Whether it is a loss, from which the decision was to keep: few steps made it, which may have met other work on the machine."""
+        return gain.ratio < 1 - NOISE and GOALS[self.goal].faster_only and (gain.earlier or not self._is_decided_twice)
+
+    def _decide_again(self, times: CallTimes, size: str) -> None:
+        """What is compiled, once."""
+        logger.info("%s: steps take longer than when it was decided that compiling pays; that is measured again", TITLE)
+        self._is_decided_twice = True
+        times.forget(size)
+        self._gain = None
+        self._keep(compiled=None)
+        self._notify()
 
     def _decide(self, times: CallTimes, size: str) -> None:
         """Whether compiling pays, and INT8 all in all."""
@@ -150,7 +169,9 @@ class Optimizer:
         without = without or self.decision.times_of(size)[0]
         logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
         now = min(eager, compiled)
-        if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:
+        # The second time, minutes or days later, only what was timed in the same minutes is compared.
+        is_slower = 0 < without < (1 - NOISE) * now and not self._is_decided_twice
+        if self.decision.is_int8 and GOALS[self.goal].faster_only and is_slower:
             self._is_over = True  # for this branch: its layers are INT8
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
@@ -171,11 +192,11 @@ class Optimizer:
         kind = EAGER if decision.compiled is False else COMPILED
         now, count = times.seconds(size, kind), times.count(size, kind)
         before, before_count = times.seconds(size, WITHOUT), times.count(size, WITHOUT)
-        if not before and decision.times_of(size)[0]:
-            before, before_count = decision.times_of(size)[0], KEPT  # of an earlier start
+        if earlier := bool(not before and decision.times_of(size)[0]):
+            before, before_count = decision.times_of(size)[0], KEPT
         if not decision.is_int8 and (not before or times.count(size, EAGER) >= KEPT):
-            before, before_count = times.seconds(size, EAGER), times.count(size, EAGER)
-        gain = Gain(size, before, now, (before_count, count)) if before and now else None
+            before, before_count, earlier = times.seconds(size, EAGER), times.count(size, EAGER), False
+        gain = Gain(size, before, now, (before_count, count), earlier) if before and now else None
         return None if gain is not None and gain.ratio < 1 - NOISE and decision.compiled is None else gain
 
     def _keep(self, **changes) -> None:

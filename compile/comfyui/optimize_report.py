@@ -56,8 +56,10 @@ class OptimizeReport:
 
     def _compiled(self) -> str:
         report = self.compile
-        if report is None or report.status().startswith("running uncompiled"):
+        if report is not None and report.status().startswith("running uncompiled"):
             return "uncompiled"
+        if report is None:
+            return "compiles at the first sampling"
         if report.building and self.background:
             return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")
         if report.compiled_from_step:
@@ -73,19 +75,25 @@ class OptimizeReport:
         return [*self._gained(), self.status(), *self._kept(), *self.warnings()]
 
     def text(self) -> str:
-        """The gain, the state, what is kept; then the table, and what there is to warn of."""
-        return "\n".join([*self._gained(), self.status(), *self._kept(), *self.table(), *self.warnings()])
+        """The gain, the state, what is kept; of what the gain was measured; then the table, and what there is to warn of."""
+        return "\n".join([*self._gained(), self.status(), *self._kept(), *self._measured(), *self.table(), *self.warnings()])
 
     def _gained(self) -> list[str]:
         parts = []
         if self.gain is not None:
             parts.append(self.gain.text())
         elif known := self._known_gain():
-            parts.append(f"{known.text()} when it was measured ({known.size})")
+            parts.append(f"{known.text()} when measured")
         before, after = self.decision.weights
         if self.decision.is_int8 and before:
             parts.append(f"{before:.0f} -> {after:.0f} MB")
         return ["; ".join(parts)] if parts else []
+
+    def _measured(self) -> list[str]:
+        if self.gain is None:
+            known = self._known_gain()
+            return [f"measured: {known.size}"] if known else []
+        return [f"without this node: {number(self.gain.without)} s a step, measured at an earlier start"] if self.gain.earlier else []
 
     def _known_gain(self) -> Gain | None:
         """Of the last size that was measured."""
@@ -98,6 +106,8 @@ class OptimizeReport:
 
     def _kept(self) -> list[str]:
         done = self.decision.compiled is not None
+        if not done and self.compile is not None and self.compile.compiled_from_step:
+            return ["measuring whether compiling pays"]
         if self.is_known:
             return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
         return ["decided, and kept for the next start"] if done else []
