@@ -8,10 +8,15 @@ const CHECK = "INT8CompileCheck";
 const CHECK_WIDTH = 520; // px that its table takes
 const SHOWING = ["ShowModes", CHECK]; // show their output text
 const WIDGET = "shown";
+const FONT = 12; // px
 const LINE = 16; // px
+const RESERVED = 4; // lines: most reports have three, and Details
+const NODE_WIDTH = 320; // px, in which these fit
 const MARGIN = 6; // px around the text in the classic renderer
 const MAX_LINES = 14; // longer texts scroll
 const HISTORY = 50; // prompts that are looked through for a report after a reload
+
+const CHINESE = /[\u2e80-\uffef]/g;
 
 let rules = []; // [pattern of a line, what is said for it], see translated
 
@@ -35,40 +40,66 @@ async function loadRules() {
     if (response.ok) rules = (await response.json()).map(([pattern, words]) => [new RegExp(`^${pattern}$`), words]);
 }
 
-// In Latin letters: a Chinese one is as wide as two.
-const width = (line) => line.length + (line.match(/[\u2e80-\uffef]/g)?.length ?? 0);
+let ruler;
+
+// A Chinese letter is a square, whether or not this browser has it.
+const widthOf = (word) => Math.max(ruler.measureText(word).width, FONT * (word.match(CHINESE)?.length ?? 0));
+
+// How many lines a text takes in so many px. It breaks after spaces and hyphens, and between Chinese letters.
+function lineCount(text, font, px) {
+    ruler ??= document.createElement("canvas").getContext("2d");
+    ruler.font = font;
+    return text.split("\n").reduce((count, line) => {
+        let used = 0;
+        for (const word of line.match(/.*?(?:\s|-(?!\u2060)|[\u2e80-\uffef]|$)/g)) {
+            const width = widthOf(word);
+            if (used && used + widthOf(word.trimEnd()) > px) {
+                count += 1;
+                used = 0;
+            }
+            count += Math.max(0, Math.ceil(width / px) - 1);
+            used += width;
+        }
+        return count + 1;
+    }, 0);
+}
+
+// An arrow is not broken after its hyphen.
+const unbroken = (text) => text.replaceAll("->", "-\u2060>");
 
 function textWidget(node) {
     const known = node.widgets?.find((widget) => widget.name === WIDGET);
     if (known) return known;
+    const font = `${FONT}px ${node.comfyClass === CHECK ? "monospace" : "sans-serif"}`;
+    const reserved = WORKING.includes(node.comfyClass) ? RESERVED : 0;
     const element = document.createElement("div");
-    element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
-        overflow-wrap: anywhere; font: 12px/${LINE}px ${node.type === CHECK ? "monospace" : "sans-serif"}; color: var(--input-text);
-        background: var(--comfy-input-bg); border-radius: 6px;`;
+    element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; min-height: ${reserved * LINE + 8}px; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
+        overflow-wrap: anywhere; font: ${font}; line-height: ${LINE}px; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 6px;`;
     const body = element.appendChild(document.createElement("div"));
     const more = element.appendChild(document.createElement("details"));
     more.hidden = true;
     more.innerHTML = `<summary style="cursor: pointer; opacity: 0.8">${translated("Details")}</summary><div></div>`;
     const details = more.lastElementChild;
-    const lines = (text) => {
-        const perLine = Math.max(20, (node.size[0] - 40) / 6.2);
-        return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(width(line) / perLine)), 0);
-    };
-    const shown = (open) => lines(body.textContent) + (more.hidden ? 0 : 1 + (open ? lines(details.textContent) : 0));
+    const lines = (text) => lineCount(text, font, Math.max(100, node.size[0] - 41));
+    const shown = (open) => Math.max(reserved, lines(body.textContent) + (more.hidden ? 0 : 1 + (open ? lines(details.textContent) : 0)));
     const height = (open = more.open) => Math.min(shown(open), MAX_LINES) * LINE + 10 + 2 * MARGIN;
     const widget = node.addDOMWidget(WIDGET, "int8_compile_text", element, {
-        getValue: () => body.textContent,
-        setValue: (text) => { body.textContent = text; },
+        getValue: () => body.textContent.replaceAll("\u2060", ""),
+        setValue: (text) => { body.textContent = unbroken(text); },
         getMinHeight: () => height(),
         getMaxHeight: () => height(),
         margin: MARGIN,
         serialize: false,
     });
     widget.setDetails = (text) => {
-        details.textContent = text;
+        details.textContent = unbroken(text);
         more.hidden = !text;
     };
-    more.addEventListener("toggle", () => grow(node, height(more.open) - height(!more.open)));
+    let closed = 0; // px, the node's height before Details were opened; Nodes 2.0 gives it more than is asked for
+    more.addEventListener("toggle", () => {
+        if (more.open) closed = node.size[1];
+        grow(node, more.open ? height(true) - height(false) : closed - node.size[1]);
+    });
     widget.serialize = false; // neither in the saved workflow nor in the prompt: it is no input
     return widget;
 }
@@ -248,6 +279,11 @@ app.registerExtension({
         await loadRules();
     },
     afterConfigureGraph: restore,
+    nodeCreated(node) {
+        if (!WORKING.includes(node.comfyClass)) return;
+        textWidget(node);
+        node.setSize([Math.max(node.size[0], NODE_WIDTH), node.computeSize()[1]]);
+    },
     beforeRegisterNodeDef(nodeType, nodeData) {
         if (!SHOWING.includes(nodeData.name)) return;
         const { onExecuted } = nodeType.prototype;

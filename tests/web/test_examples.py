@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.workflows import zimage_prompt
+
 pytestmark = pytest.mark.e2e
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
@@ -77,6 +79,40 @@ def test_reports_cover_no_neighbour_in_either_renderer(page_of_examples, path):
             assert page.evaluate(f"{OVERLAPS}[1]") == [], f"nodes 2.0: {nodes_2}"
             texts = f"{shown}.map(n => n.widgets.find(w => w.name === 'shown').element)"
             assert page.evaluate(f"{texts}.filter(e => e.scrollHeight > e.clientHeight + 1).length") == 0, "a report is cut off"
+    finally:
+        page.use_renderer(False)
+
+
+# What Optimize Model says of a model of real width.
+USUAL = ["1.56x: 14.1 -> 9.05 s a step; 3439 -> 909 MB", "balanced: INT8 in 25 of 28 layers, compiled",
+         "decided earlier: nothing is measured again"]
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_node_has_room_for_its_report_before_it_has_one_and_for_details_while_they_are_open(page_of_examples, nodes_2):
+    """In a graph that ComfyUI has arranged, with little between the nodes."""
+    page = page_of_examples
+    report = {"short": "\n".join(USUAL), "text": "\n".join([*USUAL, *(f"{n} layers 256 -> 1792, 1044 rows: INT8, 4.11 -> 1.17 ms, 40.0 dB"
+                                                              for n in range(20))]), "warnings": []}
+    prompt = zimage_prompt(model_nodes=[("OptimizeModel", page.server.defaults("OptimizeModel"))])
+    node = "app.graph.nodes.find(n => n.type === 'OptimizeModel')"
+    settled = f"""new Promise(done => {{ let size; const look = () => {{
+        const now = String({node}.size); if (now === size) return done(now); size = now; setTimeout(look, 500); }}; look(); }})"""
+    try:
+        page.use_renderer(nodes_2)
+        page.evaluate(f"app.loadApiJson({json.dumps(prompt)}, 'prompt'), new Promise(r => setTimeout(r, 1000))")
+        fit(page)
+        page.until(f"{OVERLAPS}[0] === {len(prompt)}", 20)
+        before = page.evaluate(settled)
+        detail = f"{{ node: String({node}.id), ...{json.dumps(report)} }}"
+        page.evaluate(f"app.api.dispatchEvent(new CustomEvent('int8_compile', {{ detail: {detail} }}))")
+        assert page.text("OptimizeModel") == report["short"]
+        assert page.evaluate(settled) == before and page.evaluate(f"{OVERLAPS}[1]") == []
+        for _ in range(2):
+            page.open_details("OptimizeModel", True)
+            assert float(page.evaluate(settled).split(",")[1]) > float(before.split(",")[1]) + 100
+            page.open_details("OptimizeModel", False)
+            assert page.evaluate(settled) == before
     finally:
         page.use_renderer(False)
 
