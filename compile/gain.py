@@ -22,13 +22,13 @@ NOISE = 0.03  # of a call's time: less is no difference
 @dataclass(frozen=True)
 class Gain:
     """Seconds of a call of the model, without the nodes and now. size: of what it was called with. calls: how many were timed, of each.
-    earlier: those without were timed in an earlier start, when the machine may have had other work."""
+    then: it is what was measured when it was decided; the machine has had other work since, or not."""
 
     size: str
     without: float
     now: float
     calls: tuple[int, int] = (0, 0)
-    earlier: bool = False
+    then: bool = False
 
     @property
     def ratio(self) -> float:
@@ -42,12 +42,12 @@ class Gain:
     def differs_from(self, other: Gain | None) -> bool:
         """Whether it is worth saying after other."""
         return other is None or other.size != self.size or abs(self.ratio / other.ratio - 1) > NOISE / 2 or (
-            self.is_slower != other.is_slower)
+            self.is_slower != other.is_slower) or self.then != other.then
 
     def text(self) -> str:
         times = f"{self.ratio:.2f}x: {number(self.without)} -> {number(self.now)} s a step"
         few = ", of one step each" if max(self.calls) == 1 else ""
-        return times + few + (f" ({SLOWER})" if self.is_slower else "")
+        return times + few + (f" ({SLOWER})" if self.is_slower else "") + (" when measured" if self.then else "")
 
     def to_dict(self) -> dict:
         return {"ratio": round(self.ratio, 3), "seconds_without": self.without, "seconds": self.now, "size": self.size,
@@ -109,12 +109,6 @@ class CallTimes:
             self._weights = identity
             self._seconds = {size: {WITHOUT: kinds[WITHOUT]} for size, kinds in self._seconds.items() if WITHOUT in kinds}
             self._pending = deque(call for call in self._pending if call[3] == WITHOUT)
-
-    def forget(self, size: str) -> None:
-        """What was timed of a size, but not WITHOUT."""
-        kinds = self._seconds.get(size, {})
-        for kind in kinds.keys() - {WITHOUT}:
-            del kinds[kind]
 
     def count(self, size: str, kind: str) -> int:
         return len(self._seconds.get(size, {}).get(kind, ()))

@@ -71,9 +71,9 @@ function textWidget(node) {
     const known = node.widgets?.find((widget) => widget.name === WIDGET);
     if (known) return known;
     const font = `${FONT}px ${node.comfyClass === CHECK ? "monospace" : "sans-serif"}`;
-    const reserved = WORKING.includes(node.comfyClass) ? RESERVED : 0;
+    let reserved = 0; // lines
     const element = document.createElement("div");
-    element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; min-height: ${reserved * LINE + 8}px; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
+    element.style.cssText = `box-sizing: border-box; width: 100%; height: 100%; overflow: auto; white-space: pre-wrap; padding: 4px 8px; user-select: text;
         overflow-wrap: anywhere; font: ${font}; line-height: ${LINE}px; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 6px;`;
     const body = element.appendChild(document.createElement("div"));
     const more = element.appendChild(document.createElement("details"));
@@ -91,6 +91,10 @@ function textWidget(node) {
         margin: MARGIN,
         serialize: false,
     });
+    widget.reserve = (count) => {
+        reserved = count;
+        element.style.minHeight = `${reserved * LINE + 8}px`;
+    };
     widget.setDetails = (text) => {
         details.textContent = unbroken(text);
         more.hidden = !text;
@@ -281,8 +285,14 @@ app.registerExtension({
     afterConfigureGraph: restore,
     nodeCreated(node) {
         if (!WORKING.includes(node.comfyClass)) return;
-        textWidget(node);
+        const widget = textWidget(node);
+        widget.reserve(RESERVED);
         node.setSize([Math.max(node.size[0], NODE_WIDTH), node.computeSize()[1]]);
+        const { onConfigure } = node;
+        node.onConfigure = function (saved) { // a node of an older workflow takes no more room than it had, until it reports
+            onConfigure?.apply(this, arguments);
+            if (saved.size?.[1] < this.computeSize()[1]) widget.reserve(0);
+        };
     },
     beforeRegisterNodeDef(nodeType, nodeData) {
         if (!SHOWING.includes(nodeData.name)) return;

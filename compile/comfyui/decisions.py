@@ -93,6 +93,7 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
 
 # What was decided in this process, the last used last.
 _KNOWN: OrderedDict[str, Decision] = OrderedDict()
+_PASSING: set[str] = set()
 # How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
 _revision = 0
 
@@ -124,13 +125,20 @@ def read(key: str) -> Decision | None:
         return None
 
 
-def write(key: str, decision: Decision) -> None:
-    """On disk, if that can be: without it the next start measures again."""
+def lasts(key: str) -> bool:
+    """Whether the next start is to know what is decided of key."""
+    return key not in _PASSING
+
+
+def write(key: str, decision: Decision, passing: bool = False) -> None:
+    """On disk, if that can be: without it the next start measures again, as it is to where anything of it was passing."""
     _KNOWN[key] = decision
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > MOST_FILES:
         _KNOWN.popitem(last=False)
-    if not artifact_cache.is_enabled():
+    if passing:
+        _PASSING.add(key)
+    if key in _PASSING or not artifact_cache.is_enabled():
         return
     try:
         artifact_cache.require_apart(folder())
@@ -147,6 +155,7 @@ def write(key: str, decision: Decision) -> None:
 def clear() -> int:
     """Deletes all; how many."""
     _KNOWN.clear()
+    _PASSING.clear()
     files = list(folder().glob("*.json"))
     for path in files:
         remove(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.ops
@@ -56,6 +57,7 @@ def plan_model(patcher, names, stats: dict[str, LayerStats], options: Int8Option
     for plan in result:
         plan.shape = tuple(pristine_weight(patcher, plan.name).shape)
     if options.faster_only or _leaves_slower(options, patcher.load_device):
+        result = [replace(plan) for plan in result]  # an interrupted search goes on with what was measured
         _keep_slower(patcher, result, options, on_progress)
     if options.max_mb:
         _fit_size(patcher, result, options)
@@ -77,21 +79,22 @@ def _keep_slower(patcher, plans: list[LayerPlan], options: Int8Options, on_progr
     """Leaves those layers float that are slower as INT8; with faster_only those too that are no faster, or were not timed."""
     _connect_kernels()
     dtype = compute_dtype_of(patcher)
+    short = set()  # for these memory was: they are all decided alike
     for number, plan in enumerate(plans):
         comfy.model_management.throw_exception_if_processing_interrupted()
         on_progress(None, f"timing {number}/{len(plans)}")
-        reason = "no faster as INT8" if plan.tokens else "never called"
-        if plan.tokens:
-            n, k = plan.shape
-            method = "rowwise" if plan.method == "rowwise" else "convrot"
+        n, k = plan.shape
+        size = plan.tokens, k, n, "rowwise" if plan.method == "rowwise" else "convrot"
+        if plan.tokens and size not in short:
             try:
-                plan.times = linear_times(patcher.load_device, dtype, plan.tokens, k, n, method, options.kernel)
+                plan.times = linear_times(patcher.load_device, dtype, *size, options.kernel)
             except torch.OutOfMemoryError:
-                reason = NOT_TIMED
+                short.add(size)
                 logger.warning("INT8: out of memory while layers from %d to %d channels were timed. They are decided without.", k, n)
         float_ms, int8_ms = plan.times or (0.0, 0.0)
         stays = int8_ms >= WORTH * float_ms if options.faster_only else float_ms < WORTH * int8_ms
         if stays and plan.method != FLOAT:
+            reason = NOT_TIMED if size in short else "no faster as INT8" if plan.tokens else "never called"
             plan.method, plan.pre_quant_scale, plan.reason = FLOAT, None, reason
 
 

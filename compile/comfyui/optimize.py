@@ -7,7 +7,7 @@ from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import COMPILED, EAGER, KEPT, MOST_KEPT, NOISE, WITHOUT, CallTimes, Gain
+from ..gain import COMPILED, EAGER, KEPT, NOISE, WITHOUT, CallTimes, Gain
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -25,6 +25,8 @@ from .optimize_report import OptimizeReport
 logger = logging.getLogger(__name__)
 
 TITLE = "Optimize Model"
+# Steps that take this much longer or shorter than when it was decided: the machine has other work than then.
+OTHER_TIMES = 1.15
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,6 @@ class Optimizer:
         self._reports = _Reports()
         self._gain: Gain | None = None
         self._is_over = False  # nothing more is decided: the node is to run again
-        self._lasts = True  # else the next start decides anew
-        self._is_decided_twice = False
         self._notify()
 
     def __call__(self, report, doing: str = "", progress: tuple[int, int] | None = None) -> None:
@@ -117,9 +117,8 @@ class Optimizer:
         elif isinstance(report, QuantizeReport):
             self._reports.quantize = report
             if self._has_layers and report.chosen and self.decision.chosen is None:
-                self._lasts = NOT_TIMED not in report.kept
                 self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
-                           weights=(report.before, report.after))
+                           weights=(report.before, report.after), passing=NOT_TIMED in report.kept)
         elif isinstance(report, CompileReport):
             self._reports.compile = report
         self._notify(doing, progress)
@@ -141,27 +140,9 @@ class Optimizer:
         if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
             self._decide(times, size)
         gain = self._gain_of(times, size)
-        if gain is None:
-            return
-        if self._is_doubtful(gain):
-            if gain.calls[1] >= MOST_KEPT and not self._is_decided_twice:
-                self._decide_again(times, size)
-        elif gain.differs_from(self._gain):
+        if gain is not None and gain.differs_from(self._gain):
             self._gain = gain
             self._notify()
-
-    def _is_doubtful(self, gain: Gain) -> bool:
-        """Whether it is a loss, from which the decision was to keep: few steps made it, which may have met other work on the machine."""
-        return gain.ratio < 1 - NOISE and GOALS[self.goal].faster_only and (gain.earlier or not self._is_decided_twice)
-
-    def _decide_again(self, times: CallTimes, size: str) -> None:
-        """What is compiled, once."""
-        logger.info("%s: steps take longer than when it was decided that compiling pays; that is measured again", TITLE)
-        self._is_decided_twice = True
-        times.forget(size)
-        self._gain = None
-        self._keep(compiled=None)
-        self._notify()
 
     def _decide(self, times: CallTimes, size: str) -> None:
         """Whether compiling pays, and INT8 all in all."""
@@ -169,9 +150,8 @@ class Optimizer:
         without = without or self.decision.times_of(size)[0]
         logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
         now = min(eager, compiled)
-        # The second time, minutes or days later, only what was timed in the same minutes is compared.
-        is_slower = 0 < without < (1 - NOISE) * now and not self._is_decided_twice
-        if self.decision.is_int8 and GOALS[self.goal].faster_only and is_slower:
+        self._is_known = False
+        if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:
             self._is_over = True  # for this branch: its layers are INT8
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
@@ -184,28 +164,34 @@ class Optimizer:
         self._notify()
 
     def _gain_of(self, times: CallTimes, size: str) -> Gain | None:
-        """Of what runs now against the model as it came in; None where nothing is done to it, or one of the two is not known; or it is a
+        """Of what runs now against the model as it came in. Once it is decided, what the decision measured, in the same minutes, unless
+        steps of this start say it with more of them. None where nothing is done to the model, or one of the two is not known; or it is a
         loss of which is still to be decided what follows."""
         decision = self.decision
         if decision.compiled is False and not decision.is_int8:
             return None
         kind = EAGER if decision.compiled is False else COMPILED
-        now, count = times.seconds(size, kind), times.count(size, kind)
-        before, before_count = times.seconds(size, WITHOUT), times.count(size, WITHOUT)
-        if earlier := bool(not before and decision.times_of(size)[0]):
-            before, before_count = decision.times_of(size)[0], KEPT
-        if not decision.is_int8 and (not before or times.count(size, EAGER) >= KEPT):
-            before, before_count, earlier = times.seconds(size, EAGER), times.count(size, EAGER), False
-        gain = Gain(size, before, now, (before_count, count), earlier) if before and now else None
-        return None if gain is not None and gain.ratio < 1 - NOISE and decision.compiled is None else gain
+        before = WITHOUT if decision.is_int8 or not times.count(size, EAGER) >= KEPT else EAGER
+        counts = times.count(size, before), times.count(size, kind)
+        gain = Gain(size, times.seconds(size, before), times.seconds(size, kind), counts) if all(counts) else None
+        if decision.compiled is None:
+            return gain if gain is not None and gain.ratio >= 1 - NOISE else None
+        without, eager, compiled = decision.times_of(size)
+        seconds = eager if decision.compiled is False else compiled
+        if not without or not seconds:
+            return gain
+        measured = Gain(size, without, seconds, (KEPT, KEPT), then=True)
+        is_other = gain is None or not 1 / OTHER_TIMES < gain.now / seconds < OTHER_TIMES or gain.is_slower > measured.is_slower
+        return measured if is_other else gain
 
-    def _keep(self, **changes) -> None:
+    def _keep(self, passing: bool = False, **changes) -> None:
         self.decision = replace(self.decision, **changes)
-        if self._lasts:
-            decisions.write(self._key, self.decision)
+        known = decisions.read(self._key)
+        if known is None or not known.slower[1] or self.decision.slower[1]:  # else another branch has found INT8 slower
+            decisions.write(self._key, self.decision, passing)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports
-        self._status(OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason,
-                                    self._background, reports.modes, reports.quantize, reports.compile, self._gain, self._is_over),
-                     doing, progress)
+        report = OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason, self._background,
+                                decisions.lasts(self._key), reports.modes, reports.quantize, reports.compile, self._gain, self._is_over)
+        self._status(report, doing, progress)

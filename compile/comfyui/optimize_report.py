@@ -14,8 +14,9 @@ MOST_LINES = 6  # of the table
 @dataclass(frozen=True)
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
-    be INT8. background: whether steps run uncompiled meanwhile. modes: of the model, in order. quantize, compile: what these modes
-    reported last. gain: of the last steps. from_next: what is decided now holds from the next prompt on."""
+    be INT8. background: whether steps run uncompiled meanwhile. lasts: whether the next start knows it. modes: of the model, in order.
+    quantize, compile: what these modes reported last. gain: of the last steps. from_next: what is decided now holds from the next prompt
+    on."""
 
     goal: str
     min_sqnr_db: float | None
@@ -23,6 +24,7 @@ class OptimizeReport:
     is_known: bool = False
     reason: str = ""
     background: bool = True
+    lasts: bool = True
     modes: tuple[str, ...] = ()
     quantize: QuantizeReport | None = None
     compile: CompileReport | None = None
@@ -80,20 +82,16 @@ class OptimizeReport:
 
     def _gained(self) -> list[str]:
         parts = []
-        if self.gain is not None:
-            parts.append(self.gain.text())
-        elif known := self._known_gain():
-            parts.append(f"{known.text()} when measured")
+        if gain := self.gain or self._known_gain():
+            parts.append(gain.text())
         before, after = self.decision.weights
         if self.decision.is_int8 and before:
             parts.append(f"{before:.0f} -> {after:.0f} MB")
         return ["; ".join(parts)] if parts else []
 
     def _measured(self) -> list[str]:
-        if self.gain is None:
-            known = self._known_gain()
-            return [f"measured: {known.size}"] if known else []
-        return [f"without this node: {number(self.gain.without)} s a step, measured at an earlier start"] if self.gain.earlier else []
+        gain = self.gain or self._known_gain()
+        return [f"measured: {gain.size}"] if gain is not None and gain.then else []
 
     def _known_gain(self) -> Gain | None:
         """Of the last size that was measured."""
@@ -101,15 +99,17 @@ class OptimizeReport:
             return None
         for size, without, eager, compiled in reversed(self.decision.times):
             if (now := eager if self.decision.compiled is False else compiled) and without:
-                return Gain(size, without, now)
+                return Gain(size, without, now, then=True)
         return None
 
     def _kept(self) -> list[str]:
         done = self.decision.compiled is not None
         if not done and self.compile is not None and self.compile.compiled_from_step:
             return ["measuring whether compiling pays"]
-        if self.is_known:
+        if self.is_known and (done or self.decision.chosen is not None):
             return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
+        if done and not self.lasts:
+            return ["decided, until ComfyUI ends: memory was short"]
         return ["decided, and kept for the next start"] if done else []
 
     def table(self) -> list[str]:

@@ -95,7 +95,8 @@ def optimize_reports():
                     yield OptimizeReport(goal, 30.0, decision, is_known=known, reason=reason, from_next=later)
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
         yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
-        yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), gain=Gain("s", 3.0, 2.0, (3, 3), earlier=True),
+        yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), lasts=False,
+                             gain=Gain("latent 1x16, batch 1", 3.0, 2.0, (3, 3), then=True),
                              compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
 
 

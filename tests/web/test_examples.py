@@ -117,6 +117,24 @@ def test_a_node_has_room_for_its_report_before_it_has_one_and_for_details_while_
         page.use_renderer(False)
 
 
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_node_that_was_saved_with_less_room_takes_no_more_until_it_reports(page_of_examples, nodes_2):
+    page = page_of_examples
+    workflow = json.loads((EXAMPLES / "Optimize Model.json").read_text())
+    [saved] = [node for node in workflow["nodes"] if node["type"] == "OptimizeModel"]
+    saved["size"] = [270, 100]
+    node = "app.graph.nodes.find(n => n.type === 'OptimizeModel')"
+    try:
+        page.use_renderer(nodes_2)
+        page.load(workflow)
+        assert page.evaluate(f"new Promise(r => setTimeout(() => r({node}.size[1]), 2000))") < 150
+        report = json.dumps({"node": str(saved["id"]), "short": "\n".join(USUAL), "text": "", "warnings": []})
+        page.evaluate(f"app.api.dispatchEvent(new CustomEvent('int8_compile', {{ detail: {report} }}))")
+        page.until(f"{node}.size[1] > 150", 5)
+    finally:
+        page.use_renderer(False)
+
+
 def test_a_report_in_chinese_has_room_for_letters_that_are_twice_as_wide(page_of_examples):
     """Counted, not seen: a machine may have no such letters."""
     page = page_of_examples
