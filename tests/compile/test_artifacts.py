@@ -28,6 +28,8 @@ from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from toys import difference, wait_for_builder, wait_until
 
+pytestmark = pytest.mark.rotating(4)
+
 OPTIONS = CompileOptions(mark_sizes=True, dynamic=False)
 BACKGROUND = CompileOptions(mark_sizes=True, dynamic=False, background=True)
 

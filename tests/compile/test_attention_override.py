@@ -15,6 +15,8 @@ from int8_compile.compile.options import CompileOptions
 sys.path.insert(0, str(Path(__file__).parent))
 from test_right_under_change import cached, exported  # noqa: F401
 
+pytestmark = pytest.mark.rotating(4)
+
 KEY = "optimized_attention_override"
 COMFYUI = origins.COMFYUI
 

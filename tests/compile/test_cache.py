@@ -18,6 +18,8 @@ from cache_modules import make
 from int8_compile.compile.artifacts import key as cache_key
 from int8_compile.compile.artifacts.cache_compile import cache_compile, readable_cache
 
+pytestmark = pytest.mark.rotating(4)
+
 REPO = Path(__file__).resolve().parents[2]
 # torch 2.8 cannot compile a graph with its own sizes by itself (standalone_compile, "from_graph"): the next tier takes its place.
 AOT = ("aot",) if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11) else ("aot", "fx")

@@ -8,7 +8,7 @@ from int8_compile.compile.options import CompileOptions
 
 from benchmarks.small_families import SMALL
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(4)]
 
 TOLERANCE = 1e-3  # of the largest value
 CALLS = {"base": {}, "resolution": dict(height=44, width=36), "tokens": dict(tokens=33), "batch": dict(batch=2)}

@@ -33,6 +33,8 @@ from int8_compile.compile.engine import CompiledModule
 from int8_compile.compile.options import CompileOptions
 from toys import difference
 
+pytestmark = pytest.mark.rotating(3)
+
 KEPT = CompileOptions(mark_sizes=True, dynamic=False, background=True)
 COMPILED = CompileOptions(mark_sizes=True, dynamic=False, backend="eager")  # dynamo and its guards; what follows them has no say here
 TRACED = CompileOptions(mark_sizes=True, dynamic=False, backend="aot_eager")  # nor has Python when it runs

@@ -11,7 +11,7 @@ from toys import difference
 from .conftest import random_conds
 from .test_compile import CHEAP
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(4)]
 STEPS = 8
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import difference
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(4)]
 CHEAP = {"backend": "aot_eager"}
 
 

@@ -8,7 +8,7 @@ import torch
 from int8_compile.compile.gain import COMPILED, EAGER, KEPT, WITHOUT, CallTimes
 from toys import difference
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotating(4)]
 # Not timed: what is chosen must not depend on how busy the machine is.
 FASTER, SLOWER = (lambda *_: (1.0, 0.5)), (lambda *_: (0.5, 1.0))
 SIZE = "latent 16x16, batch 1, prompt length 20"
