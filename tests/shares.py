@@ -1,9 +1,11 @@
 """What runs where not every combination does: of tests with several parameters each value of each, and each test that is marked rotating
-every DAYS days, or every n days where it is marked rotating(n)."""
+every DAYS days, or every n days where it is marked rotating(n). With together=True all of a file, which share a costly set-up, run on one
+day."""
 from __future__ import annotations
 
 import datetime
 import random
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -30,10 +32,16 @@ def is_turn(number: int, day: datetime.date, days: int = DAYS) -> bool:
     return (number + day.toordinal()) % days == 0
 
 
+def _are_together(item) -> bool:
+    return item.get_closest_marker("rotating").kwargs.get("together", False)
+
+
 def of_day(items: Sequence, day: datetime.date) -> set:
     """Those of pytest's items that run on day. Of what drives a server every combination."""
     days = {item: (*marker.args, DAYS)[0] for item in items if (marker := item.get_closest_marker("rotating"))}
-    left_out = {item for number, (item, every) in enumerate(days.items()) if not is_turn(number, day, every)}
+    numbers = {item: zlib.crc32(item.nodeid.partition("::")[0].encode()) if _are_together(item) else number
+               for number, item in enumerate(days)}
+    left_out = {item for item, every in days.items() if not is_turn(numbers[item], day, every)}
     groups = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("e2e") and days.get(item, 0) < DAYS:

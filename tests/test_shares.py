@@ -48,3 +48,13 @@ def test_each_runs_as_often_as_its_mark_says():
     runs = [of_day(items, start + datetime.timedelta(days=number)) for number in range(3 * DAYS)]
     counts = {item.nodeid: sum(item in run for run in runs) for item in items}
     assert all(count == {"daily": 3 * DAYS, "third": DAYS, "rare": 3}[nodeid[:-1]] for nodeid, count in counts.items())
+
+
+def test_those_of_a_file_that_run_together_run_on_one_day():
+    together = pytest.mark.rotating(3, together=True).mark
+    items = [Item(f"{file}.py::test_{number}", together) for file in "ab" for number in range(5)]
+    start = datetime.date(2026, 12, 30)
+    runs = [{item.nodeid for item in of_day(items, start + datetime.timedelta(days=number))} for number in range(3)]
+    assert sorted(item for run in runs for item in run) == sorted(item.nodeid for item in items)
+    for file in "ab":
+        assert sorted(len([item for item in run if item.startswith(file)]) for run in runs) == [0, 0, 5]

@@ -21,7 +21,7 @@ from benchmarks.workflows import flux_prompt, reports, sampled_again, sd15_promp
 
 from .conftest import latent
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(3)]
 ORDERS = int(os.environ.get("INT8_COMPILE_ORDERS", "8"))
 SEED = int(os.environ.get("INT8_COMPILE_ORDERS_SEED", "0"))
 BACKEND = os.environ.get("INT8_COMPILE_ORDERS_BACKEND", "aot_eager")

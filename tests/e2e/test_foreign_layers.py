@@ -11,7 +11,7 @@ from benchmarks.workflows import flux_prompt, reports
 
 from .conftest import latent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.rotating(3)]
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(3, together=True)]
 PACK = Path(__file__).parent.parent / "assets" / "packed_layers"
 LORA = "tiny_flux_a.safetensors", 0.5
 UNETS = {"packed": ("LoadPackedModel", {"name": "tiny_flux.safetensors"}),

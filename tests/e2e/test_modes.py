@@ -15,7 +15,7 @@ from benchmarks.workflows import flux_prompt
 from .conftest import latent
 from .test_contract import errors_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(3)]
 HELP = Path(__file__).resolve().parents[2] / "web" / "docs" / "ApplyModes.md"
 # In place of inductor: what is tested here does not depend on it.
 COMPILE = {"name": "compile", "config": {"backend": "aot_eager"}}

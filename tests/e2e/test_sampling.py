@@ -9,7 +9,7 @@ from benchmarks.workflows import flux_prompt, reports, wan_prompt
 
 from .conftest import latent
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(2)]
 PROMPTS = {"flux": flux_prompt, "wan": wan_prompt}
 
 

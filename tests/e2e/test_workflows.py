@@ -11,7 +11,7 @@ import pytest
 from benchmarks.comfy_server import find_comfyui
 from benchmarks.workflows import with_small_models
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(2)]
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "example_workflows"
 # Inputs of our nodes that an example sets to another value than the default.

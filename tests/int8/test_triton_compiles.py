@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.rotating(3)
+pytestmark = pytest.mark.rotating(3, together=True)
 
 SCRIPT = Path(__file__).with_name("triton_aot.py")
 # Shared memory a block may take, bytes (CUDA programming guide, compute capabilities).

@@ -5,7 +5,7 @@ import pytest
 
 from .test_status import node, run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(3)]
 
 
 def test_the_command_opens_the_report_in_a_window_and_the_node_shows_it(comfy_page):

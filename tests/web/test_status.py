@@ -12,7 +12,7 @@ from benchmarks.workflows import flux_prompt
 
 from .conftest import open_comfy
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.rotating(2)]
 
 def node(number, kind, x, inputs=(), output=None, links=(), values=()):
     return {"id": number, "type": kind, "pos": [x, 60 * number], "inputs": [{"name": n, "type": t, "link": link} for n, t, link in inputs],
