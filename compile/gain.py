@@ -22,7 +22,7 @@ NOISE = 0.03  # of a call's time: less is no difference
 @dataclass(frozen=True)
 class Gain:
     """Seconds of a call of the model, without the nodes and now. size: of what it was called with. calls: how many were timed, of each.
-    then: it is what was measured when it was decided; the machine has had other work since, or not."""
+    then: both were measured in an earlier start."""
 
     size: str
     without: float

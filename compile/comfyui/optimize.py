@@ -25,8 +25,6 @@ from .optimize_report import OptimizeReport
 logger = logging.getLogger(__name__)
 
 TITLE = "Optimize Model"
-# Steps that take this much longer or shorter than when it was decided: the machine has other work than then.
-OTHER_TIMES = 1.15
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,8 @@ class Optimizer:
             self._keep()
         if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
             self._decide(times, size)
+            if self._is_over:
+                return
         gain = self._gain_of(times, size)
         if gain is not None and gain.differs_from(self._gain):
             self._gain = gain
@@ -164,31 +164,29 @@ class Optimizer:
         self._notify()
 
     def _gain_of(self, times: CallTimes, size: str) -> Gain | None:
-        """Of what runs now against the model as it came in. Once it is decided, what the decision measured, in the same minutes, unless
-        steps of this start say it with more of them. None where nothing is done to the model, or one of the two is not known; or it is a
-        loss of which is still to be decided what follows."""
+        """Once it is decided, what the decision measured, in the same minutes: steps of others, when the machine may have other work, have
+        nothing to be compared with. Before, of the steps so far, unless it is a loss, of which is still to be decided what follows. None
+        where one of the two is not known."""
         decision = self.decision
-        if decision.compiled is False and not decision.is_int8:
-            return None
-        kind = EAGER if decision.compiled is False else COMPILED
-        before = WITHOUT if decision.is_int8 or not times.count(size, EAGER) >= KEPT else EAGER
-        counts = times.count(size, before), times.count(size, kind)
-        gain = Gain(size, times.seconds(size, before), times.seconds(size, kind), counts) if all(counts) else None
         if decision.compiled is None:
+            before = WITHOUT if decision.is_int8 or times.count(size, EAGER) < KEPT else EAGER
+            counts = times.count(size, before), times.count(size, COMPILED)
+            gain = Gain(size, times.seconds(size, before), times.seconds(size, COMPILED), counts) if all(counts) else None
             return gain if gain is not None and gain.ratio >= 1 - NOISE else None
         without, eager, compiled = decision.times_of(size)
-        seconds = eager if decision.compiled is False else compiled
-        if not without or not seconds:
-            return gain
-        measured = Gain(size, without, seconds, (KEPT, KEPT), then=True)
-        is_other = gain is None or not 1 / OTHER_TIMES < gain.now / seconds < OTHER_TIMES or gain.is_slower > measured.is_slower
-        return measured if is_other else gain
+        now = compiled if decision.compiled else eager
+        is_gain = without and now and (decision.compiled or decision.is_int8)
+        return Gain(size, without, now, (KEPT, KEPT), then=self._is_known) if is_gain else None
 
     def _keep(self, passing: bool = False, **changes) -> None:
         self.decision = replace(self.decision, **changes)
-        known = decisions.read(self._key)
-        if known is None or not known.slower[1] or self.decision.slower[1]:  # else another branch has found INT8 slower
-            decisions.write(self._key, self.decision, passing)
+        known, own = decisions.read(self._key), self.decision
+        if known is not None:  # another branch may know more
+            has_found_slower = known.slower[1] and not own.slower[1]
+            has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen
+            if has_found_slower or has_decided:
+                return
+        decisions.write(self._key, own, passing)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports

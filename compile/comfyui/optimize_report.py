@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ...int8.report import QuantizeReport, ShapeDecision
-from ..gain import Gain, number
+from ..gain import KEPT, Gain, number
 from ..report import CompileReport
 from .decisions import Decision
 
@@ -99,17 +99,17 @@ class OptimizeReport:
             return None
         for size, without, eager, compiled in reversed(self.decision.times):
             if (now := eager if self.decision.compiled is False else compiled) and without:
-                return Gain(size, without, now, then=True)
+                return Gain(size, without, now, (KEPT, KEPT), then=True)
         return None
 
     def _kept(self) -> list[str]:
         done = self.decision.compiled is not None
         if not done and self.compile is not None and self.compile.compiled_from_step:
             return ["measuring whether compiling pays"]
-        if self.is_known and (done or self.decision.chosen is not None):
-            return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
         if done and not self.lasts:
             return ["decided, until ComfyUI ends: memory was short"]
+        if self.is_known and (done or self.decision.chosen is not None):
+            return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
         return ["decided, and kept for the next start"] if done else []
 
     def table(self) -> list[str]:
