@@ -42,7 +42,7 @@ class Gain:
     def differs_from(self, other: Gain | None) -> bool:
         """Whether it is worth saying after other."""
         return other is None or other.size != self.size or abs(self.ratio / other.ratio - 1) > NOISE / 2 or (
-            self.is_slower != other.is_slower) or self.then != other.then
+            self.is_slower != other.is_slower)
 
     def text(self) -> str:
         times = f"{self.ratio:.2f}x: {number(self.without)} -> {number(self.now)} s a step"

@@ -32,15 +32,12 @@ def is_turn(number: int, day: datetime.date, days: int = DAYS) -> bool:
     return (number + day.toordinal()) % days == 0
 
 
-def _are_together(item) -> bool:
-    return item.get_closest_marker("rotating").kwargs.get("together", False)
-
-
 def of_day(items: Sequence, day: datetime.date) -> set:
     """Those of pytest's items that run on day. Of what drives a server every combination."""
-    days = {item: (*marker.args, DAYS)[0] for item in items if (marker := item.get_closest_marker("rotating"))}
-    numbers = {item: zlib.crc32(item.nodeid.partition("::")[0].encode()) if _are_together(item) else number
-               for number, item in enumerate(days)}
+    markers = {item: marker for item in items if (marker := item.get_closest_marker("rotating"))}
+    days = {item: (*marker.args, DAYS)[0] for item, marker in markers.items()}
+    numbers = {item: zlib.crc32(item.nodeid.partition("::")[0].encode()) if marker.kwargs.get("together") else number
+               for number, (item, marker) in enumerate(markers.items())}
     left_out = {item for item, every in days.items() if not is_turn(numbers[item], day, every)}
     groups = defaultdict(list)
     for item in items:

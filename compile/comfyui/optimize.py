@@ -137,10 +137,19 @@ class Optimizer:
             self._keep()
         if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
             self._decide(times, size)
-            if self._is_over:
-                return
-        gain = self._gain_of(times, size)
-        if gain is not None and gain.differs_from(self._gain):
+        elif self.decision.compiled is None:
+            self._gained(times, size)
+
+    def _gained(self, times: CallTimes, size: str) -> None:
+        """Says what the steps so far gained, unless it is a loss, of which is still to be decided what follows. Once it is decided the
+        decision's own numbers are said, of the same minutes: steps of others, when the machine may have other work, have nothing to be
+        compared with."""
+        before = WITHOUT if self.decision.is_int8 or times.count(size, EAGER) < KEPT else EAGER
+        counts = times.count(size, before), times.count(size, COMPILED)
+        if not all(counts):
+            return
+        gain = Gain(size, times.seconds(size, before), times.seconds(size, COMPILED), counts)
+        if gain.ratio >= 1 - NOISE and gain.differs_from(self._gain):
             self._gain = gain
             self._notify()
 
@@ -162,21 +171,6 @@ class Optimizer:
         self._gain = None
         self._keep()
         self._notify()
-
-    def _gain_of(self, times: CallTimes, size: str) -> Gain | None:
-        """Once it is decided, what the decision measured, in the same minutes: steps of others, when the machine may have other work, have
-        nothing to be compared with. Before, of the steps so far, unless it is a loss, of which is still to be decided what follows. None
-        where one of the two is not known."""
-        decision = self.decision
-        if decision.compiled is None:
-            before = WITHOUT if decision.is_int8 or times.count(size, EAGER) < KEPT else EAGER
-            counts = times.count(size, before), times.count(size, COMPILED)
-            gain = Gain(size, times.seconds(size, before), times.seconds(size, COMPILED), counts) if all(counts) else None
-            return gain if gain is not None and gain.ratio >= 1 - NOISE else None
-        without, eager, compiled = decision.times_of(size)
-        now = compiled if decision.compiled else eager
-        is_gain = without and now and (decision.compiled or decision.is_int8)
-        return Gain(size, without, now, (KEPT, KEPT), then=self._is_known) if is_gain else None
 
     def _keep(self, passing: bool = False, **changes) -> None:
         self.decision = replace(self.decision, **changes)

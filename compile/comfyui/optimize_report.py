@@ -15,8 +15,8 @@ MOST_LINES = 6  # of the table
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
     be INT8. background: whether steps run uncompiled meanwhile. lasts: whether the next start knows it. modes: of the model, in order.
-    quantize, compile: what these modes reported last. gain: of the last steps. from_next: what is decided now holds from the next prompt
-    on."""
+    quantize, compile: what these modes reported last. gain: of the steps so far, while nothing is decided. from_next: what is decided now
+    holds from the next prompt on."""
 
     goal: str
     min_sqnr_db: float | None
@@ -58,10 +58,10 @@ class OptimizeReport:
 
     def _compiled(self) -> str:
         report = self.compile
-        if report is not None and report.status().startswith("running uncompiled"):
-            return "uncompiled"
         if report is None:
             return "compiles at the first sampling"
+        if report.status().startswith("running uncompiled"):
+            return "uncompiled"
         if report.building and self.background:
             return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")
         if report.compiled_from_step:
@@ -82,7 +82,7 @@ class OptimizeReport:
 
     def _gained(self) -> list[str]:
         parts = []
-        if gain := self.gain or self._known_gain():
+        if gain := self._gain():
             parts.append(gain.text())
         before, after = self.decision.weights
         if self.decision.is_int8 and before:
@@ -90,16 +90,16 @@ class OptimizeReport:
         return ["; ".join(parts)] if parts else []
 
     def _measured(self) -> list[str]:
-        gain = self.gain or self._known_gain()
+        gain = self._gain()
         return [f"measured: {gain.size}"] if gain is not None and gain.then else []
 
-    def _known_gain(self) -> Gain | None:
-        """Of the last size that was measured."""
-        if self.decision.compiled is False and not self.decision.is_int8:
-            return None
+    def _gain(self) -> Gain | None:
+        """That of the decision, once there is one."""
+        if self.gain is not None or (self.decision.compiled is False and not self.decision.is_int8):
+            return self.gain
         for size, without, eager, compiled in reversed(self.decision.times):
             if (now := eager if self.decision.compiled is False else compiled) and without:
-                return Gain(size, without, now, (KEPT, KEPT), then=True)
+                return Gain(size, without, now, (KEPT, KEPT), then=self.is_known)
         return None
 
     def _kept(self) -> list[str]:
@@ -128,7 +128,7 @@ class OptimizeReport:
 
     def to_dict(self) -> dict:
         """With what the modes reported."""
-        gain, decision = self.gain or self._known_gain(), self.decision
+        gain, decision = self._gain(), self.decision
         own = {"goal": self.goal, "min_sqnr_db": self.min_sqnr_db, "modes": list(self.modes), "known": self.is_known, "reason": self.reason,
                "int8_layers": sum(method != "float" for _, method in decision.chosen or ()), "layers": len(decision.chosen or ()),
                "compiled": decision.compiled, "table": self.table(),

@@ -44,6 +44,12 @@ def times(monkeypatch):
 
 
 @pytest.fixture
+def untimed(monkeypatch):
+    """Real steps are not: what is decided must not depend on how busy the machine is."""
+    monkeypatch.setattr(CallTimes, "end", lambda *_: None)
+
+
+@pytest.fixture
 def optimize(monkeypatch):
     """optimize(model, goal) -> (model, Node), with a compiler that takes no time."""
     from int8_compile.compile.comfyui import optimize as module
@@ -222,11 +228,14 @@ def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, k
 class Steps:
     """A judge's view of a model: steps of chosen times."""
 
-    def __init__(self, optimizer, size=SIZE, **seconds):
+    def __init__(self, optimizer, size=SIZE, without: float | None = None, **seconds):
+        """without: of two steps of the model as it came, before."""
         self.optimizer = optimizer
         self.size = size
         self.seconds = seconds
         self.times = CallTimes()
+        for _ in range(2 if without else 0):
+            self.times._add(size, WITHOUT, without)
 
     def run(self, count: int) -> list[bool]:
         """Whether each ran eager."""
@@ -255,16 +264,12 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step")
 
 
-def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times, monkeypatch):
+def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times, untimed):
     """Steps of the first image, minutes before, may have had another machine: compiled for being faster, and called slower."""
     times(SLOWER)
     model, node = optimize(flux)
-    with monkeypatch.context() as untimed:
-        untimed.setattr(CallTimes, "end", lambda *_: None)
-        sample(model)
-    steps = Steps(optimizer_of(model), compiled=0.8, eager=1.0)
-    for _ in range(2):
-        steps.times._add(SIZE, WITHOUT, 0.5)
+    sample(model)
+    steps = Steps(optimizer_of(model), without=0.5, compiled=0.8, eager=1.0)
     steps.run(KEPT)
     assert "x: " not in node.report.text()
     steps.run(KEPT)
@@ -292,17 +297,12 @@ def test_after_the_decision_other_work_on_the_machine_changes_no_gain(flux, opti
         assert node.report.short()[0] == "2.00x: 1.00 -> 0.500 s a step" and node.details["compiled"] is True
 
 
-def test_where_int8_is_wanted_for_its_size_a_loss_is_said(load, sample, optimize, times, kept, monkeypatch):
+def test_where_int8_is_wanted_for_its_size_a_loss_is_said(load, sample, optimize, times, kept, untimed):
     times(SLOWER)
     for start in range(2):
         model, node = optimize(load(), "smallest")
-        with monkeypatch.context() as untimed:
-            untimed.setattr(CallTimes, "end", lambda *_: None)
-            sample(model)
-        steps = Steps(optimizer_of(model), compiled=1.25, eager=1.5)
-        if start == 0:
-            for _ in range(2):
-                steps.times._add(SIZE, WITHOUT, 1.0)
+        sample(model)
+        steps = Steps(optimizer_of(model), without=None if start else 1.0, compiled=1.25, eager=1.5)
         when = " when measured" if start else ""
         said = f"0.80x: 1.00 -> 1.25 s a step (slower than without: bypass this node){when};"
         assert not start or node.report.short()[0].startswith(said)
@@ -311,15 +311,11 @@ def test_where_int8_is_wanted_for_its_size_a_loss_is_said(load, sample, optimize
         restart()
 
 
-def test_a_later_start_says_what_was_measured_in_the_first(load, sample, optimize, times, kept, monkeypatch):
+def test_a_later_start_says_what_was_measured_in_the_first(load, sample, optimize, times, kept, untimed):
     times(FASTER)
     first, node = optimize(load())
-    with monkeypatch.context() as untimed:
-        untimed.setattr(CallTimes, "end", lambda *_: None)
-        sample(first)
-    steps = Steps(optimizer_of(first), compiled=0.5, eager=0.8)
-    for _ in range(2):
-        steps.times._add(SIZE, WITHOUT, 1.0)
+    sample(first)
+    steps = Steps(optimizer_of(first), without=1.0, compiled=0.5, eager=0.8)
     steps.run(2 * KEPT + 1)
     assert node.report.short()[0].startswith("2.00x: 1.00 -> 0.500 s a step;") and node.report.short()[2].startswith("decided, and kept")
     restart()
@@ -332,25 +328,20 @@ def test_a_later_start_says_what_was_measured_in_the_first(load, sample, optimiz
         assert node.report.short()[2] == "decided earlier: nothing is measured again"
 
 
-def test_another_branch_does_not_bring_back_int8_that_was_found_slower(load, sample, optimize, times, kept, monkeypatch):
+def test_another_branch_does_not_bring_back_int8_that_was_found_slower(load, sample, optimize, times, kept, untimed):
     times(FASTER)
-    monkeypatch.setattr(CallTimes, "end", lambda *_: None)  # of real steps
     model = load()
     (first, node), (second, _) = optimize(model), optimize(model)
     sample(first), sample(second)
-    steps = Steps(optimizer_of(first), compiled=1.2, eager=1.5)
-    steps.times._add(SIZE, WITHOUT, 1.0)
-    steps.times._add(SIZE, WITHOUT, 1.0)
-    steps.run(2 * KEPT)
+    Steps(optimizer_of(first), without=1.0, compiled=1.2, eager=1.5).run(2 * KEPT)
     assert "no INT8 from the next prompt on" in node.report.status() and "x: " not in node.report.text()
     Steps(optimizer_of(second), compiled=1.2, eager=1.5).run(2 * KEPT)
     restart()
     assert optimize(load())[1].details["int8_layers"] == 0
 
 
-def test_another_branch_does_not_open_what_is_decided(flux, sample, optimize, times, kept, monkeypatch):
+def test_another_branch_does_not_open_what_is_decided(flux, sample, optimize, times, kept, untimed):
     times(FASTER)
-    monkeypatch.setattr(CallTimes, "end", lambda *_: None)  # of real steps
     (first, _), (second, _) = optimize(flux), optimize(flux)
     sample(first)
     Steps(optimizer_of(first), compiled=0.5, eager=0.8).run(2 * KEPT)
@@ -411,10 +402,7 @@ def test_a_size_that_was_never_timed_without_has_no_gain(flux, sample, optimize)
 def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimize):
     model, node = optimize(flux, "smallest")
     sample(model)
-    steps = Steps(optimizer_of(model), compiled=1.3, eager=1.4)
-    for _ in range(2):
-        steps.times._add(SIZE, WITHOUT, 1.0)
-    steps.run(2 * KEPT + 1)
+    Steps(optimizer_of(model), without=1.0, compiled=1.3, eager=1.4).run(2 * KEPT + 1)
     assert node.details["int8_layers"] == 29 and "(slower than without: bypass this node)" in node.report.text().splitlines()[0]
 
 
