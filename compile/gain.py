@@ -1,7 +1,6 @@
 """What a model gains: how long its calls take, by what ran them."""
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ import torch
 
 # What ran a call: the model as it came into the chain of nodes; with the chain's layers, uncompiled; compiled.
 WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
-KEPT = 3  # calls of a kind that are enough
-MOST_KEPT = 9  # of the last ones the middle one counts
-FIRST_KEPT = 25  # of compiled ones, of which the first count: what they are compared with was timed just before, a machine has other times
+BESIDE = "beside"  # as EAGER, but in the moments of WITHOUT: the others come minutes later, when a machine may have other times
+KEPT, ENOUGH = 3, 0.5  # calls of a kind, and seconds of them, that are enough; MOST_KEPT calls are without these seconds
+MOST_KEPT = 25  # the last, of compiled ones the first: what they are compared with was timed just before
 MOST_SIZES = 8
 MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
 SLOWER = "slower than without: bypass this node"
@@ -98,29 +97,43 @@ class CallTimes:
         kinds = self._seconds.pop(size, {})
         self._seconds[size] = kinds  # the last used is last
         kept = kinds.setdefault(kind, deque(maxlen=None if kind == COMPILED else MOST_KEPT))
-        if kind != COMPILED or len(kept) < FIRST_KEPT:
+        if kind != COMPILED or len(kept) < MOST_KEPT:
             kept.append(seconds)
         while len(self._seconds) > MOST_SIZES:
             del self._seconds[next(iter(self._seconds))]
 
     def of_weights(self, identity: object) -> None:
-        """Forgets what was timed with other weights (a LoRA that is added while a layer runs takes its time), but not WITHOUT."""
+        """Forgets what was timed with other weights (a LoRA that is added while a layer runs takes its time), but not WITHOUT and, until
+        calls are timed, BESIDE."""
         if identity != self._weights:
+            kept = (WITHOUT, BESIDE) if self._weights is None else (WITHOUT,)
             self._weights = identity
-            self._seconds = {size: {WITHOUT: kinds[WITHOUT]} for size, kinds in self._seconds.items() if WITHOUT in kinds}
-            self._pending = deque(call for call in self._pending if call[3] == WITHOUT)
+            self._seconds = {size: {kind: kinds[kind] for kind in kept if kind in kinds} for size, kinds in self._seconds.items()
+                             if WITHOUT in kinds}
+            self._pending = deque(call for call in self._pending if call[3] in kept)
 
     def count(self, size: str, kind: str) -> int:
         return len(self._seconds.get(size, {}).get(kind, ()))
 
+    def is_enough(self, size: str, kind: str) -> bool:
+        """Whether its calls tell what the next ones take."""
+        count = self.count(size, kind)
+        return count >= MOST_KEPT or (count >= KEPT and count * self.seconds(size, kind) >= ENOUGH)
+
     def seconds(self, size: str, kind: str) -> float:
-        """The middle of those that are kept; 0 where there is none."""
-        kept = self._seconds.get(size, {}).get(kind)
-        return statistics.median_low(kept) if kept else 0.0
+        """The lower quartile of those that are kept, since other work on the machine only adds; 0 where there is none."""
+        kept = sorted(self._seconds.get(size, {}).get(kind, ()))
+        return kept[(len(kept) - 1) // 4] if kept else 0.0
+
+    def without(self, size: str) -> float:
+        """Seconds of WITHOUT, in the minutes of EAGER if that can be told."""
+        then, now = self.seconds(size, BESIDE), self.seconds(size, EAGER)
+        return self.seconds(size, WITHOUT) * (now / then if then and now else 1.0)
 
     def gain(self, size: str) -> Gain | None:
         """None while one of the two is not known."""
         before = WITHOUT if self.count(size, WITHOUT) else EAGER
         if not self.count(size, before) or not self.count(size, COMPILED):
             return None
-        return Gain(size, self.seconds(size, before), self.seconds(size, COMPILED), (self.count(size, before), self.count(size, COMPILED)))
+        seconds = self.without(size) or self.seconds(size, EAGER)
+        return Gain(size, seconds, self.seconds(size, COMPILED), (self.count(size, before), self.count(size, COMPILED)))

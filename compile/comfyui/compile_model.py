@@ -22,7 +22,7 @@ from ..artifacts.stand_ins import reach_blocks
 from ..engine import CompiledModule
 from ..errors import is_out_of_memory
 from ..events import OnProgress
-from ..gain import COMPILED, EAGER, WITHOUT, CallTimes
+from ..gain import COMPILED, EAGER, CallTimes
 from ..options import CompileOptions
 from ..report import WEIGHTS, CompileReport
 from ..torch_internals import warmup
@@ -31,11 +31,11 @@ from . import core as comfy_core
 from .artifact_cache import get_cache
 from .attention import add_functions
 from .foreign_layers import adapt_layers
-from .int8_calibrate import CALIBRATING, COMPILE_KEY, TIMED
 from .int8_layer import patch_linear_input_act
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 from .patched_method import PatchedMethod, patched_methods, put_method
+from .trial import CALIBRATING, COMPILE_KEY, TIMED
 from .verification_settings import verification_options
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class LazyCompile:
         begun = self.times.begin(x.device)
         if CALIBRATING in transformer_options:
             result = executor(x, *args, **kwargs)
-            self.times.end(begun, size, WITHOUT if TIMED in transformer_options else "")
+            self.times.end(begun, size, transformer_options.get(TIMED, ""))
             return result
         self.times.of_weights(situation[WEIGHTS])
         if CORE_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):  # add_compile took off those before it
@@ -151,9 +151,9 @@ class LazyCompile:
         if report.failure:
             return EAGER
         eager, calls = report.last_calls.get("eager", 0), sum(report.last_calls.values())
-        if not calls or (report.building and self.options.background and device.type == "cpu"):
+        if not calls or (report.building and self.options.background and (device.type == "cpu" or self.judge is not None)):
             return ""  # the builder computes on the same cores; what is not urgent waits, see Builder.sampling
-        return EAGER if eager == calls else COMPILED
+        return COMPILED if eager < calls else EAGER if self.judge is None else ""  # it has its own, of the same minutes
 
 
 def _extra_work(report: CompileReport) -> tuple[int, ...]:

@@ -2,17 +2,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 
 from ...int8.calibrate import LayerStats, collect
@@ -21,8 +18,8 @@ from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
+from ..gain import BESIDE, ENOUGH, WITHOUT
 from . import core as comfy_core
-from .allocation_recording import unrecorded
 from .foreign_layers import as_it_computes
 from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora, prepare_for_hooks
@@ -30,24 +27,11 @@ from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, pu
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
 from .object_patches import object_of
+from .trial import CALIBRATING, Trial
 
 logger = logging.getLogger(__name__)
 
 QUANTIZE_KEY = "int8_quantize"
-# Begins the keys of the wrappers that compile; see compile_model.py.
-COMPILE_KEY = "int8_compile"
-# In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
-CALIBRATING = "int8_calibrating"
-# With it, in a run that nothing looks at: its steps are timed, as what the model takes in high precision.
-TIMED = "int8_timed"
-TIMED_STEPS = 2
-# Sigmas that are evaluated for a calibration, spread over the schedule.
-STEPS = 3
-# What of a guider's model_options a calibration runs with: what the model computes (patches, attention), not what watches or changes its
-# steps (cache nodes' wrappers, callbacks, functions before and after CFG), whose state belongs to the image that comes after.
-_KEPT_OPTIONS = ("transformer_options", "context_handler", "registered_hooks", "disable_cfg1_optimization")
-_KEPT_WRAPPERS = (WrappersMP.PREPARE_SAMPLING,)  # about loading, as the callbacks that are not these:
-_RUN_CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS, CallbacksMP.ON_CLEANUP)
 
 
 @dataclass
@@ -200,10 +184,14 @@ class QuantizeFirst(Quantizer):
         patchers = _patchers(guider)
         waiting = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if wrapper.waits(patcher)]
         # A training run is no image: its sampler changes what it trains.
+        seconds = 0.0
         if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
-            _look(guider, patchers, waiting, noise, latent_image, sampler, sigmas, args, kwargs)
+            trial = Trial(guider, patchers, noise, latent_image, sampler, sigmas, args, kwargs)
+            seconds = _look(trial, waiting)
         for patcher in patchers:
             _quantize_known(patcher)
+        if 0.0 < seconds < ENOUGH:  # longer steps are no business of moments
+            trial.time_steps(BESIDE)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
@@ -246,73 +234,22 @@ def _quantize_before_load(executor, model, *args, **kwargs):
     return executor(model, *args, **kwargs)
 
 
-def _look(guider, patchers, waiting: list[tuple[Quantizer, ModelPatcher]], noise, latent_image, sampler, sigmas, args, kwargs):
-    """Samples in a few long steps over the whole schedule and keeps what the layers get. Leaves the guider, the random numbers and what
-    other nodes know of the sampling as they were."""
-    # outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, latent_shapes)
-    names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
-    arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
-    few = sigmas[torch.linspace(0, len(sigmas) - 1, min(STEPS + 1, len(sigmas))).long()]
-    device = guider.model_patcher.load_device
-    forked = [device] if device.type == "cuda" else []
+def _look(trial: Trial, waiting: list[tuple[Quantizer, ModelPatcher]]) -> float:
+    """Samples in a few long steps over the whole schedule and keeps what the layers get. Seconds of a step of the model as it is; 0 where
+    nothing timed it."""
     try:
         with contextlib.ExitStack() as stack:
             stats = [stack.enter_context(wrapper.collect(patcher)) for wrapper, patcher in waiting]
             for wrapper, _ in waiting:
-                wrapper.on_progress(None, f"looking at {len(few) - 1} steps in high precision")
-            stack.enter_context(_without_run_callbacks(patchers))
-            stack.enter_context(unrecorded(device))
-            stack.enter_context(torch.random.fork_rng(forked))
-            _twin(guider, {}).outer_sample(noise, latent_image, sampler, few, **arguments)
-        if timers := _wrappers_that_time(guider.model_options):
-            with _without_run_callbacks(patchers), unrecorded(device), torch.random.fork_rng(forked):
-                timed = _twin(guider, {WrappersMP.APPLY_MODEL: timers}, {TIMED: True})
-                timed.outer_sample(noise, latent_image, sampler, sigmas[:TIMED_STEPS + 1], **arguments)
+                wrapper.on_progress(None, f"looking at {len(trial.few) - 1} steps in high precision")
+            trial.run(trial.few)
+        seconds = trial.time_steps(WITHOUT)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
         logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked "
                        "at while the image is made, and are INT8 from the next one on.", type(error).__name__, echo(str(error)))
-        return
+        return 0.0
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)
-
-
-def _twin(guider, wrappers: dict, transformer_options: Mapping = MappingProxyType({})):
-    """guider with conds and model_options of its own: bare ones, with these wrappers and transformer_options."""
-    twin = copy.copy(guider)
-    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
-    twin.model_options = _bare_options(guider.model_options)
-    options = twin.model_options["transformer_options"]
-    options.update(transformer_options)
-    options["wrappers"].update(wrappers)
-    return twin
-
-
-def _bare_options(model_options: dict) -> dict:
-    options = create_model_options_clone({key: model_options[key] for key in _KEPT_OPTIONS if key in model_options})
-    transformer_options = options.setdefault("transformer_options", {})
-    wrappers = transformer_options.get("wrappers", {})
-    transformer_options.update({CALIBRATING: True, "wrappers": {kind: wrappers[kind] for kind in _KEPT_WRAPPERS if kind in wrappers},
-                                "callbacks": {}})
-    if "context_handler" in options:
-        options["context_handler"] = copy.copy(options["context_handler"])
-    return options
-
-
-def _wrappers_that_time(model_options: dict) -> dict:
-    """Those of the compile nodes, which call the model as it is while it is calibrated."""
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    return {key: group for key, group in wrappers.items() if key.startswith(COMPILE_KEY)}
-
-
-@contextlib.contextmanager
-def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
-    callbacks = [(patcher, patcher.callbacks) for patcher in patchers]
-    try:
-        for patcher, calls in callbacks:
-            patcher.callbacks = {call: {} if call in _RUN_CALLBACKS else groups for call, groups in calls.items()}
-        yield
-    finally:
-        for patcher, calls in callbacks:
-            patcher.callbacks = calls
+    return seconds

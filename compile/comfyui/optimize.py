@@ -7,7 +7,7 @@ from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import COMPILED, EAGER, KEPT, NOISE, WITHOUT, CallTimes, Gain
+from ..gain import BESIDE, COMPILED, EAGER, NOISE, WITHOUT, CallTimes, Gain
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -25,6 +25,7 @@ from .optimize_report import OptimizeReport
 logger = logging.getLogger(__name__)
 
 TITLE = "Optimize Model"
+TURN = 5  # steps of a kind in a row, that are compared with others: a machine's other work comes and goes
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,13 @@ class Optimizer:
         self._notify(doing, progress)
 
     def runs_eager(self, times: CallTimes, size: str) -> bool:
-        """Whether a step of that size is to run uncompiled: since compiling does not pay, or to find out whether it does."""
+        """Whether a step of that size is to run uncompiled: since compiling does not pay, or, in turns, to find out whether it does."""
         if self.decision.compiled is not None:
             return not self.decision.compiled
-        return not self._is_over and times.count(size, COMPILED) >= KEPT > times.count(size, EAGER)
+        if self._is_over or times.is_enough(size, EAGER):
+            return False
+        count = times.count(size, COMPILED)
+        return times.is_enough(size, COMPILED) or times.count(size, EAGER) < count - count % TURN
 
     def timed(self, times: CallTimes, size: str) -> None:
         """A step of that size has been timed."""
@@ -133,9 +137,9 @@ class Optimizer:
             return
         without = times.seconds(size, WITHOUT)
         if without and not self.decision.times_of(size)[0]:  # is not measured again at the next start
-            self.decision = self.decision.with_times(size, without, 0.0, 0.0)
+            self.decision = self.decision.with_times(size, without, times.seconds(size, BESIDE), 0.0)
             self._keep()
-        if self.decision.compiled is None and min(times.count(size, EAGER), times.count(size, COMPILED)) >= KEPT:
+        if self.decision.compiled is None and times.is_enough(size, EAGER) and times.is_enough(size, COMPILED):
             self._decide(times, size)
         elif self.decision.compiled is None:
             self._gained(times, size)
@@ -144,19 +148,21 @@ class Optimizer:
         """Says what the steps so far gained, unless it is a loss, of which is still to be decided what follows. Once it is decided the
         decision's own numbers are said, of the same minutes: steps of others, when the machine may have other work, have nothing to be
         compared with."""
-        before = WITHOUT if self.decision.is_int8 or times.count(size, EAGER) < KEPT else EAGER
+        before = WITHOUT if self.decision.is_int8 or not times.is_enough(size, EAGER) else EAGER
         counts = times.count(size, before), times.count(size, COMPILED)
         if not all(counts):
             return
-        gain = Gain(size, times.seconds(size, before), times.seconds(size, COMPILED), counts)
+        seconds = times.without(size) if before == WITHOUT else times.seconds(size, before)
+        gain = Gain(size, seconds, times.seconds(size, COMPILED), counts)
         if gain.ratio >= 1 - NOISE and gain.differs_from(self._gain):
             self._gain = gain
             self._notify()
 
     def _decide(self, times: CallTimes, size: str) -> None:
         """Whether compiling pays, and INT8 all in all."""
-        without, eager, compiled = (times.seconds(size, kind) for kind in (WITHOUT, EAGER, COMPILED))
-        without = without or self.decision.times_of(size)[0]
+        eager, compiled = times.seconds(size, EAGER), times.seconds(size, COMPILED)
+        without, beside, _ = self.decision.times_of(size)  # of an earlier start, if of another
+        without = times.without(size) or without * (eager / beside if beside else 1.0)
         logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
         now = min(eager, compiled)
         self._is_known = False

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import COMPILED, EAGER, FIRST_KEPT, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
+from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
 
 CPU = torch.device("cpu")
 
@@ -15,12 +15,12 @@ def timed(times: CallTimes, kind: str, seconds: float, size: str = "64x64") -> N
     times.end(begun - seconds, size, kind)
 
 
-def test_a_gain_is_known_once_both_are_and_the_middle_of_the_last_counts():
+def test_a_gain_is_known_once_both_are_and_the_last_count_but_for_what_was_disturbed():
     times = CallTimes()
     for seconds in (9.0,) * MOST_KEPT + (1.0, 1.5, 2.0, 2.0, 3.0, 30.0):
         timed(times, EAGER, seconds)
     assert times.gain("64x64") is None and times.count("64x64", EAGER) == MOST_KEPT
-    for seconds in (2.0, 2.0, 2.0):
+    for seconds in (2.0,) * (MOST_KEPT - 6):
         timed(times, EAGER, seconds)
     timed(times, COMPILED, 1.0)
     assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3)
@@ -32,14 +32,37 @@ def test_a_gain_is_known_once_both_are_and_the_middle_of_the_last_counts():
 def test_compiled_calls_are_those_that_came_next_to_the_others():
     """A machine that is slower an hour later says nothing of the compile."""
     times = CallTimes()
-    for kind, seconds in [(EAGER, 2.0)] * MOST_KEPT + [(COMPILED, 5.0)] * (FIRST_KEPT // 3) + [(COMPILED, 1.0)] * FIRST_KEPT + [
+    for kind, seconds in [(EAGER, 2.0)] * MOST_KEPT + [(COMPILED, 5.0)] * (MOST_KEPT // 3) + [(COMPILED, 1.0)] * MOST_KEPT + [
             (COMPILED, 9.0)] * 99:
         timed(times, kind, seconds)
-    assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3) and times.count("64x64", COMPILED) == FIRST_KEPT
+    assert times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3) and times.count("64x64", COMPILED) == MOST_KEPT
     times.of_weights("another LoRA")
     for kind in (EAGER, COMPILED):
         timed(times, kind, 3.0)
     assert times.gain("64x64").ratio == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("busy", [2.0, 0.5])
+def test_the_model_as_it_came_is_compared_in_the_minutes_of_the_others(busy):
+    """Uncompiled calls of both times tell what a machine's other work has changed. With other weights they do not."""
+    times = CallTimes()
+    for kind, seconds in ((WITHOUT, 4.0 * busy), (BESIDE, 3.0 * busy)):
+        timed(times, kind, seconds)
+    times.of_weights(1)
+    for kind, seconds in ((COMPILED, 2.0), (EAGER, 3.0)):
+        timed(times, kind, seconds)
+    assert times.without("64x64") == pytest.approx(4.0, rel=1e-3) and times.gain("64x64").ratio == pytest.approx(2.0, rel=1e-3)
+    times.of_weights(2)
+    timed(times, EAGER, 5.0)
+    assert times.without("64x64") == pytest.approx(4.0 * busy, rel=1e-3)
+
+
+def test_few_calls_are_enough_where_they_take_long():
+    times = CallTimes()
+    for count in range(1, MOST_KEPT + 1):
+        timed(times, EAGER, 0.01)
+        timed(times, COMPILED, 0.2)
+        assert times.is_enough("64x64", EAGER) == (count == MOST_KEPT) and times.is_enough("64x64", COMPILED) == (count >= 3)
 
 
 def test_a_call_that_compiled_something_says_nothing():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from int8_compile.compile.gain import COMPILED, EAGER, KEPT, WITHOUT, CallTimes
+from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, KEPT, MOST_KEPT, WITHOUT, CallTimes
 from toys import difference
 
 pytestmark = [pytest.mark.comfy, pytest.mark.rotating(4)]
@@ -228,14 +228,15 @@ def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, k
 class Steps:
     """A judge's view of a model: steps of chosen times."""
 
-    def __init__(self, optimizer, size=SIZE, without: float | None = None, **seconds):
-        """without: of two steps of the model as it came, before."""
+    def __init__(self, optimizer, size=SIZE, without: float | None = None, beside: float | None = None, **seconds):
+        """without, beside: of two steps of the model as it came, and of uncompiled ones in the same moments, before."""
         self.optimizer = optimizer
         self.size = size
         self.seconds = seconds
         self.times = CallTimes()
-        for _ in range(2 if without else 0):
-            self.times._add(size, WITHOUT, without)
+        for kind, time in ((WITHOUT, without), (BESIDE, beside)) * 2:
+            if time:
+                self.times._add(size, kind, time)
 
     def run(self, count: int) -> list[bool]:
         """Whether each ran eager."""
@@ -262,6 +263,26 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
     again, node = optimize(flux, "exact")
     assert Steps(optimizer_of(again), compiled=0.5, eager=1.0).run(6) == [False] * 6
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step")
+
+
+def test_short_steps_are_timed_more_often(flux, optimize):
+    """One disturbed step of a few milliseconds is soon a third of three."""
+    from int8_compile.compile.comfyui.optimize import TURN
+
+    model, _ = optimize(flux, "exact")
+    assert Steps(optimizer_of(model), compiled=0.01, eager=0.02).run(2 * MOST_KEPT + 4) == (
+        ([False] * TURN + [True] * TURN) * (MOST_KEPT // TURN) + [False] * 4)
+
+
+@pytest.mark.parametrize("busy", [2.0, 0.5])
+def test_the_gain_is_of_the_minutes_in_which_compiling_was_timed(flux, sample, optimize, times, untimed, busy):
+    """When the model was timed as it came the machine had other work, or none: its uncompiled INT8 steps tell."""
+    times(FASTER)
+    model, node = optimize(flux)
+    sample(model)
+    steps = Steps(optimizer_of(model), without=busy * 1.0, beside=busy * 0.8, compiled=0.5, eager=0.8)
+    assert steps.run(2 * KEPT + 1) == [False] * KEPT + [True] * KEPT + [False]
+    assert node.report.short()[0].startswith("2.00x: 1.00 -> 0.500 s a step;") and node.details["int8_layers"]
 
 
 def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times, untimed):
@@ -365,7 +386,7 @@ def test_what_the_other_process_has_compiled_is_not_called_uncompiled_until_a_st
 
 def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optimize):
     model, node = optimize(flux, "exact")
-    assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * 6
+    assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * KEPT + [True] * 3
     assert "passed on as it came" in node.report.status() and "compile: no, 1.00 -> 1.10 s a step" in node.report.text()
     restart()
     again, node = optimize(flux, "exact")
@@ -381,8 +402,7 @@ def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt
     model, node = optimize(flux)
     sample(model)
     before = OptimizeModel.fingerprint_inputs()
-    steps = Steps(optimizer_of(model), compiled=1.3, eager=1.4)
-    steps.times._add(SIZE, WITHOUT, 1.0)
+    steps = Steps(optimizer_of(model), without=1.0, compiled=1.3, eager=1.4)
     steps.run(2 * KEPT)
     assert OptimizeModel.fingerprint_inputs() != before, "the node runs again"
     assert "no INT8 from the next prompt on (1.00 -> 1.30 s a step with it)" in node.report.status() and decisions.revision()
@@ -395,7 +415,7 @@ def test_a_size_that_was_never_timed_without_has_no_gain(flux, sample, optimize)
     """INT8's own uncompiled time is not that of the model as it came."""
     model, node = optimize(flux, "smallest")
     sample(model)
-    Steps(optimizer_of(model), "another size", compiled=0.14, eager=0.16).run(2 * KEPT)
+    Steps(optimizer_of(model), "another size", compiled=0.14, eager=0.16).run(2 * MOST_KEPT)
     assert node.report.to_dict()["gain"] is None and node.report.decision.times[-1][1] == 0.0 and node.report.decision.compiled
 
 
@@ -414,7 +434,7 @@ def test_a_compile_node_says_what_it_gained_with_int8_over_the_model_as_it_came(
     sample(model)
     (report,) = reports(model)
     gain = json.loads(json.dumps(report.to_dict()))["gain"]
-    assert gain["size"] == SIZE and gain["steps_timed"][0] == 2 and gain["ratio"] > 0
+    assert gain["size"] == SIZE and gain["steps_timed"][0] >= 2 and gain["ratio"] > 0
     assert report.text().splitlines()[0].startswith(f"{report.gain.ratio:.2f}x: ")
     assert gain["ratio"] == pytest.approx(report.gain.ratio, abs=1e-3)
 
@@ -427,14 +447,17 @@ def test_a_node_whose_steps_ran_compiled_only_says_no_gain(flux, nodes, sample):
     assert report.gain is None and report.text().startswith("ready")
 
 
-def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, sample, optimize, times):
+def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, sample, optimize, times, untimed):
+    """With what it took uncompiled as INT8: the second start may have another machine, here one that is half as fast."""
     times(FASTER)
-    sample(optimize(flux)[0])
+    sample(model := optimize(flux)[0])
+    Steps(optimizer_of(model), without=1.0, beside=1.5, compiled=1.4, eager=1.5).run(1)
     restart()
     model, node = optimize(flux)
     (known,) = node.details["times"]
-    assert known["without"] > 0 and known["compiled"] == 0 and node.details["compiled"] is None
-    assert Steps(optimizer_of(model), compiled=1e3, eager=2e3).run(2 * KEPT) and "with it" in node.report.status()
+    assert known["without"] == 1.0 and known["compiled"] == 0 and node.details["compiled"] is None
+    Steps(optimizer_of(model), compiled=2.8, eager=3.0).run(2 * KEPT)
+    assert node.details["slower_with_int8"] == [2.0, 2.8] and "with it" in node.report.status()
 
 
 def test_a_step_that_is_also_checked_against_eager_is_not_timed(flux, nodes, sample):

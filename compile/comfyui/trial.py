@@ -1,0 +1,102 @@
+"""Sampling beside an image: to look at what a model's layers get, and to time its steps."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ..gain import ENOUGH
+from .allocation_recording import unrecorded
+
+COMPILE_KEY = "int8_compile"  # begins the keys of the wrappers that compile; see compile_model.py
+# In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
+CALIBRATING = "int8_calibrating"
+# With it, in a run that nothing looks at: as what its steps are timed, see gain.py.
+TIMED = "int8_timed"
+LOOKED_AT = 3  # sigmas that are evaluated for a calibration, spread over the schedule
+TIMED_STEPS, MOST_TIMED = 2, 12  # so many steps at a time until they have taken ENOUGH seconds, so many times
+# What of a guider's model_options a run is with: what the model computes (patches, attention), not what watches or changes its steps (cache
+# nodes' wrappers, callbacks, functions before and after CFG), whose state belongs to the image that comes after.
+_KEPT_OPTIONS = ("transformer_options", "context_handler", "registered_hooks", "disable_cfg1_optimization")
+_KEPT_WRAPPERS = (WrappersMP.PREPARE_SAMPLING,)  # about loading, as the callbacks that are not these:
+_RUN_CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS, CallbacksMP.ON_CLEANUP)
+
+
+class Trial:
+    """Runs of what guider is about to sample. They leave the guider, the random numbers and what other nodes know of the sampling as they
+    were. patchers: the guider's. args, kwargs: as of outer_sample, after sigmas."""
+
+    def __init__(self, guider, patchers: Iterable[ModelPatcher], noise, latent_image, sampler, sigmas: torch.Tensor, args: tuple,
+                 kwargs: dict):
+        # outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, latent_shapes)
+        names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
+        self._arguments = {**dict(zip(names, args)), **kwargs, "callback": None, "disable_pbar": True}
+        self._guider = guider
+        self._patchers = patchers
+        self._inputs = noise, latent_image, sampler
+        self._sigmas = sigmas
+        self.few = sigmas[torch.linspace(0, len(sigmas) - 1, min(LOOKED_AT + 1, len(sigmas))).long()]  # over the whole schedule
+
+    def run(self, sigmas: torch.Tensor, wrappers: dict | None = None, options: Mapping = MappingProxyType({})) -> None:
+        """wrappers: of model_options, in the place of all others. options: of transformer_options, besides."""
+        device = self._guider.model_patcher.load_device
+        with _without_run_callbacks(self._patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _twin(self._guider, wrappers or {}, options).outer_sample(*self._inputs, sigmas, **self._arguments)
+
+    def time_steps(self, kind: str) -> float:
+        """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node."""
+        timers = _wrappers_that_time(self._guider.model_options)
+        if not timers:
+            return 0.0
+        steps, begun = 0, time.perf_counter()
+        for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
+            self.run(self._sigmas[:TIMED_STEPS + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})
+            steps += min(TIMED_STEPS, len(self._sigmas) - 1)
+        return (time.perf_counter() - begun) / steps
+
+
+def _twin(guider, wrappers: dict, transformer_options: Mapping):
+    """guider with conds and model_options of its own: bare ones, with these wrappers and transformer_options."""
+    twin = copy.copy(guider)
+    twin.conds = {key: [cond.copy() for cond in group] for key, group in guider.conds.items()}
+    twin.model_options = _bare_options(guider.model_options)
+    options = twin.model_options["transformer_options"]
+    options.update(transformer_options)
+    options["wrappers"].update(wrappers)
+    return twin
+
+
+def _bare_options(model_options: dict) -> dict:
+    options = create_model_options_clone({key: model_options[key] for key in _KEPT_OPTIONS if key in model_options})
+    transformer_options = options.setdefault("transformer_options", {})
+    wrappers = transformer_options.get("wrappers", {})
+    transformer_options.update({CALIBRATING: True, "wrappers": {kind: wrappers[kind] for kind in _KEPT_WRAPPERS if kind in wrappers},
+                                "callbacks": {}})
+    if "context_handler" in options:
+        options["context_handler"] = copy.copy(options["context_handler"])
+    return options
+
+
+def _wrappers_that_time(model_options: dict) -> dict:
+    """Those of the compile nodes, which call the model as it is while it is calibrated."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return {key: group for key, group in wrappers.items() if key.startswith(COMPILE_KEY)}
+
+
+@contextlib.contextmanager
+def _without_run_callbacks(patchers: Iterable[ModelPatcher]):
+    callbacks = [(patcher, patcher.callbacks) for patcher in patchers]
+    try:
+        for patcher, calls in callbacks:
+            patcher.callbacks = {call: {} if call in _RUN_CALLBACKS else groups for call, groups in calls.items()}
+        yield
+    finally:
+        for patcher, calls in callbacks:
+            patcher.callbacks = calls
