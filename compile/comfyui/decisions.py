@@ -93,7 +93,8 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
 
 # What was decided in this process, the last used last.
 _KNOWN: OrderedDict[str, Decision] = OrderedDict()
-_PASSING: set[str] = set()
+_PASSING: dict[str, str] = {}  # why it is not on disk
+SHORT, OFF, UNWRITTEN = "memory was short", "the compile cache is off", "it could not be written"
 # How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
 _revision = 0
 
@@ -125,21 +126,24 @@ def read(key: str) -> Decision | None:
         return None
 
 
-def lasts(key: str) -> bool:
-    """Whether the next start is to know what is decided of key."""
-    return key not in _PASSING
+def passing(key: str) -> str:
+    """Why the next start does not know what is decided of key; empty where it does."""
+    return _PASSING.get(key, "")
 
 
-def write(key: str, decision: Decision, passing: bool = False) -> None:
-    """On disk, if that can be: without it the next start measures again, as it is to where anything of it was passing."""
+def write(key: str, decision: Decision, short: bool = False) -> None:
+    """On disk, if that can be: without it the next start measures again, as it is to where memory was short for any of it."""
     _KNOWN[key] = decision
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > MOST_FILES:
-        _KNOWN.popitem(last=False)
-    if passing:
-        _PASSING.add(key)
-    if key in _PASSING or not artifact_cache.is_enabled():
+        _PASSING.pop(_KNOWN.popitem(last=False)[0], None)
+    if short or passing(key) == SHORT:
+        _PASSING[key] = SHORT
         return
+    if not artifact_cache.is_enabled():
+        _PASSING[key] = OFF
+        return
+    _PASSING.pop(key, None)
     try:
         artifact_cache.require_apart(folder())
         make_folder(folder())
@@ -149,6 +153,7 @@ def write(key: str, decision: Decision, passing: bool = False) -> None:
             remove(path)
         write_signed(folder() / f"{key}.json", json.dumps(dump_config(decision)).encode(), _key())
     except (CacheError, OSError, ValueError) as error:
+        _PASSING[key] = UNWRITTEN
         logger.info("INT8 Compile: what was decided for this model is not kept: %s", error)
 
 

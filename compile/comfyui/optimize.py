@@ -117,7 +117,7 @@ class Optimizer:
             self._reports.quantize = report
             if self._has_layers and report.chosen and self.decision.chosen is None:
                 self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
-                           weights=(report.before, report.after), passing=NOT_TIMED in report.kept)
+                           weights=(report.before, report.after), short=NOT_TIMED in report.kept)
         elif isinstance(report, CompileReport):
             self._reports.compile = report
         self._notify(doing, progress)
@@ -178,7 +178,7 @@ class Optimizer:
         self._keep()
         self._notify()
 
-    def _keep(self, passing: bool = False, **changes) -> None:
+    def _keep(self, short: bool = False, **changes) -> None:
         self.decision = replace(self.decision, **changes)
         known, own = decisions.read(self._key), self.decision
         if known is not None:  # another branch may know more
@@ -186,10 +186,10 @@ class Optimizer:
             has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen
             if has_found_slower or has_decided:
                 return
-        decisions.write(self._key, own, passing)
+        decisions.write(self._key, own, short)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports
         report = OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason, self._background,
-                                decisions.lasts(self._key), reports.modes, reports.quantize, reports.compile, self._gain, self._is_over)
+                                decisions.passing(self._key), reports.modes, reports.quantize, reports.compile, self._gain, self._is_over)
         self._status(report, doing, progress)

@@ -14,7 +14,7 @@ MOST_LINES = 6  # of the table
 @dataclass(frozen=True)
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
-    be INT8. background: whether steps run uncompiled meanwhile. lasts: whether the next start knows it. modes: of the model, in order.
+    be INT8. background: whether steps run uncompiled meanwhile. passing: why the next start does not know it. modes: of the model in order.
     quantize, compile: what these modes reported last. gain: of the steps so far, while nothing is decided. from_next: what is decided now
     holds from the next prompt on."""
 
@@ -24,7 +24,7 @@ class OptimizeReport:
     is_known: bool = False
     reason: str = ""
     background: bool = True
-    lasts: bool = True
+    passing: str = ""
     modes: tuple[str, ...] = ()
     quantize: QuantizeReport | None = None
     compile: CompileReport | None = None
@@ -106,8 +106,8 @@ class OptimizeReport:
         done = self.decision.compiled is not None
         if not done and self.compile is not None and self.compile.compiled_from_step:
             return ["measuring whether compiling pays"]
-        if done and not self.lasts:
-            return ["decided, until ComfyUI ends: memory was short"]
+        if done and self.passing:
+            return [f"decided, until ComfyUI ends: {self.passing}"]
         if self.is_known and (done or self.decision.chosen is not None):
             return ["decided earlier: nothing is measured again" if done else "layers decided earlier"]
         return ["decided, and kept for the next start"] if done else []

@@ -218,11 +218,25 @@ def test_files_are_bounded_and_cleared_with_the_compile_cache(kept, nodes, monke
     assert "3 models" in nodes.ClearCompileCache() and not list(kept.glob("*.json"))
 
 
-def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, kept, monkeypatch):
+def test_nothing_is_kept_where_the_cache_is_off(flux, sample, optimize, times, untimed, kept, monkeypatch):
     monkeypatch.setenv("INT8_COMPILE_CACHE", "0")
     times(FASTER)
-    sample(optimize(flux)[0])
+    model, node = optimize(flux)
+    sample(model)
+    Steps(optimizer_of(model), compiled=0.5, eager=0.8).run(2 * KEPT)
+    assert node.report.short()[-1] == "decided, until ComfyUI ends: the compile cache is off"
     assert not kept.exists() and optimize(flux)[1].details["known"], "for as long as this process runs"
+
+
+def test_a_decision_that_cannot_be_written_is_not_called_kept(flux, optimize, kept):
+    kept.parent.mkdir()
+    kept.write_text("no folder")
+    model, node = optimize(flux, "exact")
+    Steps(optimizer_of(model), compiled=0.5, eager=0.8).run(2 * KEPT)
+    assert node.report.short()[-1] == "decided, until ComfyUI ends: it could not be written"
+    kept.unlink()
+    optimizer_of(model)._keep()
+    assert [path.suffix for path in kept.iterdir()] == [".json"]
 
 
 class Steps:

@@ -77,7 +77,7 @@ def quantize_reports():
 
 
 def optimize_reports():
-    from int8_compile.compile.comfyui.decisions import Decision
+    from int8_compile.compile.comfyui.decisions import OFF, SHORT, UNWRITTEN, Decision
     from int8_compile.compile.comfyui.optimize_report import OptimizeReport
     from int8_compile.compile.gain import Gain
     from int8_compile.compile.report import CompileReport
@@ -95,9 +95,10 @@ def optimize_reports():
                     yield OptimizeReport(goal, 30.0, decision, is_known=known, reason=reason, from_next=later)
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
         yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
-        yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), lasts=False,
-                             gain=Gain("latent 1x16, batch 1", 3.0, 2.0, (3, 3), then=True),
-                             compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
+        for passing in ("", SHORT, OFF, UNWRITTEN):
+            yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), passing=passing,
+                                 gain=Gain("latent 1x16, batch 1", 3.0, 2.0, (3, 3), then=True),
+                                 compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
 
 
 def lines_of(reports) -> set[str]:
