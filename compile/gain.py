@@ -1,8 +1,11 @@
 """What a model gains: how long its calls take, by what ran them."""
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +15,7 @@ WITHOUT, EAGER, COMPILED = "without", "eager", "compiled"
 BESIDE = "beside"  # as EAGER, but in the moments of WITHOUT: the others come minutes later, when a machine may have other times
 KEPT, ENOUGH = 3, 0.5  # calls of a kind, and seconds of them, that are enough; MOST_KEPT calls are without these seconds
 MOST_KEPT = 25  # the last, of compiled ones the first: what they are compared with was timed just before
-MOST_SIZES = 8
+MOST_SIZES = 64  # with other weights each counts anew
 MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
 SLOWER = "slower than without: bypass this node"
 NOISE = 0.03  # of a call's time: less is no difference
@@ -59,13 +62,17 @@ def number(seconds: float) -> str:
 
 
 class CallTimes:
-    """Seconds of the last calls of each kind, of the first compiled ones, by size. On CUDA by the device's own clock, read when the device
-    has come so far: nothing waits for it."""
+    """Seconds of the last calls of each kind, of the first compiled ones, by size and, but for WITHOUT, weights (a LoRA that is added while
+    a layer runs takes its time). On CUDA by the device's own clock, read when the device has come so far: nothing waits for it."""
+
+    _numbers = itertools.count()
 
     def __init__(self):
-        self._seconds: dict[str, dict[str, deque[float]]] = {}
+        self._number = next(self._numbers)
+        self._seconds: dict[tuple, dict[str, deque[float]]] = {}
         self._pending: deque[tuple] = deque()
-        self._weights: object = None
+        self._weights: Hashable = None
+        self._of_trial: Hashable = None  # weights with which BESIDE was timed
 
     def begin(self, device: torch.device):
         """What end takes."""
@@ -80,40 +87,40 @@ class CallTimes:
         """kind: empty for a call that says nothing: something was compiled in it."""
         if isinstance(begun, float):
             if kind:
-                self._add(size, kind, time.perf_counter() - begun)
+                self._add(self.key(size, kind), kind, time.perf_counter() - begun)
         elif kind and len(self._pending) < MAX_PENDING:
             start, device = begun
             end = torch.cuda.Event(enable_timing=True)
             end.record(torch.cuda.current_stream(device))
-            self._pending.append((start, end, size, kind))
+            self._pending.append((start, end, self.key(size, kind), kind))
             self._read()
 
     def _read(self) -> None:
         while self._pending and self._pending[0][1].query():
-            start, end, size, kind = self._pending.popleft()
-            self._add(size, kind, start.elapsed_time(end) / 1e3)
+            start, end, key, kind = self._pending.popleft()
+            self._add(key, kind, start.elapsed_time(end) / 1e3)
 
-    def _add(self, size: str, kind: str, seconds: float) -> None:
-        kinds = self._seconds.pop(size, {})
-        self._seconds[size] = kinds  # the last used is last
+    def key(self, size: str, kind: str = COMPILED) -> tuple:
+        """What calls are counted together."""
+        return (self._number, size, kind) if kind in (WITHOUT, BESIDE) else (self._number, size, None, self._weights)
+
+    def _add(self, key: tuple, kind: str, seconds: float) -> None:
+        kinds = self._seconds.pop(key, {})
+        self._seconds[key] = kinds  # the last used is last
         kept = kinds.setdefault(kind, deque(maxlen=None if kind == COMPILED else MOST_KEPT))
         if kind != COMPILED or len(kept) < MOST_KEPT:
             kept.append(seconds)
         while len(self._seconds) > MOST_SIZES:
             del self._seconds[next(iter(self._seconds))]
 
-    def of_weights(self, identity: object) -> None:
-        """Forgets what was timed with other weights (a LoRA that is added while a layer runs takes its time), but not WITHOUT and, until
-        calls are timed, BESIDE."""
-        if identity != self._weights:
-            kept = (WITHOUT, BESIDE) if self._weights is None else (WITHOUT,)
-            self._weights = identity
-            self._seconds = {size: {kind: kinds[kind] for kind in kept if kind in kinds} for size, kinds in self._seconds.items()
-                             if WITHOUT in kinds}
-            self._pending = deque(call for call in self._pending if call[3] in kept)
+    def of_weights(self, identity: Hashable) -> None:
+        """Of what weights the next calls are."""
+        if self._of_trial is None:
+            self._of_trial = identity
+        self._weights = identity
 
     def count(self, size: str, kind: str) -> int:
-        return len(self._seconds.get(size, {}).get(kind, ()))
+        return len(self._seconds.get(self.key(size, kind), {}).get(kind, ()))
 
     def is_enough(self, size: str, kind: str) -> bool:
         """Whether its calls tell what the next ones take."""
@@ -122,13 +129,13 @@ class CallTimes:
 
     def seconds(self, size: str, kind: str) -> float:
         """The lower quartile of those that are kept, since other work on the machine only adds; 0 where there is none."""
-        kept = sorted(self._seconds.get(size, {}).get(kind, ()))
+        kept = sorted(self._seconds.get(self.key(size, kind), {}).get(kind, ()))
         return kept[(len(kept) - 1) // 4] if kept else 0.0
 
     def without(self, size: str) -> float:
         """Seconds of WITHOUT, in the minutes of EAGER if that can be told."""
         then, now = self.seconds(size, BESIDE), self.seconds(size, EAGER)
-        return self.seconds(size, WITHOUT) * (now / then if then and now else 1.0)
+        return self.seconds(size, WITHOUT) * (now / then if then and now and self._weights == self._of_trial else 1.0)
 
     def gain(self, size: str) -> Gain | None:
         """None while one of the two is not known."""
@@ -137,3 +144,32 @@ class CallTimes:
             return None
         seconds = self.without(size) or self.seconds(size, EAGER)
         return Gain(size, seconds, self.seconds(size, COMPILED), (self.count(size, before), self.count(size, COMPILED)))
+
+
+class Comparison:
+    """How long compiled calls take of the time of uncompiled ones, from calls of any sizes and weights: an image has few of each."""
+
+    def __init__(self):
+        self._parts: OrderedDict[tuple, tuple[int, float, float]] = OrderedDict()
+
+    def add(self, times: CallTimes, size: str) -> None:
+        """What is known of the calls that are counted with the last one."""
+        if count := min(times.count(size, EAGER), times.count(size, COMPILED)):
+            self._parts[times.key(size)] = count, times.seconds(size, EAGER), times.seconds(size, COMPILED)
+            self._parts.move_to_end(times.key(size))
+        if len(self._parts) > MOST_SIZES:
+            self._parts.popitem(last=False)
+
+    def clear(self) -> None:
+        self._parts.clear()
+
+    @property
+    def is_enough(self) -> bool:
+        count = sum(count for count, _, _ in self._parts.values())
+        return count >= MOST_KEPT or (count >= KEPT and sum(count * eager for count, eager, _ in self._parts.values()) >= ENOUGH)
+
+    @property
+    def ratio(self) -> float:
+        """The geometric mean, by how many calls each part has."""
+        logs = sum(count * math.log(compiled / eager) for count, eager, compiled in self._parts.values())
+        return math.exp(logs / sum(count for count, _, _ in self._parts.values()))

@@ -13,7 +13,7 @@ const LINE = 16; // px
 const RESERVED = 4; // lines: most reports have three, and Details
 const NODE_WIDTH = 320; // px, in which these fit
 const MARGIN = 6; // px around the text in the classic renderer
-const MAX_LINES = 14; // longer texts scroll
+const MAX_LINES = 20; // longer texts scroll
 const HISTORY = 50; // prompts that are looked through for a report after a reload
 
 const CHINESE = /[\u2e80-\uffef]/g;

@@ -22,7 +22,6 @@ from ...int8.quantize import eligible_linears
 from ...int8.report import ShapeDecision
 from ..artifacts.entry import digest
 from ..artifacts.key import machine, settings
-from ..gain import MOST_SIZES
 from ..modes.config import dump_config, parse_config
 from ..modes.errors import ModeConfigError
 from . import artifact_cache
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 MOST_FILES = 256
+MOST_SIZES = 8
 MAX_BYTES = 1 << 20  # of a file; one of a model with 1000 layers has a tenth of it
 # Values of a layer's weight, and layers, that tell a model's weights from those of another of the same structure.
 VALUES, LAYERS = 16, 32
@@ -43,13 +43,15 @@ VALUES, LAYERS = 16, 32
 class Decision:
     """chosen: (layer, method), None: not decided. shapes: what was measured for it, as values of ShapeDecision. compiled: whether
     compiling pays, None: not known. times: (size, seconds of a step as the model came in, with the layers as chosen, and compiled; 0 for
-    not known), of the last sizes. weights: MB before and after. slower: seconds of a step without and with INT8 layers, where these made
+    not known), of the last sizes. trial: (size, seconds of a step as the model came in, and as INT8 uncompiled in the same moments; 0 for
+    not known). weights: MB before and after. slower: seconds of a step without and with INT8 layers, where these made
     it slower all in all: then none is chosen any more."""
 
     chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
     shapes: tuple[tuple[int, int, int, int, int, float, float, float], ...] = ()
     compiled: bool | None = None
     times: tuple[tuple[str, float, float, float], ...] = ()
+    trial: tuple[str, float, float] = ("", 0.0, 0.0)
     weights: tuple[float, float] = (0.0, 0.0)
     slower: tuple[float, float] = (0.0, 0.0)
 
@@ -68,9 +70,6 @@ class Decision:
     def with_times(self, size: str, *seconds: float) -> Decision:
         others = tuple(entry for entry in self.times if entry[0] != size)
         return replace(self, times=(*others, (size, *seconds))[-MOST_SIZES:])  # type: ignore[arg-type]
-
-    def times_of(self, size: str) -> tuple[float, float, float]:
-        return next((entry[1:] for entry in self.times if entry[0] == size), (0.0, 0.0, 0.0))
 
 
 def key_of(patcher, goal: str, names: list[str]) -> str:

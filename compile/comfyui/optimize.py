@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import BESIDE, COMPILED, EAGER, NOISE, WITHOUT, CallTimes, Gain
+from ..gain import BESIDE, COMPILED, EAGER, NOISE, WITHOUT, CallTimes, Comparison
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -25,7 +26,13 @@ from .optimize_report import OptimizeReport
 logger = logging.getLogger(__name__)
 
 TITLE = "Optimize Model"
-TURN = 5  # steps of a kind in a row, that are compared with others: a machine's other work comes and goes
+TURN = 2  # steps of a kind in a row, that are compared with others: a machine's other work comes and goes
+UNSURE = 0.15  # as NOISE, of times that are minutes apart
+MOST_COMPARED = 64  # models
+
+
+# By key of a decision, and whether layers are INT8: a node that runs again, for another LoRA before it, goes on.
+_COMPARISONS: OrderedDict[tuple[str, bool], Comparison] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,14 @@ def _chain(goal: Goal, decision: Decision, has_layers: bool, background: bool) -
     return chain
 
 
+def _comparison(key: str, is_int8: bool) -> Comparison:
+    found = _COMPARISONS.setdefault((key, is_int8), Comparison())
+    _COMPARISONS.move_to_end((key, is_int8))
+    if len(_COMPARISONS) > MOST_COMPARED:
+        _COMPARISONS.popitem(last=False)
+    return found
+
+
 @dataclass
 class _Reports:
     modes: tuple[str, ...] = ()
@@ -106,7 +121,6 @@ class Optimizer:
         self._background = background
         self._status = status
         self._reports = _Reports()
-        self._gain: Gain | None = None
         self._is_over = False  # nothing more is decided: the node is to run again
         self._notify()
 
@@ -126,55 +140,46 @@ class Optimizer:
         """Whether a step of that size is to run uncompiled: since compiling does not pay, or, in turns, to find out whether it does."""
         if self.decision.compiled is not None:
             return not self.decision.compiled
-        if self._is_over or times.is_enough(size, EAGER):
+        if self._is_over:
             return False
-        count = times.count(size, COMPILED)
-        return times.is_enough(size, COMPILED) or times.count(size, EAGER) < count - count % TURN
+        eager, compiled = times.count(size, EAGER), times.count(size, COMPILED)
+        return eager < (compiled if times.is_enough(size, COMPILED) else compiled - compiled % TURN)
 
     def timed(self, times: CallTimes, size: str) -> None:
-        """A step of that size has been timed."""
-        if self._is_over:
+        """A step of that size has been timed. Nothing of it is said before it is decided, since it has nothing to be compared with: minutes
+        before, and later, the machine may have other work."""
+        if self._is_over or self.decision.compiled is not None:
             return
-        without = times.seconds(size, WITHOUT)
-        if without and not self.decision.times_of(size)[0]:  # is not measured again at the next start
-            self.decision = self.decision.with_times(size, without, times.seconds(size, BESIDE), 0.0)
-            self._keep()
-        if self.decision.compiled is None and times.is_enough(size, EAGER) and times.is_enough(size, COMPILED):
-            self._decide(times, size)
-        elif self.decision.compiled is None:
-            self._gained(times, size)
+        if (without := times.seconds(size, WITHOUT)) and not self.decision.trial[1]:  # is not measured again at the next start
+            self._keep(trial=(size, without, times.seconds(size, BESIDE)))
+        comparison = _comparison(self._key, self.decision.is_int8)
+        comparison.add(times, size)
+        if comparison.is_enough:
+            self._decide(times.seconds(size, EAGER), comparison, size)
 
-    def _gained(self, times: CallTimes, size: str) -> None:
-        """Says what the steps so far gained, unless it is a loss, of which is still to be decided what follows. Once it is decided the
-        decision's own numbers are said, of the same minutes: steps of others, when the machine may have other work, have nothing to be
-        compared with."""
-        before = WITHOUT if self.decision.is_int8 or not times.is_enough(size, EAGER) else EAGER
-        counts = times.count(size, before), times.count(size, COMPILED)
-        if not all(counts):
-            return
-        seconds = times.without(size) if before == WITHOUT else times.seconds(size, before)
-        gain = Gain(size, seconds, times.seconds(size, COMPILED), counts)
-        if gain.ratio >= 1 - NOISE and gain.differs_from(self._gain):
-            self._gain = gain
-            self._notify()
-
-    def _decide(self, times: CallTimes, size: str) -> None:
-        """Whether compiling pays, and INT8 all in all."""
-        eager, compiled = times.seconds(size, EAGER), times.seconds(size, COMPILED)
-        without, beside, _ = self.decision.times_of(size)  # of an earlier start, if of another
-        without = times.without(size) or without * (eager / beside if beside else 1.0)
-        logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
+    def _decide(self, eager: float, comparison: Comparison, size: str) -> None:
+        """Whether compiling pays, and INT8 all in all. eager: seconds of a step of that size now; 0 for not known."""
+        of_size, without, beside = self.decision.trial
+        eager = eager or beside or 1.0
+        compiled = eager * comparison.ratio
         now = min(eager, compiled)
+        if not self.decision.is_int8:
+            without = eager
+        elif beside:
+            without *= eager / beside
+        elif of_size != size:
+            without = 0.0
+        logger.info("%s: %.4f s a step as it came, %.4f s uncompiled, %.4f s compiled", TITLE, without, eager, compiled)
         self._is_known = False
-        if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - NOISE) * now:
+        if self.decision.is_int8 and GOALS[self.goal].faster_only and 0 < without < (1 - (NOISE if beside else UNSURE)) * now:
             self._is_over = True  # for this branch: its layers are INT8
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
         else:
-            # INT8's own uncompiled time says nothing of the model as it came. Without INT8 it is that model's, of the same minutes.
-            without = without if self.decision.is_int8 else eager
+            # INT8's gain in another size is another.
+            without = without if of_size == size or not self.decision.is_int8 else 0.0
             self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without, eager, compiled)
-        self._gain = None
+        comparison.clear()
         self._keep()
         self._notify()
 
@@ -191,5 +196,5 @@ class Optimizer:
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports
         report = OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason, self._background,
-                                decisions.passing(self._key), reports.modes, reports.quantize, reports.compile, self._gain, self._is_over)
+                                decisions.passing(self._key), reports.modes, reports.quantize, reports.compile, self._is_over)
         self._status(report, doing, progress)

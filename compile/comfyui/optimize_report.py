@@ -15,7 +15,7 @@ MOST_LINES = 6  # of the table
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
     be INT8. background: whether steps run uncompiled meanwhile. passing: why the next start does not know it. modes: of the model in order.
-    quantize, compile: what these modes reported last. gain: of the steps so far, while nothing is decided. from_next: what is decided now
+    quantize, compile: what these modes reported last. from_next: what is decided now
     holds from the next prompt on."""
 
     goal: str
@@ -28,7 +28,6 @@ class OptimizeReport:
     modes: tuple[str, ...] = ()
     quantize: QuantizeReport | None = None
     compile: CompileReport | None = None
-    gain: Gain | None = None
     from_next: bool = False
 
     def status(self) -> str:
@@ -86,7 +85,7 @@ class OptimizeReport:
             parts.append(gain.text())
         before, after = self.decision.weights
         if self.decision.is_int8 and before:
-            parts.append(f"{before:.0f} -> {after:.0f} MB")
+            parts.append(f"{'' if parts else 'weights: '}{before:.0f} -> {after:.0f} MB")
         return ["; ".join(parts)] if parts else []
 
     def _measured(self) -> list[str]:
@@ -94,9 +93,9 @@ class OptimizeReport:
         return [f"measured: {gain.size}"] if gain is not None and gain.then else []
 
     def _gain(self) -> Gain | None:
-        """That of the decision, once there is one."""
-        if self.gain is not None or (self.decision.compiled is False and not self.decision.is_int8):
-            return self.gain
+        """That of the decision, once there is one: steps of other minutes have nothing to be compared with."""
+        if self.decision.compiled is None or (self.decision.compiled is False and not self.decision.is_int8):
+            return None
         for size, without, eager, compiled in reversed(self.decision.times):
             if (now := eager if self.decision.compiled is False else compiled) and without:
                 return Gain(size, without, now, (KEPT, KEPT), then=self.is_known)
@@ -134,6 +133,7 @@ class OptimizeReport:
                "compiled": decision.compiled, "table": self.table(),
                "slower_with_int8": list(decision.slower) if decision.slower[1] else None,
                "shapes": [asdict(shape) for shape in decision.shape_decisions()],
+               "trial": dict(zip(("size", "without", "eager"), decision.trial)) if decision.trial[1] else None,
                "times": [dict(zip(("size", "without", "eager", "compiled"), times)) for times in decision.times]}
         reports = [report.to_dict() for report in (self.quantize, self.compile) if report is not None]
         return {"optimize": own, "gain": gain and gain.to_dict(), **{key: value for report in reports for key, value in report.items()

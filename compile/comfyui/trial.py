@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..gain import ENOUGH
+from ..torch_internals import warmup
+from ..torch_internals.interrupt import Interrupted
 from .allocation_recording import unrecorded
 
 COMPILE_KEY = "int8_compile"  # begins the keys of the wrappers that compile; see compile_model.py
@@ -48,13 +51,19 @@ class Trial:
         """wrappers: of model_options, in the place of all others. options: of transformer_options, besides."""
         device = self._guider.model_patcher.load_device
         with _without_run_callbacks(self._patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _twin(self._guider, wrappers or {}, options).outer_sample(*self._inputs, sigmas, **self._arguments)
+            inputs = (value.clone() if isinstance(value, torch.Tensor) else value for value in (*self._inputs, sigmas))
+            _twin(self._guider, wrappers or {}, options).outer_sample(*inputs, **self._arguments)  # a sampler may write into them
 
-    def time_steps(self, kind: str) -> float:
-        """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node."""
+    def time_steps(self, kind: str, has_new_layers: bool = False) -> float:
+        """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node. has_new_layers: they do more
+        when they are first called."""
         timers = _wrappers_that_time(self._guider.model_options)
         if not timers:
             return 0.0
+        with contextlib.suppress(Interrupted):  # the run says so
+            warmup.wait(comfy.model_management.processing_interrupted, entirely=True)
+        if has_new_layers:
+            self.run(self._sigmas[:2])
         steps, begun = 0, time.perf_counter()
         for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
             self.run(self._sigmas[:TIMED_STEPS + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})

@@ -24,8 +24,9 @@ _KERNEL = """
 extern "C" void kernel(float* x) { x[0] = 1.0f; }
 """
 _lock = threading.Lock()
-# device type -> set when a compile can begin
+# device type -> set when a compile can begin, and at the end
 _ready: dict[str, threading.Event] = {}
+_over: dict[str, threading.Event] = {}
 
 
 def start(device_type: str) -> None:
@@ -33,20 +34,20 @@ def start(device_type: str) -> None:
     with _lock:
         if device_type in _ready:
             return
-        ready = _ready[device_type] = threading.Event()
-    threading.Thread(target=_run, args=(device_type, ready), name="int8-compile warm-up", daemon=True).start()
+        ready, over = _ready[device_type], _over[device_type] = threading.Event(), threading.Event()
+    threading.Thread(target=_run, args=(device_type, ready, over), name="int8-compile warm-up", daemon=True).start()
 
 
-def wait(interrupted: Callable[[], bool]) -> None:
-    """Until what was begun can be used: a compile in its midst would do the same work a second time. The header is not waited for:
-    tracing goes on beside the C++ compiler. Raises Interrupted once interrupted() is true."""
-    for ready in list(_ready.values()):
+def wait(interrupted: Callable[[], bool], entirely: bool = False) -> None:
+    """Until what was begun can be used: a compile in its midst would do the same work a second time. The header is not waited for
+    (tracing goes on beside the C++ compiler) but entirely. Raises Interrupted once interrupted() is true."""
+    for ready in list((_over if entirely else _ready).values()):
         while not ready.wait(INTERVAL):
             if interrupted():
                 raise Interrupted
 
 
-def _run(device_type: str, ready: threading.Event):
+def _run(device_type: str, ready: threading.Event, over: threading.Event):
     try:
         prepare(device_type)
         ready.set()
@@ -56,6 +57,7 @@ def _run(device_type: str, ready: threading.Event):
         logger.debug("warm-up: %s: %s", type(error).__name__, error)
     finally:
         ready.set()
+        over.set()
 
 
 def prepare(device_type: str) -> None:

@@ -13,9 +13,9 @@ one is issued only after every thread has passed the wait. All that is loaded is
 from __future__ import annotations
 
 import functools
-import inspect
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -25,14 +25,16 @@ from .bound import Bound
 from .triton_configs import GemmConfig
 from .triton_gemm_jit import GATED_ROWS, GATED_TILES, _raster
 
+KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # Tritons
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
 LOADER_REGISTERS = gl.constexpr(24)
 # A thread of the kernel with a loading warp, as it starts, by warps (those that multiply and 4 for the one that loads: registers are given
 # out by four): 65,536 an SM, of which triton_configs.resident programs have their share.
 STARTING_REGISTERS = {12: 168, 8: 128}
 
-# As it is called in Triton 3.8, and in 3.6.
+# As they are called in Triton 3.8, and in 3.6.
 _wait_for_all_threads = getattr(gl, "barrier", None) or gl.thread_barrier
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
@@ -66,8 +68,8 @@ def _load(descs, rings, ready, stage, first_m, first_n, k, needed):
     """Starts the copies of q [BM, BK] and w [BN, BK] into buffer stage, of which ready[stage] will tell; nothing if not needed."""
     bar = ready.index(stage)
     mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes, needed)
-    tma.async_copy_global_to_shared(descs[0], [first_m, k], bar, rings[0].index(stage), needed)
-    tma.async_copy_global_to_shared(descs[1], [first_n, k], bar, rings[1].index(stage), needed)
+    _copy(descs[0], [first_m, k], bar, rings[0].index(stage), needed)
+    _copy(descs[1], [first_n, k], bar, rings[1].index(stage), needed)
 
 
 @gluon.jit
@@ -278,8 +280,9 @@ def options(config: GemmConfig) -> dict:
 
 
 def is_known() -> bool:
-    """Whether this Gluon is one that the kernels are written for (Triton 3.6 to 3.8): in 3.9 barriers are told otherwise what to expect."""
-    return "from_cta" not in inspect.signature(mbarrier.expect).parameters
+    """Whether this Gluon is one in which the kernels were seen to wait for what comes: what they load, wait for, multiply is, instruction
+    for instruction, the same in Triton 3.8 and 3.9, and in 3.6 but for the thread that is chosen. Another may mean something else."""
+    return triton.__version__.startswith(KNOWN)
 
 
 def describe_box(t: torch.Tensor, box: list[int], layout):

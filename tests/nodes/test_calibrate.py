@@ -1,6 +1,9 @@
 """Methods that look at the model's own activations, at its first sampling."""
 from __future__ import annotations
 
+import threading
+from types import MappingProxyType
+
 import pytest
 import torch
 from toys import difference
@@ -171,3 +174,60 @@ def test_an_interrupted_search_goes_on_where_it_stopped(load, sample):
     image, rest, found = sampled(model)
     # Each layer is measured with four kinds of quantization.
     assert whole - rest == 4 * 10 and found == methods and torch.equal(image, want)
+
+
+def timed(flux, nodes):
+    """A model whose steps are timed before and after it becomes INT8."""
+    return nodes.CompileModel(nodes.INT8QuantizeModel(flux, method="convrot", min_sqnr_db=100.0), backend="eager")
+
+
+def test_a_sampler_that_writes_into_its_sigmas_gets_the_images_own_once(flux, nodes, comfy, conds):
+    from comfy.k_diffusion.sampling import sample_euler
+
+    def euler(model, x, sigmas, **kwargs):
+        sigmas[1:-1] *= 0.95
+        return sample_euler(model, x, sigmas, extra_args=kwargs.get("extra_args"), callback=kwargs.get("callback"), disable=True)
+
+    def image(model):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*conds)
+        guider.set_cfg(1.0)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+        latent = torch.zeros(1, 16, 16, 16)
+        noise = comfy.sample.prepare_noise(latent, 1)
+        return guider.sample(noise, latent, comfy.samplers.KSAMPLER(euler), sigmas, disable_pbar=True, seed=1)
+
+    assert torch.equal(image(timed(flux, nodes)), image(flux))
+
+
+@pytest.mark.parametrize("kind", ["without", "beside"])
+def test_what_fails_while_steps_are_timed_fails_no_image(flux, nodes, sample, monkeypatch, kind):
+    from int8_compile.compile.comfyui.trial import TIMED, Trial
+
+    run = Trial.run
+
+    def fails(self, sigmas, wrappers=None, options=MappingProxyType({})):
+        if options.get(TIMED) == kind:
+            raise torch.OutOfMemoryError("another pack's")
+        run(self, sigmas, wrappers, options)
+
+    monkeypatch.setattr(Trial, "run", fails)
+    model = timed(flux, nodes)
+    assert torch.equal(sample(model), sample(flux)) and torch.equal(sample(model), sample(flux))
+
+
+def test_steps_are_not_timed_beside_the_warm_up(flux, nodes, sample, monkeypatch):
+    """It imports the compiler on the same cores."""
+    from int8_compile.compile.comfyui import trial
+    from int8_compile.compile.torch_internals import warmup
+
+    ready, over = threading.Event(), threading.Event()
+    ready.set()
+    monkeypatch.setattr(warmup, "_ready", {"cpu": ready})
+    monkeypatch.setattr(warmup, "_over", {"cpu": over})
+    threading.Timer(0.5, over.set).start()
+    run, seen = trial.Trial.run, []
+    monkeypatch.setattr(trial.Trial, "run", lambda self, sigmas, wrappers=None, options=MappingProxyType({}): (
+        seen.append((options.get(trial.TIMED), over.is_set())), run(self, sigmas, wrappers, options)))
+    sample(timed(flux, nodes))
+    assert seen[0] == (None, False) and {is_over for kind, is_over in seen if kind} == {True} and {"without", "beside"} <= dict(seen).keys()

@@ -66,9 +66,10 @@ def optimize(monkeypatch):
 
 def restart():
     """What another process knows: what is on disk."""
-    from int8_compile.compile.comfyui import decisions
+    from int8_compile.compile.comfyui import decisions, optimize
     decisions._KNOWN.clear()
     decisions._PASSING.clear()
+    optimize._COMPARISONS.clear()
 
 
 def names(model) -> list:
@@ -239,6 +240,9 @@ def test_a_decision_that_cannot_be_written_is_not_called_kept(flux, optimize, ke
     assert [path.suffix for path in kept.iterdir()] == [".json"]
 
 
+IN_TURNS = [False, False, True, True, False, True]  # which of 2 * KEPT steps are uncompiled
+
+
 class Steps:
     """A judge's view of a model: steps of chosen times."""
 
@@ -250,7 +254,10 @@ class Steps:
         self.times = CallTimes()
         for kind, time in ((WITHOUT, without), (BESIDE, beside)) * 2:
             if time:
-                self.times._add(size, kind, time)
+                self.add(kind, time)
+
+    def add(self, kind: str, seconds: float) -> None:
+        self.times._add(self.times.key(self.size, kind), kind, seconds)
 
     def run(self, count: int) -> list[bool]:
         """Whether each ran eager."""
@@ -258,7 +265,7 @@ class Steps:
         for _ in range(count):
             eager.append(self.optimizer.runs_eager(self.times, self.size))
             kind = EAGER if eager[-1] else COMPILED
-            self.times._add(self.size, kind, self.seconds[kind])
+            self.add(kind, self.seconds[kind])
             self.optimizer.timed(self.times, self.size)
         return eager
 
@@ -271,7 +278,7 @@ def optimizer_of(model):
 def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux, optimize):
     model, node = optimize(flux, "exact")
     steps = Steps(optimizer_of(model), compiled=0.5, eager=1.0)
-    assert steps.run(20) == [False] * KEPT + [True] * KEPT + [False] * 14
+    assert steps.run(20) == [*IN_TURNS, False] * 14
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step") and node.details["compiled"] is True
     restart()
     again, node = optimize(flux, "exact")
@@ -281,11 +288,9 @@ def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux
 
 def test_short_steps_are_timed_more_often(flux, optimize):
     """One disturbed step of a few milliseconds is soon a third of three."""
-    from int8_compile.compile.comfyui.optimize import TURN
-
     model, _ = optimize(flux, "exact")
     assert Steps(optimizer_of(model), compiled=0.01, eager=0.02).run(2 * MOST_KEPT + 4) == (
-        ([False] * TURN + [True] * TURN) * (MOST_KEPT // TURN) + [False] * 4)
+        [False, False, True, True] * (MOST_KEPT // 2) + [False, True] + [False] * 4)
 
 
 @pytest.mark.parametrize("busy", [2.0, 0.5])
@@ -295,8 +300,61 @@ def test_the_gain_is_of_the_minutes_in_which_compiling_was_timed(flux, sample, o
     model, node = optimize(flux)
     sample(model)
     steps = Steps(optimizer_of(model), without=busy * 1.0, beside=busy * 0.8, compiled=0.5, eager=0.8)
-    assert steps.run(2 * KEPT + 1) == [False] * KEPT + [True] * KEPT + [False]
+    assert steps.run(2 * KEPT + 1) == [*IN_TURNS, False]
     assert node.report.short()[0].startswith("2.00x: 1.00 -> 0.500 s a step;") and node.details["int8_layers"]
+
+
+def steps_of(optimizer, times, weights, count, size=SIZE, compiled=0.5, eager=0.8):
+    """Steps with a LoRA."""
+    times.of_weights(weights)
+    for _ in range(count):
+        kind = EAGER if optimizer.runs_eager(times, size) else COMPILED
+        times._add(times.key(size, kind), kind, eager if kind == EAGER else compiled)
+        optimizer.timed(times, size)
+
+
+@pytest.mark.parametrize("what", ["LoRA in turns", "new LoRA", "LoRA before", "new size", "two models in turns"])
+@pytest.mark.parametrize("speed", [1.0, 0.02])
+def test_images_of_few_steps_decide_too(flux, optimize, what, speed):
+    """Each has another LoRA, behind the node or before it (the node then runs again), or another size: what is compared is a step of each
+    kind with the same, of several images. Of two models that share a wrapper each call is of other weights than the last."""
+    optimizer = optimizer_of(optimize(flux, "exact")[0])
+    times = CallTimes()
+    for image in range(30):
+        if what == "LoRA before":
+            optimizer, times = optimizer_of(optimize(flux, "exact")[0]), CallTimes()
+        if optimizer.decision.compiled is not None:
+            break
+        weights = image % 2 if what == "LoRA in turns" else image if what == "new LoRA" else "same"
+        for step in range(4):
+            steps_of(optimizer, times, step % 2 if what == "two models in turns" else weights, 1,
+                     f"{image} rows" if what == "new size" else SIZE, 0.5 * speed * (1 + image % 3), 0.8 * speed * (1 + image % 3))
+    assert optimizer.decision.compiled is True
+
+
+@pytest.mark.parametrize("goal", ["balanced", "smallest"])
+def test_int8_that_is_slower_is_found_at_another_size_than_the_first(flux, sample, optimize, times, untimed, goal):
+    times(FASTER)
+    model, node = optimize(flux, goal)
+    sample(model)
+    other = CallTimes()
+    for kind, seconds in ((WITHOUT, 1.0), (BESIDE, 2.0)):
+        other._add(other.key(SIZE, kind), kind, seconds)
+    steps_of(optimizer_of(model), other, "same", 1)
+    steps_of(optimizer_of(model), other, "same", 2 * KEPT, "latent 32x32, batch 1, prompt length 20", compiled=4.0, eager=5.0)
+    assert node.details["slower_with_int8"] == ([2.5, 4.0] if goal == "balanced" else None)
+    assert "x: " not in node.report.text(), "of this size it is not known"
+
+
+def test_nothing_is_said_of_a_gain_before_it_is_decided(flux, sample, optimize, times, untimed):
+    times(FASTER)
+    model, node = optimize(flux)
+    sample(model)
+    steps = Steps(optimizer_of(model), without=0.02, beside=0.016, compiled=0.005, eager=0.008)
+    steps.run(2 * MOST_KEPT - 1)
+    assert "x: " not in node.report.text() and node.report.to_dict()["gain"] is None and "weights: " in node.report.text()
+    steps.run(1)
+    assert node.report.text().startswith("2.00x: ")
 
 
 def test_without_int8_the_gain_is_over_the_uncompiled_steps_that_decided(flux, sample, optimize, times, untimed):
@@ -325,7 +383,7 @@ def test_after_the_decision_other_work_on_the_machine_changes_no_gain(flux, opti
     for size in (SIZE, "latent 32x32, batch 1, prompt length 20"):  # of the second one nothing is known but some steps
         other = Steps(optimizer_of(model), size, compiled=later, eager=3.0)
         for kind in (WITHOUT, EAGER, EAGER, EAGER):
-            other.times._add(size, kind, 3.0)
+            other.add(kind, 3.0)
         other.run(4)
         other.times.of_weights("another LoRA")
         other.run(4)
@@ -400,7 +458,7 @@ def test_what_the_other_process_has_compiled_is_not_called_uncompiled_until_a_st
 
 def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optimize):
     model, node = optimize(flux, "exact")
-    assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == [False] * KEPT + [True] * KEPT + [True] * 3
+    assert Steps(optimizer_of(model), compiled=1.1, eager=1.0).run(9) == IN_TURNS + [True] * 3
     assert "passed on as it came" in node.report.status() and "compile: no, 1.00 -> 1.10 s a step" in node.report.text()
     restart()
     again, node = optimize(flux, "exact")
@@ -408,7 +466,7 @@ def test_where_compiling_does_not_pay_the_model_is_passed_on(flux, sample, optim
     assert node.details["known"] and "passed on as it came" in node.report.status()
 
 
-def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt(flux, sample, optimize, times, nodes):
+def test_layers_that_make_a_step_slower_all_in_all_are_gone_with_the_next_prompt(flux, sample, optimize, times, untimed, nodes):
     from int8_compile.compile.comfyui import decisions
     from int8_compile.nodes.optimize import OptimizeModel
 
@@ -433,7 +491,7 @@ def test_a_size_that_was_never_timed_without_has_no_gain(flux, sample, optimize)
     assert node.report.to_dict()["gain"] is None and node.report.decision.times[-1][1] == 0.0 and node.report.decision.compiled
 
 
-def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimize):
+def test_smallest_keeps_layers_that_are_slower_and_says_so(flux, sample, optimize, untimed):
     model, node = optimize(flux, "smallest")
     sample(model)
     Steps(optimizer_of(model), without=1.0, compiled=1.3, eager=1.4).run(2 * KEPT + 1)
@@ -468,8 +526,7 @@ def test_what_a_step_took_as_it_came_is_kept_before_compiling_is_decided(flux, s
     Steps(optimizer_of(model), without=1.0, beside=1.5, compiled=1.4, eager=1.5).run(1)
     restart()
     model, node = optimize(flux)
-    (known,) = node.details["times"]
-    assert known["without"] == 1.0 and known["compiled"] == 0 and node.details["compiled"] is None
+    assert node.details["trial"] == {"size": SIZE, "without": 1.0, "eager": 1.5} and node.details["compiled"] is None
     Steps(optimizer_of(model), compiled=2.8, eager=3.0).run(2 * KEPT)
     assert node.details["slower_with_int8"] == [2.0, 2.8] and "with it" in node.report.status()
 

@@ -79,7 +79,6 @@ def quantize_reports():
 def optimize_reports():
     from int8_compile.compile.comfyui.decisions import OFF, SHORT, UNWRITTEN, Decision
     from int8_compile.compile.comfyui.optimize_report import OptimizeReport
-    from int8_compile.compile.gain import Gain
     from int8_compile.compile.report import CompileReport
 
     chosen = (("a", "convrot"), ("b", "float"))
@@ -96,8 +95,7 @@ def optimize_reports():
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
         yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
         for passing in ("", SHORT, OFF, UNWRITTEN):
-            yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), passing=passing,
-                                 gain=Gain("latent 1x16, batch 1", 3.0, 2.0, (3, 3), then=True),
+            yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled, times=times), is_known=True, passing=passing,
                                  compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
 
 
