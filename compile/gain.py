@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable
@@ -170,6 +169,6 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """The geometric mean, by how many calls each part has."""
-        logs = sum(count * math.log(compiled / eager) for count, eager, compiled in self._parts.values())
-        return math.exp(logs / sum(count for count, _, _ in self._parts.values()))
+        """The middle one, each part as often as it has calls of both."""
+        ratios = sorted(compiled / eager for count, eager, compiled in self._parts.values() for _ in range(count))
+        return ratios[(len(ratios) - 1) // 2]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
+from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Comparison, Gain, number
 
 CPU = torch.device("cpu")
 
@@ -117,3 +117,22 @@ def test_three_digits_whatever_the_number(seconds, text):
 
 def test_one_step_of_each_is_no_reason_to_call_it_slower():
     assert not Gain("s", 1.0, 1.25, (1, 3)).is_slower
+
+
+def test_a_comparison_takes_calls_of_many_sizes_together():
+    """One of them, with a call that was disturbed, decides nothing."""
+    times, comparison = CallTimes(), Comparison()
+    for size, compiled in (("8x8", 100.0), ("16x16", 1.0), ("32x32", 1.1)):
+        timed(times, COMPILED, compiled, size)
+        comparison.add(times, size)
+        assert not comparison.is_enough
+        timed(times, EAGER, 2.0, size)
+        comparison.add(times, size)
+    assert comparison.is_enough and comparison.ratio == pytest.approx(0.55, rel=1e-2)
+    for number in range(2 * MOST_SIZES):
+        timed(times, COMPILED, 1.0, str(number))
+        timed(times, EAGER, 4.0, str(number))
+        comparison.add(times, str(number))
+    assert len(comparison._parts) == MOST_SIZES and comparison.ratio == pytest.approx(0.25, rel=1e-2)
+    comparison.clear()
+    assert not comparison.is_enough
