@@ -129,10 +129,10 @@ def test_a_comparison_takes_calls_of_many_sizes_together():
         timed(times, EAGER, 2.0, size)
         comparison.add(times, size)
     assert comparison.is_enough and comparison.ratio == pytest.approx(0.55, rel=1e-2)
-    for number in range(2 * MOST_SIZES):
-        timed(times, COMPILED, 1.0, str(number))
-        timed(times, EAGER, 4.0, str(number))
-        comparison.add(times, str(number))
+    for size in map(str, range(2 * MOST_SIZES)):
+        timed(times, COMPILED, 1.0, size)
+        timed(times, EAGER, 4.0, size)
+        comparison.add(times, size)
     assert len(comparison._parts) == MOST_SIZES and comparison.ratio == pytest.approx(0.25, rel=1e-2)
     comparison.clear()
     assert not comparison.is_enough

@@ -278,7 +278,7 @@ def optimizer_of(model):
 def test_compiling_stays_on_where_it_is_faster_and_nothing_more_is_measured(flux, optimize):
     model, node = optimize(flux, "exact")
     steps = Steps(optimizer_of(model), compiled=0.5, eager=1.0)
-    assert steps.run(20) == [*IN_TURNS, False] * 14
+    assert steps.run(20) == [*IN_TURNS, *[False] * 14]
     assert node.report.text().startswith("2.00x: 1.00 -> 0.500 s a step") and node.details["compiled"] is True
     restart()
     again, node = optimize(flux, "exact")
