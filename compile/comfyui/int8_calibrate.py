@@ -183,8 +183,8 @@ class QuantizeFirst(Quantizer):
         guider = executor.class_obj
         patchers = _patchers(guider)
         waiting = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if wrapper.waits(patcher)]
-        # A training run is no image: its sampler changes what it trains.
         seconds = 0.0
+        # A training run is no image: its sampler changes what it trains.
         if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
             trial = Trial(guider, patchers, noise, latent_image, sampler, sigmas, args, kwargs)
             seconds = _look(trial, waiting)

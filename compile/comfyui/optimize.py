@@ -154,13 +154,12 @@ class Optimizer:
             self._keep(trial=(size, without, times.seconds(size, BESIDE)))
         comparison = _comparison(self._key, self.decision.is_int8)
         comparison.add(times, size)
-        if comparison.is_enough:
-            self._decide(times.seconds(size, EAGER), comparison, size)
+        if comparison.is_enough and (eager := times.seconds(size, EAGER)):
+            self._decide(eager, comparison, size)
 
     def _decide(self, eager: float, comparison: Comparison, size: str) -> None:
-        """Whether compiling pays, and INT8 all in all. eager: seconds of a step of that size now; 0 for not known."""
+        """Whether compiling pays, and INT8 all in all. eager: seconds of an uncompiled step of that size now."""
         of_size, without, beside = self.decision.trial
-        eager = eager or beside or 1.0
         compiled = eager * comparison.ratio
         now = min(eager, compiled)
         if not self.decision.is_int8:
@@ -176,7 +175,7 @@ class Optimizer:
             self.decision = self.decision.without_int8(without, now)
             decisions.changed()
         else:
-            # INT8's gain in another size is another.
+            # INT8 gains something else in another size: nothing is said of it.
             without = without if of_size == size or not self.decision.is_int8 else 0.0
             self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without, eager, compiled)
         comparison.clear()

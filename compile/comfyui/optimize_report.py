@@ -14,9 +14,8 @@ MOST_LINES = 6  # of the table
 @dataclass(frozen=True)
 class OptimizeReport:
     """goal, min_sqnr_db: what was asked for. decision: what is decided so far. is_known: since an earlier start. reason: why no layer may
-    be INT8. background: whether steps run uncompiled meanwhile. passing: why the next start does not know it. modes: of the model in order.
-    quantize, compile: what these modes reported last. from_next: what is decided now
-    holds from the next prompt on."""
+    be INT8. background: whether steps run uncompiled meanwhile. passing: why the next start does not know it. modes: of the model, in
+    order. quantize, compile: what these modes reported last. from_next: what is decided now holds from the next prompt on."""
 
     goal: str
     min_sqnr_db: float | None

@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .bound import Bound
 from .triton_configs import GemmConfig
-from .triton_gemm_jit import GATED_ROWS, GATED_TILES, _raster
+from .triton_gemm_jit import GATED_ROWS, GATED_TILES, RESIDUAL, _raster
 
 KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # Tritons
 # Of the warp that loads, a thread; the least that there is. What it leaves goes to those that multiply.
@@ -119,12 +119,18 @@ def _store_part(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.cons
 
 @gluon.jit
 def _store(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr):
-    """_store_part, half of the columns at a time: scales, bias and offsets of all would not fit into registers beside acc."""
+    """_store_part, half of the columns at a time, with a gate a quarter: scales, bias and offsets of all would not fit into registers beside
+    acc."""
     BM: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1] // 2
-    left, right = acc.reshape([BM, 2, HALF]).permute((0, 2, 1)).split()
-    _store_part(left, pointers, added, first_m, first_n, M, N, SCALAR_WS, HAS_BIAS, ADDED)
-    _store_part(right, pointers, added, first_m, first_n + HALF, M, N, SCALAR_WS, HAS_BIAS, ADDED)
+    halves = acc.reshape([BM, 2, HALF]).permute((0, 2, 1)).split()
+    for i in gl.static_range(2):
+        if ADDED > RESIDUAL:  # GATED_TILES or GATED_ROWS
+            quarters = halves[i].reshape([BM, 2, HALF // 2]).permute((0, 2, 1)).split()
+            _store_part(quarters[0], pointers, added, first_m, first_n + i * HALF, M, N, SCALAR_WS, HAS_BIAS, ADDED)
+            _store_part(quarters[1], pointers, added, first_m, first_n + i * HALF + HALF // 2, M, N, SCALAR_WS, HAS_BIAS, ADDED)
+        else:
+            _store_part(halves[i], pointers, added, first_m, first_n + i * HALF, M, N, SCALAR_WS, HAS_BIAS, ADDED)
 
 
 @gluon.jit
