@@ -119,8 +119,8 @@ def _store_part(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.cons
 
 @gluon.jit
 def _store(acc, pointers, added, first_m, first_n, M, N, SCALAR_WS: gl.constexpr, HAS_BIAS: gl.constexpr, ADDED: gl.constexpr):
-    """_store_part, half of the columns at a time, with a gate a quarter: scales, bias and offsets of all would not fit into registers beside
-    acc."""
+    """_store_part, half of the columns at a time, with a gate a quarter: scales, bias and offsets of all would not fit into registers
+    beside acc."""
     BM: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1] // 2
     halves = acc.reshape([BM, 2, HALF]).permute((0, 2, 1)).split()
