@@ -155,7 +155,13 @@ class Optimizer:
         comparison = _comparison(self._key, self.decision.is_int8)
         comparison.add(times, size)
         if comparison.is_enough and (eager := times.seconds(size, EAGER)):
+            self._adopt_trial(decisions.read(self._key))
             self._decide(eager, comparison, size)
+
+    def _adopt_trial(self, known: Decision | None) -> None:
+        """Another branch may be the one that was sampled first: only that one has been timed as it came."""
+        if known is not None and not self.decision.trial[1] and known.chosen == self.decision.chosen:
+            self.decision = replace(self.decision, trial=known.trial)
 
     def _decide(self, eager: float, comparison: Comparison, size: str) -> None:
         """Whether compiling pays, and INT8 all in all. eager: seconds of an uncompiled step of that size now."""
@@ -184,7 +190,9 @@ class Optimizer:
 
     def _keep(self, short: bool = False, **changes) -> None:
         self.decision = replace(self.decision, **changes)
-        known, own = decisions.read(self._key), self.decision
+        known = decisions.read(self._key)
+        self._adopt_trial(known)
+        own = self.decision
         if known is not None:  # another branch may know more
             has_found_slower = known.slower[1] and not own.slower[1]
             has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen

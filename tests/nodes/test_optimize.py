@@ -346,6 +346,16 @@ def test_int8_that_is_slower_is_found_at_another_size_than_the_first(flux, sampl
     assert "x: " not in node.report.text(), "of this size it is not known"
 
 
+def test_another_branch_that_decides_knows_what_the_first_was_timed_as(flux, sample, optimize, times, untimed):
+    times(FASTER)
+    (first, _), (second, node) = optimize(flux), optimize(flux)
+    sample(first)
+    sample(second)
+    Steps(optimizer_of(first), without=1.0, beside=3.0, compiled=2.0, eager=3.0).run(2)
+    Steps(optimizer_of(second), compiled=2.0, eager=3.0).run(2 * KEPT)
+    assert node.details["slower_with_int8"] == [1.0, 2.0] and node.details["trial"]["without"] == 1.0
+
+
 def test_nothing_is_said_of_a_gain_before_it_is_decided(flux, sample, optimize, times, untimed):
     times(FASTER)
     model, node = optimize(flux)
