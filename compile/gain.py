@@ -60,6 +60,10 @@ def number(seconds: float) -> str:
     return f"{seconds:#.3g}".rstrip(".") if 1e-4 < seconds < 999.5 else f"{seconds:.0f}" if seconds > 1 else f"{seconds:.5f}"
 
 
+def _are_enough(calls: int, seconds: float) -> bool:
+    return calls >= MOST_KEPT or (calls >= KEPT and seconds >= ENOUGH)
+
+
 class CallTimes:
     """Seconds of the last calls of each kind, of the first compiled ones, by size and, but for WITHOUT, weights (a LoRA that is added while
     a layer runs takes its time). On CUDA by the device's own clock, read when the device has come so far: nothing waits for it."""
@@ -124,7 +128,7 @@ class CallTimes:
     def is_enough(self, size: str, kind: str) -> bool:
         """Whether its calls tell what the next ones take."""
         count = self.count(size, kind)
-        return count >= MOST_KEPT or (count >= KEPT and count * self.seconds(size, kind) >= ENOUGH)
+        return _are_enough(count, count * self.seconds(size, kind))
 
     def seconds(self, size: str, kind: str) -> float:
         """The lower quartile of those that are kept, since other work on the machine only adds; 0 where there is none."""
@@ -164,8 +168,8 @@ class Comparison:
 
     @property
     def is_enough(self) -> bool:
-        count = sum(count for count, _, _ in self._parts.values())
-        return count >= MOST_KEPT or (count >= KEPT and sum(count * eager for count, eager, _ in self._parts.values()) >= ENOUGH)
+        parts = self._parts.values()
+        return _are_enough(sum(count for count, _, _ in parts), sum(count * eager for count, eager, _ in parts))
 
     @property
     def ratio(self) -> float:

@@ -191,8 +191,7 @@ class QuantizeFirst(Quantizer):
         for patcher in patchers:
             _quantize_known(patcher)
         if 0.0 < seconds < ENOUGH:  # longer steps are no business of moments
-            with _unless_interrupted():
-                trial.time_steps(BESIDE, has_new_layers=True)
+            trial.time_steps(BESIDE, has_new_layers=True)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
@@ -235,17 +234,6 @@ def _quantize_before_load(executor, model, *args, **kwargs):
     return executor(model, *args, **kwargs)
 
 
-@contextlib.contextmanager
-def _unless_interrupted():
-    """For what only times: the image is made without."""
-    try:
-        yield
-    except comfy.model_management.InterruptProcessingException:
-        raise
-    except Exception as error:
-        logger.info("INT8 Quantize Model: steps are not timed: %s: %s", type(error).__name__, echo(str(error)))
-
-
 def _look(trial: Trial, waiting: list[tuple[Quantizer, ModelPatcher]]) -> float:
     """Samples in a few long steps over the whole schedule and keeps what the layers get. Seconds of a step of the model as it is; 0 where
     nothing timed it."""
@@ -255,9 +243,7 @@ def _look(trial: Trial, waiting: list[tuple[Quantizer, ModelPatcher]]) -> float:
             for wrapper, _ in waiting:
                 wrapper.on_progress(None, f"looking at {len(trial.few) - 1} steps in high precision")
             trial.run(trial.few)
-        seconds = 0.0
-        with _unless_interrupted():
-            seconds = trial.time_steps(WITHOUT)
+        seconds = trial.time_steps(WITHOUT)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it

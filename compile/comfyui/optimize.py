@@ -29,8 +29,6 @@ TITLE = "Optimize Model"
 TURN = 2  # steps of a kind in a row, that are compared with others: a machine's other work comes and goes
 UNSURE = 0.15  # as NOISE, of times that are minutes apart
 MOST_COMPARED = 64  # models
-
-
 # By key of a decision, and whether layers are INT8: a node that runs again, for another LoRA before it, goes on.
 _COMPARISONS: OrderedDict[tuple[str, bool], Comparison] = OrderedDict()
 

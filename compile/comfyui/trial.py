@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -13,10 +14,13 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ...int8.echo import echo
 from ..gain import ENOUGH
 from ..torch_internals import warmup
 from ..torch_internals.interrupt import Interrupted
 from .allocation_recording import unrecorded
+
+logger = logging.getLogger(__name__)
 
 COMPILE_KEY = "int8_compile"  # begins the keys of the wrappers that compile; see compile_model.py
 # In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
@@ -55,20 +59,26 @@ class Trial:
             _twin(self._guider, wrappers or {}, options).outer_sample(*inputs, **self._arguments)  # a sampler may write into them
 
     def time_steps(self, kind: str, has_new_layers: bool = False) -> float:
-        """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node. has_new_layers: they do more
-        when they are first called."""
+        """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node, or a run fails: the image is
+        made without. has_new_layers: they do more when they are first called."""
         timers = _wrappers_that_time(self._guider.model_options)
         if not timers:
             return 0.0
         with contextlib.suppress(Interrupted):  # the run says so
             warmup.wait(comfy.model_management.processing_interrupted, entirely=True)
-        if has_new_layers:
-            self.run(self._sigmas[:2])
-        steps, begun = 0, time.perf_counter()
-        for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
-            self.run(self._sigmas[:TIMED_STEPS + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})
-            steps += min(TIMED_STEPS, len(self._sigmas) - 1)
-        return (time.perf_counter() - begun) / steps
+        try:
+            if has_new_layers:
+                self.run(self._sigmas[:2])
+            steps, begun = 0, time.perf_counter()
+            for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
+                self.run(self._sigmas[:TIMED_STEPS + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})
+                steps += min(TIMED_STEPS, len(self._sigmas) - 1)
+            return (time.perf_counter() - begun) / steps
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            logger.info("INT8 Quantize Model: steps are not timed: %s: %s", type(error).__name__, echo(str(error)))
+            return 0.0
 
 
 def _twin(guider, wrappers: dict, transformer_options: Mapping):

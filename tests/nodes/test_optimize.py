@@ -516,7 +516,7 @@ def test_a_compile_node_says_what_it_gained_with_int8_over_the_model_as_it_came(
     sample(model)
     (report,) = reports(model)
     gain = json.loads(json.dumps(report.to_dict()))["gain"]
-    assert gain["size"] == SIZE and gain["steps_timed"][0] >= 2 and gain["ratio"] > 0
+    assert gain["size"] == SIZE and gain["steps_timed"][0] in range(2, 25, 2) and gain["ratio"] > 0
     assert report.text().splitlines()[0].startswith(f"{report.gain.ratio:.2f}x: ")
     assert gain["ratio"] == pytest.approx(report.gain.ratio, abs=1e-3)
 
