@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ BESIDE = "beside"  # as EAGER, but in the moments of WITHOUT: the others come mi
 KEPT, ENOUGH = 3, 0.5  # calls of a kind, and seconds of them, that are enough; MOST_KEPT calls are without these seconds
 MOST_KEPT = 25  # the last, of compiled ones the first: what they are compared with was timed just before
 MOST_SIZES = 64  # with other weights each counts anew
-MAX_PENDING = 64  # calls that a GPU has not finished; more are not timed
+MAX_PENDING = 64  # calls that a GPU has not finished, or that no Comparison has asked for; more are not timed, or forgotten
 SLOWER = "slower than without: bypass this node"
 NOISE = 0.03  # of a call's time: less is no difference
 
@@ -60,8 +60,9 @@ def number(seconds: float) -> str:
     return f"{seconds:#.3g}".rstrip(".") if 1e-4 < seconds < 999.5 else f"{seconds:.0f}" if seconds > 1 else f"{seconds:.5f}"
 
 
-def _are_enough(calls: int, seconds: float) -> bool:
-    return calls >= MOST_KEPT or (calls >= KEPT and seconds >= ENOUGH)
+def _typical(seconds: Sequence[float]) -> float:
+    """The lower quartile, since other work on the machine only adds; 0 of none."""
+    return sorted(seconds)[(len(seconds) - 1) // 4] if seconds else 0.0
 
 
 class CallTimes:
@@ -74,6 +75,9 @@ class CallTimes:
         self._number = next(self._numbers)
         self._seconds: dict[tuple, dict[str, deque[float]]] = {}
         self._pending: deque[tuple] = deque()
+        self._new: deque[tuple[tuple, str, float]] = deque(maxlen=MAX_PENDING)  # what of an image, kind, seconds
+        self._turns: Counter[tuple] = Counter()  # of this image, calls of each size and weights
+        self._image = 0
         self._weights: Hashable = None
         self._of_trial: Hashable = None  # weights with which BESIDE was timed
 
@@ -88,26 +92,38 @@ class CallTimes:
 
     def end(self, begun, size: str, kind: str) -> None:
         """kind: empty for a call that says nothing: something was compiled in it."""
+        if not kind:
+            return
         if isinstance(begun, float):
-            if kind:
-                self._add(self.key(size, kind), kind, time.perf_counter() - begun)
-        elif kind and len(self._pending) < MAX_PENDING:
+            self.add(size, kind, time.perf_counter() - begun)
+        elif len(self._pending) < MAX_PENDING:
             start, device = begun
             end = torch.cuda.Event(enable_timing=True)
             end.record(torch.cuda.current_stream(device))
-            self._pending.append((start, end, self.key(size, kind), kind))
+            self._pending.append((start, end, self._counted(size, kind), kind))
             self._read()
+
+    def add(self, size: str, kind: str, seconds: float) -> None:
+        self._add(self._counted(size, kind), kind, seconds)
 
     def _read(self) -> None:
         while self._pending and self._pending[0][1].query():
-            start, end, key, kind = self._pending.popleft()
-            self._add(key, kind, start.elapsed_time(end) / 1e3)
+            start, end, counted, kind = self._pending.popleft()
+            self._add(counted, kind, start.elapsed_time(end) / 1e3)
 
-    def key(self, size: str, kind: str = COMPILED) -> tuple:
+    def _key(self, size: str, kind: str = COMPILED) -> tuple:
         """What calls are counted together."""
-        return (self._number, size, kind) if kind in (WITHOUT, BESIDE) else (self._number, size, None, self._weights)
+        return (size, kind) if kind in (WITHOUT, BESIDE) else (size, None, self._weights)
 
-    def _add(self, key: tuple, kind: str, seconds: float) -> None:
+    def _counted(self, size: str, kind: str) -> tuple[tuple, int]:
+        """(what a call is counted with, of which image)."""
+        key = self._key(size, kind)
+        if kind in (EAGER, COMPILED):
+            self._turns[key] += 1
+        return key, self._image
+
+    def _add(self, counted: tuple[tuple, int], kind: str, seconds: float) -> None:
+        key, image = counted
         kinds = self._seconds.pop(key, {})
         self._seconds[key] = kinds  # the last used is last
         kept = kinds.setdefault(kind, deque(maxlen=None if kind == COMPILED else MOST_KEPT))
@@ -115,6 +131,25 @@ class CallTimes:
             kept.append(seconds)
         while len(self._seconds) > MOST_SIZES:
             del self._seconds[next(iter(self._seconds))]
+        if kind in (EAGER, COMPILED):
+            self._new.append(((self._number, image, *key), kind, seconds))
+
+    def take_new(self) -> list[tuple[tuple, str, float]]:
+        """Calls since the last time, for Comparison."""
+        new = list(self._new)
+        self._new.clear()
+        return new
+
+    def new_image(self) -> None:
+        """The next calls are another image's. One with a single call, which is compared with nothing, is counted with the next."""
+        if max(self._turns.values(), default=0) > 1:
+            self._turns.clear()
+            self._image += 1
+
+    def is_uncompiled_turn(self, size: str) -> bool:
+        """Whether the next call is to be an uncompiled one, for a Comparison: as Thue and Morse, so that each two have one, whatever
+        comes and goes with every second, third, ... call. Each second image begins with one."""
+        return (self._turns[self._key(size)].bit_count() + self._image) % 2 == 1
 
     def of_weights(self, identity: Hashable) -> None:
         """Of what weights the next calls are."""
@@ -123,17 +158,11 @@ class CallTimes:
         self._weights = identity
 
     def count(self, size: str, kind: str) -> int:
-        return len(self._seconds.get(self.key(size, kind), {}).get(kind, ()))
-
-    def is_enough(self, size: str, kind: str) -> bool:
-        """Whether its calls tell what the next ones take."""
-        count = self.count(size, kind)
-        return _are_enough(count, count * self.seconds(size, kind))
+        return len(self._seconds.get(self._key(size, kind), {}).get(kind, ()))
 
     def seconds(self, size: str, kind: str) -> float:
-        """The lower quartile of those that are kept, since other work on the machine only adds; 0 where there is none."""
-        kept = sorted(self._seconds.get(self.key(size, kind), {}).get(kind, ()))
-        return kept[(len(kept) - 1) // 4] if kept else 0.0
+        """Of a call; 0 where none is kept."""
+        return _typical(self._seconds.get(self._key(size, kind), {}).get(kind, ()))
 
     def without(self, size: str) -> float:
         """Seconds of WITHOUT, in the minutes of EAGER if that can be told."""
@@ -150,29 +179,36 @@ class CallTimes:
 
 
 class Comparison:
-    """How long compiled calls take of the time of uncompiled ones, from calls of any sizes and weights: an image has few of each."""
+    """How long compiled calls take of the time of uncompiled ones, from calls of any sizes and weights, of many images. Each is compared with
+    those of its own size, weights and image: minutes later the machine may have other work."""
 
     def __init__(self):
-        self._parts: OrderedDict[tuple, tuple[int, float, float]] = OrderedDict()
+        self._parts: OrderedDict[tuple, dict[str, list[float]]] = OrderedDict()
 
-    def add(self, times: CallTimes, size: str) -> None:
-        """What is known of the calls that are counted with the last one."""
-        if count := min(times.count(size, EAGER), times.count(size, COMPILED)):
-            self._parts[times.key(size)] = count, times.seconds(size, EAGER), times.seconds(size, COMPILED)
-            self._parts.move_to_end(times.key(size))
-        if len(self._parts) > MOST_SIZES:
+    def add(self, calls: Iterable[tuple[tuple, str, float]]) -> None:
+        """calls: as of CallTimes.take_new."""
+        for part, kind, seconds in calls:
+            self._parts.setdefault(part, {EAGER: [], COMPILED: []})[kind].append(seconds)
+            self._parts.move_to_end(part)
+        while len(self._parts) > MOST_SIZES:
             self._parts.popitem(last=False)
 
     def clear(self) -> None:
         self._parts.clear()
 
+    def _pairs(self) -> list[tuple[int, float, float]]:
+        """(calls of the kind with fewer, seconds of an uncompiled one, of a compiled one) of each part that has both."""
+        return [(min(len(eager), len(compiled)), _typical(eager), _typical(compiled))
+                for eager, compiled in ((part[EAGER], part[COMPILED]) for part in self._parts.values()) if eager and compiled]
+
     @property
     def is_enough(self) -> bool:
-        parts = self._parts.values()
-        return _are_enough(sum(count for count, _, _ in parts), sum(count * eager for count, eager, _ in parts))
+        pairs = self._pairs()
+        calls, seconds = sum(count for count, _, _ in pairs), sum(count * eager for count, eager, _ in pairs)
+        return calls >= MOST_KEPT or (calls >= KEPT and seconds >= ENOUGH)
 
     @property
     def ratio(self) -> float:
         """The middle one, each part as often as it has calls of both."""
-        ratios = sorted(compiled / eager for count, eager, compiled in self._parts.values() for _ in range(count))
+        ratios = sorted(compiled / eager for count, eager, compiled in self._pairs() for _ in range(count))
         return ratios[(len(ratios) - 1) // 2]

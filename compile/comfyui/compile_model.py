@@ -14,7 +14,7 @@ from typing import Protocol
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...int8.echo import echo
 from ...int8.structure import repeated_blocks
@@ -139,6 +139,10 @@ class LazyCompile:
             self.judge.timed(self.times, size)
         return result
 
+    def begin_image(self, patcher) -> None:
+        """The ON_PRE_RUN callback."""
+        self.times.new_image()
+
     def _gained(self, report: CompileReport, size: str) -> None:
         gain = self.times.gain(size)
         if gain is not None and gain.differs_from(report.gain):
@@ -229,7 +233,11 @@ def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnPr
     for key in list(wrappers):
         if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
             patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
-    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{COMPILE_KEY}.{target}", LazyCompile(target, options, on_progress, judge))
+    key = f"{COMPILE_KEY}.{target}"
+    lazy = LazyCompile(target, options, on_progress, judge)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, lazy)
+    if judge is not None:
+        patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lazy.begin_image)
 
 
 def add_method_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import BESIDE, COMPILED, EAGER, NOISE, WITHOUT, CallTimes, Comparison
+from ..gain import BESIDE, EAGER, NOISE, WITHOUT, CallTimes, Comparison
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -26,7 +26,6 @@ from .optimize_report import OptimizeReport
 logger = logging.getLogger(__name__)
 
 TITLE = "Optimize Model"
-TURN = 2  # steps of a kind in a row, that are compared with others: a machine's other work comes and goes
 UNSURE = 0.15  # as NOISE, of times that are minutes apart
 MOST_COMPARED = 64  # models
 # By key of a decision, and whether layers are INT8: a node that runs again, for another LoRA before it, goes on.
@@ -138,10 +137,7 @@ class Optimizer:
         """Whether a step of that size is to run uncompiled: since compiling does not pay, or, in turns, to find out whether it does."""
         if self.decision.compiled is not None:
             return not self.decision.compiled
-        if self._is_over:
-            return False
-        eager, compiled = times.count(size, EAGER), times.count(size, COMPILED)
-        return eager < (compiled if times.is_enough(size, COMPILED) else compiled - compiled % TURN)
+        return not self._is_over and times.is_uncompiled_turn(size)
 
     def timed(self, times: CallTimes, size: str) -> None:
         """A step of that size has been timed. Nothing of it is said before it is decided, since it has nothing to be compared with: minutes
@@ -151,7 +147,7 @@ class Optimizer:
         if (without := times.seconds(size, WITHOUT)) and not self.decision.trial[1]:  # is not measured again at the next start
             self._keep(trial=(size, without, times.seconds(size, BESIDE)))
         comparison = _comparison(self._key, self.decision.is_int8)
-        comparison.add(times, size)
+        comparison.add(times.take_new())
         if comparison.is_enough and (eager := times.seconds(size, EAGER)):
             self._adopt_trial(decisions.read(self._key))
             self._decide(eager, comparison, size)
