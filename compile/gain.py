@@ -179,8 +179,8 @@ class CallTimes:
 
 
 class Comparison:
-    """How long compiled calls take of the time of uncompiled ones, from calls of any sizes and weights, of many images. Each is compared with
-    those of its own size, weights and image: minutes later the machine may have other work."""
+    """What part of an uncompiled call's time a compiled one takes, over many sizes, weights and images. A call is compared with those of its
+    own size, weights and image: minutes later the machine may have other work."""
 
     def __init__(self):
         self._parts: OrderedDict[tuple, dict[str, list[float]]] = OrderedDict()

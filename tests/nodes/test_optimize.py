@@ -318,8 +318,8 @@ def steps_of(optimizer, times, weights, count, size=SIZE, compiled=0.5, eager=0.
 @pytest.mark.parametrize("speed", [1.0, 0.02])
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_images_of_few_steps_decide_too(flux, optimize, what, speed, steps):
-    """Each has another LoRA, behind the node or before it (the node then runs again), or another size, on a machine with other work: what is
-    compared is a step of each kind with the same. Of two models that share a wrapper each call is of other weights than the last."""
+    """Each has another LoRA, behind the node or before it (the node then runs again), or another size, on a machine with other work: what
+    is compared is a step of each kind with the same. Of two models that share a wrapper each call is of other weights than the last."""
     optimizer = optimizer_of(optimize(flux, "exact")[0])
     times = CallTimes()
     for image in range(30):
