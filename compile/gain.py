@@ -179,8 +179,8 @@ class CallTimes:
 
 
 class Comparison:
-    """What part of an uncompiled call's time a compiled one takes, over many sizes, weights and images. A call is compared with those of its
-    own size, weights and image: minutes later the machine may have other work."""
+    """What part of an uncompiled call's time a compiled one takes, over many sizes, weights and images. Calls of
+    the same size, weights and image are compared: minutes later the machine may have other work."""
 
     def __init__(self):
         self._parts: OrderedDict[tuple, dict[str, list[float]]] = OrderedDict()
