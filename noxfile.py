@@ -46,7 +46,7 @@ QUICK = ("tests/test_pack.py", "tests/test_errors.py", "tests/internals", "tests
          *(f"tests/security/test_{name}.py" for name in ("options", "store_key", "store_windows")))
 # What users have: the oldest and the newest torch that the pack is made for and those between that changed much.
 RELEASES = ("torch==2.8.*", "torch==2.11.*", "torch==2.13.*", "torch==2.14.*", "torch==2.15.*", "comfy-kitchen==0.2.31",
-            "comfy-kitchen==0.2.40", "triton==3.4.*", "triton==3.6.*", "triton==3.8.*")
+            "comfy-kitchen==0.2.40", "triton==3.4.*", "triton==3.6.*", "triton==3.8.*", "triton==3.9.*")
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 COMFYUI_GIT = "https://github.com/comfyanonymous/ComfyUI"  # what comfy-cli clones
 # torch.compile and other processes do not get to see the test tools: they are put at the end of this process's path only. It has the
