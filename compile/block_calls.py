@@ -51,6 +51,21 @@ class Slots:
             self._before.clear()  # the calls hold this, and the compiled module
 
 
+def counted(blocks: Iterable[torch.nn.Module], call: Callable) -> tuple[object, int]:
+    """(call(), how many calls of blocks it has made: as they are)."""
+    calls = []
+
+    def call_block(block, args, kwargs):
+        calls.append(block)
+        return block._call_impl(*args, **kwargs)
+    slots = Slots()
+    try:
+        foreign = slots.fill(blocks, call_block, None)
+        return call(), len(calls) + foreign
+    finally:
+        slots.put_back()
+
+
 class OwnCall:
     """What this pack puts into ``_compiled_call_impl``. Anything else there is another pack's."""
 

@@ -20,7 +20,7 @@ from .arguments import call_compiled, kind_of_call
 from .artifacts import attention
 from .artifacts.closures import closed_over
 from .artifacts.key import is_inference
-from .artifacts.runtime import MISSING, BlockInfo, Cache
+from .artifacts.runtime import MISSING, Cache
 from .artifacts.stand_ins import StandIns
 from .artifacts.values import CallAgain
 from .block_calls import Slots
@@ -29,8 +29,8 @@ from .events import Events, OnProgress
 from .options import CompileOptions
 from .regions import RegionSet
 from .report import Changes, first_lines, remedy
-from .step import Block, RegionState, Step
-from .torch_compiler import CompileScope, RegionCode, own_methods
+from .step import Block, RegionState, Step, describe
+from .torch_compiler import CompileScope, own_methods
 from .torch_internals.guard_filter import has_patches, options_of
 from .verification.verifier import Verification, VerificationOptions
 
@@ -124,6 +124,16 @@ class CompiledModule:
         self._events.notify()
         logger.warning("%s: compile failed; running uncompiled. %s%s", self.options.title, remedy(cause), first_lines(cause))
 
+    def blocks(self, root: torch.nn.Module) -> list[torch.nn.Module]:
+        """Those of root's regions; none while another thread's run is under way, which may be waiting for this one."""
+        if not self._lock.acquire(blocking=False):
+            return []
+        try:
+            self._refresh(root)
+            return self._regions.blocks
+        finally:
+            self._lock.release()
+
     def _refresh(self, root: torch.nn.Module) -> None:
         if self._root is None or self._root() is not root or self._regions is None or not self._regions.is_current():
             self._root = weakref.ref(root)
@@ -142,17 +152,7 @@ class CompiledModule:
         self._events.failed(self._failures.get(self._regions.key, ""))
 
     def _describe_blocks(self) -> dict[int, Block]:
-        blocks = {}
-        for region in self._regions:
-            state = self._states.get(region.key)
-            if state is None:
-                state = self._states[region.key] = RegionState(
-                    region.name, RegionCode(region.name, self.options, self._root() in region.modules),
-                    region.numbers())
-            for index, module in enumerate(region.modules):
-                first = index == 0
-                blocks[id(module)] = Block(state, BlockInfo(module), first, self.options.mark_sizes and (first or not self._steady_state))
-        return blocks
+        return describe(self._regions, self._states, self.options, self._root(), self._steady_state)
 
     def _run_compiled(self, call, filter_guards, around_block, interrupted, passthrough):
         use_artifacts = filter_guards and self._cache is not None and is_inference(self._device.type)

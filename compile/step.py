@@ -11,6 +11,7 @@ from .artifacts.runtime import MISSING, BlockInfo, Cache, RegionArtifacts
 from .artifacts.stand_ins import StandIns, stand_ins, takes_stand_ins
 from .events import Events
 from .options import CompileOptions
+from .regions import RegionSet
 from .torch_compiler import MAX_STATES, Compiled, CompileScope, OwnMethods, RegionCode
 from .torch_internals.block_tree import attributes_of_tensors
 from .torch_internals.guard_filter import has_patches
@@ -48,6 +49,20 @@ class RegionState:
         self.wrong = reason
         if self.artifacts is not None:
             self.artifacts.distrust(reason)
+
+
+def describe(regions: RegionSet, states: dict[tuple, RegionState], options: CompileOptions, root: torch.nn.Module,
+             is_steady: bool) -> dict[int, Block]:
+    """By id of the module, of the regions of root. states: by what blocks are made of; gets those of new ones."""
+    blocks = {}
+    for region in regions:
+        state = states.get(region.key)
+        if state is None:
+            state = states[region.key] = RegionState(region.name, RegionCode(region.name, options, root in region.modules),
+                                                     region.numbers())
+        for index, module in enumerate(region.modules):
+            blocks[id(module)] = Block(state, BlockInfo(module), index == 0, options.mark_sizes and (index == 0 or not is_steady))
+    return blocks
 
 
 @dataclass

@@ -4,7 +4,6 @@ Only there are device, LoRA, hooks, object patches and real shapes final (comfy.
 """
 from __future__ import annotations
 
-import difflib
 import logging
 import threading
 import weakref
@@ -16,9 +15,9 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...int8.echo import echo
 from ...int8.structure import repeated_blocks
 from ..artifacts.stand_ins import reach_blocks
+from ..block_calls import counted
 from ..engine import CompiledModule
 from ..errors import is_out_of_memory
 from ..events import OnProgress
@@ -35,6 +34,7 @@ from .int8_layer import patch_linear_input_act
 from .memory_compiler import cleaned_up_after, without_comfy_compiler
 from .offload import around_block, is_offloaded
 from .patched_method import PatchedMethod, patched_methods, put_method
+from .target import check_target, overlap
 from .trial import CALIBRATING, COMPILE_KEY, TIMED
 from .verification_settings import verification_options
 
@@ -89,14 +89,18 @@ def _state_of(model: torch.nn.Module, target: str, options: CompileOptions, devi
 class Judge(Protocol):
     """Decides whether what was compiled is used, by the times of steps; see optimize.Optimizer."""
 
+    @property
+    def is_open(self) -> bool: ...
+
     def runs_eager(self, times: CallTimes, size: str) -> bool: ...
 
-    def timed(self, times: CallTimes, size: str) -> None: ...
+    def timed(self, times: CallTimes, size: str, kind: str) -> None: ...
 
 
 class LazyCompile:
     """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
-    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first.
+    called with. Holds no module, so that a second model or another GPU's copy never runs the weights of the first. Copies of a patcher,
+    deep ones too, have the same one.
     on_progress: see CompiledModule.run. No part of the options: nodes that compile alike share what was compiled. judge: asked before each
     step, None: every step runs compiled."""
 
@@ -114,30 +118,39 @@ class LazyCompile:
         transformer_options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
         situation = _situation(model, x, *args[1:3], **kwargs)
         size = _size(situation)
-        begun = self.times.begin(x.device)
         if CALIBRATING in transformer_options:
+            begun = self.times.begin(x.device)
             result = executor(x, *args, **kwargs)
             self.times.end(begun, size, transformer_options.get(TIMED, ""))
             return result
         self.times.of_weights(situation[WEIGHTS])
         if CORE_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):  # add_compile took off those before it
-            result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), False, self.on_progress,
-                          situation, elsewhere=True)
-            self.times.end(begun, size, "")
-            return result
-        if self.judge is not None and self.judge.runs_eager(self.times, size):
-            result = executor(x, *args, **kwargs)
-            self.times.end(begun, size, EAGER)
+            return _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs), False, self.on_progress,
+                        situation, elsewhere=True)
+        compiled = _state_of(model, self.target, self.options, x.device).compiled
+        report = compiled.report
+        is_eager = self.judge is not None and self.judge.runs_eager(self.times, size)
+        if is_eager and not self.judge.is_open:
+            return executor(x, *args, **kwargs)
+        modules = compiled.blocks(root) if is_eager else []
+        begun = self.times.begin(x.device)
+        if is_eager:
+            result, blocks = counted(modules, lambda: executor(x, *args, **kwargs))
+            kind = EAGER if blocks else ""  # a cache node left all of it out
         else:
-            report = _state_of(model, self.target, self.options, x.device).compiled.report
             before = _extra_work(report)
             result = _run(model, self.target, self.options, x.device, root, lambda: executor(x, *args, **kwargs),
                           not reach_blocks(transformer_options), self.on_progress, situation)
-            self.times.end(begun, size, self._what_ran(report, x.device) if before == _extra_work(report) else "")
+            kind, blocks = self._what_ran(report, x.device) if before == _extra_work(report) else "", sum(report.last_calls.values())
+        self.times.end(begun, size, kind, blocks)
+        if self.judge is None:
             self._gained(report, size)
-        if self.judge is not None:
-            self.judge.timed(self.times, size)
+        else:
+            self.judge.timed(self.times, size, kind)
         return result
+
+    def __deepcopy__(self, memo):
+        return self
 
     def begin_image(self, patcher) -> None:
         """The ON_PRE_RUN callback."""
@@ -147,7 +160,7 @@ class LazyCompile:
         gain = self.times.gain(size)
         if gain is not None and gain.differs_from(report.gain):
             report.gain = gain
-            if self.on_progress is not None and self.judge is None:  # who judges says so
+            if self.on_progress is not None:
                 self.on_progress(report, "", None)
 
     def _what_ran(self, report: CompileReport, device: torch.device) -> str:
@@ -204,23 +217,6 @@ def _is_passthrough(error: Exception) -> bool:
         comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION))
 
 
-def check_target(patcher, target: str) -> torch.nn.Module:
-    """The module at a dotted path of the patched model. Raises ValueError with the nearest path that exists."""
-    if not target:
-        return patcher.model
-    try:
-        module = patcher.get_model_object(target)
-    except AttributeError:
-        module = None
-    if not isinstance(module, torch.nn.Module):
-        names = [name for name, _ in patcher.model.named_modules() if name]
-        near = difflib.get_close_matches(target, names, n=1, cutoff=0.0)
-        what = "does not exist in this model" if module is None else "is not a module that can be compiled"
-        raise ValueError(f"object_to_patch: '{echo(target)}' {what}. The nearest path is '{near[0]}'; "
-                         "'diffusion_model' is the whole diffusion model.")
-    return module
-
-
 def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnProgress | None = None, judge: Judge | None = None) -> None:
     """Makes patcher (a clone of the caller's) compile target when it first samples. Compile wrappers of an overlapping target
     are taken off: compiling compiled code gains nothing. On a ComfyUI that the pack does not know the model stays uncompiled.
@@ -231,7 +227,7 @@ def add_compile(patcher, target: str, options: CompileOptions, on_progress: OnPr
     adapt_layers(patcher, target, options)
     wrappers = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {})
     for key in list(wrappers):
-        if key == CORE_KEY or any(isinstance(w, LazyCompile) and _overlap(w.target, target) for w in wrappers[key]):
+        if key == CORE_KEY or any(isinstance(w, LazyCompile) and overlap(w.target, target) for w in wrappers[key]):
             patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
     key = f"{COMPILE_KEY}.{target}"
     lazy = LazyCompile(target, options, on_progress, judge)
@@ -265,11 +261,6 @@ def _warm_up(patcher, target: str, options: CompileOptions) -> None:
     names = {type(container._modules[key]).__name__ for _, container, key in repeated_blocks(check_target(patcher, target))}
     if cache is None or not (options.background or (names and all(map(cache.store.has, names)))):
         warmup.start(patcher.load_device.type)
-
-
-def _overlap(a: str, b: str) -> bool:
-    a, b = (f"{path}." if path else "" for path in (a, b))
-    return a.startswith(b) or b.startswith(a)
 
 
 def reports(patcher) -> list:

@@ -26,12 +26,13 @@ from ..modes.config import dump_config, parse_config
 from ..modes.errors import ModeConfigError
 from . import artifact_cache
 from . import core as comfy_core
-from .int8_layer import PREFIX, compute_dtype_of
+from .int8_layer import compute_dtype_of
 from .int8_source import pristine_weight, source_of
+from .object_patches import model_of
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MOST_FILES = 256
 MOST_SIZES = 8
 MAX_BYTES = 1 << 20  # of a file; one of a model with 1000 layers has a tenth of it
@@ -45,7 +46,7 @@ class Decision:
     compiling pays, None: not known. times: (size, seconds of a step as the model came in, with the layers as chosen, and compiled; 0 for
     not known), of the last sizes. trial: (size, seconds of a step as the model came in, and as INT8 uncompiled in the same moments; 0 for
     not known). weights: MB before and after. slower: seconds of a step without and with INT8 layers, where these made
-    it slower all in all: then none is chosen any more."""
+    it slower all in all: then none is chosen any more. steps_timed: of each kind, for times."""
 
     chosen: tuple[tuple[str, Literal["float", "rowwise", "convrot"]], ...] | None = None
     shapes: tuple[tuple[int, int, int, int, int, float, float, float], ...] = ()
@@ -54,6 +55,7 @@ class Decision:
     trial: tuple[str, float, float] = ("", 0.0, 0.0)
     weights: tuple[float, float] = (0.0, 0.0)
     slower: tuple[float, float] = (0.0, 0.0)
+    steps_timed: int = 0
 
     def shape_decisions(self) -> list[ShapeDecision]:
         return [ShapeDecision(*values) for values in self.shapes]
@@ -67,19 +69,18 @@ class Decision:
         return replace(self, chosen=tuple((name, "float") for name, _ in self.chosen), compiled=None, times=(), slower=(before, now),
                        shapes=tuple((*shape[:4], 0, *shape[5:]) for shape in self.shapes))  # type: ignore[arg-type,misc]
 
-    def with_times(self, size: str, *seconds: float) -> Decision:
+    def with_times(self, size: str, *seconds: float, steps: int) -> Decision:
         others = tuple(entry for entry in self.times if entry[0] != size)
-        return replace(self, times=(*others, (size, *seconds))[-MOST_SIZES:])  # type: ignore[arg-type]
+        return replace(self, steps_timed=steps, times=(*others, (size, *seconds))[-MOST_SIZES:])  # type: ignore[arg-type]
 
 
 def key_of(patcher, goal: str, names: list[str]) -> str:
     """Of a model (ModelPatcher), what is asked for, this card and what runs on it. names: its layers that may become INT8; what was
     measured of them counts for their weights only."""
-    model, device = patcher.model, patcher.load_device
-    own = set(eligible_linears(model.diffusion_model))  # another clone may have put its INT8 layers in their place
-    structure = [(name, type(module).__qualname__) for name, module in model.named_modules() if name.removeprefix(PREFIX) not in own]
-    tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.named_parameters()
-               if name.removeprefix(PREFIX).rpartition(".")[0] not in own]
+    model, device = model_of(patcher).diffusion_model, patcher.load_device  # not what another clone has put there
+    own = set(eligible_linears(model))
+    structure = [(name, type(module).__qualname__) for name, module in model.named_modules() if name not in own]
+    tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.named_parameters() if name.rpartition(".")[0] not in own]
     layers = {name: pristine_weight(patcher, name).detach() for name in sorted(own)}
     tensors += [(name, tuple(t.shape), str(t.dtype)) for name, t in layers.items()]
     dtype = compute_dtype_of(patcher)
@@ -93,7 +94,7 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
 # What was decided in this process, the last used last.
 _KNOWN: OrderedDict[str, Decision] = OrderedDict()
 _PASSING: dict[str, str] = {}  # why it is not on disk
-SHORT, OFF, UNWRITTEN = "memory was short", "the compile cache is off", "it could not be written"
+SHORT, FAILED, OFF, UNWRITTEN = "memory was short", "compiling failed", "the compile cache is off", "it could not be written"
 # How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
 _revision = 0
 
@@ -125,19 +126,27 @@ def read(key: str) -> Decision | None:
         return None
 
 
+def known(key: str) -> Decision | None:
+    """What this process has decided, or read."""
+    return _KNOWN.get(key)
+
+
 def passing(key: str) -> str:
     """Why the next start does not know what is decided of key; empty where it does."""
     return _PASSING.get(key, "")
 
 
-def write(key: str, decision: Decision, short: bool = False) -> None:
-    """On disk, if that can be: without it the next start measures again, as it is to where memory was short for any of it."""
+def write(key: str, decision: Decision, passing_because: str = "") -> None:
+    """On disk, if that can be: without it the next start measures again, as it is to where memory was short for any of it or compiling
+    failed (SHORT, FAILED)."""
     _KNOWN[key] = decision
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > MOST_FILES:
         _PASSING.pop(_KNOWN.popitem(last=False)[0], None)
-    if short or passing(key) == SHORT:
-        _PASSING[key] = SHORT
+    if passing(key) in (SHORT, FAILED):
+        passing_because = passing(key)
+    if passing_because:
+        _PASSING[key] = passing_because
         return
     if not artifact_cache.is_enabled():
         _PASSING[key] = OFF

@@ -18,20 +18,19 @@ from ...int8.options import Int8Options
 from ...int8.plan import LayerPlan
 from ...int8.quantize import eligible_linears
 from ...int8.report import KEPT_BY_NAME, ProgressCallback, QuantizeReport, no_progress
-from ..gain import BESIDE, ENOUGH, WITHOUT
+from ..comparison import ENOUGH
+from ..gain import BESIDE, WITHOUT
 from . import core as comfy_core
 from .foreign_layers import as_it_computes
-from .int8_layer import is_encoder, prefix_of, require_native_int8, root_of
+from .int8_layer import compute_dtype_of, is_encoder, prefix_of, require_native_int8, root_of
 from .int8_lora import Int8Lora, prepare_for_hooks
 from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, put_int8_layers
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
 from .object_patches import object_of
-from .trial import CALIBRATING, Trial
+from .trial import CALIBRATING, QUANTIZE_KEY, Trial
 
 logger = logging.getLogger(__name__)
-
-QUANTIZE_KEY = "int8_quantize"
 
 
 @dataclass
@@ -44,7 +43,7 @@ class _Findings:
     plans: list[LayerPlan] | None = None
 
 
-# BaseModel -> {(layers, options, layers that other packs put there): what was found}.
+# BaseModel -> {(layers, options, layers that other packs put there, dtype between layers): what was found}.
 _FINDINGS: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, _Findings]] = weakref.WeakKeyDictionary()
 
 
@@ -127,14 +126,14 @@ class Quantizer:
         prepare_for_hooks(patcher)
 
     def findings(self, patcher) -> _Findings:
-        return _FINDINGS.setdefault(patcher.model, {}).setdefault(self._key, _Findings())
+        return _FINDINGS.setdefault(patcher.model, {}).setdefault((*self._key, compute_dtype_of(patcher)), _Findings())
 
     def waits(self, patcher) -> bool:
         """Whether nothing has been seen of patcher's layers yet."""
         found = self.findings(patcher)
-        return found.stats is None and found.plans is None and not self._is_quantized(patcher)
+        return found.stats is None and found.plans is None and not self.is_quantized(patcher)
 
-    def _is_quantized(self, patcher) -> bool:
+    def is_quantized(self, patcher) -> bool:
         return any(isinstance(patcher.object_patches.get(prefix_of(patcher) + name), Int8Lora) for name in self.names)
 
     def collect(self, patcher):
@@ -146,18 +145,25 @@ class Quantizer:
         if stats:
             self.findings(patcher).stats = stats
 
+    def plan(self, patcher) -> bool:
+        """Measures patcher's layers if what they are fed is known and they are not measured yet; says whether it did."""
+        found = self.findings(patcher)
+        if found.stats is None:
+            return False
+        found.plans = plan_model(patcher, self.names, found.stats, self.options, self.on_progress, found.measured)
+        found.stats, found.measured = None, {}
+        return True
+
     def quantize(self, patcher) -> bool:
         """Puts INT8 layers into patcher if what they are fed is known and they are not there yet; says whether it did."""
-        if self._is_quantized(patcher):
+        if self.is_quantized(patcher):
             return False
-        found = self.findings(patcher)
-        if found.stats is not None:
-            found.plans = plan_model(patcher, self.names, found.stats, self.options, self.on_progress, found.measured)
-            found.stats, found.measured = None, {}
-        if found.plans is None:
+        self.plan(patcher)
+        plans = self.findings(patcher).plans
+        if plans is None:
             return False
-        put_and_tell(patcher, found.plans, self.options, self.on_progress, self.kept)
-        return self._is_quantized(patcher)
+        put_and_tell(patcher, plans, self.options, self.on_progress, self.kept)
+        return self.is_quantized(patcher)
 
 
 class QuantizeFirst(Quantizer):
@@ -182,16 +188,19 @@ class QuantizeFirst(Quantizer):
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         patchers = _patchers(guider)
-        waiting = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if wrapper.waits(patcher)]
+        new = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if not wrapper.is_quantized(patcher)]
         seconds = 0.0
         # A training run is no image: its sampler changes what it trains.
-        if waiting and len(sigmas) > 1 and not comfy.model_management.in_training:
+        if new and len(sigmas) > 1 and not comfy.model_management.in_training:
             trial = Trial(guider, patchers, noise, latent_image, sampler, sigmas, args, kwargs)
-            seconds = _look(trial, waiting)
+            if waiting := [(wrapper, patcher) for wrapper, patcher in new if wrapper.waits(patcher)]:
+                _look(trial, waiting)
+            if sum(wrapper.plan(patcher) for wrapper, patcher in new) or trial.is_wanted:
+                seconds = trial.time_steps(WITHOUT)  # just before the layers change, and just after
         for patcher in patchers:
             _quantize_known(patcher)
-        if 0.0 < seconds < ENOUGH:  # longer steps are no business of moments
-            trial.time_steps(BESIDE, has_new_layers=True)
+        if 0.0 < seconds < ENOUGH or (seconds and trial.is_judged):
+            trial.time_steps(BESIDE, is_first=seconds < ENOUGH or len(sigmas) == 2)  # of two long ones the second is enough
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
@@ -234,22 +243,19 @@ def _quantize_before_load(executor, model, *args, **kwargs):
     return executor(model, *args, **kwargs)
 
 
-def _look(trial: Trial, waiting: list[tuple[Quantizer, ModelPatcher]]) -> float:
-    """Samples in a few long steps over the whole schedule and keeps what the layers get. Seconds of a step of the model as it is; 0 where
-    nothing timed it."""
+def _look(trial: Trial, waiting: list[tuple[Quantizer, ModelPatcher]]) -> None:
+    """Samples in a few long steps over the whole schedule and keeps what the layers get."""
     try:
         with contextlib.ExitStack() as stack:
             stats = [stack.enter_context(wrapper.collect(patcher)) for wrapper, patcher in waiting]
             for wrapper, _ in waiting:
                 wrapper.on_progress(None, f"looking at {len(trial.few) - 1} steps in high precision")
             trial.run(trial.few)
-        seconds = trial.time_steps(WITHOUT)
     except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
         raise
     except Exception as error:  # it may need what another node's wrapper gives it
         logger.warning("INT8 Quantize Model: this model does not run without the wrappers of other nodes (%s: %s). Its layers are looked "
                        "at while the image is made, and are INT8 from the next one on.", type(error).__name__, echo(str(error)))
-        return 0.0
+        return
     for (wrapper, patcher), seen in zip(waiting, stats):
         wrapper.keep(patcher, seen)
-    return seconds

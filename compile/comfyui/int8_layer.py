@@ -103,6 +103,16 @@ class _Int8Forward(Int8Lora):
     def _full_precision_mm(self, value: bool):
         self.is_full_precision = value
 
+    @property
+    def comfy_force_cast_weights(self) -> bool:
+        """Core sets it where a layer is to multiply in the dtype of its input: in every text encoder, and with ModelComputeDtype. INT8
+        layers take and give that dtype."""
+        return False
+
+    @comfy_force_cast_weights.setter
+    def comfy_force_cast_weights(self, value: bool):
+        pass
+
     def can_use_quantized_matmul(self, disabled_formats):
         """Whether core is to take the layer out of full precision for a while (comfy.ops.use_quantized_matmul)."""
         return self.is_full_precision and super().can_use_quantized_matmul(disabled_formats)
@@ -120,7 +130,7 @@ class _Int8Forward(Int8Lora):
 
     def _multiply(self, input, act):
         if (self.weight_function or comfy.model_management.in_training
-                or not isinstance(self.weight, quant_ops.QuantizedTensor) or getattr(self, "comfy_force_cast_weights", False)):
+                or not isinstance(self.weight, quant_ops.QuantizedTensor)):
             return super().forward(activation(input, act))
         comfy.ops.run_every_op()
         weight, bias, held = comfy.ops.cast_bias_weight(self, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
@@ -145,8 +155,7 @@ class _Int8Forward(Int8Lora):
         on the fly, is replaced, or leaves the work to core."""
         if (not isinstance(self.weight, quant_ops.QuantizedTensor) or not _is_row_major(self.weight) or self.kernel == KITCHEN
                 or self.is_full_precision or self.weight_function or self.bias_function
-                or getattr(self, "comfy_force_cast_weights", False) or "forward" in vars(self) or not _is_as_written(type(self))
-                or self._forward_hooks or self._forward_pre_hooks):
+                or "forward" in vars(self) or not _is_as_written(type(self)) or self._forward_hooks or self._forward_pre_hooks):
             return {}
         named = {"qweight": self.weight._qdata, "weight_scale": self.weight._params.scale, "bias": self.bias,
                  "pre_quant_scale": getattr(self, "pre_quant_scale", None)}
@@ -211,10 +220,8 @@ def _connect_kernels():
 
 
 @functools.cache
-def _linear_class(compute_dtype: torch.dtype, of_encoder: bool = False) -> type:
-    # Core wants every layer of a text encoder to multiply in fp32, as a user may of a model (ModelComputeDtype): not those of INT8.
-    never_forced = {"comfy_force_cast_weights": property(lambda self: False, lambda self, value: None)} if of_encoder else {}
-    return type("Int8Linear", (_Int8Forward, comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype).Linear), never_forced)
+def _linear_class(compute_dtype: torch.dtype) -> type:
+    return type("Int8Linear", (_Int8Forward, comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype).Linear), {})
 
 
 class _ByForward:
@@ -270,8 +277,8 @@ def can_multiply_int8(device: torch.device) -> bool:
 
 
 def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan, kernel: str, device: torch.device,
-                home: torch.device, compute_dtype: torch.dtype, of_encoder: bool = False) -> torch.nn.Module:
-    """The layer of weight [N, K] and bias [N], quantized on device, kept on home. of_encoder: of a text encoder."""
+                home: torch.device, compute_dtype: torch.dtype) -> torch.nn.Module:
+    """The layer of weight [N, K] and bias [N], quantized on device, kept on home."""
     n, k = weight.shape
     pre_quant_scale = plan.pre_quant_scale
     work = weight.to(device)
@@ -281,7 +288,7 @@ def _int8_layer(weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan
     layout = quant_ops.TensorWiseINT8Layout
     params = layout.Params(scale=scale.to(home), orig_dtype=weight.dtype, orig_shape=(n, k), convrot=bool(group),
                            convrot_groupsize=group or layout.Params.convrot_groupsize)
-    layer = _linear_class(compute_dtype, of_encoder)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
+    layer = _linear_class(compute_dtype)(k, n, bias=bias is not None, device=home, dtype=compute_dtype)
     layer.weight = torch.nn.Parameter(quant_ops.QuantizedTensor(qweight.to(home), INT8_LAYOUT, params), requires_grad=False)
     if bias is not None:
         # Its own copy: the two layers are loaded, patched and moved at different times.

@@ -140,7 +140,7 @@ def put_int8_layers(patcher, plans: Iterable[LayerPlan], kernel: str, on_progres
         if layer is None or layer.source_values != values or not is_int8(layer.weight):  # another pack has put or written others there
             try:
                 layer = _int8_layer(*source_of(patcher, plan.name), plan, kernel, patcher.load_device, patcher.offload_device,
-                                    compute_dtype, is_encoder(patcher))
+                                    compute_dtype)
             except ValueError as error:
                 raise ValueError(f"INT8 Quantize Model: layer '{plan.name}': {error}. Check the checkpoint file.") from error
             layer.source = weight_of(object_of(patcher, prefix + plan.name))
@@ -296,7 +296,7 @@ def adopt_native_layers(patcher, kernel: str):
         if not _is_core_linear(layer):
             continue
         _check_layer(name, layer)
-        ours: Any = object.__new__(_linear_class(compute_dtype, is_encoder(patcher)))
+        ours: Any = object.__new__(_linear_class(compute_dtype))
         ours.__dict__ = {**state_without_bypass(layer), "_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
         ours.is_full_precision = ours.__dict__.pop("_full_precision_mm", False)
         if is_encoder(patcher):  # core makes it so of every text encoder, whatever its file says

@@ -5,9 +5,9 @@ import uuid
 
 import torch
 
-from .compile_model import check_target
 from .int8_model import keep_apart
 from .int8_source import pristine_parameter
+from .target import check_target
 
 
 def set_memory_format(patcher, target: str, memory_format: torch.memory_format) -> int:

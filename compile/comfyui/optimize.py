@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
-from ..gain import BESIDE, EAGER, NOISE, WITHOUT, CallTimes, Comparison
+from ..comparison import Comparison
+from ..gain import BESIDE, NOISE, WITHOUT, CallTimes
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -30,6 +32,7 @@ UNSURE = 0.15  # as NOISE, of times that are minutes apart
 MOST_COMPARED = 64  # models
 # By key of a decision, and whether layers are INT8: a node that runs again, for another LoRA before it, goes on.
 _COMPARISONS: OrderedDict[tuple[str, bool], Comparison] = OrderedDict()
+_LOCK = threading.RLock()  # of comparisons and decisions: a model has a thread for each GPU, and is a few branches'
 
 
 @dataclass(frozen=True)
@@ -127,41 +130,83 @@ class Optimizer:
         elif isinstance(report, QuantizeReport):
             self._reports.quantize = report
             if self._has_layers and report.chosen and self.decision.chosen is None:
-                self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
-                           weights=(report.before, report.after), short=NOT_TIMED in report.kept)
+                with _LOCK:
+                    self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
+                               weights=(report.before, report.after), passing_because=decisions.SHORT if NOT_TIMED in report.kept else "")
         elif isinstance(report, CompileReport):
             self._reports.compile = report
         self._notify(doing, progress)
 
     def runs_eager(self, times: CallTimes, size: str) -> bool:
         """Whether a step of that size is to run uncompiled: since compiling does not pay, or, in turns, to find out whether it does."""
-        if self.decision.compiled is not None:
-            return not self.decision.compiled
-        return not self._is_over and times.is_uncompiled_turn(size)
+        with _LOCK:
+            is_adopted = self.is_open and self._adopt(decisions.known(self._key))
+            if self.is_open:
+                if (without := times.seconds(size, WITHOUT)) and not self.decision.trial[1]:  # is not measured again at the next start
+                    self._keep(trial=(size, without, times.seconds(size, BESIDE)))
+                return _comparison(self._key, self.decision.is_int8).is_uncompiled_turn(times.image, size, times.weights)
+        if is_adopted:
+            self._notify()
+        return self.decision.compiled is False
 
-    def timed(self, times: CallTimes, size: str) -> None:
-        """A step of that size has been timed. Nothing of it is said before it is decided, since it has nothing to be compared with: minutes
-        before, and later, the machine may have other work."""
-        if self._is_over or self.decision.compiled is not None:
-            return
-        if (without := times.seconds(size, WITHOUT)) and not self.decision.trial[1]:  # is not measured again at the next start
-            self._keep(trial=(size, without, times.seconds(size, BESIDE)))
-        comparison = _comparison(self._key, self.decision.is_int8)
-        comparison.add(times.take_new())
-        if comparison.is_enough and (eager := times.seconds(size, EAGER)):
-            self._adopt_trial(decisions.read(self._key))
-            self._decide(eager, comparison, size)
+    def timed(self, times: CallTimes, size: str, kind: str) -> None:
+        """A step of that size has run; kind: see CallTimes.end. Nothing of it is said before it is decided, since it has nothing to be
+        compared with: minutes before, and later, the machine may have other work."""
+        with _LOCK:
+            if not self.is_open:
+                return
+            comparison = _comparison(self._key, self.decision.is_int8)
+            if kind:
+                comparison.count(times.image, size, times.weights)
+            comparison.add(times.take_new())
+            self._adopt_trial(decisions.known(self._key))
+            if comparison.is_enough:
+                size, eager = comparison.eager(self.decision.trial[0])
+                self._decide(size, eager, eager * comparison.ratio, comparison.steps)
+            elif self._has_failed and (uncompiled := comparison.uncompiled()):
+                size, eager, steps = uncompiled
+                self._decide(size, eager, 0.0, steps)
+            else:
+                return
+            comparison.clear()
+        self._notify()
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether nothing can be compiled."""
+        return self._reports.compile is not None and bool(self._reports.compile.failure)
+
+    @property
+    def wants_trial(self) -> bool:
+        """Whether what a step takes without the node is still to be timed."""
+        return self.is_open and self._has_layers and (self.decision.chosen is None or self.decision.is_int8) and not self.decision.trial[1]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be found out."""
+        return self.decision.compiled is None and not self._is_over
+
+    def _adopt(self, known: Decision | None) -> bool:
+        """What another branch has decided. Whether it has."""
+        if known is None:
+            return False
+        if known.slower[1] and self.decision.is_int8:
+            self._is_over = True
+        elif known.compiled is None or known.chosen != self.decision.chosen:
+            return False
+        self.decision, self._is_known = known, False
+        return True
 
     def _adopt_trial(self, known: Decision | None) -> None:
         """Another branch may be the one that was sampled first: only that one has been timed as it came."""
         if known is not None and not self.decision.trial[1] and known.chosen == self.decision.chosen:
             self.decision = replace(self.decision, trial=known.trial)
 
-    def _decide(self, eager: float, comparison: Comparison, size: str) -> None:
-        """Whether compiling pays, and INT8 all in all. eager: seconds of an uncompiled step of that size now."""
+    def _decide(self, size: str, eager: float, compiled: float, steps: int) -> None:
+        """Whether compiling pays, and INT8 all in all. eager, compiled: seconds of a step of that size; compiled is 0 where that failed.
+        steps: how many of each were timed."""
         of_size, without, beside = self.decision.trial
-        compiled = eager * comparison.ratio
-        now = min(eager, compiled)
+        now = min(eager, compiled) or eager
         if not self.decision.is_int8:
             without = eager
         elif beside:
@@ -177,12 +222,10 @@ class Optimizer:
         else:
             # INT8 gains something else in another size: nothing is said of it.
             without = without if of_size == size or not self.decision.is_int8 else 0.0
-            self.decision = replace(self.decision, compiled=compiled < eager).with_times(size, without, eager, compiled)
-        comparison.clear()
-        self._keep()
-        self._notify()
+            self.decision = replace(self.decision, compiled=0 < compiled < eager).with_times(size, without, eager, compiled, steps=steps)
+        self._keep(passing_because="" if compiled else decisions.FAILED)
 
-    def _keep(self, short: bool = False, **changes) -> None:
+    def _keep(self, passing_because: str = "", **changes) -> None:
         self.decision = replace(self.decision, **changes)
         known = decisions.read(self._key)
         self._adopt_trial(known)
@@ -192,10 +235,12 @@ class Optimizer:
             has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen
             if has_found_slower or has_decided:
                 return
-        decisions.write(self._key, own, short)
+        decisions.write(self._key, own, passing_because)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports
         report = OptimizeReport(self.goal, GOALS[self.goal].min_sqnr_db, self.decision, self._is_known, self._reason, self._background,
                                 decisions.passing(self._key), reports.modes, reports.quantize, reports.compile, self._is_over)
+        if reports.compile is not None:
+            reports.compile.gain = report.gain()  # for who asks for the reports of all models
         self._status(report, doing, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ...int8.report import QuantizeReport, ShapeDecision
-from ..gain import KEPT, Gain, number
+from ..gain import Gain, number
 from ..report import CompileReport
 from .decisions import Decision
 
@@ -80,7 +80,7 @@ class OptimizeReport:
 
     def _gained(self) -> list[str]:
         parts = []
-        if gain := self._gain():
+        if gain := self.gain():
             parts.append(gain.text())
         before, after = self.decision.weights
         if self.decision.is_int8 and before:
@@ -88,16 +88,16 @@ class OptimizeReport:
         return ["; ".join(parts)] if parts else []
 
     def _measured(self) -> list[str]:
-        gain = self._gain()
+        gain = self.gain()
         return [f"measured: {gain.size}"] if gain is not None and gain.then else []
 
-    def _gain(self) -> Gain | None:
+    def gain(self) -> Gain | None:
         """That of the decision, once there is one: steps of other minutes have nothing to be compared with."""
         if self.decision.compiled is None or (self.decision.compiled is False and not self.decision.is_int8):
             return None
         for size, without, eager, compiled in reversed(self.decision.times):
             if (now := eager if self.decision.compiled is False else compiled) and without:
-                return Gain(size, without, now, (KEPT, KEPT), then=self.is_known)
+                return Gain(size, without, now, (self.decision.steps_timed,) * 2, then=self.is_known)
         return None
 
     def _kept(self) -> list[str]:
@@ -126,7 +126,7 @@ class OptimizeReport:
 
     def to_dict(self) -> dict:
         """With what the modes reported."""
-        gain, decision = self._gain(), self.decision
+        gain, decision = self.gain(), self.decision
         own = {"goal": self.goal, "min_sqnr_db": self.min_sqnr_db, "modes": list(self.modes), "known": self.is_known, "reason": self.reason,
                "int8_layers": sum(method != "float" for _, method in decision.chosen or ()), "layers": len(decision.chosen or ()),
                "compiled": decision.compiled, "table": self.table(),

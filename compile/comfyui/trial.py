@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...int8.echo import echo
-from ..gain import ENOUGH
+from ..comparison import ENOUGH
 from ..torch_internals import warmup
 from ..torch_internals.interrupt import Interrupted
 from .allocation_recording import unrecorded
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 COMPILE_KEY = "int8_compile"  # begins the keys of the wrappers that compile; see compile_model.py
 # In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
 CALIBRATING = "int8_calibrating"
+QUANTIZE_KEY = "int8_quantize"  # of the wrappers and callbacks of int8_calibrate.py
 # With it, in a run that nothing looks at: as what its steps are timed, see gain.py.
 TIMED = "int8_timed"
 LOOKED_AT = 3  # sigmas that are evaluated for a calibration, spread over the schedule
@@ -58,16 +59,31 @@ class Trial:
             inputs = (value.clone() if isinstance(value, torch.Tensor) else value for value in (*self._inputs, sigmas))
             _twin(self._guider, wrappers or {}, options).outer_sample(*inputs, **self._arguments)  # a sampler may write into them
 
-    def time_steps(self, kind: str, has_new_layers: bool = False) -> float:
+    @property
+    def _judges(self) -> list:
+        wrappers = [wrapper for group in _wrappers_that_time(self._guider.model_options).values() for wrapper in group]
+        return [wrapper.judge for wrapper in wrappers if wrapper.judge is not None]
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether something is decided by what it times."""
+        return bool(self._judges)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether something is decided by what it has not timed yet."""
+        return any(judge.wants_trial for judge in self._judges)
+
+    def time_steps(self, kind: str, is_first: bool = False) -> float:
         """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node, or a run fails: the image is
-        made without. has_new_layers: they do more when they are first called."""
+        made without. is_first: with one before that is not timed, since layers do more when they are first called."""
         timers = _wrappers_that_time(self._guider.model_options)
         if not timers:
             return 0.0
         with contextlib.suppress(Interrupted):  # the run says so
             warmup.wait(comfy.model_management.processing_interrupted, entirely=True)
         try:
-            if has_new_layers:
+            if is_first:
                 self.run(self._sigmas[:2])
             steps, begun = 0, time.perf_counter()
             for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
@@ -96,8 +112,9 @@ def _bare_options(model_options: dict) -> dict:
     options = create_model_options_clone({key: model_options[key] for key in _KEPT_OPTIONS if key in model_options})
     transformer_options = options.setdefault("transformer_options", {})
     wrappers = transformer_options.get("wrappers", {})
-    transformer_options.update({CALIBRATING: True, "wrappers": {kind: wrappers[kind] for kind in _KEPT_WRAPPERS if kind in wrappers},
-                                "callbacks": {}})
+    kept = {kind: {key: group for key, group in wrappers[kind].items() if key != QUANTIZE_KEY}
+            for kind in _KEPT_WRAPPERS if kind in wrappers}
+    transformer_options.update({CALIBRATING: True, "wrappers": kept, "callbacks": {}})
     if "context_handler" in options:
         options["context_handler"] = copy.copy(options["context_handler"])
     return options

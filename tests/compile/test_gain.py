@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, KEPT, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Comparison, Gain, number
+from int8_compile.compile.gain import BESIDE, COMPILED, EAGER, MOST_KEPT, MOST_SIZES, WITHOUT, CallTimes, Gain, number
 
 CPU = torch.device("cpu")
 
@@ -55,41 +55,6 @@ def test_the_model_as_it_came_is_compared_in_the_minutes_of_the_others(busy):
     times.of_weights(2)
     timed(times, EAGER, 5.0)
     assert times.without("64x64") == pytest.approx(4.0 * busy, rel=1e-3)
-
-
-@pytest.mark.parametrize(("seconds", "enough"), [(0.01, MOST_KEPT), (0.1, 5), (0.2, KEPT), (9.0, KEPT)])
-def test_few_calls_are_enough_where_they_take_long(seconds, enough):
-    times, comparison = CallTimes(), Comparison()
-    for count in range(1, MOST_KEPT + 1):
-        for kind in (EAGER, COMPILED):
-            times.add("64x64", kind, seconds)
-        comparison.add(times.take_new())
-        assert comparison.is_enough == (count >= enough)
-
-
-@pytest.mark.parametrize("calls", range(1, 9))
-def test_calls_are_in_turns_in_every_image(calls):
-    """A single one is counted with that of the next image."""
-    times, kinds = CallTimes(), []
-    for _ in range(40):
-        times.new_image()
-        for _ in range(calls):
-            kinds.append(EAGER if times.is_uncompiled_turn("64x64") else COMPILED)
-            times.add("64x64", kinds[-1], 1.0)
-    own = max(2, calls)
-    assert all(set(kinds[begin:begin + own]) == {EAGER, COMPILED} for begin in range(0, len(kinds), own))
-    assert abs(kinds.count(EAGER) - kinds.count(COMPILED)) <= 1 and kinds[0] == COMPILED
-
-
-def test_turns_are_of_each_size_and_weights():
-    times = CallTimes()
-    times.add("64x64", COMPILED, 1.0)
-    assert times.is_uncompiled_turn("64x64") and not times.is_uncompiled_turn("32x32")
-    times.of_weights("a LoRA")
-    times.add("64x64", WITHOUT, 1.0)
-    times.add("64x64", BESIDE, 1.0)
-    times.end(times.begin(CPU), "64x64", "")
-    assert not times.is_uncompiled_turn("64x64"), "they are not compared with anything"
 
 
 def test_a_call_that_compiled_something_says_nothing():
@@ -144,35 +109,3 @@ def test_three_digits_whatever_the_number(seconds, text):
 
 def test_one_step_of_each_is_no_reason_to_call_it_slower():
     assert not Gain("s", 1.0, 1.25, (1, 3)).is_slower
-
-
-def test_a_comparison_takes_calls_of_many_sizes_together():
-    """One of them, with a call that was disturbed, decides nothing."""
-    times, comparison = CallTimes(), Comparison()
-
-    def compare(size: str, compiled: float, eager: float) -> None:
-        for kind, seconds in ((COMPILED, compiled), (EAGER, eager)):
-            assert not comparison.is_enough
-            times.add(size, kind, seconds)
-            comparison.add(times.take_new())
-
-    for size, compiled in (("8x8", 100.0), ("16x16", 1.0), ("32x32", 1.1)):
-        compare(size, compiled, 2.0)
-    assert comparison.is_enough and comparison.ratio == pytest.approx(0.55)
-    comparison.clear()
-    assert not comparison.is_enough
-    for size in map(str, range(2 * MOST_SIZES)):
-        times.add(size, COMPILED, 1.0)
-        times.add(size, EAGER, 4.0)
-        comparison.add(times.take_new())
-    assert len(comparison._parts) == MOST_SIZES and comparison.ratio == pytest.approx(0.25)
-
-
-def test_a_comparison_takes_the_calls_of_an_image_together():
-    times, comparison = CallTimes(), Comparison()
-    for speed in (1.0, 3.0, 1.0, 0.2, 7.0):
-        times.new_image()
-        for kind in (COMPILED, EAGER):
-            times.add("64x64", kind, speed * (0.5 if kind == COMPILED else 0.8))
-    comparison.add(times.take_new())
-    assert comparison.is_enough and comparison.ratio == pytest.approx(0.5 / 0.8) and len(comparison._parts) == 5

@@ -231,3 +231,59 @@ def test_steps_are_not_timed_beside_the_warm_up(flux, nodes, sample, monkeypatch
         seen.append((options.get(trial.TIMED), over.is_set())), run(self, sigmas, wrappers, options)))
     sample(timed(flux, nodes))
     assert seen[0] == (None, False) and {is_over for kind, is_over in seen if kind} == {True} and {"without", "beside"} <= dict(seen).keys()
+
+
+def timed_kinds(monkeypatch) -> list[str]:
+    """What runs beside images are timed as, from now on; "search" where layers are measured."""
+    from int8_compile.compile.comfyui import int8_calibrate, trial
+
+    time_steps, plan_model, seen = trial.Trial.time_steps, int8_calibrate.plan_model, []
+    monkeypatch.setattr(trial.Trial, "time_steps", lambda self, kind, *args, **kwargs: (
+        seen.append(kind), time_steps(self, kind, *args, **kwargs))[1])
+    monkeypatch.setattr(int8_calibrate, "plan_model", lambda *args: (seen.append("search"), plan_model(*args))[1])
+    return seen
+
+
+def test_steps_are_timed_just_before_the_layers_change_and_just_after(flux, nodes, sample, monkeypatch):
+    """The search between takes a minute in large models; a machine may have other work then. Another LoRA times nothing again."""
+    seen = timed_kinds(monkeypatch)
+    model = timed(flux, nodes)
+    sample(model)
+    sample(model)
+    sample(timed(flux, nodes))
+    assert seen == ["search", "without", "beside"]
+
+
+def test_a_model_is_timed_as_it_came_though_the_first_search_was_interrupted(load, nodes, sample, monkeypatch):
+    import comfy.model_management as mm
+    from int8_compile.compile.comfyui import int8_plan
+
+    seen = timed_kinds(monkeypatch)
+    measure, calls = int8_plan.measure_layer, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            mm.interrupt_current_processing()
+            mm.throw_exception_if_processing_interrupted()
+        return measure(*args, **kwargs)
+    monkeypatch.setattr(int8_plan, "measure_layer", stops)
+    model = timed(load(), nodes)
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(model)
+    sample(model)
+    assert seen == ["search", "search", "without", "beside"]
+
+
+def test_layers_are_measured_in_each_dtype_that_a_model_computes_in(load, sample, monkeypatch):
+    """ModelComputeDtype, before the node or behind it."""
+    from int8_compile.compile.comfyui.int8_calibrate import quantize_model
+    from int8_compile.int8.options import Int8Options
+
+    seen, model = timed_kinds(monkeypatch), load()
+    for dtype in (None, torch.bfloat16, torch.bfloat16):
+        changed = model.clone()
+        if dtype is not None:
+            changed.set_model_compute_dtype(dtype)
+        sample(quantize_model(changed, Int8Options(method="convrot", min_sqnr_db=20.0)))
+    assert seen.count("search") == 2

@@ -77,7 +77,7 @@ def quantize_reports():
 
 
 def optimize_reports():
-    from int8_compile.compile.comfyui.decisions import OFF, SHORT, UNWRITTEN, Decision
+    from int8_compile.compile.comfyui.decisions import FAILED, OFF, SHORT, UNWRITTEN, Decision
     from int8_compile.compile.comfyui.optimize_report import OptimizeReport
     from int8_compile.compile.report import CompileReport
 
@@ -94,7 +94,7 @@ def optimize_reports():
                     yield OptimizeReport(goal, 30.0, decision, is_known=known, reason=reason, from_next=later)
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
         yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
-        for passing in ("", SHORT, OFF, UNWRITTEN):
+        for passing in ("", SHORT, FAILED, OFF, UNWRITTEN):
             yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled, times=times), is_known=True, passing=passing,
                                  compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
 
