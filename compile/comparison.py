@@ -126,10 +126,9 @@ class Comparison:
 
     def uncompiled(self) -> tuple[str, float, int] | None:
         """(size, seconds of a call, how many) of the last calls' size, where nothing was compiled; None as long as these are too few."""
-        for calls in reversed(self._parts.values()):
-            seconds = [call.seconds for part in self._parts.values() for call in part if call.size == calls[0].size and call.kind == EAGER]
-            return (calls[0].size, typical(seconds), len(seconds)) if _are_enough(len(seconds), sum(seconds)) else None
-        return None
+        calls = [call for part in self._parts.values() for call in part if call.kind == EAGER]
+        seconds = [call.seconds for call in calls if call.size == calls[-1].size]
+        return (calls[-1].size, typical(seconds), len(seconds)) if _are_enough(len(seconds), sum(seconds)) else None
 
 
 def _by_order(pairs: list[Pairs]) -> list[list[Pairs]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...int8.options import Int8Options
@@ -103,7 +103,6 @@ class _Reports:
     modes: tuple[str, ...] = ()
     quantize: QuantizeReport | None = None
     compile: CompileReport | None = None
-    other: dict = field(default_factory=dict)
 
 
 class Optimizer:
