@@ -45,17 +45,19 @@ class Comparison:
         self._image = -1  # the last one
         self._images = 0
         self._turns: Counter[tuple] = Counter()  # of that image, calls of each size and weights
+        self._lead = 0  # uncompiled calls, less compiled ones
 
     def is_uncompiled_turn(self, image: int, size: str, weights: Hashable) -> bool:
         """Whether the next call is to be an uncompiled one: in the order of Thue and Morse, so that of each two calls, and of the first of
-        each two images, one is, and neither kind has what comes with every second call alone."""
+        each two images, one is, and neither kind has what comes with every second call alone. Not where no compiled ones are counted."""
         self._begin(image)
-        return _is_odd(self._turns[size, weights]) != _is_odd(self._images - 1)
+        return self._lead < MOST_KEPT and _is_odd(self._turns[size, weights]) != _is_odd(self._images - 1)
 
-    def count(self, image: int, size: str, weights: Hashable) -> None:
+    def count(self, image: int, size: str, weights: Hashable, kind: str) -> None:
         """A call has been made. Its seconds come now or later."""
         self._begin(image)
         self._turns[size, weights] += 1
+        self._lead += 1 if kind == EAGER else -1
 
     def _begin(self, image: int) -> None:
         if image != self._image:
@@ -77,6 +79,7 @@ class Comparison:
 
     def clear(self) -> None:
         self._parts.clear()
+        self._lead = 0
 
     def _pairs(self) -> list[Pairs]:
         most = max((blocks for _, _, _, blocks in self._parts), default=0)
@@ -126,7 +129,8 @@ class Comparison:
 
     def uncompiled(self) -> tuple[str, float, int] | None:
         """(size, seconds of a call, how many) of the last calls' size, where nothing was compiled; None as long as these are too few."""
-        calls = [call for part in self._parts.values() for call in part if call.kind == EAGER]
+        most = max((blocks for _, _, _, blocks in self._parts), default=0)
+        calls = [call for part in self._parts.values() for call in part if call.kind == EAGER and call.blocks == most]
         seconds = [call.seconds for call in calls if call.size == calls[-1].size]
         return (calls[-1].size, typical(seconds), len(seconds)) if _are_enough(len(seconds), sum(seconds)) else None
 

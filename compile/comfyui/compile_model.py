@@ -96,6 +96,11 @@ class Judge(Protocol):
 
     def timed(self, times: CallTimes, size: str, kind: str) -> None: ...
 
+    @property
+    def wants_trial(self) -> bool: ...
+
+    def trial_broke_off(self) -> None: ...
+
 
 class LazyCompile:
     """The APPLY_MODEL wrapper: compiles target (a dotted path below BaseModel, empty for all of it) of whatever BaseModel it is
@@ -130,11 +135,12 @@ class LazyCompile:
         compiled = _state_of(model, self.target, self.options, x.device).compiled
         report = compiled.report
         is_eager = self.judge is not None and self.judge.runs_eager(self.times, size)
-        if is_eager and not self.judge.is_open:
+        is_counted = self.judge is not None and self.judge.is_open and (is_eager or bool(report.failure))
+        if is_eager and not is_counted:
             return executor(x, *args, **kwargs)
-        modules = compiled.blocks(root) if is_eager else []
+        modules = compiled.blocks(root) if is_counted else []
         begun = self.times.begin(x.device)
-        if is_eager:
+        if is_counted:
             result, blocks = counted(modules, lambda: executor(x, *args, **kwargs))
             kind = EAGER if blocks else ""  # a cache node left all of it out
         else:
@@ -170,7 +176,7 @@ class LazyCompile:
         eager, calls = report.last_calls.get("eager", 0), sum(report.last_calls.values())
         if not calls or (report.building and self.options.background and (device.type == "cpu" or self.judge is not None)):
             return ""  # the builder computes on the same cores; what is not urgent waits, see Builder.sampling
-        return COMPILED if eager < calls else EAGER if self.judge is None else ""  # it has its own, of the same minutes
+        return COMPILED if eager < calls else EAGER
 
 
 def _extra_work(report: CompileReport) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ A file of this user for each model, goal and machine, signed: what cannot be rea
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -94,7 +95,8 @@ def key_of(patcher, goal: str, names: list[str]) -> str:
 # What was decided in this process, the last used last.
 _KNOWN: OrderedDict[str, Decision] = OrderedDict()
 _PASSING: dict[str, str] = {}  # why it is not on disk
-SHORT, FAILED, OFF, UNWRITTEN = "memory was short", "compiling failed", "the compile cache is off", "it could not be written"
+SHORT, FAILED, OFF, UNWRITTEN = "memory was short", "nothing could be compiled", "the compile cache is off", "it could not be written"
+UNTIMED = "what a step takes without the node was not timed"
 # How often a decision has changed so that a model that is sampled now is not as it should be: its node is to run again.
 _revision = 0
 
@@ -137,8 +139,8 @@ def passing(key: str) -> str:
 
 
 def write(key: str, decision: Decision, passing_because: str = "") -> None:
-    """On disk, if that can be: without it the next start measures again, as it is to where memory was short for any of it or compiling
-    failed (SHORT, FAILED)."""
+    """On disk, if that can be: without it the next start measures again, as it is to where memory was short for any of it, compiling
+    failed, or a timing was interrupted (SHORT, FAILED, UNTIMED)."""
     _KNOWN[key] = decision
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > MOST_FILES:
@@ -147,6 +149,8 @@ def write(key: str, decision: Decision, passing_because: str = "") -> None:
         passing_because = passing(key)
     if passing_because:
         _PASSING[key] = passing_because
+        with contextlib.suppress(OSError):
+            remove(folder() / f"{key}.json")  # the layers that were chosen before
         return
     if not artifact_cache.is_enabled():
         _PASSING[key] = OFF

@@ -28,9 +28,11 @@ from .int8_model import adopt_native_layers, int8_layers, layers_to_quantize, pu
 from .int8_plan import plan_model
 from .int8_source import source_of_layers
 from .object_patches import object_of
-from .trial import CALIBRATING, QUANTIZE_KEY, Trial
+from .trial import CALIBRATING, TIMED_STEPS, Trial, is_running
 
 logger = logging.getLogger(__name__)
+
+QUANTIZE_KEY = "int8_quantize"
 
 
 @dataclass
@@ -188,19 +190,11 @@ class QuantizeFirst(Quantizer):
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         patchers = _patchers(guider)
-        new = [(wrapper, patcher) for patcher in patchers for wrapper in quantizers(patcher) if not wrapper.is_quantized(patcher)]
-        seconds = 0.0
         # A training run is no image: its sampler changes what it trains.
-        if new and len(sigmas) > 1 and not comfy.model_management.in_training:
-            trial = Trial(guider, patchers, noise, latent_image, sampler, sigmas, args, kwargs)
-            if waiting := [(wrapper, patcher) for wrapper, patcher in new if wrapper.waits(patcher)]:
-                _look(trial, waiting)
-            if sum(wrapper.plan(patcher) for wrapper, patcher in new) or trial.is_wanted:
-                seconds = trial.time_steps(WITHOUT)  # just before the layers change, and just after
+        if len(sigmas) > 1 and not comfy.model_management.in_training:
+            _measure(Trial(guider, patchers, noise, latent_image, sampler, sigmas, args, kwargs), patchers, len(sigmas) - 1)
         for patcher in patchers:
             _quantize_known(patcher)
-        if 0.0 < seconds < ENOUGH or (seconds and trial.is_judged):
-            trial.time_steps(BESIDE, is_first=seconds < ENOUGH or len(sigmas) == 2)  # of two long ones the second is enough
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def _begin(self, patcher) -> None:
@@ -232,6 +226,36 @@ def _patchers(guider) -> list[ModelPatcher]:
     return list(found.values())
 
 
+def _measure(trial: Trial, patchers: list[ModelPatcher], steps: int) -> None:
+    """What is not known yet: what the layers get, what becomes of them, and what a step takes just before they change and just after; each
+    twice, in turns, since the machine may have other work for a moment."""
+    new, is_float = [], True
+    for patcher in patchers:
+        for wrapper in quantizers(patcher):
+            if wrapper.is_quantized(patcher):
+                is_float = False
+            else:
+                new.append((wrapper, patcher))
+    if waiting := [(wrapper, patcher) for wrapper, patcher in new if wrapper.waits(patcher)]:
+        _look(trial, waiting)
+    is_new = sum(wrapper.plan(patcher) for wrapper, patcher in new) > 0
+    if not new or not is_float or not (is_new or trial.is_wanted):
+        return
+    as_they_came = trial.of({id(patcher): patcher.clone() for patcher in patchers})
+    try:
+        seconds = trial.time_steps(WITHOUT)
+        changed = sum(wrapper.quantize(patcher) for wrapper, patcher in new) > 0
+        if changed and (0.0 < seconds < ENOUGH or (seconds and trial.is_judged)):
+            is_long = seconds >= ENOUGH
+            trial.time_steps(BESIDE, is_first=not is_long or steps == 1)  # of two long ones the second is enough
+            as_they_came.time_steps(WITHOUT, most=1 if is_long else TIMED_STEPS)
+            trial.time_steps(BESIDE, most=1 if is_long else TIMED_STEPS)
+    except BaseException:
+        for judge in trial.judges:
+            judge.trial_broke_off()
+        raise
+
+
 def _quantize_known(patcher) -> None:
     for quantizer in quantizers(patcher):
         quantizer.quantize(patcher)
@@ -239,7 +263,8 @@ def _quantize_known(patcher) -> None:
 
 def _quantize_before_load(executor, model, *args, **kwargs):
     """The PREPARE_SAMPLING wrapper. A function: other packs copy model_options deeply."""
-    _quantize_known(model)
+    if not is_running():
+        _quantize_known(model)
     return executor(model, *args, **kwargs)
 
 

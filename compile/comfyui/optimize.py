@@ -10,7 +10,7 @@ from typing import Any
 from ...int8.options import Int8Options
 from ...int8.report import NOT_TIMED, QuantizeReport
 from ..comparison import Comparison
-from ..gain import BESIDE, NOISE, WITHOUT, CallTimes
+from ..gain import BESIDE, COMPILED, KEPT, NOISE, WITHOUT, CallTimes
 from ..modes.compile import Compile
 from ..modes.convrot import ConvRot
 from ..modes.int8 import Int8
@@ -121,6 +121,10 @@ class Optimizer:
         self._status = status
         self._reports = _Reports()
         self._is_over = False  # nothing more is decided: the node is to run again
+        self._is_kept = True  # or is nothing yet; until the first step, before which steps are timed
+        self._passing_because = ""
+        self._is_turn = False  # the step's, to run uncompiled
+        self._in_vain = 0  # steps in a row that were to run compiled and did not
         self._notify()
 
     def __call__(self, report, doing: str = "", progress: tuple[int, int] | None = None) -> None:
@@ -129,9 +133,10 @@ class Optimizer:
         elif isinstance(report, QuantizeReport):
             self._reports.quantize = report
             if self._has_layers and report.chosen and self.decision.chosen is None:
-                with _LOCK:
-                    self._keep(chosen=report.chosen, shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes),
-                               weights=(report.before, report.after), passing_because=decisions.SHORT if NOT_TIMED in report.kept else "")
+                self.decision = replace(self.decision, chosen=report.chosen, weights=(report.before, report.after),
+                                        shapes=tuple(tuple(asdict(shape).values()) for shape in report.shapes))
+                self._passing_because = decisions.SHORT if NOT_TIMED in report.kept else ""
+                self._is_kept = False
         elif isinstance(report, CompileReport):
             self._reports.compile = report
         self._notify(doing, progress)
@@ -141,9 +146,9 @@ class Optimizer:
         with _LOCK:
             is_adopted = self.is_open and self._adopt(decisions.known(self._key))
             if self.is_open:
-                if (without := times.seconds(size, WITHOUT)) and not self.decision.trial[1]:  # is not measured again at the next start
-                    self._keep(trial=(size, without, times.seconds(size, BESIDE)))
-                return _comparison(self._key, self.decision.is_int8).is_uncompiled_turn(times.image, size, times.weights)
+                self._keep_trial(size, times.seconds(size, WITHOUT), times.seconds(size, BESIDE))
+                self._is_turn = _comparison(self._key, self.decision.is_int8).is_uncompiled_turn(times.image, size, times.weights)
+                return self._is_turn
         if is_adopted:
             self._notify()
         return self.decision.compiled is False
@@ -156,7 +161,8 @@ class Optimizer:
                 return
             comparison = _comparison(self._key, self.decision.is_int8)
             if kind:
-                comparison.count(times.image, size, times.weights)
+                comparison.count(times.image, size, times.weights, kind)
+                self._in_vain = 0 if kind == COMPILED else self._in_vain + (not self._is_turn)
             comparison.add(times.take_new())
             self._adopt_trial(decisions.known(self._key))
             if comparison.is_enough:
@@ -172,8 +178,8 @@ class Optimizer:
 
     @property
     def _has_failed(self) -> bool:
-        """Whether nothing can be compiled."""
-        return self._reports.compile is not None and bool(self._reports.compile.failure)
+        """Whether nothing can be compiled, here or by the builder, or another node has its own for all blocks."""
+        return self._in_vain >= KEPT or (self._reports.compile is not None and bool(self._reports.compile.failure))
 
     @property
     def wants_trial(self) -> bool:
@@ -222,9 +228,27 @@ class Optimizer:
             # INT8 gains something else in another size: nothing is said of it.
             without = without if of_size == size or not self.decision.is_int8 else 0.0
             self.decision = replace(self.decision, compiled=0 < compiled < eager).with_times(size, without, eager, compiled, steps=steps)
-        self._keep(passing_because="" if compiled else decisions.FAILED)
+        self._passing_because = self._passing_because or ("" if compiled else decisions.FAILED)
+        self._keep()
 
-    def _keep(self, passing_because: str = "", **changes) -> None:
+    def trial_broke_off(self) -> None:
+        """What a step takes without the node, or in the same moments with it, is not known. Once the layers are INT8 only a node that runs
+        again can time it."""
+        self._passing_because = decisions.UNTIMED
+
+    def _keep_trial(self, size: str, without: float, beside: float) -> None:
+        """Before the first step, with the layers; it is not measured again at the next start."""
+        broke_off = self._passing_because == decisions.UNTIMED
+        if without and not self.decision.trial[1] and (beside or not broke_off):
+            self._passing_because = "" if broke_off else self._passing_because
+            self._keep(trial=(size, without, beside))
+        elif not self._is_kept:
+            self._keep()
+
+    def _keep(self, **changes) -> None:
+        if self._passing_because == decisions.UNTIMED and self.decision.compiled is None:
+            return
+        self._is_kept = True
         self.decision = replace(self.decision, **changes)
         known = decisions.read(self._key)
         self._adopt_trial(known)
@@ -234,7 +258,7 @@ class Optimizer:
             has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen
             if has_found_slower or has_decided:
                 return
-        decisions.write(self._key, own, passing_because)
+        decisions.write(self._key, own, self._passing_because)
 
     def _notify(self, doing: str = "", progress: tuple[int, int] | None = None) -> None:
         reports = self._reports

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from ...int8.report import QuantizeReport, ShapeDecision
 from ..gain import Gain, number
 from ..report import CompileReport
-from .decisions import Decision
+from .decisions import FAILED, Decision
 
 MOST_LINES = 6  # of the table
 
@@ -33,9 +33,10 @@ class OptimizeReport:
         """What the model is now, in a line."""
         decision = self.decision
         if decision.compiled is False and not decision.is_int8:
-            return f"{self.goal}: passed on as it came, {self._why_no_int8()}since compiling does not pay"
+            why = "nothing is compiled" if self.passing == FAILED else "since compiling does not pay"
+            return f"{self.goal}: passed on as it came, {self._why_no_int8()}{why}"
         if decision.compiled is False:
-            return f"{self.goal}: {self._int8()}uncompiled, since compiling does not pay"
+            return f"{self.goal}: {self._int8()}uncompiled" + ("" if self.passing == FAILED else ", since compiling does not pay")
         return f"{self.goal}: {self._int8()}{self._compiled()}"
 
     def _int8(self) -> str:
@@ -58,10 +59,10 @@ class OptimizeReport:
         report = self.compile
         if report is None:
             return "compiles at the first sampling"
-        if report.status().startswith("running uncompiled"):
-            return "uncompiled"
         if report.building and self.background:
             return "compiling in the background" + (", in part compiled already" if report.compiled_from_step else "")
+        if report.status().startswith("running uncompiled"):
+            return "uncompiled"
         if report.compiled_from_step:
             return "compiled"
         if report.is_built:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import itertools
 import logging
@@ -25,16 +26,24 @@ logger = logging.getLogger(__name__)
 COMPILE_KEY = "int8_compile"  # begins the keys of the wrappers that compile; see compile_model.py
 # In transformer_options while a model is calibrated: what it computes is only looked at, so nothing compiles it.
 CALIBRATING = "int8_calibrating"
-QUANTIZE_KEY = "int8_quantize"  # of the wrappers and callbacks of int8_calibrate.py
 # With it, in a run that nothing looks at: as what its steps are timed, see gain.py.
 TIMED = "int8_timed"
 LOOKED_AT = 3  # sigmas that are evaluated for a calibration, spread over the schedule
-TIMED_STEPS, MOST_TIMED = 2, 12  # so many steps at a time until they have taken ENOUGH seconds, so many times
+# So many steps at a time until they have taken so many seconds, so many times: each kind twice, and gain.MOST_KEPT of it are kept.
+TIMED_STEPS, SECONDS, MOST_TIMED = 2, ENOUGH / 2, 6
 # What of a guider's model_options a run is with: what the model computes (patches, attention), not what watches or changes its steps (cache
 # nodes' wrappers, callbacks, functions before and after CFG), whose state belongs to the image that comes after.
 _KEPT_OPTIONS = ("transformer_options", "context_handler", "registered_hooks", "disable_cfg1_optimization")
 _KEPT_WRAPPERS = (WrappersMP.PREPARE_SAMPLING,)  # about loading, as the callbacks that are not these:
 _RUN_CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS, CallbacksMP.ON_CLEANUP)
+
+
+_RUNNING = contextvars.ContextVar("int8_compile_trial", default=False)
+
+
+def is_running() -> bool:
+    """Whether what is sampled now is a trial."""
+    return _RUNNING.get()
 
 
 class Trial:
@@ -55,28 +64,44 @@ class Trial:
     def run(self, sigmas: torch.Tensor, wrappers: dict | None = None, options: Mapping = MappingProxyType({})) -> None:
         """wrappers: of model_options, in the place of all others. options: of transformer_options, besides."""
         device = self._guider.model_patcher.load_device
+        token = _RUNNING.set(True)
+        try:
+            self._run(device, sigmas, wrappers or {}, options)
+        finally:
+            _RUNNING.reset(token)
+
+    def _run(self, device: torch.device, sigmas: torch.Tensor, wrappers: dict, options: Mapping) -> None:
         with _without_run_callbacks(self._patchers), unrecorded(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
             inputs = (value.clone() if isinstance(value, torch.Tensor) else value for value in (*self._inputs, sigmas))
-            _twin(self._guider, wrappers or {}, options).outer_sample(*inputs, **self._arguments)  # a sampler may write into them
+            _twin(self._guider, wrappers, options).outer_sample(*inputs, **self._arguments)  # a sampler may write into them
 
     @property
-    def _judges(self) -> list:
+    def judges(self) -> list:
         wrappers = [wrapper for group in _wrappers_that_time(self._guider.model_options).values() for wrapper in group]
         return [wrapper.judge for wrapper in wrappers if wrapper.judge is not None]
 
     @property
     def is_judged(self) -> bool:
         """Whether something is decided by what it times."""
-        return bool(self._judges)
+        return bool(self.judges)
 
     @property
     def is_wanted(self) -> bool:
         """Whether something is decided by what it has not timed yet."""
-        return any(judge.wants_trial for judge in self._judges)
+        return any(judge.wants_trial for judge in self.judges)
 
-    def time_steps(self, kind: str, is_first: bool = False) -> float:
+    def of(self, patchers: dict[int, ModelPatcher]) -> Trial:
+        """The same with others in the place of the guider's patchers, by their ids."""
+        other = copy.copy(self)
+        other._guider, other._patchers = copy.copy(self._guider), patchers.values()
+        for name, value in vars(self._guider).items():
+            if isinstance(value, ModelPatcher):
+                setattr(other._guider, name, patchers.get(id(value), value))
+        return other
+
+    def time_steps(self, kind: str, is_first: bool = False, most: int = TIMED_STEPS) -> float:
         """Has the compile nodes' wrappers time steps as kind; seconds of one. 0 where there is no such node, or a run fails: the image is
-        made without. is_first: with one before that is not timed, since layers do more when they are first called."""
+        made without. is_first: with one before that is not timed, since layers do more when they are first called. most: at a time."""
         timers = _wrappers_that_time(self._guider.model_options)
         if not timers:
             return 0.0
@@ -86,9 +111,9 @@ class Trial:
             if is_first:
                 self.run(self._sigmas[:2])
             steps, begun = 0, time.perf_counter()
-            for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + ENOUGH, range(MOST_TIMED)):
-                self.run(self._sigmas[:TIMED_STEPS + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})
-                steps += min(TIMED_STEPS, len(self._sigmas) - 1)
+            for _ in itertools.takewhile(lambda _: time.perf_counter() < begun + SECONDS, range(MOST_TIMED)):
+                self.run(self._sigmas[:most + 1], {WrappersMP.APPLY_MODEL: timers}, {TIMED: kind})
+                steps += min(most, len(self._sigmas) - 1)
             return (time.perf_counter() - begun) / steps
         except comfy.model_management.InterruptProcessingException:
             raise
@@ -112,9 +137,8 @@ def _bare_options(model_options: dict) -> dict:
     options = create_model_options_clone({key: model_options[key] for key in _KEPT_OPTIONS if key in model_options})
     transformer_options = options.setdefault("transformer_options", {})
     wrappers = transformer_options.get("wrappers", {})
-    kept = {kind: {key: group for key, group in wrappers[kind].items() if key != QUANTIZE_KEY}
-            for kind in _KEPT_WRAPPERS if kind in wrappers}
-    transformer_options.update({CALIBRATING: True, "wrappers": kept, "callbacks": {}})
+    transformer_options.update({CALIBRATING: True, "wrappers": {kind: wrappers[kind] for kind in _KEPT_WRAPPERS if kind in wrappers},
+                                "callbacks": {}})
     if "context_handler" in options:
         options["context_handler"] = copy.copy(options["context_handler"])
     return options

@@ -25,7 +25,7 @@ class Images:
             self.kinds.append(EAGER if is_eager else COMPILED)
             if not blocks(index):
                 continue
-            self.comparison.count(self.image, size, weights)
+            self.comparison.count(self.image, size, weights, self.kinds[-1])
             late.append(Call(self.image, size, weights, self.kinds[-1], blocks(index), self._seconds(self.kinds[-1], self.image, index)))
             if not lag:
                 self.comparison.add([late.pop()])
@@ -55,13 +55,23 @@ def test_of_each_two_calls_and_of_the_first_of_each_two_images_one_is_uncompiled
 
 def test_turns_are_of_each_size_and_weights_and_do_not_grow():
     comparison = Comparison()
-    comparison.count(0, "64x64", "")
+    comparison.count(0, "64x64", "", COMPILED)
     turn = comparison.is_uncompiled_turn
     assert turn(0, "64x64", "") and not turn(0, "32x32", "") and not turn(0, "64x64", "a LoRA")
     for number in range(3 * MOST_PARTS):
-        comparison.count(0, "64x64", str(number))
+        comparison.count(0, "64x64", str(number), COMPILED)
         comparison.add([Call(0, "64x64", str(number), EAGER, 57, 1.0)])
     assert len(comparison._turns) <= MOST_PARTS + 1 and len(comparison._parts) <= MOST_PARTS
+
+
+def test_no_turns_are_uncompiled_for_ever_where_compiled_ones_do_not_count():
+    """They are checked, with each new LoRA."""
+    comparison, turns = Comparison(), 0
+    for image in range(10 * MOST_KEPT):
+        if comparison.is_uncompiled_turn(image, "64x64", str(image)):
+            comparison.count(image, "64x64", str(image), EAGER)
+            turns += 1
+    assert turns == MOST_KEPT
 
 
 @pytest.mark.parametrize(("seconds", "enough"), [(0.01, MOST_KEPT), (0.1, 5), (0.2, KEPT), (9.0, KEPT)])

@@ -523,10 +523,40 @@ def test_where_compiling_fails_int8_is_judged_and_nothing_of_it_kept(flux, sampl
         steps.add(EAGER, 0.8)
         judge.timed(steps.times, SIZE, EAGER)  # a compiled one too ends so
     assert node.details["compiled"] is False and judge.decision.times[0][2:] == (0.8, 0.0)
-    assert node.report.short()[-1].startswith("decided, until ComfyUI ends: compiling failed") or "compiling failed" in node.report.text()
+    assert "decided, until ComfyUI ends: nothing could be compiled" in node.report.short()
+    assert "does not pay" not in node.report.text() and not list(kept.glob("*.json"))
     assert (node.report.short()[0].startswith("1.25x: 1.00 -> 0.800 s a step;")) == (goal == "balanced")
     restart()
     assert optimize(flux, goal)[1].details["compiled"] is None
+
+
+def test_where_no_step_runs_compiled_int8_is_judged_too(flux, sample, optimize, times, untimed):
+    """The builder fails, or another node has its own compile, or hooks, for all blocks."""
+    times(FASTER)
+    model, node = optimize(flux)
+    sample(model)
+    judge = optimizer_of(model)
+    steps = Steps(judge, without=1.0, beside=1.2)
+    for _ in range(6 * KEPT):
+        judge.runs_eager(steps.times, SIZE)
+        steps.add(EAGER, 1.2)
+        judge.timed(steps.times, SIZE, EAGER)
+    assert node.details["slower_with_int8"] == [1.0, 1.2]
+
+
+@pytest.mark.parametrize("window", range(4))
+def test_other_work_in_one_of_the_timings_changes_nothing(flux, sample, optimize, times, monkeypatch, window):
+    from int8_compile.compile.comfyui.trial import Trial
+
+    times(FASTER)
+    time_steps, end, timings = Trial.time_steps, CallTimes.end, []
+    monkeypatch.setattr(Trial, "time_steps", lambda self, kind, **more: (timings.append(kind), time_steps(self, kind, **more))[1])
+    monkeypatch.setattr(CallTimes, "end", lambda self, begun, size, kind, blocks=0: end(
+        self, begun - 60.0 * (kind in (WITHOUT, BESIDE) and len(timings) == window + 1), size, kind, blocks))
+    model, node = optimize(flux)
+    sample(model)
+    assert timings == [WITHOUT, BESIDE] * 2
+    assert 0 < node.details["trial"]["without"] < 60.0 and 0 < node.details["trial"]["eager"] < 60.0
 
 
 def test_a_decision_is_of_the_size_that_was_timed_as_it_came_if_it_was_seen(flux, sample, optimize, times, untimed):
@@ -544,6 +574,77 @@ def test_a_decision_is_of_the_size_that_was_timed_as_it_came_if_it_was_seen(flux
         larger.run(2)
     assert node.report.short()[0].startswith("2.00x: 0.200 -> 0.100 s a step;") and f"measured: {SIZE}" not in node.report.text()
     assert node.details["times"][0]["size"] == SIZE and node.report.to_dict()["gain"]["steps_timed"] == [judge.decision.steps_timed] * 2
+
+
+@pytest.mark.parametrize("kind", [WITHOUT, BESIDE])
+def test_a_timing_that_is_interrupted_decides_nothing_for_the_next_start(flux, sample, optimize, times, monkeypatch, kind):
+    """A node that runs again times it in this one."""
+    import comfy.model_management as mm
+    from int8_compile.compile.comfyui.trial import TIMED, Trial
+
+    times(FASTER)
+    run = Trial.run
+
+    def interrupted(self, sigmas, wrappers=None, options=None):
+        if (options or {}).get(TIMED) == kind:
+            raise mm.InterruptProcessingException
+        run(self, sigmas, wrappers, options or {})
+
+    model, node = optimize(flux)
+    with monkeypatch.context() as patch, pytest.raises(mm.InterruptProcessingException):
+        patch.setattr(Trial, "run", interrupted)
+        sample(model)
+    sample(model)
+    sample(model)
+    is_timed = kind == WITHOUT  # the layers were float still
+    assert bool(node.details["trial"]) == is_timed and node.details["int8_layers"]
+    Steps(optimizer_of(model), compiled=0.01, eager=0.02).run(6 * MOST_KEPT)
+    assert node.details["compiled"] is not None
+    assert (node.report.short()[-1] == "decided, and kept for the next start") == is_timed
+    restart()
+    assert bool(optimize(flux)[1].details["known"]) == is_timed
+
+
+def test_a_node_that_runs_again_times_what_was_interrupted(flux, sample, optimize, times, monkeypatch):
+    import comfy.model_management as mm
+    from int8_compile.compile.comfyui.trial import TIMED, Trial
+
+    times(FASTER)
+    run = Trial.run
+
+    def interrupted(self, sigmas, wrappers=None, options=None):
+        if (options or {}).get(TIMED) == BESIDE:
+            raise mm.InterruptProcessingException
+        run(self, sigmas, wrappers, options or {})
+
+    with monkeypatch.context() as patch, pytest.raises(mm.InterruptProcessingException):
+        patch.setattr(Trial, "run", interrupted)
+        sample(optimize(flux)[0])
+    model, node = optimize(flux)
+    sample(model)
+    assert all(node.details["trial"].values())
+
+
+def test_a_second_model_is_as_it_came_too_while_steps_without_the_node_are_timed(load, optimize, times, comfy, conds, monkeypatch):
+    """A guider with two models loads the second one by wrappers of its own."""
+    from comfy_extras.nodes_custom_sampler import DualModelGuider
+    from int8_compile.compile.comfyui.trial import TIMED, Trial
+
+    times(FASTER)
+    model, other = optimize(load())[0], optimize(load())[0]
+    run, seen = Trial.run, {}
+
+    def watched(self, sigmas, wrappers=None, options=None):
+        run(self, sigmas, wrappers, options or {})
+        loaded = [any(type(module).__name__ == "Int8Linear" for module in patcher.model.modules()) for patcher in (model, other)]
+        seen.setdefault((options or {}).get(TIMED), set()).update(loaded)
+
+    monkeypatch.setattr(Trial, "run", watched)
+    positive, negative = conds
+    guider = DualModelGuider.execute(model, positive, 3.0, other, negative)[0]
+    noise, sigmas = torch.randn(1, 16, 16, 16), torch.tensor([1.0, 0.6, 0.3, 0.0])
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+    assert seen[WITHOUT] == {False} and seen[BESIDE] == {True}
 
 
 @pytest.mark.parametrize("goal", ["balanced", "smallest"])

@@ -77,7 +77,7 @@ def quantize_reports():
 
 
 def optimize_reports():
-    from int8_compile.compile.comfyui.decisions import FAILED, OFF, SHORT, UNWRITTEN, Decision
+    from int8_compile.compile.comfyui.decisions import FAILED, OFF, SHORT, UNTIMED, UNWRITTEN, Decision
     from int8_compile.compile.comfyui.optimize_report import OptimizeReport
     from int8_compile.compile.report import CompileReport
 
@@ -93,8 +93,10 @@ def optimize_reports():
                 for later in (False, True):
                     yield OptimizeReport(goal, 30.0, decision, is_known=known, reason=reason, from_next=later)
         yield OptimizeReport("exact", None, Decision(None, compiled=compiled, times=times))
+        for goal, decided in (("exact", None), ("balanced", (("a", "float"),))):
+            yield OptimizeReport(goal, decided and 30.0, Decision(decided, compiled=compiled), passing=FAILED)
         yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled), compile=CompileReport("t", steps=1, built_at_step=1))
-        for passing in ("", SHORT, FAILED, OFF, UNWRITTEN):
+        for passing in ("", SHORT, FAILED, UNTIMED, OFF, UNWRITTEN):
             yield OptimizeReport("balanced", 30.0, Decision(chosen, compiled=compiled, times=times), is_known=True, passing=passing,
                                  compile=CompileReport("t", steps=2, built_at_step=1, compiled_from_step=2))
 
