@@ -145,8 +145,8 @@ def write(key: str, decision: Decision, passing_because: str = "") -> None:
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > MOST_FILES:
         _PASSING.pop(_KNOWN.popitem(last=False)[0], None)
-    if passing(key) in (SHORT, FAILED):
-        passing_because = passing(key)
+    if passing(key) == SHORT:
+        passing_because = SHORT
     if passing_because:
         _PASSING[key] = passing_because
         with contextlib.suppress(OSError):

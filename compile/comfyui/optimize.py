@@ -253,6 +253,8 @@ class Optimizer:
         known = decisions.read(self._key)
         self._adopt_trial(known)
         own = self.decision
+        if self._passing_because == decisions.FAILED and own.compiled is False:  # a node that runs again tries anew: with another LoRA, say
+            own = replace(own, compiled=None, times=())
         if known is not None:  # another branch may know more
             has_found_slower = known.slower[1] and not own.slower[1]
             has_decided = known.compiled is not None and own.compiled is None and known.chosen == own.chosen

@@ -526,8 +526,13 @@ def test_where_compiling_fails_int8_is_judged_and_nothing_of_it_kept(flux, sampl
     assert "decided, until ComfyUI ends: nothing could be compiled" in node.report.short()
     assert "does not pay" not in node.report.text() and not list(kept.glob("*.json"))
     assert (node.report.short()[0].startswith("1.25x: 1.00 -> 0.800 s a step;")) == (goal == "balanced")
+    assert [judge.runs_eager(steps.times, SIZE) for _ in range(6)] == [True] * 6
+    again, node = optimize(flux, goal)
+    assert node.details["compiled"] is None and optimizer_of(again).decision.chosen == judge.decision.chosen, "it may have another LoRA"
+    Steps(optimizer_of(again), compiled=0.4, eager=0.8).run(4 * KEPT)
+    assert node.details["compiled"] is True and node.report.short()[-1] == "decided, and kept for the next start"
     restart()
-    assert optimize(flux, goal)[1].details["compiled"] is None
+    assert optimize(flux, goal)[1].details["compiled"] is True
 
 
 def test_where_no_step_runs_compiled_int8_is_judged_too(flux, sample, optimize, times, untimed):
