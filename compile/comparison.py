@@ -81,13 +81,16 @@ class Comparison:
         self._parts.clear()
         self._lead = 0
 
-    def _pairs(self) -> list[Pairs]:
+    def _whole_parts(self) -> list[list[Call]]:
+        """Without those whose calls left blocks out."""
         most = max((blocks for _, _, _, blocks in self._parts), default=0)
+        return [calls for (_, _, _, blocks), calls in self._parts.items() if blocks == most]
+
+    def _pairs(self) -> list[Pairs]:
         within, across = [], []
         alone: dict[str, list[Call]] = {}
-        for (_, size, _, blocks), calls in self._parts.items():
-            if blocks < most:
-                continue
+        for calls in self._whole_parts():
+            size = calls[0].size
             if pairs := Pairs.of(calls):
                 within.append(pairs)
             elif pairs := Pairs.of(before := alone.pop(size, []) + calls):
@@ -129,8 +132,7 @@ class Comparison:
 
     def uncompiled(self) -> tuple[str, float, int] | None:
         """(size, seconds of a call, how many) of the last calls' size, where nothing was compiled; None as long as these are too few."""
-        most = max((blocks for _, _, _, blocks in self._parts), default=0)
-        calls = [call for part in self._parts.values() for call in part if call.kind == EAGER and call.blocks == most]
+        calls = [call for part in self._whole_parts() for call in part if call.kind == EAGER]
         seconds = [call.seconds for call in calls if call.size == calls[-1].size]
         return (calls[-1].size, typical(seconds), len(seconds)) if _are_enough(len(seconds), sum(seconds)) else None
 

@@ -248,8 +248,9 @@ def _measure(trial: Trial, patchers: list[ModelPatcher], steps: int) -> None:
         if changed and (0.0 < seconds < ENOUGH or (seconds and trial.is_judged)):
             is_long = seconds >= ENOUGH
             trial.time_steps(BESIDE, is_first=not is_long or steps == 1)  # of two long ones the second is enough
-            as_they_came.time_steps(WITHOUT, most=1 if is_long else TIMED_STEPS)
-            trial.time_steps(BESIDE, most=1 if is_long else TIMED_STEPS)
+            most = 1 if is_long else TIMED_STEPS
+            as_they_came.time_steps(WITHOUT, most=most)
+            trial.time_steps(BESIDE, most=most)
     except BaseException:
         for judge in trial.judges:
             judge.trial_broke_off()

@@ -1,6 +1,7 @@
 """Optimize Model: measured once, kept, and never worse than the model as it came."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import threading
@@ -581,23 +582,34 @@ def test_a_decision_is_of_the_size_that_was_timed_as_it_came_if_it_was_seen(flux
     assert node.details["times"][0]["size"] == SIZE and node.report.to_dict()["gain"]["steps_timed"] == [judge.decision.steps_timed] * 2
 
 
-@pytest.mark.parametrize("kind", [WITHOUT, BESIDE])
-def test_a_timing_that_is_interrupted_decides_nothing_for_the_next_start(flux, sample, optimize, times, monkeypatch, kind):
-    """A node that runs again times it in this one."""
+@pytest.fixture
+def interrupted_while_timed(monkeypatch):
+    """interrupted_while_timed(kind): a context in which an image's steps of that kind are interrupted."""
     import comfy.model_management as mm
     from int8_compile.compile.comfyui.trial import TIMED, Trial
 
-    times(FASTER)
     run = Trial.run
 
-    def interrupted(self, sigmas, wrappers=None, options=None):
-        if (options or {}).get(TIMED) == kind:
-            raise mm.InterruptProcessingException
-        run(self, sigmas, wrappers, options or {})
+    @contextlib.contextmanager
+    def interrupted_while_timed(kind):
+        def interrupted(self, sigmas, wrappers=None, options=None):
+            if (options or {}).get(TIMED) == kind:
+                raise mm.InterruptProcessingException
+            run(self, sigmas, wrappers, options or {})
 
+        with monkeypatch.context() as patch, pytest.raises(mm.InterruptProcessingException):
+            patch.setattr(Trial, "run", interrupted)
+            yield
+
+    return interrupted_while_timed
+
+
+@pytest.mark.parametrize("kind", [WITHOUT, BESIDE])
+def test_a_timing_that_is_interrupted_decides_nothing_for_the_next_start(flux, sample, optimize, times, interrupted_while_timed, kind):
+    """A node that runs again times it in this one."""
+    times(FASTER)
     model, node = optimize(flux)
-    with monkeypatch.context() as patch, pytest.raises(mm.InterruptProcessingException):
-        patch.setattr(Trial, "run", interrupted)
+    with interrupted_while_timed(kind):
         sample(model)
     sample(model)
     sample(model)
@@ -610,20 +622,9 @@ def test_a_timing_that_is_interrupted_decides_nothing_for_the_next_start(flux, s
     assert bool(optimize(flux)[1].details["known"]) == is_timed
 
 
-def test_a_node_that_runs_again_times_what_was_interrupted(flux, sample, optimize, times, monkeypatch):
-    import comfy.model_management as mm
-    from int8_compile.compile.comfyui.trial import TIMED, Trial
-
+def test_a_node_that_runs_again_times_what_was_interrupted(flux, sample, optimize, times, interrupted_while_timed):
     times(FASTER)
-    run = Trial.run
-
-    def interrupted(self, sigmas, wrappers=None, options=None):
-        if (options or {}).get(TIMED) == BESIDE:
-            raise mm.InterruptProcessingException
-        run(self, sigmas, wrappers, options or {})
-
-    with monkeypatch.context() as patch, pytest.raises(mm.InterruptProcessingException):
-        patch.setattr(Trial, "run", interrupted)
+    with interrupted_while_timed(BESIDE):
         sample(optimize(flux)[0])
     model, node = optimize(flux)
     sample(model)
